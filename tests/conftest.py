@@ -1,0 +1,64 @@
+"""Settings of every test: eight fake CPU devices, one compilation cache, no network, two threads.
+
+The environment is set before JAX, torch and the tokenizers are imported, because each of them reads
+it once. The cache of compiled programs lies outside the tree and is shared by all runs: a second
+run of the suite spends its time on the tests and not on XLA.
+"""
+
+import os
+from pathlib import Path
+
+for _name, _value in {
+    "JAX_PLATFORMS": "cpu",
+    "OMP_NUM_THREADS": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+from flax import nnx  # noqa: E402
+
+FAKE_DEVICES = 8
+CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth" / "test-programs"
+)
+
+jax.config.update("jax_num_cpu_devices", FAKE_DEVICES)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Where a test does run on an accelerator, the parity bounds still mean float32 products.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Grain reads absl flags, which nothing has parsed under pytest.
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two test processes may meet at a half-written cache entry: JAX compiles again and warns.
+    config.addinivalue_line(
+        "filterwarnings",
+        "ignore:Error (reading|writing) persistent compilation cache entry:UserWarning",
+    )
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A typed random key, the same in every test."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def rngs() -> nnx.Rngs:
+    """NNX random streams, the same in every test."""
+    return nnx.Rngs(0)
+
+
+@pytest.fixture(scope="session")
+def compilation_cache() -> Path:
+    """The folder of compiled programs, for tests that start further processes."""
+    return CACHE
