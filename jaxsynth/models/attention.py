@@ -86,7 +86,9 @@ def _chunked_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Arra
     blocks = q_len // _QUERY_CHUNK
     q_blocks = jnp.moveaxis(q.reshape(batch, heads, blocks, _QUERY_CHUNK, dim), 2, 0)
     if mask is None:
-        out = jax.lax.map(jax.checkpoint(lambda block: _einsum_attention(block, k, v, None)), q_blocks)
+        out = jax.lax.map(
+            jax.checkpoint(lambda block: _einsum_attention(block, k, v, None)), q_blocks
+        )
     else:
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q_len, mask.shape[3]))
         shape = (*full.shape[:2], blocks, _QUERY_CHUNK, full.shape[3])

@@ -34,9 +34,7 @@ def layer_norm(
     channels: int, *, epsilon: float = 1e-5, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.LayerNorm:
     """LayerNorm over the last axis, statistics in float32."""
-    return nnx.LayerNorm(
-        channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs
-    )
+    return nnx.LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
 def conv2d(
@@ -50,7 +48,7 @@ def conv2d(
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A 2-D convolution over NHWC with torch's explicit padding (never "SAME", which differs at stride 2).
+    """A 2-D convolution over NHWC with torch's explicit padding ("SAME" differs at stride 2).
 
     `padding` None means `kernel_size // 2` on every side.
     """
@@ -84,7 +82,9 @@ def convolve(lhs: Array, rhs: Array, window_strides, padding, **kwargs) -> Array
 
 
 def _is_plain(lhs: Array, rhs: Array, kwargs: dict) -> bool:
-    dilated = any(d != 1 for d in (*kwargs.get("lhs_dilation", ()), *kwargs.get("rhs_dilation", ())))
+    dilated = any(
+        d != 1 for d in (*kwargs.get("lhs_dilation", ()), *kwargs.get("rhs_dilation", ()))
+    )
     small = lhs.ndim == 4 and lhs.shape[1] * lhs.shape[2] <= 32 * 32
     return small and not dilated and kwargs.get("feature_group_count", 1) == 1
 
@@ -109,7 +109,7 @@ def _matmul_convolve(lhs: Array, rhs: Array, strides: tuple, padding: tuple) -> 
 
 
 def timestep_embedding(
-    timesteps: Float[Array, "b"],
+    timesteps: Float[Array, " b"],
     dim: int,
     *,
     flip_sin_to_cos: bool = True,
