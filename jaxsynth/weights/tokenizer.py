@@ -1,0 +1,323 @@
+"""CLIP's tokenizer on the `tokenizers` library, and a trainer for small ones of the same kind.
+
+Prompts are tokenized in the data path, where importing transformers (and through
+it torch) is a cost nobody needs. The text pipeline is CLIP's (Radford et al. 2021): NFC, lower
+case, words by a regular expression, byte-level BPE with "</w>" closing each word. It gives the ids
+that transformers' CLIPTokenizer gives for the same folder, special and added tokens included.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from jaxsynth.errors import UserError
+
+_SUFFIX = "</w>"
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_NAMED = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _EOS, "unk_token": _EOS}
+_SPECIAL = (("special", True),)
+_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+# CLIP's context, for folders whose tokenizer_config.json does not say.
+_CONTEXT = 77
+# transformers writes 1e30 for "no limit".
+_NO_LIMIT = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True)
+class _Token:
+    """A token that is matched in the raw text, before words are split."""
+
+    content: str
+    flags: tuple[tuple[str, bool], ...] = _SPECIAL
+    index: int | None = None
+
+    @classmethod
+    def read(cls, value: str | Mapping[str, Any], where: str, *, index: int | None = None) -> Self:
+        if isinstance(value, str):
+            return cls(value, index=index)
+        if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
+            raise UserError(
+                f"{where}: expected a token (text or an object with content): {value!r}"
+            )
+        flags = tuple((name, bool(value[name])) for name in _TOKEN_FLAGS if name in value)
+        return cls(value["content"], flags, index)
+
+    def added(self, *, special: bool) -> AddedToken:
+        flags = dict(self.flags)
+        flags["special"] = special or flags.get("special", False)
+        return AddedToken(self.content, **flags)
+
+
+class Tokenizer:
+    """Text to token ids, padded and cut to `max_length`.
+
+    Attributes: `max_length`, `vocab_size` (added tokens included), `bos_token_id`, `eos_token_id`,
+    `pad_token_id`.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        max_length: int = _CONTEXT,
+        special: Mapping[str, str | Mapping[str, Any]] | None = None,
+        added: Sequence[_Token] = (),
+    ):
+        if max_length < 3:
+            raise ValueError(f"tokenizer: max_length {max_length} leaves no room for a word")
+        named = {
+            key: _Token.read(value, key) for key, value in {**_NAMED, **(special or {})}.items()
+        }
+        self.max_length = max_length
+        self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
+        self._named, self._added = named, tuple(added)
+        backend = _backend(self._vocab, self._merges, named["unk_token"].content)
+        for token in sorted(added, key=lambda token: -1 if token.index is None else token.index):
+            backend.add_tokens([token.added(special=False)])
+            found = backend.token_to_id(token.content)
+            if token.index is not None and found != token.index:
+                raise UserError(
+                    f"tokenizer: added token {token.content!r} should have id {token.index}, "
+                    f"but follows the vocabulary at {found}"
+                )
+        present = {token.content for token in added}
+        for token in named.values():
+            if token.content not in present:
+                backend.add_tokens([token.added(special=True)])
+        ids = {key: backend.token_to_id(token.content) for key, token in named.items()}
+        self.bos_token_id, self.eos_token_id = ids["bos_token"], ids["eos_token"]
+        self.pad_token_id = ids["pad_token"]
+        self.vocab_size = backend.get_vocab_size()
+        backend.post_processor = processors.RobertaProcessing(
+            (named["eos_token"].content, self.eos_token_id),
+            (named["bos_token"].content, self.bos_token_id),
+            False,
+            False,
+        )
+        backend.enable_truncation(max_length)
+        backend.enable_padding(
+            length=max_length, pad_id=self.pad_token_id, pad_token=named["pad_token"].content
+        )
+        self._backend = backend
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, *, max_length: int | None = None) -> Self:
+        """From a Hugging Face folder: vocab.json + merges.txt, or tokenizer.json.
+
+        `max_length` None takes the folder's `model_max_length`, or CLIP's 77 if it names none. A
+        missing or malformed file is an error naming it.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        special = {key: config[key] for key in _NAMED if config.get(key) is not None}
+        declared = config.get("added_tokens_decoder")
+        if declared is None:
+            mapped = _read_json(folder / "special_tokens_map.json", optional=True)
+            special.update({key: mapped[key] for key in _NAMED if mapped.get(key) is not None})
+        vocab, merges, in_file = _read_bpe(folder)
+        if declared is not None:
+            where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+            added = [_Token.read(value, where, index=int(key)) for key, value in declared.items()]
+        else:
+            legacy = _read_json(folder / "added_tokens.json", optional=True)
+            names = {_Token.read(value, "special token").content for value in special.values()}
+            added = [
+                _Token(text, (("normalized", text not in names), ("special", text in names)), index)
+                for text, index in legacy.items()
+            ]
+            known = {token.content for token in added}
+            added += [token for token in in_file if token.content not in known]
+        if max_length is None:
+            limit = config.get("model_max_length", _CONTEXT)
+            max_length = _CONTEXT if limit > _NO_LIMIT else int(limit)
+        return cls(vocab, merges, max_length=max_length, special=special, added=added)
+
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b t"]:
+        """Ids (b, max_length) int32: start, words, end, padding; long texts are cut before end."""
+        if isinstance(texts, str):
+            raise TypeError(f"tokenizer: expected a list of texts, got the single text {texts!r}")
+        texts = list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"tokenizer: expected texts, got {type(text).__name__}: {text!r}")
+        encoded = self._backend.encode_batch(texts)
+        ids = np.asarray([item.ids for item in encoded], np.int32)
+        return ids.reshape(len(texts), self.max_length)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the four files of a Stable Diffusion tokenizer folder, which transformers loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {key: token.content for key, token in self._named.items()}
+        flagged = {token.content: _flagged(token) for token in self._added}
+        for token in self._named.values():
+            if token.flags != _SPECIAL:
+                flagged.setdefault(token.content, {**_flagged(token), "special": True})
+        config = {
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": self.max_length,
+            "tokenizer_class": "CLIPTokenizer",
+            **named,
+        }
+        if flagged:
+            ids = {str(self._backend.token_to_id(text)): flags for text, flags in flagged.items()}
+            config["added_tokens_decoder"] = ids
+        _write_json(folder / "vocab.json", self._vocab, indent=None)
+        _write_json(folder / "tokenizer_config.json", config)
+        _write_json(folder / "special_tokens_map.json", named)
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int, folder: str | os.PathLike
+) -> Tokenizer:
+    """Train a CLIP-style BPE on `texts`, write it to `folder` and return it.
+
+    The vocabulary is laid out as OpenAI's: the 256 bytes, the same closing a word, merges, start
+    and, highest of all, end of text. So any text can be tokenized, and `vocab_size` is at least
+    514; it is an upper limit, since few texts give few merges.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fixed = 2 * len(letters) + 2
+    if vocab_size < fixed:
+        raise ValueError(f"train_tokenizer: vocab_size {vocab_size}, expected at least {fixed}")
+    backend = _backend({_EOS: 0}, [], _EOS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=letters,
+        end_of_word_suffix=_SUFFIX,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    learnt = json.loads(backend.to_str())["model"]["merges"]
+    words = [*letters, *(letter + _SUFFIX for letter in letters)]
+    known, merges = set(words), []
+    for left, right in (pair.split(" ") if isinstance(pair, str) else pair for pair in learnt):
+        if len(words) == vocab_size - 2:
+            break
+        merges.append((left, right))
+        # Two merges can spell the same token ("a bc", "ab c"); it is listed once.
+        if left + right not in known:
+            known.add(left + right)
+            words.append(left + right)
+    vocab = {word: index for index, word in enumerate([*words, _BOS, _EOS])}
+    trained = Tokenizer(vocab, merges, max_length=max_length)
+    trained.save(folder)
+    return trained
+
+
+def _backend(vocab: dict, merges: list, unknown: str) -> tokenizers.Tokenizer:
+    """CLIP's text pipeline around a vocabulary, without start and end tokens."""
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=_SUFFIX,
+            fuse_unk=False,
+            unk_token=unknown,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[_Token]]:
+    """The vocabulary, the merges and, from tokenizer.json, the added tokens."""
+    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+    whole = folder / "tokenizer.json"
+    if whole.exists():
+        content = _read_json(whole)
+        model = content.get("model", {})
+        if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != _SUFFIX:
+            raise UserError(
+                f"{whole}: not a CLIP tokenizer (BPE with end_of_word_suffix {_SUFFIX!r})"
+            )
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        added = [
+            _Token.read(token, str(whole), index=token.get("id"))
+            for token in content.get("added_tokens", [])
+        ]
+        return model["vocab"], [_pair(pair, whole) for pair in merges], added
+    if not vocab_path.exists() and not merges_path.exists():
+        raise UserError(f"{folder}: no tokenizer here (vocab.json + merges.txt, or tokenizer.json)")
+    vocab = _read_json(vocab_path)
+    if not merges_path.exists():
+        raise UserError(f"{merges_path}: missing, and there is no tokenizer.json instead")
+    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines if line and not line.startswith("#version")]
+    merges = [_pair(line.rstrip("\r").split(" "), merges_path) for line in lines]
+    for left, right in merges:
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise UserError(
+                    f"{merges_path}: merge {left!r} {right!r}: {token!r} is not in vocab.json"
+                )
+    return vocab, merges, []
+
+
+def _pair(parts: Sequence[str], path: Path) -> tuple[str, str]:
+    if len(parts) != 2:
+        raise UserError(f"{path}: a merge joins two tokens, got {' '.join(parts)!r}")
+    return parts[0], parts[1]
+
+
+def _flagged(token: _Token) -> dict[str, Any]:
+    defaults = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {"content": token.content, **defaults, **dict(token.flags)}
+
+
+def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=indent, sort_keys=indent is not None)
+    path.write_text(text + "\n", encoding="utf-8")
