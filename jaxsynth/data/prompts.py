@@ -1,0 +1,106 @@
+"""Prompts: which sentence stands for a class.
+
+The per-data-set words are those of DataDream (arXiv 2407.10910), whose prompt is "a {word}photo of
+a {class}". Its code puts class names into it as they are on disk ("AnnualCrop", "apple_pie");
+`display_name` makes them readable and `raw=True` keeps them as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxsynth.data.sources import Dataset
+
+DEFAULT_TEMPLATE = "a photo of a {}"
+
+# The word before "photo" of DataDream's ten data sets.
+WORDS = {
+    "imagenet": "",
+    "caltech101": "",
+    "pets": "pet ",
+    "fgvc_aircraft": "aircraft ",
+    "cars": "car ",
+    "eurosat": "satellite ",
+    "dtd": "texture ",
+    "flowers102": "flower ",
+    "food101": "food ",
+    "sun397": "scene ",
+}
+TEMPLATES = {name: f"a {word}photo of a {{}}" for name, word in WORDS.items()} | {
+    "digits": "a photo of the digit {}",
+    "cifar10": "a photo of a {}",
+}
+# Other names of the same data sets, as TFDS and torchvision have them.
+ALIASES = {
+    "imagenet2012": "imagenet",
+    "imagenet_100": "imagenet",
+    "oxford_iiit_pet": "pets",
+    "oxford_pets": "pets",
+    "aircraft": "fgvc_aircraft",
+    "cars196": "cars",
+    "stanford_cars": "cars",
+    "oxford_flowers102": "flowers102",
+    "flowers": "flowers102",
+}
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+# Two words or more run together, each of three letters or more: "AnnualCrop" but not "McLaren".
+_CAMEL = re.compile(r"(?:[A-Z][a-z]{2,}){2,}")
+
+
+def canonical_name(name: str) -> str:
+    """The key of a data set in `TEMPLATES`: lower case, without a TFDS configuration or version."""
+    key = name.lower().split("/")[0].split(":")[0].replace("-", "_")
+    return ALIASES.get(key, key)
+
+
+def default_template(name: str) -> str:
+    """The template of a data set, "a photo of a {}" for one that is not listed."""
+    return TEMPLATES.get(canonical_name(name), DEFAULT_TEMPLATE)
+
+
+def check_template(template: str) -> str:
+    """The template itself if it has exactly one `{}`."""
+    if template.count("{}") != 1 or template.replace("{}", "").count("{"):
+        raise ValueError(f"template {template!r}: expected exactly one {{}} for the class name")
+    return template
+
+
+def display_name(name: str, *, raw: bool = False) -> str:
+    """Readable words of a class name: "apple_pie" -> "apple pie", "AnnualCrop" -> "annual crop"."""
+    if raw:
+        return name
+    words = " ".join(name.replace("_", " ").split())
+    if _CAMEL.fullmatch(words):
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words).lower()
+    return words or name
+
+
+def display_names(
+    class_names: Sequence[str], given: Mapping[str, str] | None = None, *, raw: bool = False
+) -> tuple[str, ...]:
+    """The display name of each class; `given` maps class names to names chosen by the user."""
+    given = dict(given or {})
+    unknown = sorted(set(given) - set(class_names))
+    if unknown:
+        raise ValueError(f"display_names: no class is called {unknown}; found {list(class_names)}")
+    return tuple(given.get(name, display_name(name, raw=raw)) for name in class_names)
+
+
+def prompt(dataset: Dataset, class_: int | str) -> str:
+    """The prompt of a class, given by label or by (raw) class name."""
+    if isinstance(class_, str):
+        if class_ not in dataset.class_names:
+            raise ValueError(
+                f"class {class_!r} is not in {dataset.name}: found {list(dataset.class_names)}"
+            )
+        class_ = dataset.class_names.index(class_)
+    return dataset.template.format(dataset.display_names[class_])
+
+
+def prompts(dataset: Dataset) -> tuple[str, ...]:
+    """The prompt of each class, in label order."""
+    return tuple(prompt(dataset, label) for label in range(len(dataset.class_names)))
