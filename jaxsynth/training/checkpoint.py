@@ -1,0 +1,195 @@
+"""Checkpoints of a running training: its state, its place in the data, and what it was based on.
+
+All use of Orbax lies in this file. States are saved as a flat dict by dotted name, so that a
+mismatch names the leaf; the frozen base is never saved, only its identity, which must match at
+restore. Saving is asynchronous: the state is copied to the host, then written while steps go on.
+"""
+
+import base64
+import json
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+from jaxtyping import PyTree
+
+from jaxsynth.training.artifact import differences, to_json
+
+# Orbax 1.0 makes this interface the top level; in 0.12 it is a sub-module of it.
+ocp = getattr(orbax.checkpoint, "v1", orbax.checkpoint)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint does not fit the run that wants it; the message says where they differ."""
+
+
+class Checkpoints:
+    """The checkpoints below `folder`: one about every `every` steps, the `keep` newest kept.
+
+    Args:
+        identity: JSON that must be the same at restore, such as the base model's digest.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every: int,
+        keep: int = 2,
+        identity: Mapping[str, Any] | None = None,
+    ):
+        if every < 1 or keep < 1:
+            raise ValueError(f"every={every} and keep={keep}: both are at least 1")
+        self.folder = Path(folder).resolve()
+        self.every = every
+        self.identity = to_json(identity or {}, "identity")
+        self._orbax = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest saved step, or None."""
+        found = self._orbax.latest
+        return None if found is None else found.step
+
+    def save(self, step: int, state: PyTree, batches: Any = None, *, stopped: bool = False) -> None:
+        """Save `state` as `step`, unless that step is saved already."""
+        if self.latest == step:
+            return
+        arrays = _flatten(state)
+        note = {
+            "identity": self.identity,
+            "stopped": stopped,
+            "data": _position(batches),
+            "shapes": _shapes(arrays),
+        }
+        items = {"state": arrays, "run": _Note(note)}
+        self._orbax.save_checkpointables_async(step, items, force=True)
+
+    def restore(self, like: PyTree, batches: Any = None) -> tuple[PyTree, bool]:
+        """The newest state, with the structure, types and shardings of `like`; `batches` is moved.
+
+        Returns:
+            The state, and whether that run had stopped early.
+
+        Raises:
+            CheckpointError: another identity, or another set of names or shapes; each is named.
+        """
+        where = self.folder / str(self.latest)
+        note = _Note({})
+        self._orbax.load_checkpointables(None, {"run": note})
+        if lines := differences(note.value["identity"], self.identity, "identity"):
+            raise CheckpointError(
+                f"{where} belongs to another run (old -> new): {'; '.join(lines)}"
+            )
+        target = _flatten(like)
+        if lines := differences(note.value["shapes"], _shapes(target)):
+            shown = "\n  ".join(lines[:20])
+            raise CheckpointError(f"{where} holds another state (saved -> wanted):\n  {shown}")
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in target.items()
+        }
+        loaded = self._orbax.load_checkpointables(None, {"state": abstract})["state"]
+        if note.value["data"] is not None:
+            _move(batches, note.value["data"], where)
+        return _unflatten(like, loaded), note.value["stopped"]
+
+    def close(self) -> None:
+        """Wait for the save under way."""
+        self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Note:
+    """One JSON file per process, in Orbax's protocol for objects that save themselves."""
+
+    def __init__(self, value: dict[str, Any]):
+        self.value = value
+        self._name = f"process_{jax.process_index()}_of_{jax.process_count()}.json"
+
+    async def save(self, directory) -> Awaitable[None]:
+        text = json.dumps(self.value)  # now: the data iterator moves on while this is written
+
+        async def write() -> None:
+            folder = await directory.await_creation()
+            (folder / self._name).write_text(text)
+
+        return write()
+
+    async def load(self, directory) -> Awaitable[None]:
+        async def read() -> None:
+            file = directory / self._name
+            if not file.exists():
+                found = sorted(path.name for path in directory.iterdir())
+                raise CheckpointError(
+                    f"{file} is missing (there are {found}): restore with the "
+                    "number of processes that saved"
+                )
+            self.value = json.loads(file.read_text())
+
+        return read()
+
+
+def _names(tree: PyTree) -> list[str]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def _flatten(tree: PyTree) -> dict[str, jax.Array]:
+    leaves = jax.tree.leaves(tree)
+    raw = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
+    return dict(zip(_names(tree), raw, strict=True))
+
+
+def _unflatten(like: PyTree, loaded: dict[str, jax.Array]) -> PyTree:
+    leaves, structure = jax.tree.flatten(like)
+    new = []
+    for name, old in zip(_names(like), leaves, strict=True):
+        value = loaded[name]
+        if not old.committed:  # Orbax commits to a device; what was free to move stays free
+            value = jnp.array(np.asarray(value))
+        if _is_key(old):
+            value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(old))
+        new.append(value)
+    return jax.tree.unflatten(structure, new)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _shapes(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays.items()}
+
+
+def _position(batches: Any) -> Any:
+    if not hasattr(batches, "get_state"):
+        return None
+    state = batches.get_state()
+    if isinstance(state, bytes):
+        return {"base64": base64.b64encode(state).decode()}
+    return {"json": state}
+
+
+def _move(batches: Any, position: dict[str, Any], where: Path) -> None:
+    if not hasattr(batches, "set_state"):
+        raise CheckpointError(
+            f"{where} holds a place in the data, but the batches have no set_state"
+        )
+    if "base64" in position:
+        batches.set_state(base64.b64decode(position["base64"]))
+    else:
+        batches.set_state(position["json"])

@@ -1,0 +1,254 @@
+"""The one training loop: jit, resume, report, save, stop.
+
+A method supplies a loss, batches and a state; everything that every method would repeat is here.
+
+    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
+
+    def loss_fn(trainable, frozen, batch, key):
+        model = nnx.merge(graphdef, trainable, frozen)
+        loss = ((model(batch["x"]) - batch["y"]) ** 2).mean()
+        return loss, {"rmse": jnp.sqrt(loss)}
+
+    optim = OptimConfig(learning_rate=1e-3, total_steps=1000)
+    tx = make_optimizer(optim)
+    state = init_state(trainable, tx, jax.random.key(0))
+    step = make_train_step(loss_fn, tx)
+    with (
+        Checkpoints(folder / "checkpoints", every=200, identity={"base": digest}) as checkpoint,
+        MetricsWriter(folder) as metrics,
+    ):
+        state = fit(
+            state, frozen, batches, step, steps=1000, checkpoint=checkpoint, metrics=metrics
+        )
+    model = nnx.merge(graphdef, state.trainable, frozen)
+
+`batches` needs `__next__`, and `get_state`/`set_state` where a resumed run is to see the same data
+as an uninterrupted one (Grain's iterators have all three). Many adapters in one program:
+`init_stacked` and `stacked(step)`. Tiny networks: `scan_steps(step, batch_fn, k)` with
+`Constant(data)` as batches and `steps_per_call=k`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+from rich.console import Console
+
+from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.console import progress
+from jaxsynth.training.metrics import MetricsWriter
+from jaxsynth.training.step import StepFn, TrainState
+
+PROFILED_CALLS = range(3, 8)  # past compilation, and short enough to read
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient became NaN or infinite; the message names the step."""
+
+
+class Constant:
+    """Batches that are always the same: the data that `scan_steps` cuts its batches from."""
+
+    def __init__(self, data: PyTree):
+        self.data = data
+
+    def __iter__(self) -> "Constant":
+        return self
+
+    def __next__(self) -> PyTree:
+        return self.data
+
+
+def fit(
+    state: TrainState,
+    frozen: PyTree,
+    batches: Iterator[PyTree],
+    step_fn: StepFn,
+    *,
+    steps: int,
+    steps_per_call: int = 1,
+    place: Callable[[PyTree], PyTree] | None = None,
+    checkpoint: Checkpoints | None = None,
+    metrics: MetricsWriter | None = None,
+    log_every: int = 50,
+    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    evaluate_every: int = 0,
+    stop_fn: Callable[[int, Mapping[str, Any]], bool] | None = None,
+    description: str = "train",
+    profile: str | Path | None = None,
+    console: Console | None = None,
+) -> TrainState:
+    """Train until `state.step` is `steps`.
+
+    Args:
+        state: consumed: its buffers are donated to the first step.
+        frozen: passed to every step, never changed.
+        step_fn: from `make_train_step`, `stacked` or `scan_steps`. Passing the same function
+            again (one adapter per class, say) uses the same compiled program.
+        steps: counted from the very beginning, not from where this process resumed.
+        steps_per_call: how many steps `step_fn` makes; must divide `steps`.
+        place: moves a batch to the devices, such as `partial(shard_batch, mesh=mesh)`.
+        checkpoint: resumed from if it holds a step; saved to as it says and at the end.
+        metrics: gets means over each `log_every` steps, and the time they took.
+        evaluate: called every `evaluate_every` steps; its scalars are logged as "eval/<name>".
+            It must not keep the state's arrays, which the next step overwrites.
+        stop_fn: `(step, newest values)`, asked after every report and evaluation; True ends the
+            training early, for good: a restarted run stays stopped.
+        profile: folder for an XLA profile of a few early steps.
+
+    Raises:
+        NonFiniteError: naming the step; checkpoints from before it remain.
+        RuntimeError: `batches` ended before `steps`.
+    """
+    start, stopped = 0, False
+    if checkpoint is not None and checkpoint.latest is not None:
+        state, stopped = checkpoint.restore(state, batches)
+    start = int(np.max(jax.device_get(state.step)))
+    if (steps - start) % steps_per_call:
+        raise ValueError(f"{steps - start} steps are left, not divisible by {steps_per_call=}")
+    if metrics is not None:
+        metrics.resume(start)
+    if start >= steps or stopped:
+        return state
+
+    leaves, structure = jax.tree.flatten(state)
+    frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
+    program = _program(step_fn, structure, frozen_structure, _pinned(leaves))
+    window = _Window(start)
+    pending: tuple[int, Any] | None = None
+
+    def collect() -> dict[str, Any]:
+        """Wait for the newest step's metrics and add them to the window."""
+        nonlocal pending
+        done, values = pending
+        pending = None
+        values = jax.device_get(values)
+        _check_finite(done, steps_per_call, values)
+        window.add(values)
+        return values
+
+    step, calls = start, 0
+    with progress(description, steps, start=start, out=console) as bar:
+        while step < steps and not stopped:
+            calls += 1
+            if profile is not None:
+                _profile(calls, profile)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                raise RuntimeError(f"the batches ended at step {step} of {steps}") from None
+            with jax.profiler.StepTraceAnnotation(description, step_num=step):
+                batch = batch if place is None else place(batch)
+                leaves, values = program(leaves, frozen_leaves, batch)
+            # The device works on this step while the host reads the one before it.
+            if pending is not None:
+                newest = collect()
+                bar.update(step, note=f"loss {np.mean(newest['loss']):.4f}")
+            before, step = step, step + steps_per_call
+            pending = (step, values)
+
+            report: dict[str, Any] = {}
+            if _due(log_every, before, step, steps):
+                collect()
+                report |= window.close(step)
+            if evaluate is not None and _due(evaluate_every, before, step, steps):
+                found = evaluate(jax.tree.unflatten(structure, leaves))
+                report |= {f"eval/{name}": value for name, value in found.items()}
+            if report:
+                if metrics is not None:
+                    metrics.write(step, report)
+                stopped = stop_fn is not None and bool(stop_fn(step, report))
+            if checkpoint is not None and (stopped or _due(checkpoint.every, before, step, steps)):
+                if pending is not None:
+                    collect()
+                saved = jax.tree.unflatten(structure, leaves)
+                checkpoint.save(step, saved, batches, stopped=stopped)
+        if pending is not None:
+            collect()
+    if profile is not None and calls in PROFILED_CALLS:
+        jax.profiler.stop_trace()
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _due(every: int, before: int, step: int, steps: int) -> bool:
+    """Whether a multiple of `every` (or the end) was reached by going from `before` to `step`."""
+    return every > 0 and (step >= steps or step // every > before // every)
+
+
+class _Window:
+    """Means of the metrics since the last report."""
+
+    def __init__(self, step: int):
+        self.sums: dict[str, Any] = {}
+        self.count = 0
+        self.step, self.began = step, time.perf_counter()
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
+        self.count += 1
+
+    def close(self, step: int) -> dict[str, Any]:
+        now = time.perf_counter()
+        means = {name: value / self.count for name, value in self.sums.items()}
+        means["steps_per_second"] = (step - self.step) / (now - self.began)
+        self.sums, self.count, self.step, self.began = {}, 0, step, now
+        return means
+
+
+@lru_cache(maxsize=8)
+def _program(step_fn: StepFn, structure, frozen_structure, pinned):
+    """`step_fn` jitted over flat lists: flattening modules at every call costs milliseconds."""
+
+    def call(leaves, frozen_leaves, batch):
+        state = jax.tree.unflatten(structure, leaves)
+        new, values = step_fn(state, jax.tree.unflatten(frozen_structure, frozen_leaves), batch)
+        new_leaves, new_structure = jax.tree.flatten(new)
+        if new_structure != structure:
+            raise TypeError(
+                f"the step changed the state's structure: {structure} -> {new_structure}"
+            )
+        return new_leaves, values
+
+    if pinned is None:
+        return jax.jit(call, donate_argnums=0)
+    shardings, values = pinned
+    return jax.jit(call, donate_argnums=0, out_shardings=(list(shardings), values))
+
+
+def _pinned(leaves: list[jax.Array]):
+    """The shardings that the new state shall keep, and the metrics': hashable, or None off a mesh.
+
+    Left free, XLA may choose others, which would compile a second program and copy the state.
+    """
+    named = [x.sharding for x in leaves if isinstance(x.sharding, NamedSharding)]
+    if not named:
+        return None
+    everywhere = NamedSharding(named[0].mesh, PartitionSpec())
+    return tuple(
+        x.sharding if isinstance(x.sharding, NamedSharding) else everywhere for x in leaves
+    ), everywhere
+
+
+def _check_finite(step: int, steps_per_call: int, values: Mapping[str, Any]) -> None:
+    for name in ("loss", "grad_norm"):
+        bad = ~np.isfinite(np.atleast_1d(values[name]))
+        if bad.any():
+            where = f"step {step}"
+            if steps_per_call > 1:
+                where = f"one of the steps {step - steps_per_call + 1} to {step}"
+            which = f" of adapters {np.flatnonzero(bad).tolist()}" if bad.size > 1 else ""
+            raise NonFiniteError(f"{name}{which} is not finite at {where}: {values[name]}")
+
+
+def _profile(call: int, folder: str | Path) -> None:
+    if call == PROFILED_CALLS.start:
+        jax.profiler.start_trace(str(folder))
+    elif call == PROFILED_CALLS.stop:
+        jax.profiler.stop_trace()

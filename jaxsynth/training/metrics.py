@@ -1,0 +1,111 @@
+"""Where numbers go during training: always a JSONL file, TensorBoard beside it if asked.
+
+One line per report: {"step": 100, "loss": 0.12, ...}. After a crash the file runs ahead of the last
+checkpoint; `resume` drops those lines, so that the finished file equals an uninterrupted run's.
+`clu` would do this too, but its writers import TensorFlow.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class MetricsWriter:
+    """Appends to `<folder>/<name>.jsonl`. Use one name per call of `fit`: each has its own steps.
+
+    Only the first process of a multi-process run writes.
+    """
+
+    def __init__(self, folder: str | Path, *, name: str = "metrics", tensorboard: bool = False):
+        self.path = Path(folder) / f"{name}.jsonl"
+        self._tensorboard = tensorboard
+        self._events = None
+        self._file = None
+        self._active = jax.process_index() == 0
+
+    def resume(self, step: int) -> None:
+        """Forget every line after `step` (and a line cut off by a crash); 0 forgets all."""
+        if not self._active:
+            return
+        self.close()
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._open(step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line. Values are scalars, or vectors (one entry per stacked adapter)."""
+        if not self._active:
+            return
+        if self._file is None:
+            self._open(step)
+        plain = {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, float(np.mean(value)), step)
+
+    def close(self) -> None:
+        """Close the files; a later `write` opens them again."""
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+        self._file = self._events = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _open(self, step: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives with the object
+        if self._tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    "tensorboard=True needs tensorboardX: pip install 'jaxsynth[tensorboard]'"
+                ) from error
+            self._events = SummaryWriter(str(self.path.with_suffix("")), purge_step=step + 1)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file in order; a missing file has none.
+
+    Raises:
+        ValueError: a line other than a cut-off last one is no JSON; file and line are named.
+    """
+    return list(_lines(Path(path)))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith("\n"):
+            return
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types; JSON has no NaN, so what is not finite becomes None."""
+    array = np.asarray(value)
+    if array.ndim:
+        return [_plain(item) for item in array]
+    number = array.item()
+    return None if isinstance(number, float) and not math.isfinite(number) else number
