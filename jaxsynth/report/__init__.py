@@ -1,0 +1,1 @@
+"""Reports: tables, plots, image grids, and the page that holds them."""

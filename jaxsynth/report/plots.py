@@ -1,0 +1,188 @@
+"""Plots in one style: learning curves, a score with its spread, and bars.
+
+Figures have a transparent background, mid-grey text and colours of middle lightness (Okabe and
+Ito's palette, which people with colour-blindness can tell apart, adjusted), so that one PNG reads
+well on a light and on a dark page. Nothing here touches pyplot's global state.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+_INK, _GRID = "#787e86", "#787e8638"
+COLOURS = ("#2f7fd1", "#e0801f", "#1d9e78", "#c95b9c", "#b39211", "#7d6bd6", "#4aa8d8", "#c9503f")
+_MARKERS = "osD^vPXd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A line: `y[i]` at `x[i]`, `std[i]` its spread over seeds (None, or NaN, draws no bar)."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    std: Sequence[float] | None = None
+    dashed: bool = False
+
+    def __post_init__(self):
+        lengths = {len(self.x), len(self.y), len(self.y if self.std is None else self.std)}
+        if len(lengths) != 1 or not len(self.x):
+            raise ValueError(f"series {self.label!r}: x, y and std must have one length above 0")
+
+
+def plot_scores(
+    path: Path,
+    series: Sequence[Series],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log_x: bool = False,
+) -> Path:
+    """A score against a few values of x (for example accuracy against shots), with error bars.
+
+    Every x value gets its own tick; `log_x` is base 2. Series are nudged apart a little so that
+    their error bars do not cover each other.
+    """
+    figure, axes = _figure(xlabel, ylabel, title)
+    ticks = sorted({float(x) for line in series for x in line.x})
+    if log_x:
+        axes.set_xscale("log", base=2)
+    for index, line in enumerate(series):
+        nudge = 0.012 * (index - (len(series) - 1) / 2)
+        x = np.asarray(line.x, float)
+        if len(ticks) > 1:
+            x = x * 2.0 ** (nudge * 2) if log_x else x + nudge * (ticks[-1] - ticks[0])
+        axes.errorbar(
+            x,
+            line.y,
+            yerr=line.std,
+            label=line.label,
+            linestyle="--" if line.dashed else "-",
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            capsize=3,
+            linewidth=1.8,
+            elinewidth=1.2,
+        )
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    return _save(figure, axes, path)
+
+
+def plot_curves(
+    path: Path,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str = "step",
+    ylabel: str = "loss",
+    title: str = "",
+    smooth: float = 0.9,
+    log_y: bool = False,
+) -> Path:
+    """Learning curves `{label: (steps, values)}`.
+
+    Each value is drawn faintly and its exponential moving average, with the start-up bias removed,
+    strongly; `smooth` in [0, 1) is the average's memory, 0 draws the values alone.
+    """
+    if not 0 <= smooth < 1:
+        raise ValueError(f"smooth={smooth}: expected 0 <= smooth < 1")
+    figure, axes = _figure(xlabel, ylabel, title)
+    for index, (label, (steps, values)) in enumerate(curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        values = np.asarray(values, float)
+        if smooth and len(values) > 2:
+            axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
+            values = moving_average(values, smooth)
+        axes.plot(steps, values, color=colour, label=label, linewidth=1.8)
+    if log_y:
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return _save(figure, axes, path)
+
+
+def plot_bars(
+    path: Path,
+    labels: Sequence[str],
+    groups: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    title: str = "",
+) -> Path:
+    """Horizontal bars, one cluster per label (for example per-class accuracy of each method)."""
+    figure, axes = _figure(xlabel, "", title, height=1.2 + 0.13 * len(labels) * (len(groups) + 1))
+    rows = np.arange(len(labels))
+    thick = 0.8 / max(1, len(groups))
+    for index, (name, values) in enumerate(groups.items()):
+        if len(values) != len(labels):
+            raise ValueError(f"bars {name!r}: {len(values)} values for {len(labels)} labels")
+        offset = (index - (len(groups) - 1) / 2) * thick
+        colour = COLOURS[index % len(COLOURS)]
+        axes.barh(rows + offset, values, height=thick * 0.92, label=name, color=colour)
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    return _save(figure, axes, path)
+
+
+def moving_average(values: Float[np.ndarray, " n"], memory: float) -> Float[np.ndarray, " n"]:
+    """Exponential moving average divided by its weights' sum, as Adam does; NaN is passed over."""
+    out, total, weight = np.empty(len(values)), 0.0, 0.0
+    for i, value in enumerate(values):
+        if np.isfinite(value):
+            total = memory * total + (1 - memory) * value
+            weight = memory * weight + (1 - memory)
+        out[i] = total / weight if weight else np.nan
+    return out
+
+
+def _figure(xlabel: str, ylabel: str, title: str, height: float = 4.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_prop_cycle(color=COLOURS)
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.set_axisbelow(True)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
+    axes.tick_params(colors=_INK, which="both", length=3, labelsize=10)
+    axes.set_xlabel(xlabel, color=_INK, fontsize=11)
+    axes.set_ylabel(ylabel, color=_INK, fontsize=11)
+    if title:
+        axes.set_title(title, color=_INK, fontsize=12, fontweight="bold", loc="left")
+    return figure, axes
+
+
+def _save(figure: Figure, axes: Axes, path: Path) -> Path:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        # Above the axes, so that it never covers a line.
+        legend = figure.legend(
+            handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=10
+        )
+        for text in legend.get_texts():
+            text.set_color(_INK)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a class may be named "$100 bill"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        # DejaVu Sans has no Chinese, Japanese or Korean; such letters are drawn as boxes.
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font", category=UserWarning
+        )
+        figure.savefig(path, dpi=160, transparent=True)
+    return path
