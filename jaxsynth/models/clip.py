@@ -345,6 +345,7 @@ class CLIPTextModel(nnx.Module):
     """A text encoder on its own, as Stable Diffusion ships it; computes in `dtype`."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
         self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -358,6 +359,7 @@ class CLIPVisionModel(nnx.Module):
     """An image encoder on its own, without the projection."""
 
     def __init__(self, config: CLIPVisionConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
         self.vision_model = CLIPVisionTransformer(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "b h w c"]) -> CLIPVisionOutput:
@@ -369,6 +371,7 @@ class CLIPModel(nnx.Module):
     """Both towers, their projections and the log of the inverse temperature."""
 
     def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
         text, vision = config.text_config, config.vision_config
         self.text_model = CLIPTextTransformer(text, dtype=dtype, rngs=rngs)
         self.vision_model = CLIPVisionTransformer(vision, dtype=dtype, rngs=rngs)

@@ -75,33 +75,50 @@ class Tokenizer:
     `pad_token_id`.
     """
 
-    def __init__(
-        self,
-        vocab: Mapping[str, int],
-        merges: Sequence[tuple[str, str]],
-        *,
-        max_length: int = _CONTEXT,
-        special: Mapping[str, str | Mapping[str, Any]] | None = None,
-        added: Sequence[_Token] = (),
-    ):
+    def __init__(self, folder: str | os.PathLike, *, max_length: int | None = None):
+        """From a Hugging Face folder: vocab.json + merges.txt, or tokenizer.json.
+
+        `max_length` None takes the folder's `model_max_length`, or CLIP's 77 if it names none. A
+        missing or malformed file is a UserError naming it.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        named = {**_NAMED, **{key: config[key] for key in _NAMED if config.get(key) is not None}}
+        declared = config.get("added_tokens_decoder")
+        if declared is None:
+            mapped = _read_json(folder / "special_tokens_map.json", optional=True)
+            named.update({key: mapped[key] for key in _NAMED if mapped.get(key) is not None})
+        self._named = {key: _Token.read(value, f"{folder}: {key}") for key, value in named.items()}
+        self._vocab, self._merges, in_file = _read_bpe(folder)
+        if declared is not None:
+            where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+            added = [_Token.read(value, where, index=int(key)) for key, value in declared.items()]
+        else:
+            special = {token.content for token in self._named.values()}
+            legacy = _read_json(folder / "added_tokens.json", optional=True)
+            added = [_legacy_token(text, index, text in special) for text, index in legacy.items()]
+            added += [token for token in in_file if token.content not in legacy]
+        self._added = tuple(sorted(added, key=lambda token: token.index))
+        if max_length is None:
+            limit = config.get("model_max_length", _CONTEXT)
+            max_length = _CONTEXT if limit > _NO_LIMIT else int(limit)
         if max_length < 3:
-            raise ValueError(f"tokenizer: max_length {max_length} leaves no room for a word")
-        named = {
-            key: _Token.read(value, key) for key, value in {**_NAMED, **(special or {})}.items()
-        }
+            raise UserError(f"{folder}: max_length {max_length} leaves no room for a word")
         self.max_length = max_length
-        self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
-        self._named, self._added = named, tuple(added)
+        self._backend = self._build(folder)
+
+    def _build(self, folder: Path) -> tokenizers.Tokenizer:
+        named = self._named
         backend = _backend(self._vocab, self._merges, named["unk_token"].content)
-        for token in sorted(added, key=lambda token: -1 if token.index is None else token.index):
+        for token in self._added:
             backend.add_tokens([token.added(special=False)])
             found = backend.token_to_id(token.content)
-            if token.index is not None and found != token.index:
+            if found != token.index:
                 raise UserError(
-                    f"tokenizer: added token {token.content!r} should have id {token.index}, "
-                    f"but follows the vocabulary at {found}"
+                    f"{folder}: added token {token.content!r} should have id {token.index}, "
+                    f"but the vocabulary puts it at {found}"
                 )
-        present = {token.content for token in added}
+        present = {token.content for token in self._added}
         for token in named.values():
             if token.content not in present:
                 backend.add_tokens([token.added(special=True)])
@@ -115,43 +132,11 @@ class Tokenizer:
             False,
             False,
         )
-        backend.enable_truncation(max_length)
+        backend.enable_truncation(self.max_length)
         backend.enable_padding(
-            length=max_length, pad_id=self.pad_token_id, pad_token=named["pad_token"].content
+            length=self.max_length, pad_id=self.pad_token_id, pad_token=named["pad_token"].content
         )
-        self._backend = backend
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike, *, max_length: int | None = None) -> Self:
-        """From a Hugging Face folder: vocab.json + merges.txt, or tokenizer.json.
-
-        `max_length` None takes the folder's `model_max_length`, or CLIP's 77 if it names none. A
-        missing or malformed file is an error naming it.
-        """
-        folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json", optional=True)
-        special = {key: config[key] for key in _NAMED if config.get(key) is not None}
-        declared = config.get("added_tokens_decoder")
-        if declared is None:
-            mapped = _read_json(folder / "special_tokens_map.json", optional=True)
-            special.update({key: mapped[key] for key in _NAMED if mapped.get(key) is not None})
-        vocab, merges, in_file = _read_bpe(folder)
-        if declared is not None:
-            where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
-            added = [_Token.read(value, where, index=int(key)) for key, value in declared.items()]
-        else:
-            legacy = _read_json(folder / "added_tokens.json", optional=True)
-            names = {_Token.read(value, "special token").content for value in special.values()}
-            added = [
-                _Token(text, (("normalized", text not in names), ("special", text in names)), index)
-                for text, index in legacy.items()
-            ]
-            known = {token.content for token in added}
-            added += [token for token in in_file if token.content not in known]
-        if max_length is None:
-            limit = config.get("model_max_length", _CONTEXT)
-            max_length = _CONTEXT if limit > _NO_LIMIT else int(limit)
-        return cls(vocab, merges, max_length=max_length, special=special, added=added)
+        return backend
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b t"]:
         """Ids (b, max_length) int32: start, words, end, padding; long texts are cut before end."""
@@ -167,29 +152,16 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the four files of a Stable Diffusion tokenizer folder, which transformers loads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         named = {key: token.content for key, token in self._named.items()}
         flagged = {token.content: _flagged(token) for token in self._added}
         for token in self._named.values():
             if token.flags != _SPECIAL:
                 flagged.setdefault(token.content, {**_flagged(token), "special": True})
-        config = {
-            "add_prefix_space": False,
-            "do_lower_case": True,
-            "errors": "replace",
-            "model_max_length": self.max_length,
-            "tokenizer_class": "CLIPTokenizer",
-            **named,
-        }
+        config: dict[str, Any] = {"model_max_length": self.max_length, **named}
         if flagged:
             ids = {str(self._backend.token_to_id(text)): flags for text, flags in flagged.items()}
             config["added_tokens_decoder"] = ids
-        _write_json(folder / "vocab.json", self._vocab, indent=None)
-        _write_json(folder / "tokenizer_config.json", config)
-        _write_json(folder / "special_tokens_map.json", named)
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write_folder(Path(folder), self._vocab, self._merges, config)
 
 
 def train_tokenizer(
@@ -199,7 +171,8 @@ def train_tokenizer(
 
     The vocabulary is laid out as OpenAI's: the 256 bytes, the same closing a word, merges, start
     and, highest of all, end of text. So any text can be tokenized, and `vocab_size` is at least
-    514; it is an upper limit, since few texts give few merges.
+    514. It is met exactly: where the texts give too few merges, reserved tokens that no text
+    produces fill the gap before the start token.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     fixed = 2 * len(letters) + 2
@@ -224,10 +197,26 @@ def train_tokenizer(
         if left + right not in known:
             known.add(left + right)
             words.append(left + right)
-    vocab = {word: index for index, word in enumerate([*words, _BOS, _EOS])}
-    trained = Tokenizer(vocab, merges, max_length=max_length)
-    trained.save(folder)
-    return trained
+    spare = [f"<|reserved_{i}|>" for i in range(vocab_size - 2 - len(words))]
+    vocab = {word: index for index, word in enumerate([*words, *spare, _BOS, _EOS])}
+    folder = Path(folder)
+    _write_folder(folder, vocab, merges, {"model_max_length": max_length, **_NAMED})
+    return Tokenizer(folder)
+
+
+def _write_folder(folder: Path, vocab: dict, merges: Iterable, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed = {
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    _write_json(folder / "vocab.json", vocab, indent=None)
+    _write_json(folder / "tokenizer_config.json", fixed | config)
+    _write_json(folder / "special_tokens_map.json", {key: config[key] for key in _NAMED})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _backend(vocab: dict, merges: list, unknown: str) -> tokenizers.Tokenizer:
@@ -272,7 +261,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list
             )
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         added = [
-            _Token.read(token, str(whole), index=token.get("id"))
+            _Token.read(token, str(whole), index=int(token.get("id", -1)))
             for token in content.get("added_tokens", [])
         ]
         return model["vocab"], [_pair(pair, whole) for pair in merges], added
@@ -297,6 +286,11 @@ def _pair(parts: Sequence[str], path: Path) -> tuple[str, str]:
     if len(parts) != 2:
         raise UserError(f"{path}: a merge joins two tokens, got {' '.join(parts)!r}")
     return parts[0], parts[1]
+
+
+def _legacy_token(text: str, index: int, special: bool) -> _Token:
+    """An entry of added_tokens.json, with the flags that transformers gives it."""
+    return _Token(text, (("normalized", not special), ("special", special)), index)
 
 
 def _flagged(token: _Token) -> dict[str, Any]:
