@@ -1,5 +1,6 @@
 """Copying a torch network's weights by name into an NNX one, for the parity tests."""
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -30,7 +31,7 @@ def copy_weights(module: torch.nn.Module, model: nnx.Module) -> None:
         if leaf == "kernel":
             value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
         assert value.shape == variable.shape, (name, value.shape, variable.shape)
-        _node(model, path)[...] = np.ascontiguousarray(value)
+        _node(model, path).set_value(jnp.asarray(value))
     assert not tensors, f"left over: {sorted(tensors)}"
 
 
