@@ -15,10 +15,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import layers
 from jaxsynth.models.attention import attention
+from jaxsynth.models.fields import known_fields
 
 # The value that transformers wrote into every CLIP config before its pull request 24773; it means
 # "the highest id of the sequence", as OpenAI's end-of-text token is the last of the vocabulary.
-_LEGACY_EOS = 2
+LEGACY_EOS = 2
+
+# Statistics of the images that OpenAI trained on, per channel of pixels in [0, 1].
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Fields of a Hugging Face config.json that do not change what these networks compute.
 _IRRELEVANT_NAMES = """
@@ -64,7 +69,7 @@ class CLIPTextConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
         """From a text encoder's config.json; an unknown field is a ValueError naming it."""
-        return cls(**_known_fields(cls, config))
+        return cls(**known_fields(cls, config, ignored=_IRRELEVANT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ class CLIPVisionConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
         """From a vision tower's config.json; an unknown field is a ValueError naming it."""
-        return cls(**_known_fields(cls, config))
+        return cls(**known_fields(cls, config, ignored=_IRRELEVANT))
 
     @property
     def num_patches(self) -> int:
@@ -130,18 +135,7 @@ class CLIPConfig:
             source = override if override is not None else config.pop(name, None)
             config.pop(name, None)
             towers[name] = tower.from_dict(source or {})
-        return cls(**_known_fields(cls, config), **towers)
-
-
-def _known_fields(cls: type, config: dict[str, Any]) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(cls)}
-    known = {}
-    for key, value in config.items():
-        if key in fields:
-            known[key] = value
-        elif not key.startswith("_") and key not in _IRRELEVANT:
-            raise ValueError(f"{cls.__name__}: unknown field {key!r}; expected {sorted(fields)}")
-    return known
+        return cls(**known_fields(cls, config, ignored=_IRRELEVANT), **towers)
 
 
 def _check_tower(config: CLIPTextConfig | CLIPVisionConfig) -> None:
@@ -321,7 +315,7 @@ class CLIPTextTransformer(nnx.Module):
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         states = self.encoder(self.embeddings(input_ids), mask, causal=True)
         last = self.final_layer_norm(states[-1])
-        legacy = self.eos_token_id == _LEGACY_EOS
+        legacy = self.eos_token_id == LEGACY_EOS
         scores = input_ids if legacy else input_ids == self.eos_token_id
         pooled = last[jnp.arange(last.shape[0]), jnp.argmax(scores, axis=-1)]
         return CLIPTextOutput(last, pooled, states)

@@ -27,6 +27,7 @@ from tokenizers import (
 )
 
 from jaxsynth.errors import UserError
+from jaxsynth.weights.files import read_json, write_json
 
 _SUFFIX = "</w>"
 _WORDS = (
@@ -82,11 +83,11 @@ class Tokenizer:
         missing or malformed file is a UserError naming it.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        config = read_json(folder / "tokenizer_config.json", optional=True)
         named = {**_NAMED, **{key: config[key] for key in _NAMED if config.get(key) is not None}}
         declared = config.get("added_tokens_decoder")
         if declared is None:
-            mapped = _read_json(folder / "special_tokens_map.json", optional=True)
+            mapped = read_json(folder / "special_tokens_map.json", optional=True)
             named.update({key: mapped[key] for key in _NAMED if mapped.get(key) is not None})
         self._named = {key: _Token.read(value, f"{folder}: {key}") for key, value in named.items()}
         self._vocab, self._merges, in_file = _read_bpe(folder)
@@ -95,7 +96,7 @@ class Tokenizer:
             added = [_Token.read(value, where, index=int(key)) for key, value in declared.items()]
         else:
             special = {token.content for token in self._named.values()}
-            legacy = _read_json(folder / "added_tokens.json", optional=True)
+            legacy = read_json(folder / "added_tokens.json", optional=True)
             added = [_legacy_token(text, index, text in special) for text, index in legacy.items()]
             added += [token for token in in_file if token.content not in legacy]
         self._added = tuple(sorted(added, key=lambda token: token.index))
@@ -212,9 +213,9 @@ def _write_folder(folder: Path, vocab: dict, merges: Iterable, config: dict[str,
         "errors": "replace",
         "tokenizer_class": "CLIPTokenizer",
     }
-    _write_json(folder / "vocab.json", vocab, indent=None)
-    _write_json(folder / "tokenizer_config.json", fixed | config)
-    _write_json(folder / "special_tokens_map.json", {key: config[key] for key in _NAMED})
+    write_json(folder / "vocab.json", vocab, indent=None)
+    write_json(folder / "tokenizer_config.json", fixed | config)
+    write_json(folder / "special_tokens_map.json", {key: config[key] for key in _NAMED})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -253,7 +254,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list
     vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
     whole = folder / "tokenizer.json"
     if whole.exists():
-        content = _read_json(whole)
+        content = read_json(whole)
         model = content.get("model", {})
         if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != _SUFFIX:
             raise UserError(
@@ -267,7 +268,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list
         return model["vocab"], [_pair(pair, whole) for pair in merges], added
     if not vocab_path.exists() and not merges_path.exists():
         raise UserError(f"{folder}: no tokenizer here (vocab.json + merges.txt, or tokenizer.json)")
-    vocab = _read_json(vocab_path)
+    vocab = read_json(vocab_path)
     if not merges_path.exists():
         raise UserError(f"{merges_path}: missing, and there is no tokenizer.json instead")
     lines = merges_path.read_text(encoding="utf-8").split("\n")
@@ -296,22 +297,3 @@ def _legacy_token(text: str, index: int, special: bool) -> _Token:
 def _flagged(token: _Token) -> dict[str, Any]:
     defaults = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {"content": token.content, **defaults, **dict(token.flags)}
-
-
-def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    text = json.dumps(content, ensure_ascii=False, indent=indent, sort_keys=indent is not None)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,366 @@
+"""Models, Stable Diffusion pipelines and CLIP folders in and out of Hugging Face's format.
+
+Everything this package trains on or produces is such a folder, because that is what diffusers and
+transformers load. Loading is strict in both directions: a key too many, a key too few or a shape
+that differs is an error, never a warning, since a silently random layer costs a training run.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsynth.errors import UserError
+from jaxsynth.models.clip import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    LEGACY_EOS,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionModel,
+)
+from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
+from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.weights import files
+from jaxsynth.weights.files import read_json, resolve
+from jaxsynth.weights.names import canonical, from_hf, hf_name, hf_shape, to_hf
+from jaxsynth.weights.tokenizer import Tokenizer
+
+__all__ = [
+    "Clip",
+    "StableDiffusion",
+    "load_clip",
+    "load_model",
+    "load_pipeline",
+    "read_json",
+    "resolve",
+    "save_clip",
+    "save_model",
+    "save_pipeline",
+]
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+_TRANSFORMERS = {
+    CLIPModel: "clip",
+    CLIPTextModel: "clip_text_model",
+    CLIPVisionModel: "clip_vision_model",
+}
+_DIFFUSERS = {UNet2DCondition: "UNet2DConditionModel", AutoencoderKL: "AutoencoderKL"}
+
+# model_index.json of the pipelines that differ only in what surrounds the networks.
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_DIFFUSERS_VERSION = "0.40.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+    """A latent diffusion pipeline; `digest` is the sha256 of its weight files, "" if not loaded."""
+
+    unet: UNet2DCondition
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: Tokenizer
+    scheduler_config: dict[str, Any]
+    folder: Path | None = None
+    digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A CLIP with what its inputs need: images are `(pixels / 255 - mean) / std`, square."""
+
+    model: CLIPModel
+    tokenizer: Tokenizer
+    image_size: int
+    mean: tuple[float, float, float] = IMAGE_MEAN
+    std: tuple[float, float, float] = IMAGE_STD
+    folder: Path | None = None
+    digest: str = ""
+
+
+def load_model(
+    model_cls: Callable[..., Model],
+    config_cls: type,
+    folder: str | os.PathLike,
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+) -> Model:
+    """A network from config.json and safetensors (one file or shards) in `folder`.
+
+    Parameters are stored in `dtype`; `compute_dtype` (default: `dtype`) is what layers compute in.
+    UserError naming file and key for an unknown, missing or doubly given key, a shape other than
+    the config's, an integer tensor, a file that is cut short, or a config field not supported.
+    """
+    folder = Path(folder)
+    config = _config(config_cls, folder / "config.json")
+    compute = dtype if compute_dtype is None else compute_dtype
+    abstract = nnx.eval_shape(lambda: model_cls(config, dtype=compute, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    flat = dict(nnx.to_flat_state(state))
+    values = _read_values(folder, {path: variable.shape for path, variable in flat.items()}, dtype)
+    loaded = [(path, variable.replace(values[path])) for path, variable in flat.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+
+def _read_values(
+    folder: Path, shapes: Mapping[tuple, tuple[int, ...]], dtype: Any
+) -> dict[tuple, jax.Array]:
+    """Each parameter's value, read, checked and laid out one tensor at a time."""
+    targets = {hf_name(path): path for path in shapes}
+    sources: dict[str, tuple[Path, str]] = {}
+    values: dict[tuple, jax.Array] = {}
+    paths = files.weight_files(folder)
+    for file in paths:
+        with files.opened(file) as handle:
+            for key in handle.keys():  # noqa: SIM118, a safetensors handle is no mapping
+                name = canonical(key, targets)
+                if name is None:
+                    continue
+                if name not in targets:
+                    raise UserError(
+                        f"{file}: unknown key {key!r}: the network that config.json describes "
+                        "has no such parameter"
+                    )
+                if name in sources:
+                    other, first = sources[name]
+                    raise UserError(
+                        f"{file}: key {key!r} gives {name!r} a second time, after {first!r} "
+                        f"in {other.name}"
+                    )
+                sources[name] = (file, key)
+                path = targets[name]
+                expected = hf_shape(path[-1], shapes[path])
+                array = from_hf(path[-1], files.read_tensor(handle, file, key, expected))
+                values[path] = jnp.asarray(array, dtype)
+    missing = sorted(targets.keys() - sources.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        where = paths[0] if len(paths) == 1 else folder
+        raise UserError(f"{where}: key {missing[0]!r} missing{more}")
+    return values
+
+
+def save_model(
+    model: nnx.Module,
+    config: Mapping[str, Any] | None,
+    folder: str | os.PathLike,
+    dtype: Any = None,
+) -> None:
+    """Write config.json and one safetensors file that diffusers or transformers loads.
+
+    `config` None takes the model's own; `dtype` None keeps each parameter's. A model that still has
+    adapter layers is a ValueError: merge it first.
+    """
+    folder = Path(folder)
+    tensors: dict[str, np.ndarray] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if "base" in path:
+            raise ValueError(
+                f"save_model: {'.'.join(map(str, path))} belongs to an adapter layer; "
+                "merge the adapters or save them on their own"
+            )
+        value = np.asarray(variable[...])
+        tensors[hf_name(path)] = to_hf(path[-1], value if dtype is None else value.astype(dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    name = _weights_name(model)
+    files.write_tensors(folder / name, tensors)
+    written = dataclasses.asdict(model.config) if config is None else dict(config)
+    files.write_json(folder / "config.json", {**_identity(model), **written})
+
+
+def load_pipeline(
+    name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
+) -> StableDiffusion:
+    """A Stable Diffusion 1.x or 2.x pipeline from a folder, the package ("tiny") or the hub.
+
+    UserError as for `load_model`, and where the parts do not fit together.
+    """
+    folder = resolve(name_or_path)
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in _PIPELINES:
+        raise UserError(
+            f"{folder / 'model_index.json'}: _class_name {kind!r}, expected one of {_PIPELINES}"
+        )
+    dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}
+    unet = load_model(UNet2DCondition, UNet2DConditionConfig, folder / "unet", **dtypes)
+    vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
+    text = load_model(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", **dtypes)
+    tokenizer = Tokenizer(folder / "tokenizer")
+    _check_pipeline(folder, unet, vae, text, tokenizer)
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    parts = ("unet", "vae", "text_encoder")
+    weights = [file for part in parts for file in files.weight_files(folder / part)]
+    return StableDiffusion(
+        unet, vae, text, tokenizer, scheduler_config, folder, files.digest(weights)
+    )
+
+
+def _check_pipeline(folder: Path, unet, vae, text, tokenizer: Tokenizer) -> None:
+    width, latent = text.config.hidden_size, vae.config.latent_channels
+    for field, other, expected in (
+        ("cross_attention_dim", "text_encoder hidden_size", width),
+        ("in_channels", "vae latent_channels", latent),
+        ("out_channels", "vae latent_channels", latent),
+    ):
+        found = getattr(unet.config, field)
+        if found != expected:
+            raise UserError(f"{folder}: unet {field} is {found}, but {other} is {expected}")
+    _check_tokenizer(folder, tokenizer, text.config)
+
+
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
+    for what, found, field in (
+        ("ids", tokenizer.vocab_size, "vocab_size"),
+        ("tokens a text", tokenizer.max_length, "max_position_embeddings"),
+    ):
+        limit = getattr(config, field)
+        if found > limit:
+            raise UserError(
+                f"{folder}: the tokenizer gives {found} {what}, "
+                f"but the text encoder's {field} is {limit}"
+            )
+
+
+def _check_end(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
+    """Pooling finds the end-of-text token by its id, or takes the first token if it is not there."""
+    highest = tokenizer.vocab_size - 1
+    expected = highest if config.eos_token_id == LEGACY_EOS else config.eos_token_id
+    if tokenizer.eos_token_id != expected:
+        raise UserError(
+            f"{folder}: the tokenizer's end of text is {tokenizer.eos_token_id}, but the text "
+            f"tower's eos_token_id {config.eos_token_id} looks for {expected}"
+        )
+
+
+def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: Any = None) -> None:
+    """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` and we load.
+
+    `dtype` None keeps each parameter's. The scheduler's class is its config's `_class_name`.
+    """
+    folder = Path(folder)
+    scheduler = pipeline.scheduler_config.get("_class_name")
+    if not scheduler:
+        raise ValueError("save_pipeline: scheduler_config has no _class_name, e.g. 'DDIMScheduler'")
+    _check_pipeline(folder, pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    text_config = dataclasses.asdict(pipeline.text_encoder.config) | _ids(pipeline.tokenizer)
+    for part, config in (("unet", None), ("vae", None), ("text_encoder", text_config)):
+        save_model(getattr(pipeline, part), config, folder / part, dtype)
+    pipeline.tokenizer.save(folder / "tokenizer")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    scheduler_config = {"_diffusers_version": _DIFFUSERS_VERSION, **pipeline.scheduler_config}
+    files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    files.write_json(folder / "model_index.json", index)
+
+
+def load_clip(
+    name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
+) -> Clip:
+    """A CLIP with its tokenizer from a folder, the package ("tiny/clip") or the hub.
+
+    Mean and standard deviation are preprocessor_config.json's, or OpenAI's where there is no such
+    file. UserError as for `load_model`, and where the parts do not fit together.
+    """
+    folder = resolve(name_or_path)
+    model = load_model(CLIPModel, CLIPConfig, folder, dtype=dtype, compute_dtype=compute_dtype)
+    tokenizer = Tokenizer(folder)
+    _check_tokenizer(folder, tokenizer, model.config.text_config)
+    _check_end(folder, tokenizer, model.config.text_config)
+    path = folder / "preprocessor_config.json"
+    settings = read_json(path, optional=True)
+    size = _image_size(path, settings, model.config.vision_config.image_size)
+    statistics = {}
+    for name, default in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        values = settings.get(name, default)
+        if len(values) != 3:
+            raise UserError(f"{path}: {name}: expected 3 numbers, got {values}")
+        statistics[name.removeprefix("image_")] = tuple(float(value) for value in values)
+    weights = files.digest(files.weight_files(folder))
+    return Clip(model, tokenizer, size, **statistics, folder=folder, digest=weights)
+
+
+def _image_size(path: Path, settings: Mapping[str, Any], expected: int) -> int:
+    """The side of the images; UserError if the preprocessor's is not the network's."""
+    size = settings.get("crop_size", settings.get("size", expected))
+    sides = set(size.values()) if isinstance(size, Mapping) else {size}
+    if sides != {expected}:
+        raise UserError(f"{path}: crop_size {size}, but the network's image_size is {expected}")
+    return expected
+
+
+def save_clip(clip: Clip, folder: str | os.PathLike, dtype: Any = None) -> None:
+    """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPProcessor load."""
+    folder = Path(folder)
+    _check_tokenizer(folder, clip.tokenizer, clip.model.config.text_config)
+    _check_end(folder, clip.tokenizer, clip.model.config.text_config)
+    config = dataclasses.asdict(clip.model.config)
+    config["text_config"].update(_ids(clip.tokenizer), model_type="clip_text_model")
+    config["vision_config"]["model_type"] = "clip_vision_model"
+    save_model(clip.model, config, folder, dtype)
+    clip.tokenizer.save(folder)
+    size = clip.image_size
+    preprocessor = {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(clip.mean),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(clip.std),
+        # PIL's number for bicubic.
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+    files.write_json(folder / "preprocessor_config.json", preprocessor)
+
+
+def _config(config_cls: type, path: Path) -> Any:
+    try:
+        return config_cls.from_dict(read_json(path))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _weights_name(model: nnx.Module) -> str:
+    if type(model) in _TRANSFORMERS:
+        return files.TRANSFORMERS_WEIGHTS
+    return files.DIFFUSERS_WEIGHTS
+
+
+def _identity(model: nnx.Module) -> dict[str, Any]:
+    """What the other libraries need to recognise a config.json."""
+    if type(model) in _TRANSFORMERS:
+        kind = type(model).__name__
+        return {"architectures": [kind], "model_type": _TRANSFORMERS[type(model)]}
+    name = _DIFFUSERS.get(type(model), type(model).__name__)
+    return {"_class_name": name, "_diffusers_version": _DIFFUSERS_VERSION}
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Fields that transformers would otherwise fill with ids beyond a small vocabulary."""
+    return {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
