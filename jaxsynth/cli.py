@@ -57,6 +57,17 @@ several machines (the same command on each):
   elsewhere give --coordinator_address, --num_processes and --process_id, or set
   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
+_CONVERT_EPILOG = """\
+formats of an adapter:
+  peft         a folder with adapter_config.json and adapter_model.safetensors; one such folder
+               for each network when there are several
+  diffusers    pytorch_lora_weights.safetensors, for pipeline.load_lora_weights
+
+formats of an image store:
+  imagefolder  a folder per class, for torchvision and Hugging Face datasets
+  webdataset   numbered tar files
+  parquet      numbered Parquet files with an image column, for Hugging Face datasets
+"""
 
 
 def _datadream() -> ModuleType:
@@ -143,8 +154,8 @@ def run(args: argparse.Namespace) -> None:
         there = _read_run(workdir)["method"]
         if there != name:
             raise UsageError(f"{workdir} holds a run of method {there}, this config is for {name}")
-    elif first:
-        workdir.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if first and not (workdir / RUN_FILE).exists():
         write_json(workdir / RUN_FILE, record)
 
     devices = jax.devices()
@@ -171,6 +182,14 @@ def report(args: argparse.Namespace) -> None:
             raise UsageError(f"{workdir}: method {name} has no report, only {', '.join(REPORTS)}")
         page = METHODS[name]().report(workdir)
         console.print(str(page or workdir), markup=False)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`jaxsynth convert`: an adapter or an image store in another tool's format."""
+    from jaxsynth.convert import convert
+    from jaxsynth.training.console import console
+
+    console.print(convert(args.source, args.target, args.to), markup=False)
 
 
 def _read_run(workdir: Path) -> dict[str, Any]:
@@ -277,7 +296,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=version)
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
-    subparsers = {"run": _run_parser(verbs), "report": _report_parser(verbs)}
+    subparsers = {
+        "run": _run_parser(verbs),
+        "report": _report_parser(verbs),
+        "convert": _convert_parser(verbs),
+    }
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -321,6 +344,22 @@ def _report_parser(verbs) -> argparse.ArgumentParser:
     )
     parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
     parser.set_defaults(call=report)
+    return parser
+
+
+def _convert_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "convert",
+        help="write an adapter or an image store in another tool's format",
+        description="Write an adapter or an image store in another tool's format. What SRC is, is "
+        "seen from its files.",
+        usage="jaxsynth convert SRC DST --to=FORMAT",
+        epilog=_CONVERT_EPILOG,
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="what to read")
+    parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
+    parser.set_defaults(call=convert)
     return parser
 
 

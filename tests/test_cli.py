@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -174,3 +175,60 @@ def test_help_reads_well_and_does_not_wait_for_jax():
     )
     assert "--config.FIELD=VALUE" in done.stdout and done.stdout.endswith("False\n")
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+_TWO = """
+import dataclasses, sys, types
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 1)
+from jaxsynth import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    value: float = 0.0
+
+def run(config, workdir):
+    from jax.experimental.multihost_utils import process_allgather
+    total = process_allgather(np.float32(config.value * (1 + jax.process_index()))).sum()
+    (workdir / f"{jax.process_index()}.txt").write_text(f"{jax.process_count()} {total}")
+
+cli.METHODS["two"] = lambda: types.SimpleNamespace(Config=Config, run=run)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_meet_by_the_environment(tmp_path):
+    (tmp_path / "two.py").write_text("def get_config():\n    return {'method': 'two'}\n")
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
+        "JAXSYNTH_CACHE": "off",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "-c", _TWO, "run", "--config=two.py", "--workdir=w"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--config.value=2"],
+            cwd=tmp_path,
+            env={**environment, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [(tmp_path / "w" / f"{i}.txt").read_text() for i in range(2)] == ["2 6.0"] * 2
+    assert "2 x cpu: two in w" in outputs[0][0]
+    assert "jaxsynth" not in outputs[1][0] and "Done" not in outputs[1][0]

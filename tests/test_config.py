@@ -86,7 +86,7 @@ def test_text_is_read_by_the_fields_type():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        (("data.sorce", "x"), r"config\.data\.sorce: no such field; did you mean source\?"),
+        (("data.sourc", "x"), r"config\.data\.sourc: no such field; did you mean source\?"),
         (("zzz", "x"), r"config\.zzz: no such field; the fields here are data, optim, .*extra"),
         (("steps", "ten"), r"config\.steps='ten': expected an integer"),
         (("steps", "1.5"), r"config\.steps='1\.5': expected an integer"),
@@ -140,8 +140,8 @@ def test_load_config_reads_variants_and_names_what_is_wrong(tmp_path):
     assert load_config(str(good))["variant"] == "full"
     with pytest.raises(ConfigError, match=r"good\.py, variant 'tny': unknown variant 'tny'"):
         load_config(f"{good}:tny")
-    with pytest.raises(ConfigError, match=r"godd\.py' does not exist; .* holds good\.py"):
-        load_config(str(tmp_path / "godd.py"))
+    with pytest.raises(ConfigError, match=r"goood\.py' does not exist; .* holds good\.py"):
+        load_config(str(tmp_path / "goood.py"))
     (tmp_path / "bad.py").write_text("def get_config(:\n")
     with pytest.raises(ConfigError, match=r"bad\.py, line 1"):
         load_config(str(tmp_path / "bad.py"))

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The main job on a fresh machine that has Python >= 3.11 and git: makes .venv, then runs DataDream
+# on scikit-learn's handwritten digits with the base model in this repository. On two CPU cores it
+# ends within 10 minutes with a table and runs/demo/report.html; started again, it goes on.
+#
+#   launch/demo.sh [--config.FIELD=VALUE ...]     environment variables: launch/environment.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare requirements-demo.txt
+cd "$repository"
+exec "$venv/bin/jaxsynth" run --config=configs/datadream.py:tiny --workdir=runs/demo "$@"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The tests on a fresh machine that has Python >= 3.11 and git: makes .venv, then runs pytest.
+#
+#   launch/test.sh [PYTEST ARGUMENTS]             environment variables: launch/environment.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare requirements-test.txt
+cd "$repository"
+exec "$venv/bin/python" -m pytest "$@"
