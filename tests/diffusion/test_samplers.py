@@ -115,8 +115,6 @@ def test_ddim_from_zero_terminal_snr():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_pndm(spacing, prediction):
     for steps, one in itertools.product((1, 2, 3, *STEPS), (False, True)):
-        if steps == 1 and spacing == "trailing":
-            continue  # covered by the other spacings; diffusers starts at a single t = 999 alike
         config = {
             "skip_prk_steps": True,
             "set_alpha_to_one": one,
