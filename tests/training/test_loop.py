@@ -1,0 +1,252 @@
+"""The loop: what it reports, when it stops, and that an interrupted run ends with the same bits."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_net
+from rich.console import Console
+
+from jaxsynth.training.checkpoint import CheckpointError, Checkpoints
+from jaxsynth.training.loop import Constant, NonFiniteError, fit
+from jaxsynth.training.metrics import MetricsWriter, read_metrics
+from jaxsynth.training.step import (
+    init_stacked,
+    init_state,
+    make_train_step,
+    scan_steps,
+    stacked,
+)
+
+TX = optax.adam(1e-2)
+OUT = Console(file=io.StringIO())
+
+
+def _loss(trainable, frozen, batch, key):
+    error = batch["x"] @ trainable["w"] - frozen["shift"] + 0.1 * jax.random.normal(key)
+    return (error**2).mean(), {"bias": error.mean()}
+
+
+STEP = make_train_step(_loss, TX)
+FROZEN = {"shift": jnp.ones(())}
+
+
+def _state(key):
+    return init_state({"w": jnp.ones((3,))}, TX, key)
+
+
+class Rows(small_net.Batches):
+    def __next__(self):
+        return {"x": super().__next__()["x"][:, 0, 0, :]}
+
+
+def _fit(state, batches, steps, **options):
+    return fit(state, FROZEN, batches, STEP, steps=steps, console=OUT, **options)
+
+
+def _same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_it_trains_and_reports_means(tmp_path, key):
+    with MetricsWriter(tmp_path) as metrics:
+        state = _fit(_state(key), Rows(), 10, metrics=metrics, log_every=4)
+    assert int(state.step) == 10
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [4, 8, 10]
+    plain, losses, batches = _state(key), [], Rows()
+    for _ in range(10):
+        plain, values = jax.jit(STEP)(plain, FROZEN, next(batches))
+        losses.append(float(values["loss"]))
+    _same(plain.trainable, state.trainable)
+    np.testing.assert_allclose(lines[1]["loss"], np.mean(losses[4:8]), rtol=1e-6)
+    assert set(lines[0]) == {"step", "loss", "grad_norm", "bias", "steps_per_second"}
+
+
+def test_resumed_equals_uninterrupted(tmp_path, key):
+    whole = _fit(_state(key), Rows(), 9)
+    for steps in (4, 6, 9):
+        with Checkpoints(tmp_path / "c", every=3) as checkpoint, MetricsWriter(tmp_path) as metrics:
+            state = _fit(
+                _state(key), Rows(), steps, checkpoint=checkpoint, metrics=metrics, log_every=2
+            )
+    _same(whole, state)
+    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 9
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_bits(tmp_path, compilation_cache):
+    def run(name, die_at):
+
+        environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
+        script = Path(__file__).parent / "worker.py"
+        return subprocess.run(
+            [sys.executable, str(script), "resume", str(tmp_path / name), "20", str(die_at)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    done = run("whole", -1)
+    assert done.returncode == 0, done.stderr
+    for die_at in (7, 15):  # between two checkpoints, and while one may still be on its way
+        assert run("killed", die_at).returncode == -signal.SIGKILL
+        assert not (tmp_path / "killed" / "manifest.json").exists()
+    done = run("killed", -1)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stdout
+    with (
+        np.load(tmp_path / "whole" / "state.npz") as one,
+        np.load(tmp_path / "killed" / "state.npz") as two,
+    ):
+        assert one.files == two.files
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], two[name])
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
+    assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
+
+
+def test_a_nan_stops_at_its_step(tmp_path, key):
+    class Bad(Rows):
+        def __next__(self):
+            batch = super().__next__()
+            return {"x": batch["x"] * (np.nan if self.index == 6 else 1)}
+
+    with (
+        Checkpoints(tmp_path / "c", every=2) as checkpoint,
+        pytest.raises(NonFiniteError, match="loss is not finite at step 6"),
+    ):
+        _fit(_state(key), Bad(), 20, checkpoint=checkpoint)
+    with Checkpoints(tmp_path / "c", every=2) as checkpoint:
+        assert checkpoint.latest == 4
+
+
+def test_scanned_steps_in_the_loop(tmp_path, key):
+    data = jnp.asarray(np.random.default_rng(0).standard_normal((5, 8, 3)), jnp.float32)
+
+    def batch_fn(step, data):
+        return {"x": data[step % 5]}
+
+    class Cycle:
+        index = -1
+
+        def __next__(self):
+            self.index += 1
+            return batch_fn(self.index, data)
+
+    options = {"steps": 12, "console": OUT}
+    plain = fit(_state(key), FROZEN, Cycle(), STEP, **options)
+    scanned = scan_steps(STEP, batch_fn, 4)
+    options["steps_per_call"] = 4
+    with MetricsWriter(tmp_path) as metrics:
+        fast = fit(
+            _state(key), FROZEN, Constant(data), scanned, metrics=metrics, log_every=6, **options
+        )
+    np.testing.assert_allclose(plain.trainable["w"], fast.trainable["w"], rtol=1e-5)
+    assert [x["step"] for x in read_metrics(tmp_path / "metrics.jsonl")] == [8, 12]
+    with pytest.raises(NonFiniteError, match="one of the steps 1 to 4"):
+        fit(_state(key), FROZEN, Constant(data * jnp.nan), scanned, **options)
+    with pytest.raises(ValueError, match="12 steps are left, not divisible by steps_per_call=5"):
+        fit(_state(key), FROZEN, Constant(data), scanned, **{**options, "steps_per_call": 5})
+
+
+def test_stacked_adapters_in_the_loop(tmp_path, key):
+    state = init_stacked({"w": jnp.ones((2, 3))}, TX, jax.random.split(key, 2))
+    step = stacked(STEP, batch_axis=None)
+    with Checkpoints(tmp_path / "c", every=2) as checkpoint, MetricsWriter(tmp_path) as metrics:
+        options = {"steps": 4, "log_every": 2, "console": OUT, "metrics": metrics}
+        state = fit(state, FROZEN, Rows(), step, checkpoint=checkpoint, **options)
+    assert state.step.tolist() == [4, 4]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")[0]["loss"]) == 2
+    bad = init_stacked({"w": jnp.array([[1.0] * 3, [jnp.inf] * 3])}, TX, jax.random.split(key, 2))
+    with pytest.raises(NonFiniteError, match=r"loss of adapters \[1\] is not finite at step 1"):
+        fit(bad, FROZEN, Rows(), step, steps=2, console=OUT)
+
+
+def test_stopping_early_is_for_good(tmp_path, key):
+    asked = []
+
+    def stop(step, values):
+        asked.append((step, values["eval/score"]))
+        return step >= 4
+
+    for _ in range(2):
+        with Checkpoints(tmp_path / "c", every=100) as checkpoint:
+            state = _fit(
+                _state(key),
+                Rows(),
+                20,
+                checkpoint=checkpoint,
+                log_every=0,
+                evaluate=lambda state: {"score": float(state.trainable["w"].sum())},
+                evaluate_every=2,
+                stop_fn=stop,
+            )
+        assert int(state.step) == 4
+    assert [step for step, _ in asked] == [2, 4]
+
+
+def test_batches_that_end_early_are_an_error(key):
+    with pytest.raises(RuntimeError, match="the batches ended at step 3 of 5"):
+        _fit(_state(key), Rows(end=3), 5)
+
+
+def test_the_same_step_function_is_compiled_once(key):
+    traces = []
+
+    def counted(trainable, frozen, batch, key):
+        traces.append(1)
+        return _loss(trainable, frozen, batch, key)
+
+    step = make_train_step(counted, TX)
+    for _ in range(2):
+        fit(_state(key), FROZEN, Rows(), step, steps=2, console=OUT)
+    assert len(traces) == 1
+
+
+def test_another_base_or_another_state_is_refused(tmp_path, key):
+    def open_with(identity):
+        return Checkpoints(tmp_path / "c", every=1, identity=identity)
+
+    with open_with({"base": "abc"}) as checkpoint:
+        _fit(_state(key), Rows(), 2, checkpoint=checkpoint)
+    with (
+        open_with({"base": "xyz"}) as checkpoint,
+        pytest.raises(CheckpointError, match=r'identity\.base: "abc" -> "xyz"'),
+    ):
+        _fit(_state(key), Rows(), 4, checkpoint=checkpoint)
+    wide = init_state({"w": jnp.ones((4,))}, TX, key)
+    with (
+        open_with({"base": "abc"}) as checkpoint,
+        pytest.raises(CheckpointError, match=r'trainable.w: "float32\[3\]" -> "float32\[4\]"'),
+    ):
+        checkpoint.restore(wide, Rows())
+    with (
+        open_with({"base": "abc"}) as checkpoint,
+        pytest.raises(CheckpointError, match="have no set_state"),
+    ):
+        checkpoint.restore(_state(key), iter([]))
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path, key):
+    with Checkpoints(tmp_path / "c", every=1, keep=2) as checkpoint:
+        _fit(_state(key), Rows(), 5, checkpoint=checkpoint)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["4", "5"]
