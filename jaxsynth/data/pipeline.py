@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from jaxsynth.data.sources import ImageSource, Record, SourceError, cached
 
@@ -91,6 +92,9 @@ def _iterator(batches: grain.MapDataset, num_workers: int, num_threads: int):
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     dataset = batches.to_iter_dataset(options)
     if num_workers:
+        # Grain reads absl flags to start workers, which fails in a program that never parsed any.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(dataset)
 
@@ -177,7 +181,8 @@ def mixed_batches(
     """Batches {"image", "label", "is_real"} with the same number of real images in each, first.
 
     The counts are fixed (`real_count`), so neither part of a loss over both is ever empty. Each
-    kind is shuffled and repeated on its own, without end or for `steps` batches.
+    kind is shuffled and repeated on its own, without end or for `steps` batches. In a batch put
+    together from several processes, real images come first within each process's part.
     """
     if process_count > 1 and batch_size % process_count:
         raise SourceError(

@@ -181,6 +181,8 @@ class StoreWriter:
                 )
         base = _shard(self.folder, shard)
         base.with_suffix(".seal").unlink(missing_ok=True)
+        for stale in self.folder.glob(f"{base.name}.*partial"):  # of a run that was killed
+            stale.unlink()
         part = base.with_name(f"{base.name}.{os.getpid()}.partial")
         # PNG does not compress further; groups of one keep random access cheap.
         writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")

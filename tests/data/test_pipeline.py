@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
 
 from jaxsynth.data.pipeline import eval_batches, mixed_batches, real_count, train_batches
 from jaxsynth.data.sources import ArraySource, SourceError
@@ -73,7 +74,9 @@ def test_processes_read_disjoint_parts():
         train_batches(source(12), 5, 0, process_count=2)
 
 
+@pytest.mark.multiprocess
 def test_worker_processes_give_the_same_batches():
+    flags.FLAGS.unparse_flags()  # as in a program that uses no absl flags
     args = (source(10), 4, 3, noise)
     here, there = train_batches(*args, epochs=1), train_batches(*args, epochs=1, num_workers=1)
     for a, b in zip(here, there, strict=True):

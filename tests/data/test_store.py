@@ -68,12 +68,13 @@ def test_restart_writes_only_what_is_missing(tmp_path):
     before = (tmp_path / "00001.array_record").stat().st_mtime_ns
     # What a kill in the middle of a shard leaves: its files without the seal.
     (tmp_path / "00002.array_record").write_bytes(b"half")
+    (tmp_path / "00002.jsonl.123.partial").write_bytes(b"half")
     with pytest.raises(StoreError, match="incomplete, 2 of 3 shards are missing"):
         ImageStore(tmp_path)
     again = StoreWriter(tmp_path, CLASSES, 11, shard_size=4)
     assert again.done_shards() == {1} and again.pending() == [0, 2]
     fill(again, again.pending())
-    assert len(ImageStore(tmp_path)) == 11
+    assert len(ImageStore(tmp_path)) == 11 and not list(tmp_path.glob("*.partial"))
     assert (tmp_path / "00001.array_record").stat().st_mtime_ns == before
 
 
