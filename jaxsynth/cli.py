@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if assignments and args.verb != "run":
             raise UsageError(f"--config.{assignments[0][0]}: only `jaxsynth run` has config fields")
         args.assignments, args.argv = assignments, argv
-        _let_grain_read_flags()
+        _prepare_libraries()
         args.call(args)
     except KeyboardInterrupt:
         errors.print(
@@ -252,7 +252,9 @@ def _count(value: int | None, variable: str) -> int | None:
         raise UsageError(f"{variable}={text!r}: expected an integer") from None
 
 
-def _let_grain_read_flags() -> None:
+def _prepare_libraries() -> None:
+    # transformers, which only reads tokenizers here, advises everyone to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # ArrayRecord and Grain define absl flags, and reading one that nobody has parsed raises.
     from absl import flags
 

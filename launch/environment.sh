@@ -54,6 +54,7 @@ create_environment() {
   else
     echo "error: $found cannot make a virtual environment:" >&2
     tail -n 5 "$venv.log" >&2
+    rm -f "$venv.log"
     echo "On Debian and Ubuntu: apt install python3-venv" >&2
   fi
   exit 1

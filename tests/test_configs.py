@@ -1,0 +1,35 @@
+"""Every config file, in every variant, gives what its method takes, and says how it is run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from jaxsynth import cli
+from jaxsynth.config import ConfigError, load_config, to_dataclass
+
+FOLDER = Path(__file__).parent.parent / "configs"
+FILES = sorted(FOLDER.glob("*.py"))
+# A config file that is not listed here fails, so that none goes untested.
+VARIANTS = {"datadream": ("", "tiny", "sd21"), "tiny_base": ("", "smoke")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_says_its_command_and_refuses_an_unknown_variant(path):
+    documentation = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert f"jaxsynth run --config=configs/{path.name}" in documentation
+    with pytest.raises(ConfigError, match="no-such-variant"):
+        load_config(f"{path}:no-such-variant")
+
+
+@pytest.mark.parametrize(
+    ("path", "variant"),
+    [(path, variant) for path in FILES for variant in VARIANTS.get(path.stem, ("unlisted",))],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_each_variant_is_what_its_method_takes(path, variant):
+    values = load_config(f"{path}:{variant}" if variant else str(path))
+    method = cli.METHODS[values["method"]]()
+    if "method" not in method.Config.__dataclass_fields__:
+        del values["method"]
+    assert isinstance(to_dataclass(method.Config, values), method.Config)
