@@ -233,7 +233,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig)
 
 
 def _check_end(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
-    """Pooling finds the end-of-text token by its id, or takes the first token if it is not there."""
+    """Pooling looks for the end of text by its id, and takes the first token if it is not there."""
     highest = tokenizer.vocab_size - 1
     expected = highest if config.eos_token_id == LEGACY_EOS else config.eos_token_id
     if tokenizer.eos_token_id != expected:
