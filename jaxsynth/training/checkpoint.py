@@ -82,6 +82,7 @@ class Checkpoints:
         Raises:
             CheckpointError: another identity, or another set of names or shapes; each is named.
         """
+        self._orbax.wait()  # the newest may still be on its way to the disk
         where = self.folder / str(self.latest)
         note = _Note({})
         self._orbax.load_checkpointables(None, {"run": note})
