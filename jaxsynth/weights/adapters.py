@@ -11,20 +11,20 @@ same state.
 """
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from jaxsynth.adapters.base import AdapterState, Maker, inject, load_state, matches
 from jaxsynth.adapters.lora import LoRAConfig, lora
+from jaxsynth.errors import UserError
+from jaxsynth.weights import files, names
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -58,7 +58,7 @@ _OTHER_KINDS = {
     "LoCon (Tucker)": r"\.lora_mid\.",
     "kohya-format": r"\.(lora_down|lora_up)\.weight$",
 }
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 # Fields of peft's LoraConfig that do not change what an adapter computes once it is trained.
@@ -80,38 +80,37 @@ _INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian", "orthogonal
 def attach(model: Model, state: AdapterState) -> Model:
     """A copy of `model` with the adapter of `state` wrapped around its targets and filled in.
 
-    Raises ValueError where the targets and the state's keys, or any two shapes, do not agree.
+    Raises UserError where the targets and the state's keys, or any two shapes, do not agree.
     """
     if type(state.config) not in _MAKERS:
         raise TypeError(f"attach: cannot make adapters of a {type(state.config).__name__}")
     make = _MAKERS[type(state.config)](state.config)
     # The initial values are all replaced: any key will do.
-    adapted = inject(model, make, targets=state.config.targets, rngs=nnx.Rngs(0))
-    return load_state(adapted, state)
+    try:
+        adapted = inject(model, make, targets=state.config.targets, rngs=nnx.Rngs(0))
+        return load_state(adapted, state)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the adapter does not fit this network: {error}") from error
 
 
 def read_peft(folder: str | Path) -> AdapterState:
     """The LoRA state of a peft folder.
 
-    Raises:
-        FileNotFoundError: the folder lacks one of its two files.
-        ValueError: another kind of adapter, a setting that this reader does not implement, an
-            unknown key, a factor without its partner, or a rank other than the configuration's.
+    Raises UserError for a missing file, another kind of adapter, a setting that is not implemented,
+    an unknown key, a factor without its partner, or a rank other than the configuration's.
     """
     folder = Path(folder)
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name}; expected a peft adapter folder")
-    text = (folder / PEFT_CONFIG).read_text(encoding="utf-8")
-    fields = _parse_json(text, folder / PEFT_CONFIG)
-    config = _config_from_peft(fields, folder / PEFT_CONFIG)
+            raise UserError(f"{folder}: no {name}; expected a peft adapter folder")
+    config = _config_from_peft(files.read_json(folder / PEFT_CONFIG), folder / PEFT_CONFIG)
     source = folder / PEFT_WEIGHTS
     tensors, _ = _read_safetensors(source)
     _refuse_other_kinds(tensors, source)
     found = {}
     for key, value in tensors.items():
         if not key.startswith(_PEFT_PREFIX):
-            raise ValueError(f"{source}: key {key} does not start with {_PEFT_PREFIX!r}")
+            raise UserError(f"{source}: key {key} does not start with {_PEFT_PREFIX!r}")
         found[_parse(key, key.removeprefix(_PEFT_PREFIX), source)] = value
     return AdapterState(_arrays(found, config, source), config)
 
@@ -127,7 +126,7 @@ def write_peft(folder: str | Path, state: AdapterState, *, base_model: str | Non
     fields = {**_config_to_peft(state.config), "base_model_name_or_path": base_model}
     # The configuration comes last: a folder that has it is complete.
     _write(folder / PEFT_WEIGHTS, _safetensors(tensors, {"format": "pt"}))
-    _write(folder / PEFT_CONFIG, (_json(fields) + "\n").encode())
+    files.write_json(folder / PEFT_CONFIG, fields)
 
 
 def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
@@ -135,15 +134,18 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
 
     Keys without a component, as `unet.save_lora_adapter` writes them, are the UNet's. Text encoder
     paths always start with "text_model.", whichever transformers wrote them. Without a
-    configuration in the metadata, alpha is the rank. Raises ValueError as `read_peft` does.
+    configuration in the metadata, alpha is the rank. Raises UserError as `read_peft` does.
     """
     source = Path(path)
     source = source / DIFFUSERS_WEIGHTS if source.is_dir() else source
     if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; expected a diffusers LoRA file")
+        raise UserError(f"{source}: no such file; expected a diffusers LoRA file")
     tensors, metadata = _read_safetensors(source)
     _refuse_other_kinds(tensors, source)
-    fields = _parse_json(metadata.get(_METADATA, "{}"), f"{source}, metadata {_METADATA}")
+    try:
+        fields = json.loads(metadata.get(_METADATA, "{}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}: metadata {_METADATA} is not JSON: {error}") from None
     prefixed = any(key.split(".")[0] in _COMPONENTS for key in tensors)
     if not prefixed:
         fields = {f"unet.{name}": value for name, value in fields.items()}
@@ -152,13 +154,11 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
     for key, value in tensors.items():
         component, rest = key.split(".", 1) if prefixed else ("unet", key)
         if component not in _COMPONENTS:
-            raise ValueError(
-                f"{source}: key {key} starts with none of the components {_COMPONENTS}"
-            )
+            raise UserError(f"{source}: key {key} starts with none of the components {_COMPONENTS}")
         name, factor = _parse(key, rest, source)
         pair = (_component_path(component, name), factor)
         if pair in found.setdefault(component, {}):
-            raise ValueError(f"{source}: key {key} gives {pair[0]}.{factor} a second time")
+            raise UserError(f"{source}: key {key} gives {pair[0]}.{factor} a second time")
         found[component][pair] = value
 
     states = {}
@@ -169,30 +169,35 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
             if name.startswith(f"{component}.")
         }
         where = f"{source} ({component})"
-        config = _config_from_peft(own, where) if own else _inferred_config(factors)
+        config = _config_from_peft(own, where) if own else _inferred_config(factors, where)
         states[component] = AdapterState(_arrays(factors, config, where), config)
     return states
 
 
-def write_diffusers(path: str | Path, states: dict[str, AdapterState]) -> None:
+def write_diffusers(target: str | Path, states: dict[str, AdapterState]) -> None:
     """Writes LoRA states by component ("unet", "text_encoder") as the file of a pipeline.
 
-    `path` is the file, or a folder that gets `pytorch_lora_weights.safetensors`.
+    `target` is the file, or a folder that gets `pytorch_lora_weights.safetensors`.
     """
     tensors, fields = {}, {}
     for component, state in states.items():
         if component not in _COMPONENTS:
             raise ValueError(f"component {component!r}: expected one of {_COMPONENTS}")
-        for (name, factor), value in _torch_tensors(state).items():
-            name = _component_path(component, name)
-            tensors[f"{component}.{name}{_diffusers_suffix(name, factor)}"] = value
+        factors = {
+            (_component_path(component, path), factor): value
+            for (path, factor), value in _torch_tensors(state).items()
+        }
+        ends = _diffusers_names(component, {path for path, _ in factors})
+        for (path, factor), value in factors.items():
+            end = ends[path][("lora_A", "lora_B").index(factor)]
+            tensors[f"{component}.{path}{end}"] = value
         for field, value in _config_to_peft(state.config).items():
             fields[f"{component}.{field}"] = value
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path.mkdir(parents=True, exist_ok=True)
-        path = path / DIFFUSERS_WEIGHTS
-    _write(path, _safetensors(tensors, {"format": "pt", _METADATA: _json(fields)}))
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        target.mkdir(parents=True, exist_ok=True)
+        target = target / DIFFUSERS_WEIGHTS
+    _write(target, _safetensors(tensors, {"format": "pt", _METADATA: _json(fields)}))
 
 
 def _component_path(component: str, path: str) -> str:
@@ -203,14 +208,22 @@ def _component_path(component: str, path: str) -> str:
     return f"text_model.{path}"
 
 
-def _diffusers_suffix(path: str, factor: str) -> str:
-    """diffusers names the factors of attention projections otherwise than all others."""
-    direction = {"lora_A": "down", "lora_B": "up"}[factor]
-    if path.endswith(tuple(f".{name}" for name in _ATTENTION)):
-        return f".lora.{direction}.weight"
-    if path.endswith(tuple(f".{name}" for name in _TEXT_ATTENTION)):
-        return f".lora_linear_layer.{direction}.weight"
-    return f".{factor}.weight"
+def _diffusers_names(component: str, paths: Collection[str]) -> dict[str, tuple[str, str]]:
+    """What follows each path in a key: the ends for lora_A and lora_B.
+
+    diffusers has names of its own for attention projections and peft's for all other layers, but
+    reads that mixture only in part: it takes the first key of a UNet for all of them, and a text
+    encoder without an attention projection is refused. So a UNet gets peft's names unless only
+    attention is adapted, and a text encoder diffusers' names where it has no attention adapted.
+    """
+    peft_names = (".lora_A.weight", ".lora_B.weight")
+    if component.startswith("text_encoder"):
+        own = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
+        attention = {path for path in paths if path.rpartition(".")[2] in _TEXT_ATTENTION}
+        return {path: own if path in attention or not attention else peft_names for path in paths}
+    own = (".lora.down.weight", ".lora.up.weight")
+    is_attention = all(path.endswith(_ATTENTION) for path in paths)
+    return dict.fromkeys(paths, own if is_attention else peft_names)
 
 
 def _parse(key: str, name: str, source: Path) -> tuple[str, str]:
@@ -223,14 +236,14 @@ def _parse(key: str, name: str, source: Path) -> tuple[str, str]:
     for suffix, factor in _FACTORS.items():
         if name.endswith(suffix):
             return name.removesuffix(suffix), factor
-    raise ValueError(f"{source}: unknown key {key}")
+    raise UserError(f"{source}: unknown key {key}")
 
 
 def _refuse_other_kinds(tensors: dict[str, Any], source: Path) -> None:
     for kind, pattern in _OTHER_KINDS.items():
         for key in tensors:
             if re.search(pattern, key):
-                raise ValueError(
+                raise UserError(
                     f"{source}: key {key} is of a {kind} adapter; expected a LoRA of peft or "
                     "diffusers"
                 )
@@ -239,12 +252,12 @@ def _refuse_other_kinds(tensors: dict[str, Any], source: Path) -> None:
 def _arrays(found: dict[tuple[str, str], np.ndarray], config: LoRAConfig, source: Any) -> dict:
     """The factors in NNX's layout and float32, checked against each other and the configuration."""
     if not found:
-        raise ValueError(f"{source}: holds no LoRA factors")
+        raise UserError(f"{source}: holds no LoRA factors")
     arrays = {}
     for path in sorted({path for path, _ in found}):
         for factor in ("lora_A", "lora_B"):
             if (path, factor) not in found:
-                raise ValueError(f"{source}: {path} has no {factor}")
+                raise UserError(f"{source}: {path} has no {factor}")
         down, up = found[path, "lora_A"], found[path, "lora_B"]
         rank = config.rank_at(path)
         if (
@@ -253,16 +266,15 @@ def _arrays(found: dict[tuple[str, str], np.ndarray], config: LoRAConfig, source
             or (down.shape[0], up.shape[1]) != (rank, rank)
             or up.shape[2:] not in ((), (1, 1))
         ):
-            raise ValueError(
+            raise UserError(
                 f"{source}: {path} has factors of shapes {down.shape} and {up.shape}, expected "
                 f"({rank}, in) and (out, {rank}), or the convolutions ({rank}, in, kh, kw) and "
                 f"(out, {rank}, 1, 1)"
             )
         if not any(matches(target, path) for target in config.targets):
-            raise ValueError(f"{source}: {path} is not among the targets {config.targets}")
+            raise UserError(f"{source}: {path} is not among the targets {config.targets}")
         for factor, value in (("lora_A", down), ("lora_B", up)):
-            moved = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-            arrays[f"{path}.{factor}"] = jnp.asarray(moved, jnp.float32)
+            arrays[f"{path}.{factor}"] = jnp.asarray(names.from_hf("kernel", value), jnp.float32)
     return arrays
 
 
@@ -281,8 +293,7 @@ def _torch_tensors(state: AdapterState) -> dict[tuple[str, str], np.ndarray]:
             raise ValueError(
                 f"{key} has shape {value.shape}: expected 2 or 4 axes (unstack a stacked state)"
             )
-        moved = value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
-        tensors[path, factor] = np.ascontiguousarray(moved)
+        tensors[path, factor] = names.to_hf("kernel", value)
     # What the reader would refuse must not be written.
     _arrays(tensors, config, "adapter state")
     return tensors
@@ -293,31 +304,34 @@ def _config_from_peft(fields: dict[str, Any], source: Any) -> LoRAConfig:
     fields = dict(fields)
     kind = fields.get("peft_type", "LORA")
     if kind != "LORA":
-        raise ValueError(f"{source}: peft_type is {kind}, expected LORA")
+        raise UserError(f"{source}: peft_type is {kind}, expected LORA")
     targets = fields.pop("target_modules", None)
     if not targets:
-        raise ValueError(f"{source}: target_modules is {targets!r}, expected names or a pattern")
+        raise UserError(f"{source}: target_modules is {targets!r}, expected names or a pattern")
     init = fields.pop("init_lora_weights", True)
     if init not in _INITS:
-        raise ValueError(f"{source}: init_lora_weights {init!r}, expected one of {list(_INITS)}")
+        raise UserError(f"{source}: init_lora_weights {init!r}, expected one of {list(_INITS)}")
     bias = fields.pop("bias", "none")
     if bias != "none":
-        raise ValueError(f"{source}: bias is {bias!r}, expected 'none'")
+        raise UserError(f"{source}: bias is {bias!r}, expected 'none'")
     rank = fields.pop("r", 8)
-    config = LoRAConfig(
-        rank=rank,
-        alpha=fields.pop("lora_alpha", 8) or rank,
-        dropout=fields.pop("lora_dropout", 0.0),
-        # A string is a pattern for the whole path, where a listed name may be the end of one.
-        targets=(f"^(?:{targets})$",) if isinstance(targets, str) else tuple(targets),
-        use_rslora=fields.pop("use_rslora", False),
-        init=_INITS[init],
-        rank_pattern=fields.pop("rank_pattern", None) or {},
-        alpha_pattern=fields.pop("alpha_pattern", None) or {},
-    )
+    try:
+        config = LoRAConfig(
+            rank=rank,
+            alpha=fields.pop("lora_alpha", 8) or rank,
+            dropout=fields.pop("lora_dropout", 0.0),
+            # A string is a pattern for the whole path, a listed name may be the end of one.
+            targets=(f"^(?:{targets})$",) if isinstance(targets, str) else tuple(targets),
+            use_rslora=fields.pop("use_rslora", False),
+            init=_INITS[init],
+            rank_pattern=fields.pop("rank_pattern", None) or {},
+            alpha_pattern=fields.pop("alpha_pattern", None) or {},
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from error
     for name, value in fields.items():
         if value and name not in _IRRELEVANT:
-            raise ValueError(f"{source}: {name} is {value!r}, which is not implemented")
+            raise UserError(f"{source}: {name} is {value!r}, which is not implemented")
     return config
 
 
@@ -346,22 +360,22 @@ def _config_to_peft(config: LoRAConfig) -> dict[str, Any]:
 
 def _peft_targets(targets: tuple[str, ...]) -> list[str] | str:
     """peft takes a list of names, or one pattern for the whole path."""
-    names = [target for target in targets if re.fullmatch(r"[\w.]+", target)]
-    if len(names) == len(targets):
-        return names
+    plain = [target for target in targets if re.fullmatch(r"[\w.]+", target)]
+    if len(plain) == len(targets):
+        return plain
     return "|".join(
-        rf"(?:.*\.)?{re.escape(target)}" if target in names else f"(?:{target})"
+        rf"(?:.*\.)?{re.escape(target)}" if target in plain else f"(?:{target})"
         for target in targets
     )
 
 
-def _inferred_config(factors: dict[tuple[str, str], np.ndarray]) -> LoRAConfig:
+def _inferred_config(factors: dict[tuple[str, str], np.ndarray], source: str) -> LoRAConfig:
     """The configuration of a file without one: the ranks of its factors, and alpha = rank."""
     ranks = {
         path: value.shape[0] for (path, factor), value in factors.items() if factor == "lora_A"
     }
     if not ranks:
-        raise ValueError(f"{next(iter(factors))[0]} has no lora_A")
+        raise UserError(f"{source}: {next(iter(factors))[0]} has no lora_A")
     # Of equally common ranks the smaller, so that the result does not depend on the file's order.
     rank = max(sorted(Counter(ranks.values()).items()), key=lambda item: item[1])[0]
     others = {f"^{re.escape(path)}": own for path, own in sorted(ranks.items()) if own != rank}
@@ -383,23 +397,10 @@ def _json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2, sort_keys=True)
 
 
-def _parse_json(text: str, source: Any) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{source}: expected a JSON object, found a {type(fields).__name__}")
-    return fields
-
-
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    with files.opened(path) as handle:
+        tensors = {key: handle.get_tensor(key) for key in sorted(handle.keys())}
+        return tensors, handle.metadata() or {}
 
 
 def _safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
@@ -425,13 +426,5 @@ def _safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> by
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(data)
