@@ -200,7 +200,10 @@ def dotted(path: tuple) -> str:
 
 
 def _spec(shape: tuple[int, ...], rule: PartitionSpec, mesh: Mesh, min_size: int) -> PartitionSpec:
-    """The rule on the trailing axes, then "fsdp" on the largest free axis that it divides."""
+    """The rule on the trailing axes, then "fsdp" on the largest free axis that it divides.
+
+    Of equal axes the last, a kernel's outputs: cut inputs would tempt XLA into partial sums.
+    """
     axes: list[str | None] = [None] * (len(shape) - len(rule)) + list(rule)
     axes = axes[len(axes) - len(shape) :]
     for i, axis in enumerate(axes):
@@ -210,7 +213,7 @@ def _spec(shape: tuple[int, ...], rule: PartitionSpec, mesh: Mesh, min_size: int
     if fsdp > 1 and math.prod(shape) >= min_size:
         free = [i for i, axis in enumerate(axes) if axis is None and shape[i] % fsdp == 0]
         if free:
-            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+            axes[max(free, key=lambda i: (shape[i], i))] = "fsdp"
     return PartitionSpec(*axes)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxsynth.models.clip import CLIPConfig, CLIPModel
+from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import fit
@@ -132,13 +133,26 @@ def test_the_clip_table_covers_the_network():
     assert specs["logit_scale"] == P()
 
 
+def test_the_unet_table_covers_the_network():
+    def make():
+        return UNet2DCondition(UNet2DConditionConfig(layers_per_block=1), rngs=nnx.Rngs(0))
+
+    specs = _specs(nnx.state(nnx.eval_shape(make)), make_mesh(2, 2, 2), UNET)
+    block = "mid_block.attentions.0.transformer_blocks.0."
+    assert specs[block + "attn2.to_v.kernel"] == P("fsdp", "tensor")
+    assert specs[block + "attn1.to_out.0.kernel"] == P("tensor", "fsdp")
+    assert specs[block + "ff.net.0.proj.kernel"] == P("fsdp", "tensor")
+    assert specs[block + "norm1.scale"] == P(None)
+    assert specs["down_blocks.0.downsamplers.0.conv.kernel"] == P(None, None, None, "fsdp")
+
+
 def test_the_vae_table_covers_the_network():
     shapes = nnx.state(
         nnx.eval_shape(lambda: AutoencoderKL(AutoencoderKLConfig(), rngs=nnx.Rngs(0)))
     )
     specs = _specs(shapes, make_mesh(2, 2, 2), VAE, min_size=256)
     assert specs["encoder.mid_block.attentions.0.to_q.kernel"] == P("fsdp", "tensor")
-    assert specs["decoder.mid_block.resnets.0.conv1.kernel"] == P(None, None, "fsdp", None)
+    assert specs["decoder.mid_block.resnets.0.conv1.kernel"] == P(None, None, None, "fsdp")
 
 
 def test_rules_that_do_not_divide_and_small_arrays_are_left_whole():

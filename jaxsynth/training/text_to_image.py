@@ -1,0 +1,305 @@
+"""Fine-tuning a text-to-image model with adapters on a few images: one set, or many at once.
+
+DataDream's recipe (arXiv 2407.10910): LoRA on the attention of the UNet and of the text encoder,
+the plain denoising loss, no prompt dropout and no prior preservation. One adapter for a whole data
+set (`dset`) is one training; one per class (`cls`) is the same step `vmap`ped over stacked adapters
+and their images, so all classes train in one compiled program around one frozen base.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from jaxsynth.adapters.base import AdapterState, Trainable, extract, seed_dropout, stack, unstack
+from jaxsynth.adapters.lora import LoRAConfig, add_lora
+from jaxsynth.data.augment import DiffusionTransform
+from jaxsynth.data.sources import ImageSource
+from jaxsynth.diffusion.losses import diffusion_loss
+from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
+from jaxsynth.models.clip import CLIPTextModel
+from jaxsynth.models.unet import UNet2DCondition
+from jaxsynth.models.vae import AutoencoderKL
+from jaxsynth.training import sharding
+from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.loop import Constant, fit
+from jaxsynth.training.metrics import MetricsWriter
+from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
+from jaxsynth.training.step import (
+    init_stacked,
+    init_state,
+    make_train_step,
+    scan_steps,
+    stacked,
+)
+from jaxsynth.weights.hf import StableDiffusion
+
+
+class TextToImage(nnx.Module):
+    """The two networks that fine-tuning adapts: paths start with "unet." or "text_encoder."."""
+
+    def __init__(self, unet: UNet2DCondition, text_encoder: CLIPTextModel):
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a generator is adapted; the defaults are DataDream's released configuration.
+
+    `warmup_steps` are updates, as in the official code: a quarter of a 16-shot class's training.
+    `crops_per_image` crops of each image that is not square are encoded beforehand and one drawn
+    per step, since the VAE is frozen; a square image has one crop only. `steps` overrides `epochs`.
+    """
+
+    epochs: int = 200
+    steps: int = 0
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 1e-2
+    clip_norm: float = 1.0
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    unet_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    snr_gamma: float | None = None
+    crops_per_image: int = 4
+    accumulate: int = 1
+    remat: bool = False
+    checkpoint_every: int = 1000
+
+    def num_steps(self, images: int) -> int:
+        """Updates for a training set of `images`."""
+        return self.steps or self.epochs * -(-images // self.batch_size)
+
+    def lora(self) -> LoRAConfig:
+        """The adapter over both networks; no `text_targets` leaves the text encoder frozen."""
+        return LoRAConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            targets=(*self.unet_targets, *self.text_targets),
+            init="gaussian",
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded training images and the token ids of their prompts.
+
+    `mean` and `std` are the latents' posterior, scaled as the UNet wants it, one for each crop.
+    """
+
+    mean: Float[np.ndarray, "n k h w c"]
+    std: Float[np.ndarray, "n k h w c"]
+    ids: Int[np.ndarray, "n t"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: np.ndarray) -> "Examples":
+        """The examples at these rows."""
+        return Examples(self.mean[rows], self.std[rows], self.ids[rows])
+
+
+def encode_examples(
+    pipeline: StableDiffusion,
+    source: ImageSource,
+    prompts: Sequence[str],
+    *,
+    crops: int,
+    seed: int,
+    batch_size: int = 8,
+) -> Examples:
+    """The images of `source` as latents, with the tokens of their classes' prompts."""
+    size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
+    square = all(record.image.shape[0] == record.image.shape[1] for record in source)
+    crops = 1 if square else crops
+    cut = DiffusionTransform(size, random_crop=not square)
+    pixels = np.stack(
+        [
+            cut(source[i].image, np.random.default_rng([seed, i, k]))
+            for i in range(len(source))
+            for k in range(crops)
+        ]
+    )
+    mean, std = encode_pixels(pipeline.vae, pixels, batch_size)
+    ids = pipeline.tokenizer(prompts)[np.asarray(source.labels)]
+    grouped = (len(source), crops, *mean.shape[1:])
+    return Examples(mean.reshape(grouped), std.reshape(grouped), ids)
+
+
+def encode_pixels(
+    vae: AutoencoderKL, pixels: Float[np.ndarray, "n h w 3"], batch_size: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the latents of images in [-1, 1], times the scaling factor."""
+
+    @jax.jit
+    def encode(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
+        posterior = vae.encode(images)
+        factor = vae.config.scaling_factor
+        return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
+
+    means, stds = [], []
+    for start in range(0, len(pixels), batch_size):
+        chunk = pixels[start : start + batch_size]
+        # One compiled shape: the last batch is filled up.
+        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
+        mean, std = encode(vae, padded.astype(np.float32))
+        means.append(np.asarray(mean, np.float32)[: len(chunk)])
+        stds.append(np.asarray(std, np.float32)[: len(chunk)])
+    return np.concatenate(means), np.concatenate(stds)
+
+
+def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
+    """The pipeline's networks with fresh adapters; the base weights are shared, not copied."""
+    model = TextToImage(pipeline.unet, pipeline.text_encoder)
+    return add_lora(model, config.lora(), rngs=key)
+
+
+def epoch_rows(key: Array, step: Array, count: int, batch_size: int) -> Int[Array, " b"]:
+    """The rows of one batch: every epoch is a fresh order, its last batch filled from its start."""
+    per_epoch = -(-count // batch_size)
+    order = jax.random.permutation(jax.random.fold_in(key, step // per_epoch), count)
+    order = jnp.resize(order, per_epoch * batch_size)
+    return jax.lax.dynamic_slice(order, ((step % per_epoch) * batch_size,), (batch_size,))
+
+
+def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: Mesh | None = None):
+    """`loss(trainable, frozen, batch, key)` over a batch {"mean", "std", "ids"} of examples."""
+
+    def denoise(model: TextToImage, noisy: Array, t: Array, ids: Array) -> Array:
+        text = model.text_encoder(ids).last_hidden_state
+        return model.unet(noisy, t, text)
+
+    def loss(trainable, frozen, batch, key):
+        if mesh is not None:
+            rows = NamedSharding(mesh, sharding.BATCH)
+            batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
+        model = nnx.merge(graphdef, trainable, frozen)
+        keys = [jax.random.fold_in(key, i) for i in range(5)]
+        if config.dropout:
+            model = seed_dropout(model, keys[4])
+        count, crops = batch["mean"].shape[:2]
+        crop = jax.random.randint(keys[3], (count,), 0, crops)
+        pick = partial(jnp.take_along_axis, indices=crop[:, None, None, None, None], axis=1)
+        mean, std = pick(batch["mean"])[:, 0], pick(batch["std"])[:, 0]
+        x0 = mean + std * jax.random.normal(keys[0], mean.shape)
+        noise = jax.random.normal(keys[1], x0.shape)
+        t = jax.random.randint(keys[2], (count,), 0, schedule.num_train_timesteps)
+        noisy = add_noise(schedule, x0, noise, t)
+        run = jax.checkpoint(denoise) if config.remat else denoise
+        output = run(model, noisy, t, batch["ids"])
+        return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=config.snr_gamma), {}
+
+    return loss
+
+
+def finetune(
+    pipeline: StableDiffusion,
+    examples: Examples,
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
+    description: str = "fine-tune",
+) -> AdapterState:
+    """One adapter trained on all examples; resumes from `folder/checkpoints`."""
+    (state,) = _finetune(pipeline, [examples], config, folder, seed, mesh, description, False)
+    return state
+
+
+def finetune_each(
+    pipeline: StableDiffusion,
+    sets: Sequence[Examples],
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
+    description: str = "fine-tune",
+) -> list[AdapterState]:
+    """One adapter for each set of examples, all trained together in one program.
+
+    The sets must be of one size. Adapter i is what `finetune` makes of set i with the key
+    `fold_in(key(seed), i)`, up to rounding.
+    """
+    sizes = {len(examples) for examples in sets}
+    if len(sizes) != 1:
+        raise ValueError(f"finetune_each: sets of {sorted(sizes)} images, expected one size")
+    return _finetune(pipeline, sets, config, folder, seed, mesh, description, True)
+
+
+def _finetune(pipeline, sets, config, folder, seed, mesh, description, together):
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    count = len(sets[0])
+    steps = config.num_steps(count)
+    optim = OptimConfig(
+        learning_rate=config.learning_rate,
+        schedule=config.schedule,
+        warmup_steps=min(config.warmup_steps, steps),
+        total_steps=steps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+    tx = make_optimizer(optim)
+    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(sets))]
+    models = [adapted(pipeline, config, key) for key in keys]
+    graphdef, _, frozen = nnx.split(models[0], Trainable, ...)
+    trainables = [nnx.state(model, Trainable) for model in models]
+    data = [
+        {"mean": e.mean, "std": e.std, "ids": e.ids, "order": jax.random.fold_in(key, 1)}
+        for e, key in zip(sets, keys, strict=True)
+    ]
+
+    def batch_of(step: Array, data: dict) -> dict:
+        rows = epoch_rows(data["order"], step, count, config.batch_size)
+        return {name: data[name][rows] for name in ("mean", "std", "ids")}
+
+    step = make_train_step(
+        make_loss(graphdef, schedule, config, None if together else mesh),
+        tx,
+        accumulate=config.accumulate,
+        learning_rate=make_schedule(optim),
+    )
+    step = scan_steps(step, batch_of, 1)
+    if together:
+        state = init_stacked(stack(trainables), tx, jnp.stack(keys))
+        step, batch = stacked(step), stack(data)
+    else:
+        state = init_state(trainables[0], tx, keys[0])
+        batch = jax.tree.map(jnp.asarray, data[0])
+    if mesh is not None:
+        frozen = sharding.shard(frozen, mesh, [*sharding.UNET, *sharding.CLIP])
+        place = sharding.shard_stack if together else sharding.replicate
+        state, batch = place(state, mesh), place(batch, mesh)
+    identity = {"base": pipeline.digest, "adapters": len(sets)}
+    with (
+        Checkpoints(
+            folder / "checkpoints", every=config.checkpoint_every, keep=1, identity=identity
+        ) as checkpoint,
+        MetricsWriter(folder) as metrics,
+    ):
+        state = fit(
+            state,
+            frozen,
+            Constant(batch),
+            step,
+            steps=steps,
+            checkpoint=checkpoint,
+            metrics=metrics,
+            description=description,
+        )
+    learnt = unstack(state.trainable) if together else [state.trainable]
+    return [extract(nnx.merge(graphdef, one, frozen)) for one in learnt]
