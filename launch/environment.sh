@@ -37,11 +37,12 @@ make_venv() { # PYTHON
 }
 
 create_environment() {
-  local candidate found="" too_old=""
+  local candidate version found="" too_old=""
   for candidate in ${JAXSYNTH_PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
     command -v "$candidate" >/dev/null || continue
     if ! new_enough "$candidate"; then
-      too_old+="${too_old:+, }$candidate is $("$candidate" --version 2>&1 | tail -n 1)"
+      version=$("$candidate" -c 'import sys; print(sys.version.split()[0])' 2>/dev/null) &&
+        too_old+="${too_old:+, }$candidate is $version"
       continue
     fi
     found=$candidate
