@@ -189,13 +189,13 @@ def _download(name: str, revision: str) -> Path:
     try:
         try:
             info = huggingface_hub.HfApi().model_info(name, timeout=20, **at)
-            wanted = _wanted([file.rfilename for file in info.siblings or ()])
+            wanted = _wanted(name, [file.rfilename for file in info.siblings or ()])
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **at))
         except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
             # Also what the hub answers for private and gated repositories without a token.
             reason = f"the hub does not show it ({type(error).__name__}); {_first_line(error)}"
         except (hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:
-            reason = f"the hub cannot be reached ({_first_line(error)})"
+            reason = f"the download failed ({_first_line(error)})"
             cached = _cached(name, at)
             if cached is not None:
                 return cached
@@ -215,8 +215,15 @@ def _cached(name: str, at: dict) -> Path | None:
         return None
 
 
-def _wanted(files: Sequence[str]) -> list[str]:
+def _wanted(name: str, files: Sequence[str]) -> list[str]:
     """The files of a repository to download: per folder, the weights `weight_files` would take."""
+    if not any(file.endswith(".safetensors") for file in files):
+        pickled = ", ".join([file for file in files if file.endswith(_PICKLED)][:3])
+        only = f", only {pickled}, and loading pickled weights runs code" if pickled else ""
+        raise UserError(
+            f"{name!r}: the hub's repository has no safetensors{only}. "
+            f"Name a revision that has them, if there is one ({name}@refs/pr/1, say), or convert"
+        )
     files = [file for file in files if file.split("/")[0] not in _SKIPPED_FOLDERS]
     wanted = [file for file in files if file.endswith(_TEXT_FILES)]
     for folder in {file.rpartition("/")[0] for file in files}:

@@ -141,7 +141,7 @@ def _read_values(
                 path = targets[name]
                 expected = hf_shape(path[-1], shapes[path])
                 array = from_hf(path[-1], files.read_tensor(handle, file, key, expected))
-                values[path] = jnp.asarray(array, dtype)
+                values[path] = jnp.asarray(array.astype(dtype, copy=False))
     missing = sorted(targets.keys() - sources.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

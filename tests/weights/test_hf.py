@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -135,6 +136,32 @@ def clip_folder(clip_peer, tokenizer_folder, tmp_path_factory):
     return folder
 
 
+@jax.jit
+def text_states(model, ids):
+    return model(ids).last_hidden_state
+
+
+@jax.jit
+def denoise(model, latents, t, states):
+    return jnp.moveaxis(model(latents, t, states), -1, 1)
+
+
+@jax.jit
+def encode(model, images):
+    return jnp.moveaxis(model.encode(images).mode(), -1, 1)
+
+
+@jax.jit
+def decode(model, latents):
+    return jnp.moveaxis(model.decode(latents), -1, 1)
+
+
+@jax.jit
+def features(model, ids, pixels):
+    both = model.encode_text(ids), model.encode_image(pixels)
+    return [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in both]
+
+
 def error(ours, theirs):
     theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
@@ -154,20 +181,16 @@ def assert_same_networks(ours, theirs):
     np.testing.assert_array_equal(ids, their_ids.numpy())
     with torch.no_grad():
         states = theirs.text_encoder(their_ids).last_hidden_state
-        assert error(ours.text_encoder(jnp.asarray(ids)).last_hidden_state, states) < 1e-4
+        assert error(text_states(ours.text_encoder, ids), states) < 1e-4
         latents = rng.normal(size=(3, 4, 4, 4)).astype(np.float32)
         t = np.array([1, 500, 999])
         noise = theirs.unet(nchw(latents), torch.tensor(t), states).sample
-        mine = ours.unet(jnp.asarray(latents), jnp.asarray(t), jnp.asarray(states.numpy()))
-        assert error(jnp.moveaxis(mine, -1, 1), noise) < 1e-4
+        assert error(denoise(ours.unet, latents, t, states.numpy()), noise) < 1e-4
         images = rng.uniform(-1, 1, size=(2, 8, 8, 3)).astype(np.float32)
         posterior = theirs.vae.encode(nchw(images)).latent_dist.mode()
-        assert (
-            error(jnp.moveaxis(ours.vae.encode(jnp.asarray(images)).mode(), -1, 1), posterior)
-            < 1e-4
-        )
+        assert error(encode(ours.vae, images), posterior) < 1e-4
         decoded = theirs.vae.decode(nchw(latents)).sample
-        assert error(jnp.moveaxis(ours.vae.decode(jnp.asarray(latents)), -1, 1), decoded) < 1e-4
+        assert error(decode(ours.vae, latents), decoded) < 1e-4
 
 
 def test_pipeline_of_diffusers_loads_and_computes_the_same(peer, pipeline_folder):
@@ -225,11 +248,9 @@ def assert_same_clip(ours, theirs):
     pixels = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     with torch.no_grad():
         out = theirs(input_ids=torch.tensor(ids, dtype=torch.long), pixel_values=nchw(pixels))
-    for mine, expected in (
-        (ours.model.encode_text(jnp.asarray(ids)), out.text_embeds),
-        (ours.model.encode_image(jnp.asarray(pixels)), out.image_embeds),
-    ):
-        assert error(mine / jnp.linalg.norm(mine, axis=-1, keepdims=True), expected) < 1e-4
+    text, image = features(ours.model, ids, pixels)
+    assert error(text, out.text_embeds) < 1e-4
+    assert error(image, out.image_embeds) < 1e-4
     assert float(ours.model.logit_scale[...]) == pytest.approx(theirs.logit_scale.item())
 
 
@@ -305,14 +326,19 @@ def test_shards_and_half_precision_files_load(peer, pipeline_folder, tmp_path):
             np.testing.assert_array_equal(a[...], b[...], err_msg=str(path))
 
 
+def text_dtype(clip):
+    ids = jnp.asarray(clip.tokenizer(PROMPTS))
+    return jax.eval_shape(CLIPModel.encode_text, clip.model, ids).dtype
+
+
 def test_bfloat16_storage_and_computation(clip_folder, tmp_path):
     ours = load_clip(clip_folder, jnp.bfloat16, compute_dtype=jnp.float32)
     assert ours.model.text_projection.kernel.dtype == jnp.bfloat16
-    assert ours.model.encode_text(jnp.asarray(ours.tokenizer(PROMPTS))).dtype == jnp.float32
+    assert text_dtype(ours) == jnp.float32
     save_clip(ours, tmp_path)
     assert load_file(tmp_path / "model.safetensors")["logit_scale"].dtype == ml_dtypes.bfloat16
     half = load_clip(tmp_path, jnp.bfloat16)
-    assert half.model.encode_text(jnp.asarray(half.tokenizer(PROMPTS))).dtype == jnp.bfloat16
+    assert text_dtype(half) == jnp.bfloat16
     save_clip(half, tmp_path / "wide", jnp.float32)
     assert load_file(tmp_path / "wide/model.safetensors")["logit_scale"].dtype == np.float32
 
@@ -548,7 +574,7 @@ def test_only_needed_files_are_downloaded():
         "text_encoder/model.safetensors.index.json",
         "text_encoder/model.fp16.safetensors",
     ]
-    assert files._wanted(repository) == [
+    assert files._wanted("owner/name", repository) == [
         "model_index.json",
         "text_encoder/model-00001-of-00002.safetensors",
         "text_encoder/model-00002-of-00002.safetensors",
@@ -559,3 +585,7 @@ def test_only_needed_files_are_downloaded():
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
     ]
+    with pytest.raises(UserError, match=r"no safetensors, only pytorch_model\.bin, .*refs/pr"):
+        files._wanted("owner/name", ["config.json", "pytorch_model.bin"])
+    with pytest.raises(UserError, match=r"no safetensors\. Name"):
+        files._wanted("owner/name", ["README.md"])
