@@ -243,7 +243,7 @@ thead th {
 }
 tbody th { font-weight: 500; }
 tbody tr:last-child > * { border-bottom: 0; }
-tr.rule > * { border-top: 1px solid var(--rule); }
+tr.rule > * { border-top: 2px solid var(--rule); }
 .num { text-align: right; }
 .best { background: var(--best); color: var(--best-ink); font-weight: 700; }
 .std { font-size: .85em; font-weight: 400; opacity: .75; }
