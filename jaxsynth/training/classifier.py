@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.adapters.base import Trainable, seed_dropout
+from jaxsynth.adapters.base import Trainable, extract, seed_dropout
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.data.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.mixing import mix_batch, one_hot
@@ -31,6 +31,8 @@ from jaxsynth.training.loop import fit
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
 from jaxsynth.training.step import init_state, make_train_step
+from jaxsynth.weights.adapters import attach, read_peft, write_peft
+from jaxsynth.weights.files import read_json, write_json
 from jaxsynth.weights.hf import Clip
 
 
@@ -89,12 +91,15 @@ def train_classifier(
     seed: int,
     real: ImageSource | None = None,
     synthetic: ImageSource | None = None,
+    validation: ImageSource | None = None,
     mesh: Mesh | None = None,
     description: str = "classify",
 ) -> CLIPModel:
     """The CLIP with trained adapters; resumes from `folder/checkpoints`.
 
-    With both `real` and `synthetic` the loss is weighted; with one of them it is plain.
+    With both `real` and `synthetic` the loss is weighted; with one of them it is plain. The result
+    is the last step's, or the one that does best on `validation` (the first of equals), which is
+    looked at after every epoch and kept in `folder/best`.
     """
     if real is None and synthetic is None:
         raise ValueError("train_classifier: neither real nor synthetic images")
@@ -172,6 +177,11 @@ def train_classifier(
         def place(batch):
             return sharding.shard_batch(batch, mesh)
 
+    best = None if validation is None else _Best(folder / "best", clip, prompts, validation)
+
+    def evaluate(state) -> dict[str, float]:
+        return best(int(state.step), nnx.merge(graphdef, state.trainable, frozen))
+
     with (
         Checkpoints(
             folder / "checkpoints",
@@ -190,9 +200,33 @@ def train_classifier(
             place=place,
             checkpoint=checkpoint,
             metrics=metrics,
+            evaluate=None if best is None else evaluate,
+            evaluate_every=per_epoch,
             description=description,
         )
+    if best is not None:
+        return best.model(clip.model)
     return nnx.merge(graphdef, state.trainable, frozen)
+
+
+class _Best:
+    """The adapter with the highest validation accuracy so far, on disk, so a restart knows it."""
+
+    def __init__(self, folder: Path, clip: Clip, prompts: Sequence[str], source: ImageSource):
+        self._folder, self._clip, self._prompts, self._source = folder, clip, prompts, source
+
+    def __call__(self, step: int, model: CLIPModel) -> dict[str, float]:
+        logits = predict(self._clip, model, self._prompts, self._source)
+        accuracy = float((logits.argmax(-1) == np.asarray(self._source.labels)).mean())
+        known = read_json(self._folder / "best.json", optional=True)
+        # A resumed run looks again at steps it had seen: the same result is no better.
+        if not known or accuracy > known["accuracy"]:
+            write_peft(self._folder, extract(model))
+            write_json(self._folder / "best.json", {"step": step, "accuracy": accuracy})
+        return {"accuracy": accuracy}
+
+    def model(self, base: CLIPModel) -> CLIPModel:
+        return attach(base, read_peft(self._folder))
 
 
 def predict(

@@ -1,0 +1,373 @@
+"""DataDream (Kim et al., ECCV 2024, arXiv 2407.10910): few-shot guided synthetic data sets.
+
+A text-to-image model learns the few real images there are (one LoRA for the data set, `dset`, or
+one per class, `cls`), draws a data set, and a CLIP classifier is trained on it, alone and together
+with the real shots. Beside it stand the rivals: the untrained CLIP, the real shots alone, and
+images of the same generator from prompts alone.
+
+Below the run's folder:
+
+    shots16-seed0/shots                  the drawn images, as lists of ids
+    prompt-seed0/images, .../synthetic   prompt-only images, and the classifier trained on them
+    shots16-seed0/real                   the classifier trained on the shots
+    shots16-seed0/dset/{adapter,images,synthetic,both}
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxsynth.adapters.base import AdapterState
+from jaxsynth.data.decode import safe_name
+from jaxsynth.data.generate import GenerateConfig, Generator, fill_store
+from jaxsynth.data.prompts import prompts as class_prompts
+from jaxsynth.data.sources import DataConfig, Dataset, ImageSource, load_dataset
+from jaxsynth.data.splits import Shots, few_shot, load_shots
+from jaxsynth.data.store import ImageStore
+from jaxsynth.methods import datadream_report
+from jaxsynth.models.clip import CLIPModel
+from jaxsynth.training.artifact import Artifact, file_digest, run_stage, write_json
+from jaxsynth.training.classifier import ClassifyConfig, predict, scores, train_classifier
+from jaxsynth.training.sharding import make_mesh
+from jaxsynth.training.text_to_image import (
+    FinetuneConfig,
+    encode_examples,
+    finetune,
+    finetune_each,
+)
+from jaxsynth.weights.adapters import read_diffusers, write_diffusers
+from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+
+MODES = ("dset", "cls")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; `data` -1 takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: every number of shots with every seed and mode.
+
+    `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
+    storage and compute type of the frozen networks; adapters stay float32. `classes_at_once` bounds
+    how many class adapters train together (0: all). `validation_fraction` of the shots is kept from
+    training and chooses the classifier's step; at 0 the last step is taken.
+    """
+
+    method: str = "datadream"
+    base: str = "tiny"
+    clip: str = "tiny/clip"
+    dtype: str = "float32"
+    data: DataConfig = field(default_factory=DataConfig)
+    shots: tuple[int, ...] = (16,)
+    modes: tuple[str, ...] = ("dset",)
+    seeds: tuple[int, ...] = (0,)
+    validation_fraction: float = 0.0
+    classes_at_once: int = 0
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        for name in ("shots", "modes", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected at least one value")
+        if unknown := set(self.modes) - set(MODES):
+            raise ValueError(f"modes: {sorted(unknown)}, expected some of {MODES}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: {self.dtype!r}, expected float32 or bfloat16")
+
+
+def run(config: Config, workdir: Path) -> Path:
+    """Every stage of the run, then its page; returns the page's path."""
+    work = _Work(config, Path(workdir))
+    for seed in config.seeds:
+        work.prompt_only(seed)
+        for shots in config.shots:
+            work.few_shot(shots, seed)
+    return report(work.folder)
+
+
+def report(workdir: Path) -> Path:
+    """Writes results.json and report.html from the finished stages below `workdir`."""
+    return datadream_report.write(Path(workdir))
+
+
+class _Work:
+    """A run's networks and data, loaded when a stage first needs them, and its stages."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder = config, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def pipeline(self) -> StableDiffusion:
+        return load_pipeline(self.config.base, self.config.dtype, compute_dtype=self.config.dtype)
+
+    @cached_property
+    def clip(self) -> Clip:
+        return load_clip(self.config.clip, self.config.dtype, compute_dtype=self.config.dtype)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return load_dataset(self.config.data)
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        return class_prompts(self.dataset)
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        """None on one device, where a mesh would change nothing."""
+        if len(jax.devices()) == 1:
+            return None
+        return make_mesh(**dataclasses.asdict(self.config.mesh))
+
+    @cached_property
+    def data_identity(self) -> dict:
+        """What decides the images: the configuration, and which files it found."""
+        data = self.dataset
+        listing = [list(data.class_names), list(data.train.ids), list(data.test.ids)]
+        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        return {"config": self.config.data, "ids": digest, "prompts": self.prompts}
+
+    def prompt_only(self, seed: int) -> None:
+        """The rivals that see no shots: zero-shot CLIP, and images from prompts alone."""
+        folder = self.folder / f"prompt-seed{seed}"
+        self._classify("zero-shot", self.folder / "zero-shot", 0, {})
+        images = self._generate("prompt images", folder / "images", seed, None)
+        self._classify(
+            "prompt-only", folder / "synthetic", seed, {"images": images}, synthetic=images
+        )
+
+    def few_shot(self, shots: int, seed: int) -> None:
+        """Everything that one draw of shots leads to."""
+        folder = self.folder / f"shots{shots}-seed{seed}"
+        name = f"{shots} shots, seed {seed}"
+        drawn = run_stage(
+            f"shots: {name}",
+            folder / "shots",
+            {
+                "data": self.data_identity,
+                "shots": shots,
+                "seed": seed,
+                "validation_fraction": self.config.validation_fraction,
+            },
+            {},
+            lambda path: self._draw(shots, seed, path),
+        )
+        self._classify(f"real: {name}", folder / "real", seed, {"shots": drawn}, drawn=drawn)
+        for mode in self.config.modes:
+            own = folder / mode
+            adapter = self._finetune(f"adapter {mode}: {name}", own / "adapter", mode, seed, drawn)
+            images = self._generate(f"images {mode}: {name}", own / "images", seed, adapter)
+            inputs = {"images": images}
+            self._classify(
+                f"synthetic {mode}: {name}", own / "synthetic", seed, inputs, synthetic=images
+            )
+            inputs = {"images": images, "shots": drawn}
+            self._classify(
+                f"both {mode}: {name}", own / "both", seed, inputs, drawn=drawn, synthetic=images
+            )
+
+    def _draw(self, shots: int, seed: int, folder: Path) -> dict:
+        drawn = few_shot(self.dataset, shots, seed, val_fraction=self.config.validation_fraction)
+        drawn.save(folder / "shots.json")
+        return {"images": sum(map(len, drawn.train)), "validation": sum(map(len, drawn.val))}
+
+    def _finetune(self, name: str, folder: Path, mode: str, seed: int, drawn: Artifact) -> Artifact:
+        settings = {
+            "finetune": self.config.finetune,
+            "mode": mode,
+            "seed": seed,
+            "base": self.pipeline.digest,
+            "dtype": self.config.dtype,
+            "prompts": self.prompts,
+        }
+        return run_stage(
+            name,
+            folder,
+            settings,
+            {"shots": drawn},
+            lambda path: self._build_adapter(
+                path, mode, seed, load_shots(drawn.path / "shots.json")
+            ),
+            unlisted=("*checkpoints/*", "*metrics.jsonl"),
+        )
+
+    def _build_adapter(self, folder: Path, mode: str, seed: int, shots: Shots) -> dict:
+        config = self.config.finetune
+        examples = encode_examples(
+            self.pipeline,
+            shots.train_source(self.dataset),
+            self.prompts,
+            crops=config.crops_per_image,
+            seed=seed,
+        )
+        if mode == "dset":
+            state = finetune(
+                self.pipeline, examples, config, folder, seed=seed, mesh=self.mesh,
+                description="fine-tune dset",
+            )  # fmt: skip
+            write_adapter(folder, state)
+            return {"adapters": 1, "steps": config.num_steps(len(examples))}
+        rows = np.cumsum([0, *map(len, shots.train)])
+        each = [examples.select(np.arange(start, end)) for start, end in itertools.pairwise(rows)]
+        group = self.config.classes_at_once or len(each)
+        for start in range(0, len(each), group):
+            part = folder / f"part{start:04d}"
+            states = finetune_each(
+                self.pipeline, each[start : start + group], config, part, seed=seed + start,
+                mesh=self.mesh, description=f"fine-tune {min(group, len(each))} classes",
+            )  # fmt: skip
+            for label, state in enumerate(states, start):
+                write_adapter(folder / safe_name(self.dataset.class_names[label]), state)
+        return {"adapters": len(each), "steps": config.num_steps(len(each[0]))}
+
+    def _generate(self, name: str, folder: Path, seed: int, adapter: Artifact | None) -> Artifact:
+        settings = {
+            "generate": self.config.generate,
+            "seed": seed,
+            "base": self.pipeline.digest,
+            "dtype": self.config.dtype,
+            "prompts": self.prompts,
+            "class_names": self.dataset.class_names,
+        }
+
+        def build(path: Path) -> dict:
+            adapters, digests = None, []
+            if adapter is not None:
+                files = adapter_files(adapter.path, self.dataset.class_names)
+                states = [read_adapter(file) for file in files]
+                adapters = states if len(files) > 1 else states[0]
+                digests = [file_digest(file) for file in files]
+            generator = Generator(
+                self.pipeline, self.prompts, self.config.generate, seed=seed, adapters=adapters,
+                mesh=self._local_mesh,
+            )  # fmt: skip
+            count = fill_store(
+                generator, path, self.dataset.class_names, self.prompts, self.config.generate,
+                seed=seed, adapter_digests=digests, description="generate",
+            )  # fmt: skip
+            return {"images": count}
+
+        return run_stage(
+            name, folder, settings, {} if adapter is None else {"adapter": adapter}, build
+        )
+
+    @cached_property
+    def _local_mesh(self) -> Mesh | None:
+        """This process's devices: images need no other process."""
+        devices = jax.local_devices()
+        return None if len(devices) == 1 else make_mesh(devices=devices)
+
+    def _classify(
+        self,
+        name: str,
+        folder: Path,
+        seed: int,
+        inputs: dict[str, Artifact],
+        *,
+        drawn: Artifact | None = None,
+        synthetic: Artifact | None = None,
+    ) -> Artifact:
+        """Train on the shots, the store, both or nothing (zero-shot), and score the test set."""
+        trained = drawn is not None or synthetic is not None
+        settings = {
+            "data": self.data_identity,
+            "clip": self.clip.digest,
+            "dtype": self.config.dtype,
+            "seed": seed,
+        }
+        if trained:
+            images = self.config.generate.images_per_class * self.dataset.num_classes
+            steps = self.config.classify.num_steps(images)
+            settings |= {"classify": self.config.classify, "steps": steps}
+
+        def build(path: Path) -> dict:
+            model = self.clip.model
+            if trained:
+                shots = None if drawn is None else _read_shots(drawn)
+                validation = None
+                if shots is not None and shots.has_validation:
+                    validation = shots.val_source(self.dataset)
+                model = train_classifier(
+                    self.clip, self.prompts, self.config.classify, path, steps=steps, seed=seed,
+                    real=None if shots is None else shots.train_source(self.dataset),
+                    synthetic=None if synthetic is None else ImageStore(synthetic.path),
+                    validation=validation, mesh=self.mesh, description=name.split(":")[0],
+                )  # fmt: skip
+            return self._score(model, path)
+
+        return run_stage(
+            name, folder, settings, inputs, build, unlisted=("checkpoints/*", "*.jsonl")
+        )
+
+    def _score(self, model: CLIPModel, folder: Path) -> dict:
+        test: ImageSource = self.dataset.test
+        logits = predict(self.clip, model, self.prompts, test)
+        found = scores(logits, np.asarray(test.labels), self.dataset.class_names)
+        if jax.process_index() == 0:
+            np.save(folder / "logits.npy", logits)
+            write_json(folder / "scores.json", found)
+        return {"top1": found["top1"], "macro": found["macro"]}
+
+
+def _read_shots(drawn: Artifact) -> Shots:
+    return load_shots(drawn.path / "shots.json")
+
+
+def write_adapter(folder: Path, state: AdapterState) -> None:
+    """An adapter over UNet and text encoder as `pytorch_lora_weights.safetensors`."""
+    if jax.process_index():
+        return
+    parts: dict[str, dict] = {}
+    for path, value in state.arrays.items():
+        component, rest = path.split(".", 1)
+        parts.setdefault(component, {})[rest] = value
+    states = {}
+    for component, arrays in parts.items():
+        targets = tuple(
+            target
+            for target in state.config.targets
+            if any(path.rpartition(".")[0].endswith(target) for path in arrays)
+        )
+        states[component] = AdapterState(arrays, dataclasses.replace(state.config, targets=targets))
+    write_diffusers(folder, states)
+
+
+def read_adapter(path: Path) -> AdapterState:
+    """What `write_adapter` wrote, or another diffusers LoRA file, over both networks."""
+    states = read_diffusers(path)
+    arrays = {
+        f"{component}.{name}": value
+        for component, state in states.items()
+        for name, value in state.arrays.items()
+    }
+    targets = tuple(target for state in states.values() for target in state.config.targets)
+    config = next(iter(states.values())).config
+    return AdapterState(arrays, dataclasses.replace(config, targets=targets))
+
+
+def adapter_files(folder: Path, class_names: Sequence[str]) -> list[Path]:
+    """The one file of a `dset` adapter, or the files of a `cls` one in class order."""
+    name = "pytorch_lora_weights.safetensors"
+    if (folder / name).is_file():
+        return [folder / name]
+    return [folder / safe_name(class_name) / name for class_name in class_names]
