@@ -73,7 +73,8 @@ def _choose(query: Array, key: Array, mask: Array | None) -> Implementation:
 
 def _einsum_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """Attention over (batch, head, token, dim)."""
-    scores = jnp.einsum("bnqd,bnkd->bnqk", q * (q.shape[-1] ** -0.5), k).astype(jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    scores = jnp.einsum("bnqd,bnkd->bnqk", q * scale, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -1,4 +1,4 @@
-"""The denoiser against diffusers' UNet2DConditionModel, its size at full scale, and its refusals."""
+"""The denoiser against diffusers' UNet2DConditionModel, its full size, and what it refuses."""
 
 import diffusers
 import jax

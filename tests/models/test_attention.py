@@ -1,0 +1,77 @@
+"""Every implementation of attention against torch's, with masks, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxsynth.models.attention import attention
+from tests.models.torch_parity import relative_error
+
+
+def arrays(queries: int, keys: int, dim: int = 8):
+    rng = np.random.default_rng(0)
+    lengths = (queries, keys, keys)
+    return [rng.normal(size=(2, length, 3, dim)).astype(np.float32) for length in lengths]
+
+
+def reference(query, key, value, mask=None, causal=False):
+    q, k, v = (torch.from_numpy(x).transpose(1, 2) for x in (query, key, value))
+    if causal:
+        lower = np.tril(np.ones((query.shape[1], key.shape[1]), bool))
+        mask = lower if mask is None else mask & lower
+    mask = None if mask is None else torch.from_numpy(mask)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "einsum", "chunked", "xla"])
+@pytest.mark.parametrize("masking", ["none", "mask", "causal", "both"])
+def test_same_as_torch(implementation, masking):
+    length = 256
+    query, key, value = arrays(length, length)
+    mask = None
+    if masking in ("mask", "both"):
+        mask = np.random.default_rng(1).random((2, 1, 1, length)) < 0.7
+        mask[..., 0] = True  # A query with nothing to look at has no defined answer.
+    causal = masking in ("causal", "both")
+    expected = reference(query, key, value, mask, causal)
+    actual = attention(
+        *map(jnp.asarray, (query, key, value)),
+        mask=mask,
+        causal=causal,
+        implementation=implementation,
+    )
+    assert relative_error(actual, expected) < 1e-5
+
+
+def test_long_sequences_are_chunked_with_the_same_gradient():
+    query, key, value = arrays(1024, 1024, dim=4)
+    grads = [
+        jax.jit(
+            jax.grad(
+                lambda *qkv, how=how: jnp.square(attention(*qkv, implementation=how)).sum(),
+                argnums=(0, 1, 2),
+            )
+        )(query, key, value)
+        for how in ("auto", "einsum")
+    ]
+    for chunked, plain in zip(*grads, strict=True):
+        assert relative_error(chunked, plain) < 1e-4
+
+
+def test_half_precision_scores_are_float32():
+    """Scores of a few hundred differ by less than bfloat16 can hold, and still rank the keys."""
+    query = jnp.full((1, 1, 1, 64), 8.0, jnp.bfloat16)
+    key = jnp.full((1, 2, 1, 64), 5.0, jnp.bfloat16).at[0, 1, 0, :].set(5.03125)
+    value = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
+    score = 64 * 8.0 * 0.03125 / 8.0
+    expected = 1 / (1 + np.exp(-score))
+    out = attention(query, key, value, implementation="einsum")
+    assert abs(float(out[0, 0, 0, 0]) - expected) < 5e-3
+
+
+def test_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="'flash'"):
+        attention(*arrays(4, 4), implementation="flash")
