@@ -19,6 +19,7 @@ from jaxsynth.weights import files
 from jaxsynth.weights.hf import (
     Clip,
     StableDiffusion,
+    describe,
     load_clip,
     load_model,
     load_pipeline,
@@ -511,6 +512,9 @@ def test_save_refuses_adapter_layers(tmp_path):
 def test_models_build_abstractly_and_save(tmp_path):
     config = CLIPConfig.from_dict({"text_config": TEXT, "vision_config": VISION})
     model = CLIPModel(config, rngs=nnx.Rngs(0))
+    abstract = describe(CLIPModel, config)
+    assert nnx.split(abstract)[0] == nnx.split(model)[0]
+    assert isinstance(abstract.logit_scale.get_value(), jax.ShapeDtypeStruct)
     save_model(model, {"text_config": TEXT, "vision_config": VISION}, tmp_path, jnp.float32)
     assert read_json(tmp_path / "config.json")["model_type"] == "clip"
     loaded = load_model(CLIPModel, CLIPConfig, tmp_path)
