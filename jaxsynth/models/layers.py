@@ -16,6 +16,24 @@ from jaxtyping import Array, Float
 Linear = nnx.Linear
 
 
+class InitKeys:
+    """Initialisation keys drawn from `rngs` once and then counted in Python.
+
+    It stands in for `nnx.Rngs` inside the constructors. Under a trace every draw from `nnx.Rngs`
+    asks a traced counter for its sharding, whose (discarded) error message walks all equations so
+    far: quadratic in the number of layers, and most of the time of an abstract build.
+    """
+
+    def __init__(self, rngs: nnx.Rngs):
+        self._key = rngs.params()
+        self._count = 0
+
+    def params(self) -> Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
 def group_norm(
     groups: int, channels: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.GroupNorm:

@@ -145,7 +145,7 @@ class UNet2DCondition(nnx.Module):
         """`dtype` is that of the computation; parameters are created in float32."""
         self.config = config
         self.dtype = dtype
-        make = {"dtype": dtype, "rngs": rngs}
+        make = {"dtype": dtype, "rngs": layers.InitKeys(rngs)}
         widths = config.block_out_channels
         last = len(widths) - 1
         self.conv_in = layers.conv2d(config.in_channels, widths[0], config.conv_in_kernel, **make)

@@ -98,7 +98,7 @@ class AutoencoderKL(nnx.Module):
         """`dtype` is that of the computation; parameters are created in float32."""
         self.config = config
         latent = config.latent_channels
-        make = {"dtype": dtype, "rngs": rngs}
+        make = {"dtype": dtype, "rngs": layers.InitKeys(rngs)}
         self.encoder = Encoder(config, **make)
         self.decoder = Decoder(config, **make)
         if config.use_quant_conv:

@@ -87,15 +87,16 @@ def test_gaussian_sample_has_its_moments():
     assert (gaussian.mode() == gaussian.mean).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_low_precision_computes_in_that_type_and_keeps_float32_moments(dtype):
-    config = AutoencoderKLConfig.from_dict(tiny(2))
+def test_bfloat16_computes_in_that_type_and_keeps_float32_moments():
+    config = AutoencoderKLConfig.from_dict(tiny(1))
     full = AutoencoderKL(config, rngs=nnx.Rngs(0))
-    half = AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))
-    images = jax.random.uniform(jax.random.key(0), (1, 16, 16, 3), minval=-1.0)
-    assert half.encode(images).mean.dtype == jnp.float32
-    assert half.decode(half.encode(images).mode()).dtype == dtype
-    assert relative_error(half.encode(images).mean, full.encode(images).mean) < 5e-2
+    half = nnx.eval_shape(lambda: AutoencoderKL(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    nnx.update(half, nnx.state(full))
+    images = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3), minval=-1.0)
+    posterior = half.encode(images)
+    assert posterior.mean.dtype == jnp.float32
+    assert half.decode(posterior.mode()).dtype == jnp.bfloat16
+    assert relative_error(posterior.mean, full.encode(images).mean) < 5e-2
 
 
 def test_image_that_does_not_divide_is_refused():

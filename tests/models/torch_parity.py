@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+from jaxsynth.weights import names
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -25,11 +25,8 @@ def copy_weights(module: torch.nn.Module, model: nnx.Module) -> None:
     """Fill `model` from `module`: every tensor used once, every variable filled, shapes equal."""
     tensors = {name: value.detach().numpy() for name, value in module.state_dict().items()}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        *parents, leaf = (str(part) for part in path)
-        name = ".".join((*parents, _LEAF.get(leaf, leaf)))
-        value = tensors.pop(name)
-        if leaf == "kernel":
-            value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+        name = names.hf_name(path)
+        value = names.from_hf(path[-1], tensors.pop(name))
         assert value.shape == variable.shape, (name, value.shape, variable.shape)
         _node(model, path).set_value(jnp.asarray(value))
     assert not tensors, f"left over: {sorted(tensors)}"
