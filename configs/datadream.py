@@ -48,6 +48,7 @@ def _sd21() -> ConfigDict:
             "classes_at_once": 0,
             "finetune": {
                 "epochs": 200,
+                "min_steps": 0,
                 "steps": 0,
                 "batch_size": 8,
                 "learning_rate": 1e-4,
@@ -94,7 +95,9 @@ def _tiny() -> ConfigDict:
     config.base, config.clip, config.dtype = "tiny", "tiny/clip", "float32"
     config.data = ConfigDict({"source": "digits"})
     config.seeds = (0,)
-    config.finetune.steps = 1200
+    config.finetune.epochs = 50
+    config.finetune.min_steps = 250
+    config.finetune.warmup_steps = 20
     config.finetune.learning_rate = 1e-3
     config.finetune.remat = False
     config.generate.images_per_class = 60
@@ -102,7 +105,9 @@ def _tiny() -> ConfigDict:
     config.generate.batch_size = 50
     config.generate.batches_per_shard = 4
     config.classify.steps = 300
-    config.classify.learning_rate = 1e-3
+    config.classify.epochs = 10
+    config.classify.warmup_epochs = 1
+    config.classify.learning_rate = 5e-3
     # Turned, mirrored or recoloured digits are other digits or other data.
     config.classify.augment = ConfigDict(
         {

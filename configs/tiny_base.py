@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "vae": train(5_000, 16, 1e-3),
             "unet_channels": (64, 128),
             "unet_heads": 4,
-            "unet": train(12_000, 32, 1e-3),
+            "unet": train(10_000, 32, 1e-3),
             "caption_dropout": 0.1,
             "snr_gamma": 5.0,
         }

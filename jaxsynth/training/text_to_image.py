@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.adapters.base import AdapterState, Trainable, extract, seed_dropout, stack, unstack
+from jaxsynth.adapters.base import AdapterState, Trainable, extract, seed_dropout, unstack
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.data.augment import DiffusionTransform
 from jaxsynth.data.sources import ImageSource
@@ -56,10 +56,12 @@ class FinetuneConfig:
 
     `warmup_steps` are updates, as in the official code: a quarter of a 16-shot class's training.
     `crops_per_image` crops of each image that is not square are encoded beforehand and one drawn
-    per step, since the VAE is frozen; a square image has one crop only. `steps` overrides `epochs`.
+    per step, since the VAE is frozen; a square image has one crop only. `min_steps` gives very few
+    shots more epochs, and `steps` overrides both.
     """
 
     epochs: int = 200
+    min_steps: int = 0
     steps: int = 0
     batch_size: int = 8
     learning_rate: float = 1e-4
@@ -80,7 +82,7 @@ class FinetuneConfig:
 
     def num_steps(self, images: int) -> int:
         """Updates for a training set of `images`."""
-        return self.steps or self.epochs * -(-images // self.batch_size)
+        return self.steps or max(self.epochs * -(-images // self.batch_size), self.min_steps)
 
     def lora(self) -> LoRAConfig:
         """The adapter over both networks; no `text_targets` leaves the text encoder frozen."""
@@ -126,39 +128,41 @@ def encode_examples(
     square = all(record.image.shape[0] == record.image.shape[1] for record in source)
     crops = 1 if square else crops
     cut = DiffusionTransform(size, random_crop=not square)
-    pixels = np.stack(
-        [
-            cut(source[i].image, np.random.default_rng([seed, i, k]))
-            for i in range(len(source))
-            for k in range(crops)
-        ]
-    )
-    mean, std = encode_pixels(pipeline.vae, pixels, batch_size)
-    ids = pipeline.tokenizer(prompts)[np.asarray(source.labels)]
-    grouped = (len(source), crops, *mean.shape[1:])
-    return Examples(mean.reshape(grouped), std.reshape(grouped), ids)
+    means, stds = [], []
+    # A few images at a time: the crops of a large set do not fit in memory.
+    for start in range(0, len(source), batch_size):
+        pixels = []
+        for i in range(start, min(start + batch_size, len(source))):
+            image = source[i].image
+            pixels += [cut(image, np.random.default_rng([seed, i, k])) for k in range(crops)]
+        for found, values in zip(
+            (means, stds), encode_pixels(pipeline.vae, np.stack(pixels), batch_size), strict=True
+        ):
+            found.append(values.reshape(-1, crops, *values.shape[1:]))
+    ids = pipeline.tokenizer(list(prompts))[np.asarray(source.labels)]
+    return Examples(np.concatenate(means), np.concatenate(stds), ids)
 
 
 def encode_pixels(
     vae: AutoencoderKL, pixels: Float[np.ndarray, "n h w 3"], batch_size: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of the latents of images in [-1, 1], times the scaling factor."""
-
-    @jax.jit
-    def encode(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
-        posterior = vae.encode(images)
-        factor = vae.config.scaling_factor
-        return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
-
     means, stds = [], []
     for start in range(0, len(pixels), batch_size):
         chunk = pixels[start : start + batch_size]
         # One compiled shape: the last batch is filled up.
         padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
-        mean, std = encode(vae, padded.astype(np.float32))
+        mean, std = _encode(vae, padded.astype(np.float32))
         means.append(np.asarray(mean, np.float32)[: len(chunk)])
         stds.append(np.asarray(std, np.float32)[: len(chunk)])
     return np.concatenate(means), np.concatenate(stds)
+
+
+@jax.jit
+def _encode(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
+    posterior = vae.encode(images)
+    factor = vae.config.scaling_factor
+    return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
 
 
 def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
@@ -175,11 +179,29 @@ def epoch_rows(key: Array, step: Array, count: int, batch_size: int) -> Int[Arra
     return jax.lax.dynamic_slice(order, ((step % per_epoch) * batch_size,), (batch_size,))
 
 
-def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: Mesh | None = None):
-    """`loss(trainable, frozen, batch, key)` over a batch {"mean", "std", "ids"} of examples."""
+def draw(batch: dict[str, Array], key: Array, schedule: NoiseSchedule) -> tuple[Array, ...]:
+    """What one step draws: of each example a crop's latent x0, its noise and its timestep."""
+    keys = [jax.random.fold_in(key, i) for i in range(4)]
+    count, crops = batch["mean"].shape[:2]
+    crop = jax.random.randint(keys[3], (count,), 0, crops)
+    pick = partial(jnp.take_along_axis, indices=crop[:, None, None, None, None], axis=1)
+    mean, std = pick(batch["mean"])[:, 0], pick(batch["std"])[:, 0]
+    x0 = mean + std * jax.random.normal(keys[0], mean.shape)
+    noise = jax.random.normal(keys[1], x0.shape)
+    t = jax.random.randint(keys[2], (count,), 0, schedule.num_train_timesteps)
+    return x0, noise, t
 
-    def denoise(model: TextToImage, noisy: Array, t: Array, ids: Array) -> Array:
-        text = model.text_encoder(ids).last_hidden_state
+
+def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: Mesh | None = None):
+    """`loss(trainable, frozen, batch, key)` over a batch {"mean", "std", "ids"} of examples.
+
+    "text", the states that a frozen text encoder makes of the ids, may stand in their place.
+    """
+
+    def denoise(model: TextToImage, noisy: Array, t: Array, batch: dict) -> Array:
+        text = batch.get("text")
+        if text is None:
+            text = model.text_encoder(batch["ids"]).last_hidden_state
         return model.unet(noisy, t, text)
 
     def loss(trainable, frozen, batch, key):
@@ -187,19 +209,12 @@ def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: M
             rows = NamedSharding(mesh, sharding.BATCH)
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
         model = nnx.merge(graphdef, trainable, frozen)
-        keys = [jax.random.fold_in(key, i) for i in range(5)]
         if config.dropout:
-            model = seed_dropout(model, keys[4])
-        count, crops = batch["mean"].shape[:2]
-        crop = jax.random.randint(keys[3], (count,), 0, crops)
-        pick = partial(jnp.take_along_axis, indices=crop[:, None, None, None, None], axis=1)
-        mean, std = pick(batch["mean"])[:, 0], pick(batch["std"])[:, 0]
-        x0 = mean + std * jax.random.normal(keys[0], mean.shape)
-        noise = jax.random.normal(keys[1], x0.shape)
-        t = jax.random.randint(keys[2], (count,), 0, schedule.num_train_timesteps)
+            model = seed_dropout(model, jax.random.fold_in(key, 4))
+        x0, noise, t = draw(batch, key, schedule)
         noisy = add_noise(schedule, x0, noise, t)
         run = jax.checkpoint(denoise) if config.remat else denoise
-        output = run(model, noisy, t, batch["ids"])
+        output = run(model, noisy, t, batch)
         return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=config.snr_gamma), {}
 
     return loss
@@ -212,11 +227,15 @@ def finetune(
     folder: Path,
     *,
     seed: int,
+    index: int = 0,
     mesh: Mesh | None = None,
     description: str = "fine-tune",
 ) -> AdapterState:
-    """One adapter trained on all examples; resumes from `folder/checkpoints`."""
-    (state,) = _finetune(pipeline, [examples], config, folder, seed, mesh, description, False)
+    """One adapter trained on all examples; resumes from `folder/checkpoints`.
+
+    All randomness follows from the key `fold_in(key(seed), index)`.
+    """
+    (state,) = _finetune(pipeline, [examples], config, folder, seed, index, mesh, description)
     return state
 
 
@@ -227,24 +246,35 @@ def finetune_each(
     folder: Path,
     *,
     seed: int,
+    first: int = 0,
     mesh: Mesh | None = None,
     description: str = "fine-tune",
 ) -> list[AdapterState]:
     """One adapter for each set of examples, all trained together in one program.
 
-    The sets must be of one size. Adapter i is what `finetune` makes of set i with the key
-    `fold_in(key(seed), i)`, up to rounding.
+    The sets must be of one size. Adapter i is what `finetune` makes of set i with
+    `index=first + i`, up to rounding. On a mesh the adapters lie along "data"; where their number
+    is not divisible by it, the last ones are trained more than once.
     """
     sizes = {len(examples) for examples in sets}
     if len(sizes) != 1:
         raise ValueError(f"finetune_each: sets of {sorted(sizes)} images, expected one size")
-    return _finetune(pipeline, sets, config, folder, seed, mesh, description, True)
+    count = len(sets)
+    if mesh is not None:
+        sets = [*sets, *[sets[-1]] * (-count % mesh.shape["data"])]
+    return _finetune(pipeline, sets, config, folder, seed, first, mesh, description, together=True)[
+        :count
+    ]
 
 
-def _finetune(pipeline, sets, config, folder, seed, mesh, description, together):
+def _finetune(
+    pipeline, sets, config, folder, seed, first, mesh, description, *, together=False
+) -> list[AdapterState]:
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     count = len(sets[0])
     steps = config.num_steps(count)
+    if mesh is not None and not together:
+        _check_rows(config, mesh)
     optim = OptimConfig(
         learning_rate=config.learning_rate,
         schedule=config.schedule,
@@ -254,18 +284,29 @@ def _finetune(pipeline, sets, config, folder, seed, mesh, description, together)
         clip_norm=config.clip_norm,
     )
     tx = make_optimizer(optim)
-    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(sets))]
-    models = [adapted(pipeline, config, key) for key in keys]
-    graphdef, _, frozen = nnx.split(models[0], Trainable, ...)
-    trainables = [nnx.state(model, Trainable) for model in models]
-    data = [
-        {"mean": e.mean, "std": e.std, "ids": e.ids, "order": jax.random.fold_in(key, 1)}
-        for e, key in zip(sets, keys, strict=True)
-    ]
+    numbers = jnp.arange(first, first + len(sets))
+    init_keys, order_keys, step_keys = jax.vmap(
+        lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3),
+        out_axes=1,
+    )(numbers)
+    graphdef, _, frozen = nnx.split(adapted(pipeline, config, init_keys[0]), Trainable, ...)
+    # One surgery for all adapters: on a large network it takes about a second.
+    trainables = jax.vmap(lambda key: nnx.state(adapted(pipeline, config, key), Trainable))(
+        init_keys
+    )
+    data = {
+        "mean": np.stack([examples.mean for examples in sets]),
+        "std": np.stack([examples.std for examples in sets]),
+        "order": order_keys,
+        **_texts(pipeline, sets, cache=not config.text_targets),
+    }
 
     def batch_of(step: Array, data: dict) -> dict:
         rows = epoch_rows(data["order"], step, count, config.batch_size)
-        return {name: data[name][rows] for name in ("mean", "std", "ids")}
+        batch = {name: data[name][rows] for name in ("mean", "std", "ids") if name in data}
+        if "states" in data:
+            batch["text"] = data["states"][data["state"][rows]]
+        return batch
 
     step = make_train_step(
         make_loss(graphdef, schedule, config, None if together else mesh),
@@ -274,17 +315,19 @@ def _finetune(pipeline, sets, config, folder, seed, mesh, description, together)
         learning_rate=make_schedule(optim),
     )
     step = scan_steps(step, batch_of, 1)
+    batch = jax.tree.map(jnp.asarray, data)
     if together:
-        state = init_stacked(stack(trainables), tx, jnp.stack(keys))
-        step, batch = stacked(step), stack(data)
+        state = init_stacked(trainables, tx, step_keys)
+        step = stacked(step)
     else:
-        state = init_state(trainables[0], tx, keys[0])
-        batch = jax.tree.map(jnp.asarray, data[0])
+        trainable, batch = jax.tree.map(lambda x: x[0], (trainables, batch))
+        state = init_state(trainable, tx, step_keys[0])
+    placed = frozen
     if mesh is not None:
-        frozen = sharding.shard(frozen, mesh, [*sharding.UNET, *sharding.CLIP])
+        placed = sharding.shard(frozen, mesh, [*sharding.UNET, *sharding.CLIP])
         place = sharding.shard_stack if together else sharding.replicate
         state, batch = place(state, mesh), place(batch, mesh)
-    identity = {"base": pipeline.digest, "adapters": len(sets)}
+    identity = {"base": pipeline.digest, "first": first, "adapters": len(sets)}
     with (
         Checkpoints(
             folder / "checkpoints", every=config.checkpoint_every, keep=1, identity=identity
@@ -293,7 +336,7 @@ def _finetune(pipeline, sets, config, folder, seed, mesh, description, together)
     ):
         state = fit(
             state,
-            frozen,
+            placed,
             Constant(batch),
             step,
             steps=steps,
@@ -301,5 +344,37 @@ def _finetune(pipeline, sets, config, folder, seed, mesh, description, together)
             metrics=metrics,
             description=description,
         )
-    learnt = unstack(state.trainable) if together else [state.trainable]
-    return [extract(nnx.merge(graphdef, one, frozen)) for one in learnt]
+    learnt = sharding.gather(state.trainable)
+    return [
+        extract(nnx.merge(graphdef, one, frozen))
+        for one in (unstack(learnt) if together else [learnt])
+    ]
+
+
+def _check_rows(config: FinetuneConfig, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size // config.accumulate % parts:
+        raise ValueError(
+            f"finetune.batch_size {config.batch_size} in {config.accumulate} parts (accumulate) is "
+            f"not divisible over data x fsdp = {parts} devices"
+        )
+
+
+def _texts(pipeline: StableDiffusion, sets: Sequence[Examples], *, cache: bool) -> dict:
+    """Token ids of every example (sets, n, t), or the states of a frozen text encoder.
+
+    `states` (sets, texts, t, dim) holds each set's distinct texts and `state` (sets, n) which of
+    them an example has.
+    """
+    if not cache:
+        return {"ids": np.stack([examples.ids for examples in sets])}
+    found = [np.unique(examples.ids, axis=0, return_inverse=True) for examples in sets]
+    most = max(len(texts) for texts, _ in found)
+    # Filled up with repetitions, since sets are stacked.
+    ids = np.stack([np.resize(texts, (most, texts.shape[1])) for texts, _ in found])
+    encode = jax.jit(lambda model, ids: model(ids).last_hidden_state)
+    states = encode(pipeline.text_encoder, ids.reshape(-1, ids.shape[-1]))
+    return {
+        "states": states.reshape(*ids.shape, -1),
+        "state": np.stack([rows.reshape(-1) for _, rows in found]),
+    }
