@@ -62,3 +62,11 @@ def rngs() -> nnx.Rngs:
 def compilation_cache() -> Path:
     """The folder of compiled programs, for tests that start further processes."""
     return CACHE
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    """A pipeline of random weights, its CLIP in `clip/`."""
+    from tests.methods.small_base import write_base
+
+    return write_base(tmp_path_factory.mktemp("base"))

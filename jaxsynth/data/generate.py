@@ -72,7 +72,10 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         self._seed, self._mesh = seed, mesh
-        self.batch_size = config.batch_size
+        self.batch_size = self._rows = config.batch_size
+        if mesh is not None:
+            parts = mesh.shape["data"] * mesh.shape["fsdp"]
+            self._rows = -(-config.batch_size // parts) * parts
         schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
         self._sampler = make_sampler(
             config.sampler or pipeline.scheduler_config, schedule, config.num_inference_steps
@@ -91,7 +94,10 @@ class Generator:
             self._graphdef, _, frozen = nnx.split(model, Trainable, ...)
             factors = stack([nnx.state(attach(base, one), Trainable) for one in adapters])
         else:
-            model = base if adapters is None else merge(attach(base, adapters))
+            model = base if adapters is None else attach(base, adapters)
+            # 16-bit weights would lose most of a small update to their rounding.
+            if model is not base and pipeline.unet.conv_in.kernel[...].dtype == jnp.float32:
+                model = merge(model)
             self._graphdef, factors, frozen = nnx.split(model, Trainable, ...)
         vae_graphdef, vae = nnx.split(pipeline.vae)
         if mesh is not None:
@@ -117,7 +123,9 @@ class Generator:
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """Images number `indices` of classes `labels`; fewer than a batch are filled up and cut."""
         count = len(labels)
-        fill = np.zeros(self.batch_size - count, np.int32)
+        if count > self.batch_size:
+            raise ValueError(f"Generator: {count} images, but batch_size is {self.batch_size}")
+        fill = np.zeros(self._rows - count, np.int32)
         rows = [np.concatenate([x, fill]).astype(np.int32) for x in (labels, indices)]
         if self._mesh is not None:
             place = NamedSharding(self._mesh, sharding.BATCH)

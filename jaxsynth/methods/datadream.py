@@ -26,13 +26,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsynth.adapters.base import AdapterState
+from jaxsynth.adapters.base import AdapterState, matches
 from jaxsynth.data.decode import safe_name
 from jaxsynth.data.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.data.prompts import prompts as class_prompts
-from jaxsynth.data.sources import DataConfig, Dataset, ImageSource, load_dataset
+from jaxsynth.data.sources import DataConfig, Dataset, ImageSource, SourceError, load_dataset
 from jaxsynth.data.splits import Shots, few_shot, load_shots
 from jaxsynth.data.store import ImageStore
+from jaxsynth.errors import UserError
 from jaxsynth.methods import datadream_report
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.training.artifact import Artifact, file_digest, run_stage, write_json
@@ -48,6 +49,8 @@ from jaxsynth.weights.adapters import read_diffusers, write_diffusers
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
 
 MODES = ("dset", "cls")
+# Below an adapter's stage: checkpoints and metrics. No class's folder starts with a dot.
+TRAINING = ".training"
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,24 @@ class Config:
 
 
 def run(config: Config, workdir: Path) -> Path:
-    """Every stage of the run, then its page; returns the page's path."""
+    """Every stage of the run, then its page; returns the page's path.
+
+    What can be wrong with data, weights and devices is found before the first long stage.
+    """
     work = _Work(config, Path(workdir))
+    work.check()
+    drawn = {(k, seed): work.draw(k, seed) for seed in config.seeds for k in config.shots}
     for seed in config.seeds:
         work.prompt_only(seed)
         for shots in config.shots:
-            work.few_shot(shots, seed)
+            work.few_shot(shots, seed, drawn[shots, seed])
     return report(work.folder)
 
 
 def report(workdir: Path) -> Path:
     """Writes results.json and report.html from the finished stages below `workdir`."""
+    if jax.process_index():
+        return datadream_report.page_of(Path(workdir))
     return datadream_report.write(Path(workdir))
 
 
@@ -139,6 +149,28 @@ class _Work:
             return None
         return make_mesh(**dataclasses.asdict(self.config.mesh))
 
+    def check(self) -> None:
+        """Loads data and networks and makes the mesh; each raises what a user has to know.
+
+        The shots are drawn for every run of the configuration, and a batch must divide among the
+        devices.
+        """
+        for shots in self.config.shots:
+            few_shot(self.dataset, shots, 0, val_fraction=self.config.validation_fraction)
+        for network in (self.pipeline, self.clip):
+            network.tokenizer(list(self.prompts))
+        if self.mesh is None:
+            return
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = {"classify.batch_size": self.config.classify.batch_size}
+        if "dset" in self.config.modes:
+            rows["finetune.batch_size"] = self.config.finetune.batch_size
+        for name, count in rows.items():
+            if count % parts:
+                raise UserError(
+                    f"{name} {count} is not divisible over data x fsdp = {parts} devices"
+                )
+
     @cached_property
     def data_identity(self) -> dict:
         """What decides the images: the configuration, and which files it found."""
@@ -156,13 +188,11 @@ class _Work:
             "prompt-only", folder / "synthetic", seed, {"images": images}, synthetic=images
         )
 
-    def few_shot(self, shots: int, seed: int) -> None:
-        """Everything that one draw of shots leads to."""
-        folder = self.folder / f"shots{shots}-seed{seed}"
-        name = f"{shots} shots, seed {seed}"
-        drawn = run_stage(
-            f"shots: {name}",
-            folder / "shots",
+    def draw(self, shots: int, seed: int) -> Artifact:
+        """The images that may be seen, as lists."""
+        return run_stage(
+            f"shots: {_name(shots, seed)}",
+            self._below(shots, seed) / "shots",
             {
                 "data": self.data_identity,
                 "shots": shots,
@@ -172,6 +202,10 @@ class _Work:
             {},
             lambda path: self._draw(shots, seed, path),
         )
+
+    def few_shot(self, shots: int, seed: int, drawn: Artifact) -> None:
+        """Everything that one draw of shots leads to."""
+        folder, name = self._below(shots, seed), _name(shots, seed)
         self._classify(f"real: {name}", folder / "real", seed, {"shots": drawn}, drawn=drawn)
         for mode in self.config.modes:
             own = folder / mode
@@ -188,7 +222,11 @@ class _Work:
 
     def _draw(self, shots: int, seed: int, folder: Path) -> dict:
         drawn = few_shot(self.dataset, shots, seed, val_fraction=self.config.validation_fraction)
-        drawn.save(folder / "shots.json")
+        for record in drawn.train_source(self.dataset):  # a corrupt file is found now
+            if min(record.image.shape[:2]) < 1:
+                raise SourceError(f"{record.id}: an empty image")
+        if jax.process_index() == 0:
+            drawn.save(folder / "shots.json")
         return {"images": sum(map(len, drawn.train)), "validation": sum(map(len, drawn.val))}
 
     def _finetune(self, name: str, folder: Path, mode: str, seed: int, drawn: Artifact) -> Artifact:
@@ -200,6 +238,8 @@ class _Work:
             "dtype": self.config.dtype,
             "prompts": self.prompts,
         }
+        if mode == "cls":
+            settings["classes_at_once"] = self.config.classes_at_once
         return run_stage(
             name,
             folder,
@@ -208,7 +248,7 @@ class _Work:
             lambda path: self._build_adapter(
                 path, mode, seed, load_shots(drawn.path / "shots.json")
             ),
-            unlisted=("*checkpoints/*", "*metrics.jsonl"),
+            unlisted=(f"{TRAINING}/*",),
         )
 
     def _build_adapter(self, folder: Path, mode: str, seed: int, shots: Shots) -> dict:
@@ -222,7 +262,7 @@ class _Work:
         )
         if mode == "dset":
             state = finetune(
-                self.pipeline, examples, config, folder, seed=seed, mesh=self.mesh,
+                self.pipeline, examples, config, folder / TRAINING, seed=seed, mesh=self.mesh,
                 description="fine-tune dset",
             )  # fmt: skip
             write_adapter(folder, state)
@@ -231,10 +271,10 @@ class _Work:
         each = [examples.select(np.arange(start, end)) for start, end in itertools.pairwise(rows)]
         group = self.config.classes_at_once or len(each)
         for start in range(0, len(each), group):
-            part = folder / f"part{start:04d}"
+            own = each[start : start + group]
             states = finetune_each(
-                self.pipeline, each[start : start + group], config, part, seed=seed + start,
-                mesh=self.mesh, description=f"fine-tune {min(group, len(each))} classes",
+                self.pipeline, own, config, folder / TRAINING / f"{start:04d}", seed=seed,
+                first=start, mesh=self.mesh, description=f"fine-tune {len(own)} classes",
             )  # fmt: skip
             for label, state in enumerate(states, start):
                 write_adapter(folder / safe_name(self.dataset.class_names[label]), state)
@@ -319,14 +359,21 @@ class _Work:
             name, folder, settings, inputs, build, unlisted=("checkpoints/*", "*.jsonl")
         )
 
+    def _below(self, shots: int, seed: int) -> Path:
+        return self.folder / f"shots{shots}-seed{seed}"
+
     def _score(self, model: CLIPModel, folder: Path) -> dict:
         test: ImageSource = self.dataset.test
-        logits = predict(self.clip, model, self.prompts, test)
+        logits = predict(self.clip, model, self.prompts, test, mesh=self._local_mesh)
         found = scores(logits, np.asarray(test.labels), self.dataset.class_names)
         if jax.process_index() == 0:
             np.save(folder / "logits.npy", logits)
             write_json(folder / "scores.json", found)
         return {"top1": found["top1"], "macro": found["macro"]}
+
+
+def _name(shots: int, seed: int) -> str:
+    return f"{shots} shots, seed {seed}"
 
 
 def _read_shots(drawn: Artifact) -> Shots:
@@ -346,7 +393,7 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
         targets = tuple(
             target
             for target in state.config.targets
-            if any(path.rpartition(".")[0].endswith(target) for path in arrays)
+            if any(matches(target, path.rpartition(".")[0]) for path in arrays)
         )
         states[component] = AdapterState(arrays, dataclasses.replace(state.config, targets=targets))
     write_diffusers(folder, states)
@@ -360,9 +407,16 @@ def read_adapter(path: Path) -> AdapterState:
         for component, state in states.items()
         for name, value in state.arrays.items()
     }
-    targets = tuple(target for state in states.values() for target in state.config.targets)
-    config = next(iter(states.values())).config
-    return AdapterState(arrays, dataclasses.replace(config, targets=targets))
+    configs = {c: dataclasses.replace(s.config, targets=()) for c, s in states.items()}
+    first, *others = configs
+    for other in others:
+        if configs[other] != configs[first]:
+            raise UserError(
+                f"{path}: {first} and {other} have adapters of different settings: "
+                f"{configs[first]} and {configs[other]}"
+            )
+    targets = dict.fromkeys(target for s in states.values() for target in s.config.targets)
+    return AdapterState(arrays, dataclasses.replace(configs[first], targets=tuple(targets)))
 
 
 def adapter_files(folder: Path, class_names: Sequence[str]) -> list[Path]:

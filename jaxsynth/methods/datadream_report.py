@@ -47,12 +47,21 @@ def rows(modes: list[str]) -> list[Row]:
     return lines
 
 
+def page_of(workdir: Path) -> Path:
+    """Where `write` puts the page."""
+    return workdir / "report.html"
+
+
 def write(workdir: Path) -> Path:
     """Collects the scores, prints the table and writes the page; returns the page's path."""
     found = _stages(workdir)
     shots = sorted({s for s, _ in found})
     seeds = sorted({s for _, s in found})
-    modes = [m for m in ("dset", "cls") if any((f / m).is_dir() for f in found.values())]
+    modes = [
+        m
+        for m in ("dset", "cls")
+        if any((f / m / "images" / MANIFEST).is_file() for f in found.values())
+    ]
     lines = rows(modes)
     results = [
         {"row": row.label, "shots": k, "seed": seed, **_scores(workdir, row, k, seed)}
@@ -77,7 +86,7 @@ def write(workdir: Path) -> Path:
             f"Top-1 in per cent on {len(dataset.test)} test images ({dataset.split}). "
             + _seeds_note(seeds)
             + " Every trained classifier starts from the same CLIP and takes the same number of "
-            "steps; the last step is scored, so the test set chooses nothing.",
+            "steps. The test set chooses nothing: " + _chosen(found),
             tables=tables,
             images=_curve(workdir, results, lines, shots, seeds),
         ),
@@ -85,7 +94,7 @@ def write(workdir: Path) -> Path:
             "What the generator drew",
             f"From left to right: real shots, images from the prompt alone, and images of the "
             f"fine-tuned generator ({shots[-1]} shots, seed {seeds[0]}), one class per row. "
-            "The drawings of one column share their noise.",
+            "Images at the same place of the two generated groups started from the same noise.",
             images=[Picture(grid, "Real, prompt-only and DataDream images.", pixelated=True)],
         ),
         Section("How it was made", details=_details(workdir)),
@@ -97,12 +106,20 @@ def write(workdir: Path) -> Path:
         ("seeds", ", ".join(map(str, seeds))),
     ]
     return write_page(
-        workdir / "report.html",
+        page_of(workdir),
         f"DataDream on {dataset.name}",
         sections,
         subtitle="A few-shot guided synthetic data set, and what training on it is worth.",
         facts=facts,
     )
+
+
+def _chosen(found: dict[tuple[int, int], Path]) -> str:
+    """Which of a classifier's steps is scored."""
+    kept = [load_artifact(folder / "shots").counts["validation"] for folder in found.values()]
+    if not any(kept):
+        return "the last step is scored."
+    return "where real shots are seen, those kept for validation choose the step that is scored."
 
 
 def _stages(workdir: Path) -> dict[tuple[int, int], Path]:
@@ -151,8 +168,8 @@ def _per_class(results: list[dict], lines: list[Row]) -> Table:
     body = []
     for row in lines:
         own = [r["per_class"] for r in results if r["row"] == row.label]
-        means = [np.mean([r[name] for r in own if r[name] is not None]) for name in names]
-        body.append([row.label, *map(float, means)])
+        known = [[r[name] for r in own if r[name] is not None] for name in names]
+        body.append([row.label, *(float(np.mean(values)) if values else None for values in known)])
     return Table(["Trained on", *names], body, caption="Per class, in %", scale=100, rules=(3,))
 
 
@@ -168,16 +185,18 @@ def _curve(workdir: Path, results, lines: list[Row], shots: list[int], seeds) ->
         return []
     series = []
     for row in lines:
-        measures = [_measure(results, row.label, k, "top1") for k in shots]
-        series.append(
-            Series(
-                row.label,
-                shots,
-                [100 * m.mean for m in measures],
-                [100 * (m.std or 0.0) for m in measures] if len(seeds) > 1 else None,
-                dashed="{shots}" not in row.folder,
+        measures = {k: _measure(results, row.label, k, "top1") for k in shots}
+        done = {k: m for k, m in measures.items() if m is not None}  # of a run under way
+        if done:
+            series.append(
+                Series(
+                    row.label,
+                    list(done),
+                    [100 * m.mean for m in done.values()],
+                    [100 * (m.std or 0.0) for m in done.values()] if len(seeds) > 1 else None,
+                    dashed="{shots}" not in row.folder,
+                )
             )
-        )
     path = plot_scores(
         workdir / "accuracy.png",
         series,
@@ -204,13 +223,13 @@ def _first(source: ImageSource, label: int, count: int) -> list[np.ndarray]:
 def _grid(workdir: Path, dataset: Dataset, shots: int, seed: int, modes: list[str]) -> Path:
     folder = workdir / f"shots{shots}-seed{seed}"
     drawn = load_shots(folder / "shots" / "shots.json").train_source(dataset)
-    sources: list[tuple[str, ImageSource]] = [
-        ("real", drawn),
-        ("prompt only", ImageStore(workdir / f"prompt-seed{seed}" / "images", verify=False)),
-    ]
+    sources: list[tuple[str, ImageSource]] = [("real", drawn)]
+    stores = {"prompt only": workdir / f"prompt-seed{seed}" / "images"}
     for mode in modes:
-        store = ImageStore(folder / mode / "images", verify=False)
-        sources.append((f"DataDream {mode}" if len(modes) > 1 else "DataDream", store))
+        stores[f"DataDream {mode}" if len(modes) > 1 else "DataDream"] = folder / mode / "images"
+    for name, path in stores.items():
+        if (path / MANIFEST).is_file():  # a page can be made while the run is under way
+            sources.append((name, ImageStore(path, verify=False)))
     count = dataset.num_classes
     labels = np.unique(np.linspace(0, count - 1, min(count, MAX_CLASSES)).round().astype(int))
     sides = COLUMNS_PER_SOURCE

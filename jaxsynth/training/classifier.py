@@ -8,6 +8,7 @@ fixed number of each (the official code divides by zero where one kind is missin
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters.base import Trainable, extract, seed_dropout
@@ -74,11 +76,7 @@ def logits_of(
     model: CLIPModel, pixels: Float[Array, "b h w 3"], ids: Int[Array, "c t"]
 ) -> Float[Array, "b c"]:
     """float32 class logits; `ids` are the tokens of the classes' prompts."""
-    image = model.encode_image(pixels).astype(jnp.float32)
-    text = model.encode_text(ids).astype(jnp.float32)
-    image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
-    text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
-    return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * image @ text.T
+    return _compare(model, _encode_text(model, ids), pixels)
 
 
 def train_classifier(
@@ -111,19 +109,22 @@ def train_classifier(
         targets=config.targets,
         init="kaiming",
     )
-    model = add_lora(clip.model, lora, rngs=jax.random.fold_in(key, 1))
+    init_key, step_key = jax.random.split(key)
+    model = add_lora(clip.model, lora, rngs=init_key)
     graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
     ids = jnp.asarray(clip.tokenizer(list(prompts)))
     both = real is not None and synthetic is not None
-    # Per process, because a batch assembled from several keeps each one's real images first.
     parts = jax.process_count()
-    num_real = real_count(config.batch_size // parts, config.real_fraction) if both else 0
-    if both and parts > 1:
-        raise ValueError("train_classifier: real and synthetic together need a single process")
+    num_real = 0
+    if both:
+        num_real = parts * real_count(config.batch_size // parts, config.real_fraction)
 
     def loss(trainable, rest, batch, key):
         frozen, ids = rest
         keys = [jax.random.fold_in(key, i) for i in range(2)]
+        if both and parts > 1:  # each process's part has its own real images first
+            order = jnp.argsort(~batch["is_real"], stable=True)
+            batch = {name: values[order] for name, values in batch.items()}
         labels = one_hot(batch["label"], len(prompts), config.label_smoothing)
         images, labels = mix_batch(
             keys[0], batch["image"], labels, num_real=num_real, probability=config.mix_probability
@@ -167,10 +168,10 @@ def train_classifier(
         clip_norm=0.0,
     )
     tx = make_optimizer(optim)
-    state = init_state(trainable, tx, key)
-    place = None
+    state = init_state(trainable, tx, step_key)
+    place, placed = None, frozen
     if mesh is not None:
-        frozen = sharding.shard(frozen, mesh, sharding.CLIP)
+        placed = sharding.shard(frozen, mesh, sharding.CLIP)
         ids = sharding.replicate(ids, mesh)
         state = sharding.replicate(state, mesh)
 
@@ -180,7 +181,8 @@ def train_classifier(
     best = None if validation is None else _Best(folder / "best", clip, prompts, validation)
 
     def evaluate(state) -> dict[str, float]:
-        return best(int(state.step), nnx.merge(graphdef, state.trainable, frozen))
+        learnt = sharding.gather(state.trainable)
+        return best(int(state.step), nnx.merge(graphdef, learnt, frozen))
 
     with (
         Checkpoints(
@@ -193,7 +195,7 @@ def train_classifier(
     ):
         state = fit(
             state,
-            (frozen, ids),
+            (placed, ids),
             batches,
             make_train_step(loss, tx, learning_rate=make_schedule(optim)),
             steps=steps,
@@ -206,7 +208,7 @@ def train_classifier(
         )
     if best is not None:
         return best.model(clip.model)
-    return nnx.merge(graphdef, state.trainable, frozen)
+    return nnx.merge(graphdef, sharding.gather(state.trainable), frozen)
 
 
 class _Best:
@@ -220,12 +222,15 @@ class _Best:
         accuracy = float((logits.argmax(-1) == np.asarray(self._source.labels)).mean())
         known = read_json(self._folder / "best.json", optional=True)
         # A resumed run looks again at steps it had seen: the same result is no better.
-        if not known or accuracy > known["accuracy"]:
+        better = not known or accuracy > known["accuracy"]
+        if better and jax.process_index() == 0:
             write_peft(self._folder, extract(model))
             write_json(self._folder / "best.json", {"step": step, "accuracy": accuracy})
         return {"accuracy": accuracy}
 
     def model(self, base: CLIPModel) -> CLIPModel:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("best adapter written")
         return attach(base, read_peft(self._folder))
 
 
@@ -236,27 +241,41 @@ def predict(
     source: ImageSource,
     *,
     batch_size: int = 64,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "n c"]:
-    """Logits of every image of `source`, in order; `model` is `clip.model` or an adapted copy."""
-    graphdef, state = nnx.split(model)
-    ids = jnp.asarray(clip.tokenizer(list(prompts)))
-    text = jax.jit(lambda state, ids: nnx.merge(graphdef, state).encode_text(ids))(state, ids)
+    """Logits of every image of `source`, in order; `model` is `clip.model` or an adapted copy.
 
-    @jax.jit
-    def run(state, text, pixels):
-        model = nnx.merge(graphdef, state)
-        image = model.encode_image(pixels).astype(jnp.float32)
-        image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
-        text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
-        return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * image @ text.T
-
+    Every process computes all of them, on its own devices: `mesh` is one of those only.
+    """
+    text = _encode_text(model, jnp.asarray(clip.tokenizer(list(prompts))))
+    put = jnp.asarray
+    if mesh is not None:
+        graphdef, state = nnx.split(model)
+        model = nnx.merge(graphdef, sharding.replicate(state, mesh))
+        text = sharding.replicate(text, mesh)
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        batch_size = -(-batch_size // parts) * parts
+        put = partial(jax.device_put, device=NamedSharding(mesh, sharding.BATCH))
     out = np.zeros((len(source), len(prompts)), np.float32)
-    for batch in eval_batches(
-        source, batch_size, EvalTransform(clip.image_size, clip.mean, clip.std)
-    ):
+    transform = EvalTransform(clip.image_size, clip.mean, clip.std)
+    for batch in eval_batches(source, batch_size, transform):
         valid = batch["valid"]
-        out[batch["index"][valid]] = np.asarray(run(state, text, batch["image"]))[valid]
+        out[batch["index"][valid]] = np.asarray(_compare(model, text, put(batch["image"])))[valid]
     return out
+
+
+# Compiled once for all evaluations of a training.
+@jax.jit
+def _encode_text(model: CLIPModel, ids: Array) -> Array:
+    text = model.encode_text(ids).astype(jnp.float32)
+    return text / jnp.linalg.norm(text, axis=-1, keepdims=True)
+
+
+@jax.jit
+def _compare(model: CLIPModel, text: Array, pixels: Array) -> Array:
+    image = model.encode_image(pixels).astype(jnp.float32)
+    image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
+    return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * image @ text.T
 
 
 def scores(

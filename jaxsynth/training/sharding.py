@@ -185,6 +185,19 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, spec: PartitionSpec = BATCH) -> Py
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
+def gather(tree: PyTree) -> PyTree:
+    """`tree` off the mesh: every leaf whole on the default device of each process."""
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return jnp.asarray(np.asarray(leaf))
+
+    return jax.tree.map(whole, tree)
+
+
 def init_sharded(
     make: Callable[[], PyTree], mesh: Mesh, table: Table, *, min_size: int = MIN_SIZE
 ) -> PyTree:

@@ -68,6 +68,7 @@ class FinetuneConfig:
     schedule: str = "cosine"
     warmup_steps: int = 100
     weight_decay: float = 1e-2
+    eps: float = 1e-8
     clip_norm: float = 1.0
     rank: int = 16
     alpha: float = 16.0
@@ -281,6 +282,7 @@ def _finetune(
         warmup_steps=min(config.warmup_steps, steps),
         total_steps=steps,
         weight_decay=config.weight_decay,
+        eps=config.eps,
         clip_norm=config.clip_norm,
     )
     tx = make_optimizer(optim)
