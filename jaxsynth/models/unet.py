@@ -6,9 +6,11 @@ means (noise, velocity or sample) is the scheduler's business.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -174,12 +176,15 @@ class UNet2DCondition(nnx.Module):
         *,
         down_residuals: Sequence[Float[Array, "b _h _w _c"]] | None = None,
         mid_residual: Float[Array, "b _h _w _c"] | None = None,
+        remat: bool = False,
     ) -> Float[Array, "b h w o"]:
         """The prediction for `sample` at `timesteps` (any height and width).
 
         `down_residuals` (one per skip connection, in the order they are made) and `mid_residual`
-        are added as a ControlNet's. Raises ValueError if their number is wrong.
+        are added as a ControlNet's. Raises ValueError if their number is wrong. `remat` keeps
+        between the passes only what enters each block, and computes its inside again.
         """
+        run = _recomputed if remat else _plain
         time = layers.timestep_embedding(
             timesteps,
             self.config.block_out_channels[0],
@@ -191,7 +196,7 @@ class UNet2DCondition(nnx.Module):
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
-            x, made = block(x, time, context)
+            x, made = run(block, x, time, context)
             skips += made
         if down_residuals is not None:
             if len(down_residuals) != len(skips):
@@ -199,15 +204,23 @@ class UNet2DCondition(nnx.Module):
                     f"down_residuals: expected {len(skips)} arrays, got {len(down_residuals)}"
                 )
             skips = [skip + extra for skip, extra in zip(skips, down_residuals, strict=True)]
-        x = self.mid_block(x, time, context)
+        x = run(self.mid_block, x, time, context)
         if mid_residual is not None:
             x = x + mid_residual
         for block in self.up_blocks:
             taken = len(block.resnets)
             size = skips[-taken - 1].shape[1:3] if block.upsamplers else None
-            x = block(x, skips[: -taken - 1 : -1], time, context, size)
+            x = run(partial(block, size=size), x, skips[: -taken - 1 : -1], time, context)
             skips = skips[:-taken]
         return self.conv_out(self.act(self.conv_norm_out(x)))
+
+
+def _plain(block: Callable, *inputs: Any) -> Any:
+    return block(*inputs)
+
+
+def _recomputed(block: Callable, *inputs: Any) -> Any:
+    return jax.checkpoint(lambda *inputs: block(*inputs))(*inputs)
 
 
 class TimestepEmbedding(nnx.Module):

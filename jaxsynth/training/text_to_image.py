@@ -203,7 +203,7 @@ def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: M
         text = batch.get("text")
         if text is None:
             text = model.text_encoder(batch["ids"]).last_hidden_state
-        return model.unet(noisy, t, text)
+        return model.unet(noisy, t, text, remat=config.remat)
 
     def loss(trainable, frozen, batch, key):
         if mesh is not None:
@@ -214,8 +214,7 @@ def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: M
             model = seed_dropout(model, jax.random.fold_in(key, 4))
         x0, noise, t = draw(batch, key, schedule)
         noisy = add_noise(schedule, x0, noise, t)
-        run = jax.checkpoint(denoise) if config.remat else denoise
-        output = run(model, noisy, t, batch)
+        output = denoise(model, noisy, t, batch)
         return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=config.snr_gamma), {}
 
     return loss

@@ -1,5 +1,6 @@
 """The denoiser against diffusers' UNet2DConditionModel, its full size, and what it refuses."""
 
+import chex
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -219,3 +220,29 @@ def test_bfloat16_is_close_to_float32():
 def test_config_errors_name_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         UNet2DConditionConfig.from_dict(tiny(**change))
+
+
+def test_recomputing_blocks_changes_neither_output_nor_gradients(key):
+    config = UNet2DConditionConfig(
+        sample_size=4,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    graphdef, state = nnx.split(UNet2DCondition(config, rngs=nnx.Rngs(0)))
+    sample = jax.random.normal(key, (2, 4, 4, 4))
+    text = jax.random.normal(key, (2, 3, 8))
+
+    def loss(state, remat):
+        out = nnx.merge(graphdef, state)(sample, jnp.array([3, 700]), text, remat=remat)
+        return (out**2).mean()
+
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, again = grad(state, False), grad(state, True)
+    chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-7)
+    text_of = str(jax.make_jaxpr(lambda s: jax.grad(loss)(s, True))(state))
+    assert "remat" in text_of or "checkpoint" in text_of
