@@ -95,10 +95,10 @@ def _tiny() -> ConfigDict:
     config.base, config.clip, config.dtype = "tiny", "tiny/clip", "float32"
     config.data = ConfigDict({"source": "digits"})
     config.seeds = (0,)
-    config.finetune.epochs = 50
-    config.finetune.min_steps = 250
+    config.finetune.epochs = 100
+    config.finetune.min_steps = 200
     config.finetune.warmup_steps = 20
-    config.finetune.learning_rate = 1e-3
+    config.finetune.learning_rate = 2e-3
     config.finetune.remat = False
     config.generate.images_per_class = 60
     config.generate.num_inference_steps = 20
