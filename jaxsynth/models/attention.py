@@ -2,9 +2,11 @@
 
 `jax.nn.dot_product_attention` is slow on CPU (six times two plain einsums at 1024 tokens), and a
 long score matrix does not fit the cache, so on CPU short sequences use two einsums and long ones
-are cut into blocks of queries; on a GPU cuDNN's flash attention is taken where it applies.
+are cut into blocks of queries with a gradient of their own (as in Dao et al. 2022, arXiv
+2205.14135); on a GPU cuDNN's flash attention is taken where it applies.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,7 +17,7 @@ Implementation = Literal["auto", "einsum", "chunked", "xla", "cudnn"]
 
 # Score matrices larger than this many elements per (batch, head) leave the cache of a CPU core.
 _CHUNK_ABOVE = 1 << 20
-_QUERY_CHUNK = 128
+_QUERY_CHUNKS = (256, 128)
 
 
 def attention(
@@ -30,8 +32,9 @@ def attention(
     """Scaled dot-product attention, softmax in float32, scale `1/sqrt(d)`.
 
     `mask` is True where a query may look; `causal` adds the lower-triangular mask. `implementation`
-    is "einsum" (two products), "chunked" (blocks of 128 queries, so that the score matrix stays in
-    the cache), "xla" or "cudnn" (`jax.nn.dot_product_attention`), or "auto".
+    is "einsum" (two products), "chunked" (blocks of queries, so that the score matrix stays in the
+    cache; no forward-mode derivative), "xla" or "cudnn" (`jax.nn.dot_product_attention`), or
+    "auto".
     """
     if implementation == "auto":
         implementation = _choose(query, key, mask)
@@ -50,10 +53,11 @@ def attention(
         mask = lower if mask is None else jnp.logical_and(mask, lower)
     # (batch, head, token, dim): each head's product is then one contiguous matrix product.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    if implementation == "einsum" or q_len % _QUERY_CHUNK:
+    blocks = [size for size in _QUERY_CHUNKS if q_len % size == 0]
+    if implementation == "einsum" or not blocks:
         out = _einsum_attention(q, k, v, mask)
     else:
-        out = _chunked_attention(q, k, v, mask)
+        out = _chunked_attention(q, k, v, mask, blocks[0])
     return jnp.swapaxes(out, 1, 2)
 
 
@@ -81,19 +85,83 @@ def _einsum_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array
     return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
 
 
-def _chunked_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """Attention over blocks of queries; recomputed in the backward pass, so memory stays linear."""
+def _chunked_attention(q: Array, k: Array, v: Array, mask: Array | None, size: int) -> Array:
+    """Attention over (batch, head, token, dim) by blocks of `size` queries of one head."""
     batch, heads, q_len, dim = q.shape
-    blocks = q_len // _QUERY_CHUNK
-    q_blocks = jnp.moveaxis(q.reshape(batch, heads, blocks, _QUERY_CHUNK, dim), 2, 0)
-    if mask is None:
-        out = jax.lax.map(
-            jax.checkpoint(lambda block: _einsum_attention(block, k, v, None)), q_blocks
-        )
-    else:
-        full = jnp.broadcast_to(mask, (*mask.shape[:2], q_len, mask.shape[3]))
-        shape = (*full.shape[:2], blocks, _QUERY_CHUNK, full.shape[3])
-        mask_blocks = jnp.moveaxis(full.reshape(shape), 2, 0)
-        body = jax.checkpoint(lambda pair: _einsum_attention(pair[0], k, v, pair[1]))
-        out = jax.lax.map(body, (q_blocks, mask_blocks))
-    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, q_len, dim)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (batch, heads, q_len, k.shape[2]))
+    q, k, v, mask = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (q, k, v, mask))
+    out = _blocked(q * dim**-0.5, k, v, mask, size)
+    return out.reshape(batch, heads, q_len, -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(q: Array, k: Array, v: Array, mask: Array | None, size: int) -> Array:
+    """Attention of scaled queries over (head, token, dim); the gradient recomputes the scores."""
+    return _blocked_forward(q, k, v, mask, size)[0]
+
+
+def _blocked_forward(q: Array, k: Array, v: Array, mask: Array | None, size: int):
+    def head(arrays):
+        q, mask, k, v = arrays
+
+        def block(arrays):
+            scores = _scores(*arrays, k)
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            # Dividing the outputs instead of the weights: there are fewer of them.
+            out = jnp.einsum("qk,kd->qd", weights.astype(v.dtype), v) / total
+            return out.astype(v.dtype), top, total
+
+        return jax.lax.map(block, (q, mask))
+
+    found = jax.lax.map(head, (_split(q, size), _split(mask, size), k, v))
+    out, top, total = (x.reshape(*q.shape[:2], -1) for x in found)
+    return out, (q, k, v, mask, out, top, total)
+
+
+def _blocked_backward(size: int, residuals, gradient: Array):
+    """A CPU product that sums over the rows of its left factor is several times slower than one of
+    contiguous rows, so queries and gradients also come transposed, and dk and dv leave so.
+    """
+    q, k, v, mask, out, top, total = residuals
+    scaled = gradient.astype(jnp.float32) / total
+    offset = jnp.sum(scaled * out, axis=-1, keepdims=True)
+    scaled = scaled.astype(v.dtype)
+
+    def head(arrays):
+        blocks, k, v = arrays
+
+        def block(sums, arrays):
+            q, q_t, g, g_t, mask, top, offset = arrays
+            weights = jnp.exp(_scores(q, mask, k) - top)
+            d_weights = jnp.einsum("qd,kd->qk", g, v, preferred_element_type=jnp.float32)
+            d_scores = (weights * (d_weights - offset)).astype(k.dtype)
+            dk = sums[0] + jnp.einsum("dq,qk->dk", q_t, d_scores)
+            dv = sums[1] + jnp.einsum("dq,qk->dk", g_t, weights.astype(v.dtype))
+            return (dk, dv), jnp.einsum("qk,kd->qd", d_scores, k)
+
+        zeros = tuple(jnp.zeros(x.shape[::-1], jnp.float32) for x in (k, v))
+        (dk, dv), dq = jax.lax.scan(block, zeros, blocks)
+        return dq, dk, dv
+
+    q_blocks, g_blocks = _split(q, size), _split(scaled, size)
+    pairs = (q_blocks, jnp.swapaxes(q_blocks, -1, -2), g_blocks, jnp.swapaxes(g_blocks, -1, -2))
+    blocks = (*pairs, *(_split(x, size) for x in (mask, top, offset)))
+    dq, dk, dv = jax.lax.map(head, (blocks, k, v))
+    dk, dv = (jnp.swapaxes(x, -1, -2) for x in (dk, dv))
+    return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _scores(q: Array, mask: Array | None, k: Array) -> Array:
+    scores = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32)
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+
+
+def _split(x: Array | None, size: int) -> Array | None:
+    """(head, token, ...) as (head, block, token of the block, ...)."""
+    return None if x is None else x.reshape(x.shape[0], -1, size, *x.shape[2:])

@@ -34,11 +34,33 @@ class InitKeys:
         return jax.random.fold_in(self._key, self._count)
 
 
+class GroupNorm(nnx.GroupNorm):
+    """`nnx.GroupNorm` of a feature map, its sums taken per channel before they are grouped.
+
+    NNX's splits the channels into (group, channel of the group) first, and loops over so short a
+    last axis are slow on CPU: forward and backward take 1.7 times as long.
+    """
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = x.shape
+        size = channels // self.num_groups
+
+        def group_mean(values: Array) -> Array:
+            sums = values.sum((1, 2)).reshape(batch, self.num_groups, size).sum(-1)
+            means = sums / (height * width * size)
+            return jnp.repeat(means, size, axis=-1)[:, None, None]
+
+        wide = x.astype(jnp.float32)
+        centred = wide - group_mean(wide)
+        inverse = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
+        return (centred * (inverse * self.scale[...]) + self.bias[...]).astype(self.dtype)
+
+
 def group_norm(
     groups: int, channels: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.GroupNorm:
     """GroupNorm over (batch, height, width, channel), statistics in float32."""
-    return nnx.GroupNorm(
+    return GroupNorm(
         channels,
         num_groups=groups,
         epsilon=epsilon,
@@ -169,10 +191,15 @@ def timestep_embedding(
     return jnp.pad(features, ((0, 0), (0, dim % 2)))
 
 
+def gelu(x: Array) -> Array:
+    """The exact GELU through erf, as torch has it; `jax.nn.gelu` takes the costlier erfc."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

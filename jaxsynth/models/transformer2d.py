@@ -4,7 +4,6 @@ This is where the denoiser reads the prompt (Rombach et al. 2022, arXiv 2112.107
 self-attention, cross-attention to the text encoder's states and a gated feed-forward network.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -129,4 +128,4 @@ class GEGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n i"]:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return hidden * jax.nn.gelu(gate, approximate=False)
+        return hidden * layers.gelu(gate)

@@ -46,12 +46,16 @@ def test_same_as_torch(implementation, masking):
     assert relative_error(actual, expected) < 1e-5
 
 
-def test_long_sequences_are_chunked_with_the_same_gradient():
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_sequences_are_chunked_with_the_same_gradient(masked):
     query, key, value = arrays(1024, 1024, dim=4)
+    mask = np.random.default_rng(1).random((2, 1, 1024, 1024)) < 0.7 if masked else None
     grads = [
         jax.jit(
             jax.grad(
-                lambda *qkv, how=how: jnp.square(attention(*qkv, implementation=how)).sum(),
+                lambda *qkv, how=how: jnp.square(
+                    attention(*qkv, mask=mask, implementation=how)
+                ).sum(),
                 argnums=(0, 1, 2),
             )
         )(query, key, value)
