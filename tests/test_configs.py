@@ -11,7 +11,10 @@ from jaxsynth.config import ConfigError, load_config, to_dataclass
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
 # A config file that is not listed here fails, so that none goes untested.
-VARIANTS = {"datadream": ("", "tiny", "sd21"), "tiny_base": ("", "smoke")}
+VARIANTS = {
+    "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),
+    "tiny_base": ("", "smoke"),
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
