@@ -157,7 +157,7 @@ SCHEDULER_CONFIG = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,
 }
 
 PREVIEW_PROMPTS = (
