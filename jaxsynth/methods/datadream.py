@@ -401,7 +401,8 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
 
 def read_adapter(path: Path) -> AdapterState:
     """What `write_adapter` wrote, or another diffusers LoRA file, over both networks."""
-    states = read_diffusers(path)
+    # The UNet first, as `FinetuneConfig.lora` has it; the file's own order is that of its keys.
+    states = dict(sorted(read_diffusers(path).items(), reverse=True))
     arrays = {
         f"{component}.{name}": value
         for component, state in states.items()

@@ -181,6 +181,9 @@ def train_tokenizer(
         raise ValueError(f"train_tokenizer: vocab_size {vocab_size}, expected at least {fixed}")
     backend = _backend({_EOS: 0}, [], _EOS)
     trainer = trainers.BpeTrainer(
+        # The trainer breaks ties between merges by token numbers, and numbers letters that close a
+        # word in an order that differs from run to run, unless they are there beforehand.
+        special_tokens=[letter + _SUFFIX for letter in letters],
         vocab_size=vocab_size,
         initial_alphabet=letters,
         end_of_word_suffix=_SUFFIX,
