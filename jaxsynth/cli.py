@@ -30,6 +30,7 @@ _EPILOG = """\
 examples:
   jaxsynth run --config=configs/datadream.py:tiny --workdir=runs/demo
   jaxsynth report runs/demo
+  jaxsynth bench train-step --peer=torch
   jaxsynth run --help
 
 environment:
@@ -67,6 +68,20 @@ formats of an image store:
   imagefolder  a folder per class, for torchvision and Hugging Face datasets
   webdataset   numbered tar files
   parquet      numbered Parquet files with an image column, for Hugging Face datasets
+"""
+_BENCH_EPILOG = """\
+Both sides load the same random weights, and are timed only after they have computed the same. Run
+it on an idle machine; measurements alternate, but nothing replaces cores that are busy elsewhere.
+
+cases:
+  tiny        the shipped 32x32 base; batches of 8 (train-step) or 20 images (generate)
+  tiny-cls    the same with 10 adapters at once, which torch takes one after the other
+  sd-shaped   Stable Diffusion 2 at half its width, 32x32 latents
+
+environment:
+  XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,\
+LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION
+              lets XLA take other CPU kernels; faster in some cases only, so not the default
 """
 
 
@@ -192,6 +207,21 @@ def convert(args: argparse.Namespace) -> None:
     console.print(convert(args.source, args.target, args.to), markup=False)
 
 
+def bench(args: argparse.Namespace) -> None:
+    """`jaxsynth bench`: times our programs, and torch's beside them."""
+    from jaxsynth.bench.run import run
+    from jaxsynth.training.console import console
+
+    run(
+        args.name,
+        peer=args.peer,
+        cases=args.cases,
+        reps=args.reps,
+        json=args.json,
+        console=console,
+    )
+
+
 def _read_run(workdir: Path) -> dict[str, Any]:
     import json
 
@@ -302,6 +332,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "run": _run_parser(verbs),
         "report": _report_parser(verbs),
         "convert": _convert_parser(verbs),
+        "bench": _bench_parser(verbs),
     }
 
     args, unknown = parser.parse_known_args(argv)
@@ -362,6 +393,23 @@ def _convert_parser(verbs) -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
     parser.set_defaults(call=convert)
+    return parser
+
+
+def _bench_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "bench",
+        help="time training and sampling, side by side with torch's",
+        description="Time training steps or sampling, side by side with diffusers and peft.",
+        usage="jaxsynth bench {train-step,generate} [--peer=torch] [CASE ...]",
+        epilog=_BENCH_EPILOG,
+    )
+    parser.add_argument("name", choices=("train-step", "generate"), help="what is timed")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
+    parser.add_argument("--peer", choices=("torch",), default="", help="whom to compare with")
+    parser.add_argument("--reps", type=int, default=5, metavar="N", help="measurements (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.set_defaults(call=bench)
     return parser
 
 

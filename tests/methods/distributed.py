@@ -1,0 +1,82 @@
+"""Fine-tunes and generates as one of COUNT processes with two devices in all.
+
+python distributed.py FOLDER PORT PROCESS COUNT BASE
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxsynth.data.generate import GenerateConfig, Generator, fill_store
+from jaxsynth.data.sources import ArraySource
+from jaxsynth.methods.datadream import read_adapter, write_adapter
+from jaxsynth.training.artifact import run_stage
+from jaxsynth.training.sharding import make_mesh
+from jaxsynth.training.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
+from jaxsynth.weights.hf import load_pipeline
+
+PROMPTS = ("a photo of the digit one", "a photo of the digit two")
+FINETUNE = FinetuneConfig(
+    steps=3,
+    batch_size=4,
+    learning_rate=1e-2,
+    warmup_steps=0,
+    rank=2,
+    eps=1e-2,
+    unet_targets=("to_q", "to_out.0"),
+    text_targets=("q_proj",),
+    checkpoint_every=2,
+)
+GENERATE = GenerateConfig(
+    images_per_class=4, num_inference_steps=2, batch_size=2, batches_per_shard=1
+)
+
+
+def images() -> ArraySource:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    return ArraySource(pixels, np.repeat(np.arange(2), 4), [str(i) for i in range(8)])
+
+
+def main(folder: Path, port: str, process: int, count: int, base: str) -> None:
+    jax.config.update("jax_num_cpu_devices", 2 // count)
+    if count > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
+    pipeline = load_pipeline(base)
+    mesh = make_mesh(data=2)
+
+    def adapt(path: Path) -> None:
+        examples = encode_examples(pipeline, images(), PROMPTS, crops=1, seed=0)
+        state = finetune(pipeline, examples, FINETUNE, path / ".dset", seed=0, mesh=mesh)
+        write_adapter(path / "dset", state)
+        sets = [examples.select(np.arange(4 * c, 4 * c + 4)) for c in range(2)]
+        states = finetune_each(pipeline, sets, FINETUNE, path / ".cls", seed=0, mesh=mesh)
+        for c, state in enumerate(states):
+            write_adapter(path / str(c), state)
+
+    adapters = run_stage("adapters", folder / "adapters", {}, {}, adapt, unlisted=(".*",))
+
+    def generate(path: Path) -> dict:
+        states = [
+            read_adapter(adapters.path / str(c) / "pytorch_lora_weights.safetensors")
+            for c in range(2)
+        ]
+        local = jax.local_devices()
+        generator = Generator(
+            pipeline,
+            PROMPTS,
+            GENERATE,
+            seed=1,
+            adapters=states,
+            mesh=make_mesh(devices=local) if len(local) > 1 else None,
+        )
+        return {"images": fill_store(generator, path, "ab", PROMPTS, GENERATE, seed=1)}
+
+    run_stage("images", folder / "images", {}, {"adapters": adapters}, generate)
+
+
+if __name__ == "__main__":
+    folder, port, process, count, base = sys.argv[1:]
+    main(Path(folder), port, int(process), int(count), base)
