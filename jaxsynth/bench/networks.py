@@ -39,8 +39,7 @@ def tiny() -> Networks:
         unet=tiny_networks.unet_config(config),
         vae=tiny_networks.vae_config(config),
         text_encoder=tiny_networks.clip_config(config)["text_config"],
-        # "trailing" steps have no offset, but diffusers wants every folder to say 1.
-        scheduler=tiny_networks.SCHEDULER_CONFIG | {"steps_offset": 1},
+        scheduler=tiny_networks.SCHEDULER_CONFIG,
     )
 
 
