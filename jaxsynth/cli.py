@@ -108,6 +108,8 @@ REPORTS = ("datadream",)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    if argv is None:  # the command itself, not a call from another program
+        _keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     debug = "--debug" in argv
@@ -286,7 +288,6 @@ def _count(value: int | None, variable: str) -> int | None:
 
 
 def _prepare_libraries() -> None:
-    _keep_freed_memory()
     # transformers, which only reads tokenizers here, advises everyone to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # ArrayRecord and Grain define absl flags, and reading one that nobody has parsed raises.
