@@ -41,7 +41,7 @@ def run(folder: Path, count: int, base: Path, cache: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()  # closes its pipes
 
 
 @pytest.mark.multiprocess
