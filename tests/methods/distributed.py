@@ -1,4 +1,4 @@
-"""Fine-tunes and generates as one of COUNT processes with two devices in all.
+"""Fine-tunes, generates and classifies as one of COUNT processes with two devices in all.
 
 python distributed.py FOLDER PORT PROCESS COUNT BASE
 """
@@ -9,13 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxsynth.data.augment import RECIPES
 from jaxsynth.data.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.data.sources import ArraySource
+from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.datadream import read_adapter, write_adapter
 from jaxsynth.training.artifact import run_stage
+from jaxsynth.training.classifier import ClassifyConfig, predict, train_classifier
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.training.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
-from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.hf import load_clip, load_pipeline
 
 PROMPTS = ("a photo of the digit one", "a photo of the digit two")
 FINETUNE = FinetuneConfig(
@@ -28,6 +31,18 @@ FINETUNE = FinetuneConfig(
     unet_targets=("to_q", "to_out.0"),
     text_targets=("q_proj",),
     checkpoint_every=2,
+)
+# Nothing random but the order: the rows of a batch lie otherwise on two processes.
+CLASSIFY = ClassifyConfig(
+    rank=2,
+    targets=("q_proj",),
+    dropout=0.0,
+    learning_rate=1e-2,
+    epochs=2,
+    warmup_epochs=0,
+    batch_size=8,
+    mix_probability=0.0,
+    augment=RECIPES["none"],
 )
 GENERATE = GenerateConfig(
     images_per_class=4, num_inference_steps=2, batch_size=2, batches_per_shard=1
@@ -74,7 +89,26 @@ def main(folder: Path, port: str, process: int, count: int, base: str) -> None:
         )
         return {"images": fill_store(generator, path, "ab", PROMPTS, GENERATE, seed=1)}
 
-    run_stage("images", folder / "images", {}, {"adapters": adapters}, generate)
+    made = run_stage("images", folder / "images", {}, {"adapters": adapters}, generate)
+
+    def classify(path: Path) -> None:
+        clip = load_clip(Path(base) / "clip")
+        model = train_classifier(
+            clip,
+            PROMPTS,
+            CLASSIFY,
+            path,
+            steps=2,
+            seed=0,
+            real=images(),
+            synthetic=ImageStore(made.path),
+            validation=images(),
+            mesh=mesh,
+        )
+        logits = predict(clip, model, PROMPTS, images())
+        np.save(path / f"logits{process}.npy", logits)
+
+    run_stage("classifier", folder / "classifier", {}, {"images": made}, classify)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two gloo processes fine-tune and generate what one process does."""
+"""Two gloo processes fine-tune, generate and classify what one process does."""
 
 import os
 import socket
@@ -11,6 +11,9 @@ import pytest
 
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.datadream import read_adapter
+from jaxsynth.training.classifier import predict
+from jaxsynth.weights.hf import load_clip
+from tests.methods import distributed
 
 SCRIPT = Path(__file__).parent / "distributed.py"
 
@@ -66,3 +69,13 @@ def test_two_processes_equal_one(tmp_path, base_folder, compilation_cache):
     assert stores[0].ids == stores[1].ids and len(stores[0]) == 8
     one, two = (np.stack([s[i].image for i in range(8)]).astype(int) for s in stores)
     assert np.abs(one - two).max() <= 1 and (one != two).mean() < 0.01
+    logits = [
+        np.load(tmp_path / name / "classifier" / f"logits{process}.npy")
+        for name, process in (("one", 0), ("two", 0), ("two", 1))
+    ]
+    np.testing.assert_array_equal(logits[1], logits[2])
+    clip = load_clip(base_folder / "clip")
+    untrained = predict(clip, clip.model, distributed.PROMPTS, distributed.images())
+    moved = np.abs(logits[0] - untrained).max()
+    # Adam turns the rounding of gradients near zero into steps of their own.
+    assert np.abs(logits[0] - logits[1]).max() < 0.05 * moved
