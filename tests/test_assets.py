@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxsynth.data.generate import GenerateConfig, Generator
 from jaxsynth.data.rendered import DIGITS
 from jaxsynth.data.sources import ArraySource
+from jaxsynth.generation.images import GenerateConfig, Generator
 from jaxsynth.training.classifier import predict, scores
 from jaxsynth.weights.files import resolve
 from jaxsynth.weights.hf import load_clip, load_pipeline

@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxsynth.bench.networks import NETWORKS
 from jaxsynth.bench.train_step import random_states
-from jaxsynth.data.generate import GenerateConfig, Generator, image_keys
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.generation.images import GenerateConfig, Generator, image_keys
 from jaxsynth.weights.hf import StableDiffusion
 
 GUIDANCE = 2.0

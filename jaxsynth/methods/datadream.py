@@ -28,12 +28,12 @@ from jax.sharding import Mesh
 
 from jaxsynth.adapters.base import AdapterState, matches
 from jaxsynth.data.decode import safe_name
-from jaxsynth.data.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.sources import DataConfig, Dataset, ImageSource, SourceError, load_dataset
 from jaxsynth.data.splits import Shots, few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.errors import UserError
+from jaxsynth.generation.images import GenerateConfig, Generator, fill_store
 from jaxsynth.methods import datadream_report
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.training.artifact import Artifact, file_digest, run_stage, write_json

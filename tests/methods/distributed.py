@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from jaxsynth.data.augment import RECIPES
-from jaxsynth.data.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.data.sources import ArraySource
 from jaxsynth.data.store import ImageStore
+from jaxsynth.generation.images import GenerateConfig, Generator, fill_store
 from jaxsynth.methods.datadream import read_adapter, write_adapter
 from jaxsynth.training.artifact import run_stage
 from jaxsynth.training.classifier import ClassifyConfig, predict, train_classifier

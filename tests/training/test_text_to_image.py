@@ -11,10 +11,10 @@ import torch
 from flax import nnx
 
 from jaxsynth.adapters.base import extract
-from jaxsynth.data.generate import GenerateConfig, Generator, image_keys
 from jaxsynth.data.sources import ArraySource
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.generation.images import GenerateConfig, Generator, image_keys
 from jaxsynth.methods.datadream import read_adapter, write_adapter
 from jaxsynth.training import sharding, text_to_image
 from jaxsynth.training.checkpoint import Checkpoints

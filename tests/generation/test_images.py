@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxsynth.adapters.base import AdapterState, extract, merge
-from jaxsynth.data.generate import GenerateConfig, Generator, fill_store, image_keys
 from jaxsynth.data.store import ImageStore
+from jaxsynth.generation.images import GenerateConfig, Generator, fill_store, image_keys
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.training.text_to_image import FinetuneConfig, TextToImage, adapted
 from jaxsynth.weights.adapters import attach
