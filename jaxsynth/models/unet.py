@@ -20,7 +20,7 @@ from jaxsynth.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxsynth.models.transformer2d import Transformer2DModel
 
 # What diffusers' class can do and this one does not: only the value that switches it off is read.
-_ONLY: dict[str, tuple[Any, ...]] = {
+ONLY: dict[str, tuple[Any, ...]] = {
     "addition_embed_type": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
@@ -48,7 +48,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 # Read only when one of the above is on.
-_IGNORED = (
+IGNORED = (
     "addition_embed_type_num_heads",
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
@@ -62,21 +62,18 @@ _ATTENDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class UNet2DConditionConfig:
-    """Shape of the denoiser; field names and defaults are diffusers'.
+class EncoderConfig:
+    """The half of the denoiser that a ControlNet repeats: all but the way up.
 
     `attention_head_dim` is the NUMBER of heads (one, or one per level): diffusers named it wrongly
     and every published config relies on that. `upcast_attention` changes nothing here, where
     attention scores are always float32.
     """
 
-    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
-    out_channels: int = 4
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
-    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
     downsample_padding: int = 1
@@ -88,18 +85,10 @@ class UNet2DConditionConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
-    conv_in_kernel: int = 3
-    conv_out_kernel: int = 3
 
     def __post_init__(self):
-        name, levels = "UNet2DConditionConfig", len(self.block_out_channels)
-        types = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types}
-        fields.check_blocks(name, types, levels)
-        for field, side in (("down_block_types", "Down"), ("up_block_types", "Up")):
-            supported = sorted(block for block in _ATTENDS if f"{side}Block2D" in block)
-            for block in types[field]:
-                if block not in supported:
-                    raise ValueError(f"{name}.{field}: expected one of {supported}, got {block!r}")
+        name, levels = type(self).__name__, len(self.block_out_channels)
+        self._check_blocks("down_block_types", "Down")
         if not isinstance(self.norm_num_groups, int):
             raise ValueError(f"{name}.norm_num_groups: expected an int, got {self.norm_num_groups}")
         fields.check_groups(name, self.norm_num_groups, self.block_out_channels)
@@ -123,10 +112,13 @@ class UNet2DConditionConfig:
                 )
         layers.activation(self.act_fn)
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """From a unet folder's config.json; an unknown field or value is a ValueError naming it."""
-        return cls(**fields.known_fields(cls, config, only=_ONLY, ignored=_IGNORED))
+    def _check_blocks(self, field: str, side: str) -> None:
+        name, types = type(self).__name__, getattr(self, field)
+        fields.check_blocks(name, {field: types}, len(self.block_out_channels))
+        supported = sorted(block for block in _ATTENDS if f"{side}Block2D" in block)
+        for block in types:
+            if block not in supported:
+                raise ValueError(f"{name}.{field}: expected one of {supported}, got {block!r}")
 
     def per_level(self, field: str) -> tuple[int, ...]:
         """The field's value at each level, from the widest feature map to the deepest."""
@@ -136,6 +128,26 @@ class UNet2DConditionConfig:
     @property
     def time_channels(self) -> int:
         return 4 * self.block_out_channels[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig(EncoderConfig):
+    """Shape of the denoiser; field names and defaults are diffusers'."""
+
+    sample_size: int | tuple[int, int] | None = None
+    out_channels: int = 4
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_blocks("up_block_types", "Up")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """From a unet folder's config.json; an unknown field or value is a ValueError naming it."""
+        return cls(**fields.known_fields(cls, config, only=ONLY, ignored=IGNORED))
 
 
 class UNet2DCondition(nnx.Module):
@@ -174,45 +186,66 @@ class UNet2DCondition(nnx.Module):
         timesteps: Int[Array, " b"] | Float[Array, " b"],
         encoder_hidden_states: Float[Array, "b t d"],
         *,
-        down_residuals: Sequence[Float[Array, "b _h _w _c"]] | None = None,
-        mid_residual: Float[Array, "b _h _w _c"] | None = None,
+        down_block_additional_residuals: Sequence[Float[Array, "b _h _w _c"]] | None = None,
+        mid_block_additional_residual: Float[Array, "b _h _w _c"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "b h w o"]:
         """The prediction for `sample` at `timesteps` (any height and width).
 
-        `down_residuals` (one per skip connection, in the order they are made) and `mid_residual`
-        are added as a ControlNet's. Raises ValueError if their number is wrong. `remat` keeps
-        between the passes only what enters each block, and computes its inside again.
+        `down_block_additional_residuals` (one per skip connection, in the order they are made) and
+        `mid_block_additional_residual` are what a ControlNet adds; ValueError if their number is
+        wrong. `remat` keeps between the passes only what enters each block, and computes its inside
+        again.
         """
         run = _recomputed if remat else _plain
-        time = layers.timestep_embedding(
-            timesteps,
-            self.config.block_out_channels[0],
-            flip_sin_to_cos=self.config.flip_sin_to_cos,
-            freq_shift=self.config.freq_shift,
-        )
-        time = self.time_embedding(time.astype(self.dtype))
+        time = self.time_embedding(time_features(self.config, timesteps).astype(self.dtype))
         context = encoder_hidden_states.astype(self.dtype)
-        x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            x, made = run(block, x, time, context)
-            skips += made
-        if down_residuals is not None:
-            if len(down_residuals) != len(skips):
+        x, skips = encode(self, self.conv_in(sample), time, context, remat=remat)
+        extra = down_block_additional_residuals
+        if extra is not None:
+            if len(extra) != len(skips):
                 raise ValueError(
-                    f"down_residuals: expected {len(skips)} arrays, got {len(down_residuals)}"
+                    f"down_block_additional_residuals: expected {len(skips)} arrays, "
+                    f"got {len(extra)}"
                 )
-            skips = [skip + extra for skip, extra in zip(skips, down_residuals, strict=True)]
-        x = run(self.mid_block, x, time, context)
-        if mid_residual is not None:
-            x = x + mid_residual
+            skips = [skip + residual for skip, residual in zip(skips, extra, strict=True)]
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
         for block in self.up_blocks:
             taken = len(block.resnets)
             size = skips[-taken - 1].shape[1:3] if block.upsamplers else None
             x = run(partial(block, size=size), x, skips[: -taken - 1 : -1], time, context)
             skips = skips[:-taken]
         return self.conv_out(self.act(self.conv_norm_out(x)))
+
+
+def time_features(
+    config: EncoderConfig, timesteps: Int[Array, " b"] | Float[Array, " b"]
+) -> Float[Array, "b f"]:
+    """The sinusoidal features that `TimestepEmbedding` reads, in float32."""
+    return layers.timestep_embedding(
+        timesteps,
+        config.block_out_channels[0],
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+    )
+
+
+def encode(
+    model: nnx.Module,
+    x: Float[Array, "b h w c"],
+    time: Float[Array, "b e"],
+    context: Float[Array, "b t d"],
+    *,
+    remat: bool,
+) -> tuple[Float[Array, "b h2 w2 c2"], list[Float[Array, "b _h _w _c"]]]:
+    """What `mid_block` makes of `x` after `down_blocks`, and the skip connections on the way."""
+    run = _recomputed if remat else _plain
+    skips = [x]
+    for block in model.down_blocks:
+        x, made = run(block, x, time, context)
+        skips += made
+    return run(model.mid_block, x, time, context), skips
 
 
 def _plain(block: Callable, *inputs: Any) -> Any:
@@ -226,7 +259,7 @@ def _recomputed(block: Callable, *inputs: Any) -> Any:
 class TimestepEmbedding(nnx.Module):
     """Two linear layers over the sinusoidal features of the timestep."""
 
-    def __init__(self, config: UNet2DConditionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         make = {"dtype": dtype, "rngs": rngs}
         self.linear_1 = layers.Linear(config.block_out_channels[0], config.time_channels, **make)
         self.linear_2 = layers.Linear(config.time_channels, config.time_channels, **make)
@@ -241,7 +274,7 @@ class DownBlock(nnx.Module):
 
     def __init__(
         self,
-        config: UNet2DConditionConfig,
+        config: EncoderConfig,
         level: int,
         *,
         downsample: bool,
@@ -280,7 +313,7 @@ class DownBlock(nnx.Module):
 class MidBlock(nnx.Module):
     """`UNetMidBlock2DCrossAttn`: residual block, transformer, residual block."""
 
-    def __init__(self, config: UNet2DConditionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         make = {"dtype": dtype, "rngs": rngs}
         width, deepest = config.block_out_channels[-1], len(config.block_out_channels) - 1
         self.resnets = nnx.List(_resnet(config, width, width, **make) for _ in range(2))
@@ -338,7 +371,7 @@ class UpBlock(nnx.Module):
 
 
 def _resnet(
-    config: UNet2DConditionConfig,
+    config: EncoderConfig,
     in_channels: int,
     out_channels: int,
     *,
@@ -358,7 +391,7 @@ def _resnet(
 
 
 def _transformer(
-    config: UNet2DConditionConfig, level: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    config: EncoderConfig, level: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> Transformer2DModel:
     return Transformer2DModel(
         config.block_out_channels[level],

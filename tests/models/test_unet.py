@@ -142,10 +142,15 @@ def test_control_residuals_same_as_diffusers():
         down_block_additional_residuals=[nchw(x) for x in down],
         mid_block_additional_residual=nchw(mid),
     )
-    actual = apply(model, *arguments, down_residuals=down, mid_residual=mid)
+    actual = apply(
+        model,
+        *arguments,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+    )
     assert relative_error(actual, expected) < 1e-4
     with pytest.raises(ValueError, match="expected 4 arrays, got 3"):
-        model(*arguments, down_residuals=down[:3])
+        model(*arguments, down_block_additional_residuals=down[:3])
 
 
 def test_gradients_same_as_diffusers():
