@@ -8,12 +8,12 @@ that differs is an error, never a warning, since a silently random layer costs a
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxsynth.errors import UserError
@@ -27,11 +27,13 @@ from jaxsynth.models.clip import (
     CLIPTextModel,
     CLIPVisionModel,
 )
+from jaxsynth.models.controlnet import ControlNet
+from jaxsynth.models.dit import DiT
 from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import files
 from jaxsynth.weights.files import read_json, resolve
-from jaxsynth.weights.names import canonical, from_hf, hf_name, hf_shape, to_hf
+from jaxsynth.weights.layout import Filling, to_file
 from jaxsynth.weights.tokenizer import Tokenizer
 
 __all__ = [
@@ -55,7 +57,12 @@ _TRANSFORMERS = {
     CLIPTextModel: "clip_text_model",
     CLIPVisionModel: "clip_vision_model",
 }
-_DIFFUSERS = {UNet2DCondition: "UNet2DConditionModel", AutoencoderKL: "AutoencoderKL"}
+_DIFFUSERS = {
+    AutoencoderKL: "AutoencoderKL",
+    ControlNet: "ControlNetModel",
+    DiT: "DiTTransformer2DModel",
+    UNet2DCondition: "UNet2DConditionModel",
+}
 
 # model_index.json of the pipelines that differ only in what surrounds the networks.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -124,49 +131,13 @@ def load_model(
     folder = Path(folder)
     config = _config(config_cls, folder / "config.json")
     compute = dtype if compute_dtype is None else compute_dtype
-    graphdef, state = nnx.split(describe(model_cls, config, compute))
-    flat = dict(nnx.to_flat_state(state))
-    values = _read_values(folder, {path: variable.shape for path, variable in flat.items()}, dtype)
-    loaded = [(path, variable.replace(values[path])) for path, variable in flat.items()]
-    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
-
-
-def _read_values(
-    folder: Path, shapes: Mapping[tuple, tuple[int, ...]], dtype: Any
-) -> dict[tuple, jax.Array]:
-    """Each parameter's value, read, checked and laid out one tensor at a time."""
-    targets = {hf_name(path): path for path in shapes}
-    sources: dict[str, tuple[Path, str]] = {}
-    values: dict[tuple, jax.Array] = {}
+    filling = Filling(describe(model_cls, config, compute), dtype)
     paths = files.weight_files(folder)
     for file in paths:
         with files.opened(file) as handle:
             for key in handle.keys():  # noqa: SIM118, a safetensors handle is no mapping
-                name = canonical(key, targets)
-                if name is None:
-                    continue
-                if name not in targets:
-                    raise UserError(
-                        f"{file}: unknown key {key!r}: the network that config.json describes "
-                        "has no such parameter"
-                    )
-                if name in sources:
-                    other, first = sources[name]
-                    raise UserError(
-                        f"{file}: key {key!r} gives {name!r} a second time, after {first!r} "
-                        f"in {other.name}"
-                    )
-                sources[name] = (file, key)
-                path = targets[name]
-                expected = hf_shape(path[-1], shapes[path])
-                array = from_hf(path[-1], files.read_tensor(handle, file, key, expected))
-                values[path] = jnp.asarray(array.astype(dtype, copy=False))
-    missing = sorted(targets.keys() - sources.keys())
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        where = paths[0] if len(paths) == 1 else folder
-        raise UserError(f"{where}: key {missing[0]!r} missing{more}")
-    return values
+                filling.put(file, key, partial(files.read_tensor, handle, file, key))
+    return filling.finish(paths[0] if len(paths) == 1 else folder)
 
 
 def save_model(
@@ -181,15 +152,13 @@ def save_model(
     adapter layers is a ValueError: merge it first.
     """
     folder = Path(folder)
-    tensors: dict[str, np.ndarray] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, _ in nnx.to_flat_state(nnx.state(model)):
         if "base" in path:
             raise ValueError(
                 f"save_model: {'.'.join(map(str, path))} belongs to an adapter layer; "
                 "merge the adapters or save them on their own"
             )
-        value = np.asarray(variable[...])
-        tensors[hf_name(path)] = to_hf(path[-1], value if dtype is None else value.astype(dtype))
+    tensors = to_file(model, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     name = _weights_name(model)
     files.write_tensors(folder / name, tensors)

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from jaxsynth.weights import names
+from jaxsynth.weights import layout, names
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -25,9 +25,10 @@ def copy_weights(module: torch.nn.Module, model: nnx.Module) -> None:
     """Fill `model` from `module`: every tensor used once, every variable filled, shapes equal."""
     tensors = {name: value.detach().numpy() for name, value in module.state_dict().items()}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = names.hf_name(path)
-        value = names.from_hf(path[-1], tensors.pop(name))
-        assert value.shape == variable.shape, (name, value.shape, variable.shape)
+        keys = layout.keys_of(model)[path]
+        values = [names.from_hf(path[-1], tensors.pop(name)) for name in keys.names]
+        value = np.stack(values) if keys.stacked else values[0]
+        assert value.shape == variable.shape, (path, value.shape, variable.shape)
         _node(model, path).set_value(jnp.asarray(value))
     assert not tensors, f"left over: {sorted(tensors)}"
 
