@@ -52,6 +52,24 @@ UNET: Table = (
     (r"(^|\.)conv(_in|_out|_shortcut|[12])?\.(kernel|bias)$", _FREE),
     (r"(^|\.)(norm[123]?|conv_norm_out)\.(scale|bias)$", _FREE),
 )
+CONTROLNET: Table = (
+    *UNET,
+    (r"(^|\.)controlnet_(down_blocks\.\d+|mid_block)\.(kernel|bias)$", _FREE),
+    (r"(^|\.)controlnet_cond_embedding\.blocks\.\d+\.(kernel|bias)$", _FREE),
+)
+# Also where its blocks' parameters are stacked on a leading axis.
+DIT: Table = (
+    *_DIFFUSERS_ATTENTION,
+    (r"\.ff\.net\.0\.proj\.kernel$", _COLUMNS),
+    (r"\.ff\.net\.0\.proj\.bias$", _PART),
+    (r"\.ff\.net\.2\.kernel$", _ROWS),
+    (r"\.ff\.net\.2\.bias$", _FREE),
+    (r"\.norm1\.linear\.(kernel|bias)$", _FREE),
+    (r"(^|\.)pos_embed\.proj\.(kernel|bias)$", _FREE),
+    (r"(^|\.)time_embedder\.linear_[12]\.(kernel|bias)$", _FREE),
+    (r"(^|\.)class_embedder\.embedding_table\.embedding$", _FREE),
+    (r"(^|\.)proj_out_[12]\.(kernel|bias)$", _FREE),
+)
 VAE: Table = (
     *_DIFFUSERS_ATTENTION,
     (r"(^|\.)(post_quant_conv|quant_conv)\.(kernel|bias)$", _FREE),
