@@ -65,8 +65,11 @@ class AdapterLayer(nnx.Module):
         """The base layer's parameters with the adapter in them, by name ("kernel", "bias")."""
         return {"kernel": self._shifted(self.base.kernel[...], 1.0)}
 
-    def unmerged(self, merged: dict[str, Array]) -> dict[str, Array]:
-        """The base layer's parameters, given the merged ones (equal up to rounding)."""
+    def unmerged(self, merged: dict[str, Array]) -> dict[str, Array | None]:
+        """The base layer's parameters, given the merged ones (equal up to rounding).
+
+        None stands for a bias that merging added.
+        """
         return {"kernel": self._shifted(merged["kernel"], -1.0)}
 
     def _shifted(self, kernel: Array, sign: float) -> Array:
@@ -181,7 +184,8 @@ def unmerge(merged: T, adapted: T) -> T:
 
 def extract(model: nnx.Module) -> AdapterState:
     """The trainable values of `model` and the configuration that its adapters share."""
-    configs = {layer.config for layer in layers(model).values() if isinstance(layer, AdapterLayer)}
+    found = [layer for layer in layers(model).values() if isinstance(layer, AdapterLayer)]
+    configs = {layer.config for layer in found if layer.config is not None}
     if len(configs) > 1:
         raise ValueError(f"extract: the network holds adapters of {len(configs)} configurations")
     arrays = {path: variable[...] for path, variable in trainable_variables(model).items()}
@@ -395,16 +399,20 @@ def _replaced(module: T, **attributes: Any) -> T:
     return copy
 
 
-def _with_params(layer: T, values: dict[str, Array]) -> T:
-    """A copy of a layer with other parameter values."""
-    return _replaced(
-        layer,
-        **{
-            name: type(old)(value, **old.get_metadata())
-            for name, value in values.items()
-            for old in [getattr(layer, name)]
-        },
-    )
+def _with_params(layer: T, values: dict[str, Array | None]) -> T:
+    """A copy of a layer with other parameter values; None removes a bias, a value can add one."""
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        old = getattr(layer, name)
+        if value is None:
+            changed[name] = nnx.data(None)
+        else:
+            changed[name] = (
+                nnx.Param(value) if old is None else type(old)(value, **old.get_metadata())
+            )
+        if name == "bias" and (old is None) != (value is None):
+            changed["use_bias"] = value is not None
+    return _replaced(layer, **changed)
 
 
 def _key_of(key: Key[Array, ""], path: str) -> Key[Array, ""]:

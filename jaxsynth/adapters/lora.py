@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxsynth.adapters import base
+from jaxsynth.adapters.convolution import check_conv, narrow_convolve
 
 
 @dataclass(frozen=True)
@@ -116,102 +117,37 @@ class LoRALinear(base.AdapterLayer):
 
 
 class LoRAConv(base.AdapterLayer):
-    """LoRA on a 2-D `nnx.Conv`: lora_A (kh, kw, in, rank), then a 1x1 lora_B (1, 1, rank, out)."""
+    """LoRA on `nnx.Conv`: lora_A (*kernel, in, rank), then a pointwise lora_B (1.., rank, out)."""
 
     kind = "LoRA"
 
     def __init__(self, layer: nnx.Conv, config: LoRAConfig, path: str, key: jax.Array):
         super().__init__(layer, config, dropout=config.dropout)
-        _check_conv(path, layer)
-        *lead, kh, kw, c_in, c_out = layer.kernel.get_value().shape
+        check_conv(self.kind, path, layer)
+        kernel, axes = layer.kernel.get_value().shape, len(layer.kernel_size)
+        lead, size, (c_in, c_out) = kernel[: -axes - 2], kernel[-axes - 2 : -2], kernel[-2:]
         rank = config.rank_at(path)
         self.scaling = config.scaling_at(path)
-        init = partial(_init_a, config.init, fan_in=kh * kw * c_in, rank=rank)
-        self.lora_A = base.Trainable(init(key, (*lead, kh, kw, c_in, rank)))
-        self.lora_B = base.Trainable(jnp.zeros((*lead, 1, 1, rank, c_out), jnp.float32))
+        init = partial(_init_a, config.init, fan_in=math.prod(size) * c_in, rank=rank)
+        self.lora_A = base.Trainable(init(key, (*lead, *size, c_in, rank)))
+        self.lora_B = base.Trainable(jnp.zeros((*lead, *[1] * axes, rank, c_out), jnp.float32))
 
-    def __call__(self, inputs: Float[Array, "*b h w i"]) -> Float[Array, "*b h2 w2 o"]:
+    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         out = self.base(inputs)
         if self.is_off:
             return out
         dtype = out.dtype
-        low = _narrow_convolve(
+        low = narrow_convolve(
             self.drop(inputs).astype(dtype), self.lora_A[...].astype(dtype), self.base
         )
         low = (low * (self.scaling * self.strength)).astype(dtype)
-        return out + low @ self.lora_B[...][0, 0].astype(dtype)
+        up = self.lora_B[...].astype(dtype)
+        return out + low @ up.reshape(up.shape[-2:])
 
-    def delta(self) -> Float[Array, "*lead kh kw i o"]:
+    def delta(self) -> Float[Array, "*lead_and_kernel i o"]:
         return self.scaling * jnp.matmul(
             self.lora_A[...], self.lora_B[...], precision=jax.lax.Precision.HIGHEST
         )
-
-
-def _narrow_convolve(
-    inputs: Float[Array, "*b h w i"], kernel: Float[Array, "kh kw i r"], layer: nnx.Conv
-) -> Float[Array, "*b h2 w2 r"]:
-    """The convolution of `layer` with another kernel, as one matrix product and shifted sums.
-
-    Mapped over kernels, a convolution becomes a grouped one, which is very slow on CPU; this stays
-    a batched product. The inputs are first projected by all kh * kw slices of the kernel and the
-    results then shifted, rather than gathering kh * kw copies of the inputs, because the rank is
-    smaller than the number of channels.
-    """
-    kh, kw, c_in, rank = kernel.shape
-    strides, dilation = _pair(layer.strides), _pair(layer.kernel_dilation)
-    slices = inputs @ jnp.moveaxis(kernel, 2, 0).reshape(c_in, kh * kw * rank)
-    if (kh, kw) == (1, 1) and strides == (1, 1) and not any(map(any, _pads(layer, inputs))):
-        return slices
-    no_pad = [(0, 0)] * (inputs.ndim - 3)
-    slices = jnp.pad(slices, [*no_pad, *_pads(layer, inputs), (0, 0)])
-    height = (slices.shape[-3] - dilation[0] * (kh - 1) - 1) // strides[0] + 1
-    width = (slices.shape[-2] - dilation[1] * (kw - 1) - 1) // strides[1] + 1
-
-    def at(i: int, j: int) -> Array:
-        rows = slice(i * dilation[0], i * dilation[0] + (height - 1) * strides[0] + 1, strides[0])
-        columns = slice(j * dilation[1], j * dilation[1] + (width - 1) * strides[1] + 1, strides[1])
-        first = (i * kw + j) * rank
-        return slices[..., rows, columns, first : first + rank]
-
-    return sum(at(i, j) for i in range(kh) for j in range(kw))
-
-
-def _check_conv(path: str, layer: nnx.Conv) -> None:
-    for name, found, expected in (
-        ("number of spatial axes", len(layer.kernel_size), 2),
-        ("feature_group_count", layer.feature_group_count, 1),
-        ("input_dilation", _pair(layer.input_dilation), (1, 1)),
-        ("mask", layer.mask, None),
-    ):
-        if found != expected:
-            raise ValueError(
-                f"{path}: LoRA on a convolution needs {name} {expected}, found {found}"
-            )
-    if isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID"):
-        raise ValueError(f"{path}: LoRA on a convolution with padding {layer.padding!r}")
-
-
-def _pads(layer: nnx.Conv, inputs: Array) -> list[tuple[int, int]]:
-    """Rows and columns of zeros before and after."""
-    if isinstance(layer.padding, str):
-        dilated = [
-            (k - 1) * d + 1
-            for k, d in zip(layer.kernel_size, _pair(layer.kernel_dilation), strict=True)
-        ]
-        return list(
-            jax.lax.padtype_to_pads(
-                inputs.shape[-3:-1], dilated, _pair(layer.strides), layer.padding
-            )
-        )
-    if isinstance(layer.padding, int):
-        return [(layer.padding, layer.padding)] * 2
-    return [(pad, pad) if isinstance(pad, int) else tuple(pad) for pad in layer.padding]
-
-
-def _pair(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    if value is None or isinstance(value, int):
-        return (value or 1,) * 2
-    return tuple(value)
 
 
 def _init_a(

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters import base
+from jaxsynth.adapters.affiner import AffinerConfig, add_affiner
 from jaxsynth.adapters.lora import LoRAConfig, LoRAConv, LoRALinear, add_lora, lora
 from tests.adapters.nets import CONFIG, Net, randomised
 
@@ -52,6 +53,20 @@ def with_lora(model, seed=0):
     return base.load_state(adapted, randomised(base.extract(adapted), seed))
 
 
+AFFINER = AffinerConfig(rank=2, targets=("down", "mix", "blocks.0"))
+
+
+def with_affiner(model, seed=0, config=AFFINER):
+    adapted = add_affiner(model, config, rngs=nnx.Rngs(seed))
+    state = randomised(base.extract(adapted), seed)
+    # Scales lie around 1: one near 0 could not be undone.
+    arrays = {
+        name: 1 + 0.1 * value if name.endswith(".scale") else value
+        for name, value in state.arrays.items()
+    }
+    return base.load_state(adapted, base.AdapterState(arrays, state.config))
+
+
 @pytest.fixture
 def net():
     return Net(rngs=nnx.Rngs(0))
@@ -62,7 +77,7 @@ def images():
     return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
 
 
-ADAPT = pytest.mark.parametrize("adapt", [with_lora, with_gain])
+ADAPT = pytest.mark.parametrize("adapt", [with_lora, with_gain, with_affiner])
 
 
 @ADAPT
@@ -117,7 +132,7 @@ def test_a_step_changes_only_trainable_bits(net, images, adapt):
     adapted = adapt(net)
     graphdef, trainable, frozen = nnx.split(adapted, base.Trainable, ...)
     names = {path[-1] for path, _ in nnx.to_flat_state(trainable)}
-    assert names <= {"lora_A", "lora_B", "gain"}
+    assert names <= {"lora_A", "lora_B", "gain", "scale", "shift", "down", "up", "gate"}
     assert not jax.tree.leaves(nnx.state(adapted, nnx.LoRAParam))
     assert len(jax.tree.leaves(nnx.state(adapted, nnx.Param))) == len(jax.tree.leaves(net))
     before = jax.tree.map(np.array, frozen)

@@ -88,6 +88,8 @@ def test_forward_gradient_and_merged_weights_equal_peft(images, use_rslora):
         {"kernel_size": (3, 3), "padding": 2, "kernel_dilation": (1, 2)},
         {"kernel_size": (1, 1), "padding": 0, "strides": 2},
         {"kernel_size": (1, 1), "padding": 1},
+        {"kernel_size": (3,), "padding": "SAME", "strides": 2},
+        {"kernel_size": (3, 1, 2), "padding": 1, "strides": (1, 2, 1)},
     ],
     ids=str,
 )
@@ -95,7 +97,8 @@ def test_convolutions_equal_their_merged_kernel(options):
     model = nnx.Sequential(nnx.Conv(4, 6, rngs=nnx.Rngs(0), **options))
     adapted = add_lora(model, LoRAConfig(rank=2, alpha=3, targets=("layers.0",)), rngs=nnx.Rngs(0))
     adapted = base.load_state(adapted, randomised(base.extract(adapted), 2))
-    images = jax.random.normal(jax.random.key(0), (2, 9, 8, 4))
+    sizes = (9, 8, 5)[: len(options["kernel_size"])]
+    images = jax.random.normal(jax.random.key(0), (2, *sizes, 4))
     np.testing.assert_allclose(adapted(images), base.merge(adapted)(images), atol=1e-5)
     np.testing.assert_allclose(adapted(images[0]), adapted(images)[0], atol=1e-6)
 
@@ -103,7 +106,7 @@ def test_convolutions_equal_their_merged_kernel(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_size": (3,)}, "number of spatial axes 2, found 1"),
+        ({"kernel_size": (3,) * 4}, r"spatial axes one of \(1, 2, 3\), found 4"),
         ({"kernel_size": (3, 3), "feature_group_count": 2}, "feature_group_count 1, found 2"),
         ({"kernel_size": (3, 3), "padding": "CIRCULAR"}, "padding 'CIRCULAR'"),
     ],

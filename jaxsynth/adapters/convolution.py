@@ -1,0 +1,101 @@
+"""Narrow convolutions beside a base layer: the low-rank path of every adapter on `nnx.Conv`.
+
+One, two and three spatial axes, channels last. Written as matrix products, because mapped over
+kernels (adapters trained or routed side by side) a convolution becomes a grouped one, which is very
+slow on CPU, while these stay batched products.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def check_conv(kind: str, path: str, layer: nnx.Conv) -> None:
+    """Raises ValueError naming what an adapter of `kind` cannot follow in a convolution."""
+    axes = len(layer.kernel_size)
+    for name, found, allowed in (
+        ("number of spatial axes", axes, (1, 2, 3)),
+        ("feature_group_count", layer.feature_group_count, (1,)),
+        ("input_dilation", per_axis(layer.input_dilation, axes), ((1,) * axes,)),
+        ("mask", layer.mask, (None,)),
+    ):
+        if found not in allowed:
+            expected = allowed[0] if len(allowed) == 1 else f"one of {allowed}"
+            raise ValueError(
+                f"{path}: {kind} on a convolution needs {name} {expected}, found {found}"
+            )
+    if isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID"):
+        raise ValueError(f"{path}: {kind} on a convolution with padding {layer.padding!r}")
+
+
+def centre(kernel_size: Sequence[int]) -> tuple[int, ...] | None:
+    """The middle tap of a kernel; None where a side is even and there is none."""
+    return tuple(k // 2 for k in kernel_size) if all(k % 2 for k in kernel_size) else None
+
+
+def narrow_convolve(
+    inputs: Float[Array, "*b i"],
+    kernel: Float[Array, "*k i r"],
+    layer: nnx.Conv,
+    *,
+    tap: Sequence[int] | None = None,
+) -> Float[Array, "*b r"]:
+    """The convolution of `layer` with another kernel, as one matrix product and shifted sums.
+
+    With `tap`, `kernel` has one tap, which stands at that place of the layer's kernel.
+
+    The inputs are first projected by all slices of the kernel and the results then shifted, rather
+    than gathering a copy of the inputs for each slice, because the rank is smaller than the number
+    of channels.
+    """
+    *sizes, c_in, rank = kernel.shape
+    axes = len(sizes)
+    taps = list(itertools.product(*map(range, sizes)))
+    places = taps if tap is None else [tuple(tap)]
+    strides, dilation = per_axis(layer.strides, axes), per_axis(layer.kernel_dilation, axes)
+    pads = padding_of(layer, inputs)
+    slices = inputs @ jnp.moveaxis(kernel, -2, 0).reshape(c_in, math.prod(sizes) * rank)
+    if layer.kernel_size == (1,) * axes == strides and not any(map(any, pads)):
+        return slices
+    slices = jnp.pad(slices, [*[(0, 0)] * (inputs.ndim - axes - 1), *pads, (0, 0)])
+    found = slices.shape[-axes - 1 : -1]
+    lengths = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, d, k, s in zip(found, dilation, layer.kernel_size, strides, strict=True)
+    ]
+
+    def at(number: int, place: tuple[int, ...]) -> Array:
+        window = [
+            slice(p * d, p * d + (n - 1) * s + 1, s)
+            for p, d, n, s in zip(place, dilation, lengths, strides, strict=True)
+        ]
+        return slices[(..., *window, slice(number * rank, (number + 1) * rank))]
+
+    return sum(at(number, place) for number, place in enumerate(places))
+
+
+def padding_of(layer: nnx.Conv, inputs: Array) -> list[tuple[int, int]]:
+    """Zeros before and after each spatial axis."""
+    axes = len(layer.kernel_size)
+    if isinstance(layer.padding, str):
+        dilated = [
+            (k - 1) * d + 1
+            for k, d in zip(layer.kernel_size, per_axis(layer.kernel_dilation, axes), strict=True)
+        ]
+        sizes, strides = inputs.shape[-axes - 1 : -1], per_axis(layer.strides, axes)
+        return list(jax.lax.padtype_to_pads(sizes, dilated, strides, layer.padding))
+    if isinstance(layer.padding, int):
+        return [(layer.padding, layer.padding)] * axes
+    return [(pad, pad) if isinstance(pad, int) else tuple(pad) for pad in layer.padding]
+
+
+def per_axis(value: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
+    """One number per spatial axis, from nnx.Conv's shorter spellings."""
+    if value is None or isinstance(value, int):
+        return (value or 1,) * axes
+    return tuple(value)
