@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 Linear = nnx.Linear
+# NNX's own default, by name.
+_LECUN = nnx.initializers.lecun_normal()
 
 
 class InitKeys:
@@ -85,12 +87,13 @@ def conv2d(
     stride: int = 1,
     padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None,
     use_bias: bool = True,
+    kernel_init: nnx.Initializer = _LECUN,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A 2-D convolution over NHWC with torch's explicit padding ("SAME" differs at stride 2).
 
-    `padding` None means `kernel_size // 2` on every side.
+    `padding` None means `kernel_size // 2` on every side. The bias starts at zero.
     """
     if padding is None:
         padding = kernel_size // 2
@@ -103,6 +106,7 @@ def conv2d(
         strides=stride,
         padding=padding,
         use_bias=use_bias,
+        kernel_init=kernel_init,
         dtype=dtype,
         conv_general_dilated=convolve,
         rngs=rngs,
