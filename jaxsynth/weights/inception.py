@@ -19,6 +19,7 @@ from jaxsynth.errors import UserError
 from jaxsynth.models.inception import InceptionV3
 from jaxsynth.weights import files
 from jaxsynth.weights.names import from_hf, hf_name, hf_shape
+from jaxsynth.weights.pickled import read_state_dict
 
 PICKLED = (".pth", ".pt")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -80,8 +81,6 @@ def _file(path: Path) -> Path:
 
 def _tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
     if file.suffix in PICKLED:
-        from jaxsynth.weights.pickled import read_state_dict
-
         tensors = read_state_dict(file)
         yield from ((key, tensors[key]) for key in tensors if not _UNUSED.fullmatch(key))
         return

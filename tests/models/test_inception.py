@@ -77,7 +77,6 @@ def test_digest_is_of_the_tensors(folder, tensors, tmp_path):
 
 
 def test_pth_files(peer, model, folder, tmp_path):
-    pytest.importorskip("jaxsynth.weights.pickled")
     path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(peer.state_dict(), path)
     loaded, digest = load_inception(path)
