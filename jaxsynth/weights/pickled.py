@@ -1,9 +1,10 @@
 """Tensors out of PyTorch's own files (.pt, .pth, .bin), without PyTorch and without running code.
 
 Such a file is a zip archive of a pickle, which describes the tensors, and one plain file of numbers
-for each storage. A pickle may name any function and have it called, so this reader knows the few
-names that a state dict needs and refuses a file that asks for anything else; what it puts in
-their place are inert records, made anew for every file.
+for each storage; before version 1.6 (2020) it was a row of pickles with the numbers after them, as
+the weights are that FIDs are measured with. A pickle may name any function and have it called, so
+this reader knows the few names that a state dict needs and refuses a file that asks for anything
+else; what it puts in their place are inert records, made anew for every file.
 """
 
 import io
@@ -14,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,10 @@ _DTYPES = {
     "LongStorage": np.int64,
     "ShortStorage": np.int16,
 }
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
+_ZIP = b"PK\x03\x04"
+# What a file before PyTorch 1.6 begins with (pickled), and the only version there was of it.
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
+_PICKLED_MAGIC = pickle.dumps(_MAGIC, 2)
 
 
 @dataclass(frozen=True)
@@ -62,54 +66,50 @@ def read_state_dict(
 
     The file holds a dict of tensors, or one under the first of the `nested` names that it has (a
     training checkpoint; only that one is read). UserError naming the file for a pickle that asks
-    for any other function or class than tensors need (naming it), a file cut short or damaged, the
-    format before PyTorch 1.6, or contents that are no state dict.
+    for any other function or class than tensors need (naming it), a file cut short or damaged, or
+    contents that are no state dict.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with path.open("rb") as handle:
-        start = handle.read(len(_ZIP))
-    if start.startswith(_PICKLE):
-        raise UserError(
-            f"{path}: in the format of PyTorch before 1.6, which is not read here. Convert it "
-            "where PyTorch is installed: `torch.save(torch.load(path, weights_only=True), new)`"
-        )
-    if start != _ZIP:
+        start = handle.read(len(_PICKLED_MAGIC))
+        if start == _PICKLED_MAGIC:
+            handle.seek(0)
+            return _Stream(path, handle).read(nested)
+    if not start.startswith(_ZIP):
         raise UserError(f"{path}: no PyTorch file (a zip archive with a data.pkl)")
     try:
         with zipfile.ZipFile(path) as archive:
-            return _Reader(path, archive).read(nested)
+            return _Archive(path, archive).read(nested)
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise UserError(f"{path}: cut short or damaged: {error}") from None
 
 
 class _Reader:
-    """One opened archive."""
+    """One opened file; how it is laid out is for `_unpickled` and `_bytes` to know."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile):
-        self._path, self._archive = path, archive
+    def __init__(self, path: Path):
+        self._path = path
         self._arrays: dict[str, np.ndarray] = {}
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise UserError(f"{path}: expected one data.pkl in the archive, found {len(pickles)}")
-        self._root = pickles[0].removesuffix("data.pkl")
-        order = f"{self._root}byteorder"
-        if order in archive.namelist() and self._entry("byteorder") != b"little":
-            raise UserError(f"{path}: byte order {self._entry('byteorder')!r}, expected little")
 
     def read(self, nested: Sequence[str]) -> dict[str, np.ndarray]:
         tensors = self._state_dict(self._unpickled(), nested)
         return {key: self._array(key, tensor) for key, tensor in tensors.items()}
 
     def _unpickled(self) -> Any:
-        content = self._entry("data.pkl")
+        raise NotImplementedError
+
+    def _bytes(self, key: str) -> bytes:
+        raise NotImplementedError
+
+    def _load(self, unpickler: "_Unpickler", name: str) -> Any:
         try:
-            return _Unpickler(self._path, content).load()
+            return unpickler.load()
         except UserError:
             raise
         except Exception as error:  # whatever the opcodes of a malformed pickle run into
-            raise UserError(f"{self._path}: data.pkl is damaged: {error!r}") from None
+            raise UserError(f"{self._path}: {name} is damaged: {error!r}") from None
 
     def _state_dict(self, content: Any, nested: Sequence[str]) -> dict[str, _Tensor]:
         if not isinstance(content, dict):
@@ -148,7 +148,7 @@ class _Reader:
             raise UserError(f"{self._path}: {key}: impossible shape {shape}") from None
 
     def _numbers(self, storage: _Storage) -> np.ndarray:
-        content = self._entry(f"data/{storage.key}")
+        content = self._bytes(storage.key)
         expected = storage.length * np.dtype(storage.dtype).itemsize
         if len(content) != expected:
             raise UserError(
@@ -156,6 +156,28 @@ class _Reader:
                 f"{expected}"
             )
         return np.frombuffer(content, storage.dtype)
+
+
+class _Archive(_Reader):
+    """The format since PyTorch 1.6."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile):
+        super().__init__(path)
+        self._archive = archive
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise UserError(f"{path}: expected one data.pkl in the archive, found {len(pickles)}")
+        self._root = pickles[0].removesuffix("data.pkl")
+        order = f"{self._root}byteorder"
+        if order in archive.namelist() and self._entry("byteorder") != b"little":
+            raise UserError(f"{path}: byte order {self._entry('byteorder')!r}, expected little")
+
+    def _unpickled(self) -> Any:
+        content = io.BytesIO(self._entry("data.pkl"))
+        return self._load(_Unpickler(self._path, content), "data.pkl")
+
+    def _bytes(self, key: str) -> bytes:
+        return self._entry(f"data/{key}")
 
     def _entry(self, name: str) -> bytes:
         """A file of the archive. PyTorch compresses none, and unpacking one could fill memory."""
@@ -168,12 +190,55 @@ class _Reader:
         return self._archive.read(entry)
 
 
+class _Stream(_Reader):
+    """The format before: pickles of magic, version, system, contents and the storages' keys; then
+    of each storage, in that order, the number of elements (8 bytes) and the elements."""
+
+    def __init__(self, path: Path, handle: BinaryIO):
+        super().__init__(path)
+        self._handle = handle
+        self._spans: dict[str, tuple[int, int]] = {}
+
+    def _unpickled(self) -> Any:
+        def following(name: str) -> tuple[Any, dict[str, _Storage]]:
+            unpickler = _Unpickler(self._path, self._handle)
+            return self._load(unpickler, name), unpickler.storages
+
+        head = [following(name)[0] for name in ("magic number", "version", "system")]
+        little = isinstance(head[2], dict) and head[2].get("little_endian")
+        if head[:2] != [_MAGIC, _VERSION] or little is not True:
+            raise UserError(
+                f"{self._path}: version {head[1]!r} with little_endian {little!r}, "
+                f"expected {_VERSION} and True"
+            )
+        content, storages = following("contents")
+        keys, _ = following("list of storages")
+        if not isinstance(keys, list) or sorted(map(repr, keys)) != sorted(map(repr, storages)):
+            raise UserError(f"{self._path}: the list of storages is damaged: {keys!r:.80}")
+        place, end = self._handle.tell(), self._path.stat().st_size
+        for key in keys:
+            self._handle.seek(place)
+            count = int.from_bytes(self._handle.read(8), "little")
+            size = count * np.dtype(storages[key].dtype).itemsize
+            if place + 8 + size > end:
+                raise UserError(f"{self._path}: cut short or damaged: storage {key!r}")
+            self._spans[key] = place + 8, size
+            place += 8 + size
+        return content
+
+    def _bytes(self, key: str) -> bytes:
+        start, size = self._spans[key]
+        self._handle.seek(start)
+        return self._handle.read(size)
+
+
 class _Unpickler(pickle.Unpickler):
     """An unpickler to which only the names of a state dict mean something."""
 
-    def __init__(self, path: Path, content: bytes):
-        super().__init__(io.BytesIO(content), encoding="utf-8")
+    def __init__(self, path: Path, content: BinaryIO):
+        super().__init__(content, encoding="utf-8")
         self._path = path
+        self.storages: dict[str, _Storage] = {}
         # `args` of a training checkpoint: what it was is of no interest here.
         namespace = type("Namespace", (), {"__setstate__": lambda self, state: None})
         self._known = {
@@ -192,11 +257,12 @@ class _Unpickler(pickle.Unpickler):
         return self._known[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage, key, _, length = pid
+        kind, storage, key, _, length, *view = pid
         valid = isinstance(storage, _Storage) and isinstance(key, str) and type(length) is int
-        if kind != "storage" or not valid or length < 0:
+        # A sixth, of the old format, is a part of another storage: not written since PyTorch 0.4.
+        if kind != "storage" or not valid or length < 0 or view not in ([], [None]):
             raise ValueError(f"persistent id {pid!r}")
-        return _Storage(storage.dtype, key, length)
+        return self.storages.setdefault(key, _Storage(storage.dtype, key, length))
 
 
 def _rebuilder() -> Any:

@@ -54,10 +54,11 @@ def test_tensors_of_every_dtype_and_layout(tmp_path):
         "expanded": torch.tensor([[1.0], [2.0]]).expand(2, 3),
         "permuted": torch.randn(2, 3, 4, 5, generator=generator).permute(3, 1, 0, 2),
     }
-    torch.save(state, tmp_path / "all.pt")
-    found = read_state_dict(tmp_path / "all.pt")
-    assert_equal(found, state)
-    assert not found["float"].flags.writeable
+    for new in (True, False):
+        torch.save(state, tmp_path / "all.pt", _use_new_zipfile_serialization=new)
+        found = read_state_dict(tmp_path / "all.pt")
+        assert_equal(found, state)
+        assert not found["float"].flags.writeable
 
 
 def test_a_modules_state_dict_and_its_parameters(tmp_path):
@@ -223,12 +224,55 @@ def test_a_file_cut_short_or_damaged_is_named(tmp_path):
             read_state_dict(archive(path, content))
 
 
+def old(*parts, numbers=b"", magic=0x1950A86A20F9469CFC6C):
+    """A file before PyTorch 1.6: pickles one after the other, then the numbers."""
+    return b"".join(pickle.dumps(part, 2) for part in (magic, *parts)) + numbers
+
+
+def test_the_format_before_pytorch_1_6(tmp_path):
+    path = tmp_path / "old.pth"
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    checkpoint = {"epoch": 3, "state_dict": module.state_dict()}
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    assert_equal(read_state_dict(path), module.state_dict())
+    whole = path.read_bytes()
+    for size in (len(whole) - 1, len(whole) - 700, len(whole) // 2, 40):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"old\.pth: .*(cut short|damaged)"):
+            read_state_dict(path)
+    system = {"little_endian": True}
+    for content, message in (
+        (
+            old(1001, system, {"w": Runs(tmp_path / "made")}),
+            r"refused, because it asks for \w+\.mkd",
+        ),
+        (old(1001, Runs(tmp_path / "made")), r"refused, because it asks for \w+\.mkd"),
+        (old(1001, {"little_endian": False}), ".* little_endian False, expected 1001 and True"),
+        (old(1000, system), "version 1000 with"),
+        (old(1001, system, {}, ["0"]), r"the list of storages is damaged: \['0'\]"),
+        (old(1001, system, [], []), "holds a list, expected a dict"),
+        (old(1001, system), "contents is damaged: EOFError"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"old\.pth: " + message):
+            read_state_dict(path)
+    assert not (tmp_path / "made").exists()
+    # More elements than the file has bytes: no memory is asked for. The last 16 bytes are the
+    # number of elements and two floats.
+    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for count, message in (
+        (2**60, "cut short or damaged: storage"),
+        (1, "has 4 bytes, expected 8"),
+    ):
+        path.write_bytes(whole[:-16] + count.to_bytes(8, "little") + whole[-8:])
+        with pytest.raises(UserError, match=r"old\.pth: .*" + message):
+            read_state_dict(path)
+
+
 def test_other_formats_are_named(tmp_path):
     path = tmp_path / "old.pth"
-    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"old\.pth: in the format of PyTorch before 1\.6.*load"):
-        read_state_dict(path)
-    for content in (b"", b"not a checkpoint"):
+    for content in (b"", b"not a checkpoint", old(magic=7)):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"old\.pth: no PyTorch file"):
             read_state_dict(path)
