@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (120, 75, 40),
 }
 # Drawn this many times larger and averaged down: smooth edges at 32 pixels.
-_OVERSAMPLE = 4
+OVERSAMPLE = 4
 # Symbol and extension fonts have no digits, or have them in other places.
 _FONTS_WITHOUT_DIGITS = (
     "cmex10",
@@ -45,10 +45,11 @@ _FONTS_WITHOUT_DIGITS = (
 
 @dataclass(frozen=True)
 class Captioned:
-    """`images` uint8 (n, size, size, 3) and a caption for each."""
+    """`images` uint8 (n, size, size, 3), each with a caption and a class among the names drawn."""
 
     images: np.ndarray
     captions: list[str]
+    labels: np.ndarray
 
 
 def fonts() -> list[Path]:
@@ -68,10 +69,10 @@ def render_digits(count: int, size: int, seed: int) -> Captioned:
     """`count` printed digits with random font, weight, slant, place and colours."""
     rng = np.random.default_rng([seed, 0])
     faces = fonts()
-    images = np.empty((count, size, size, 3), np.uint8)
+    images, labels = np.empty((count, size, size, 3), np.uint8), np.empty(count, np.int32)
     captions = []
     for i in range(count):
-        digit = int(rng.integers(10))
+        digit = labels[i] = int(rng.integers(10))
         ink, paper = _two_colours(rng, plain=0.4)
         face = faces[rng.integers(len(faces))]
         images[i] = _draw_digit(digit, face, size, COLOURS[ink], COLOURS[paper], rng)
@@ -84,16 +85,17 @@ def render_digits(count: int, size: int, seed: int) -> Captioned:
                 f"the digit {name}",
             )[rng.integers(4)]
         )
-    return Captioned(images, captions)
+    return Captioned(images, captions, labels)
 
 
 def render_shapes(count: int, size: int, seed: int) -> Captioned:
     """`count` filled shapes with random place, size, turn and colours."""
     rng = np.random.default_rng([seed, 1])
-    images = np.empty((count, size, size, 3), np.uint8)
+    images, labels = np.empty((count, size, size, 3), np.uint8), np.empty(count, np.int32)
     captions = []
     for i in range(count):
-        shape = SHAPES[rng.integers(len(SHAPES))]
+        labels[i] = rng.integers(len(SHAPES))
+        shape = SHAPES[labels[i]]
         ink, paper = _two_colours(rng, plain=0.0)
         images[i] = _draw_shape(shape, size, COLOURS[ink], COLOURS[paper], rng)
         captions.append(
@@ -101,7 +103,7 @@ def render_shapes(count: int, size: int, seed: int) -> Captioned:
                 rng.integers(2)
             ]
         )
-    return Captioned(images, captions)
+    return Captioned(images, captions, labels)
 
 
 def _two_colours(rng: np.random.Generator, plain: float) -> tuple[str, str]:
@@ -111,8 +113,13 @@ def _two_colours(rng: np.random.Generator, plain: float) -> tuple[str, str]:
     names = list(COLOURS)
     while True:
         ink, paper = (names[k] for k in rng.choice(len(names), 2, replace=False))
-        if np.abs(np.subtract(COLOURS[ink], COLOURS[paper])).sum() > 200:
+        if distinct(ink, paper):
             return ink, paper
+
+
+def distinct(one: str, other: str) -> bool:
+    """Whether two of `COLOURS` can be told apart."""
+    return int(np.abs(np.subtract(COLOURS[one], COLOURS[other])).sum()) > 200
 
 
 def _compose(mask: Image.Image, size: int, ink, paper, rng: np.random.Generator) -> np.ndarray:
@@ -127,7 +134,7 @@ def _compose(mask: Image.Image, size: int, ink, paper, rng: np.random.Generator)
 
 
 def _draw_digit(digit: int, face: Path, size: int, ink, paper, rng) -> np.ndarray:
-    side = size * _OVERSAMPLE
+    side = size * OVERSAMPLE
     font = ImageFont.truetype(str(face), int(side * 0.9))
     mask = Image.new("L", (2 * side, 2 * side), 0)
     draw = ImageDraw.Draw(mask)
@@ -153,13 +160,18 @@ def _draw_digit(digit: int, face: Path, size: int, ink, paper, rng) -> np.ndarra
         Image.Resampling.BILINEAR,
     )
     if rng.random() < 0.3:
-        mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.0) * _OVERSAMPLE))
+        mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.0) * OVERSAMPLE))
     return _compose(mask, size, ink, paper, rng)
 
 
 def _draw_shape(shape: str, size: int, ink, paper, rng) -> np.ndarray:
-    side = size * _OVERSAMPLE
-    radius = side * rng.uniform(0.25, 0.45)
+    side = size * OVERSAMPLE
+    mask = shape_mask(shape, side, side * rng.uniform(0.25, 0.45), rng)
+    return _compose(mask, size, ink, paper, rng)
+
+
+def shape_mask(shape: str, side: int, radius: float, rng: np.random.Generator) -> Image.Image:
+    """255 inside of a shape and 0 outside, in a square: at a random place and slightly turned."""
     centre = side / 2 + rng.uniform(-1, 1, 2) * (side / 2 - radius)
     turn = rng.normal(0, 0.25)
     mask = Image.new("L", (side, side), 0)
@@ -207,4 +219,4 @@ def _draw_shape(shape: str, size: int, ink, paper, rng) -> np.ndarray:
         x = 16 * np.sin(t) ** 3 / 17
         y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 17
         polygon(list(zip(x, y, strict=True)))
-    return _compose(mask, size, ink, paper, rng)
+    return mask

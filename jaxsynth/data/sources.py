@@ -1,7 +1,8 @@
 """Labelled images at random access, wherever they come from.
 
-Three sources of data sets stand behind `load_dataset`: scikit-learn's digits (shipped with it, so
-that everything runs without a download), folders of photos, and TensorFlow Datasets. All give the
+Four sources of data sets stand behind `load_dataset`: scikit-learn's digits and pictures that are
+drawn or cut here (so that everything runs without a download), folders of photos, and TensorFlow
+Datasets. All give the
 same `Dataset`; labels are known without decoding a single image.
 """
 
@@ -176,8 +177,9 @@ class Dataset:
 class DataConfig:
     """Which data set, and how to name its classes.
 
-    source: "digits", "folder" or "tfds".
-    name: the data set's name (decides the default template); for "tfds" its TFDS name.
+    source: "digits", "builtin", "folder" or "tfds".
+    name: the data set's name (decides the default template); for "tfds" its TFDS name, for
+        "builtin" one of `builtin.NAMES`.
     path: the folder of "folder"; the data directory of "tfds" ("" for TFDS's own default).
     image_size: 0 keeps images as stored (digits: 32); else short side to it, then the centre.
     template: "" takes the data set's own. Exactly one {} stands for the class.
@@ -185,6 +187,7 @@ class DataConfig:
     display_names: names for prompts by class name; others come from `prompts.display_name`.
     raw_names: use class names in prompts as they are.
     test_fraction, split_seed: the held-out part of a source without a test split of its own.
+    images_per_class: how many images of a class "builtin" draws.
     train_split, test_split: split names of "tfds" and "folder"; "" for test takes the first of
         test, validation (or val) there is, else a held-out part of train.
     """
@@ -199,6 +202,7 @@ class DataConfig:
     raw_names: bool = False
     test_fraction: float = 0.2
     split_seed: int = 0
+    images_per_class: int = 500
     train_split: str = "train"
     test_split: str = ""
 
@@ -283,13 +287,20 @@ def load_dataset(config: DataConfig) -> Dataset:
 
         name = config.name or Path(config.path).name
         class_names, train, test, split = load_folder(config)
+    elif config.source == "builtin":
+        from jaxsynth.data.builtin import load_builtin
+
+        name = config.name
+        class_names, train, test, split = load_builtin(config)
     elif config.source == "tfds":
         from jaxsynth.data.tfds_source import load_tfds
 
         name = config.name
         class_names, train, test, split = load_tfds(config)
     else:
-        raise SourceError(f"source: expected digits, folder or tfds, found {config.source!r}")
+        raise SourceError(
+            f"source: expected digits, builtin, folder or tfds, found {config.source!r}"
+        )
     template = config.template or prompts.default_template("digits" if name == "digits" else name)
     dataset = Dataset(
         name=name,

@@ -146,7 +146,7 @@ def _build_corpus(config: Config, folder: Path) -> dict:
         PHOTO_TEMPLATES[rng.integers(len(PHOTO_TEMPLATES))].format(photos.display_names[label])
         for label in photos.train.labels
     ]
-    parts.append(Captioned(images, captions))
+    parts.append(Captioned(images, captions, np.asarray(photos.train.labels)))
     is_photo = np.concatenate([np.full(len(p.captions), p is parts[-1]) for p in parts])
     np.save(folder / "images.npy", np.concatenate([p.images for p in parts]))
     np.save(folder / "photo.npy", is_photo)
