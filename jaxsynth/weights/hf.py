@@ -66,7 +66,7 @@ _DIFFUSERS = {
 
 # model_index.json of the pipelines that differ only in what surrounds the networks.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_DIFFUSERS_VERSION = "0.40.0"
+DIFFUSERS_VERSION = "0.40.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +246,11 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
         save_model(getattr(pipeline, part), config, folder / part, dtype)
     pipeline.tokenizer.save(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
-    scheduler_config = {"_diffusers_version": _DIFFUSERS_VERSION, **pipeline.scheduler_config}
+    scheduler_config = {"_diffusers_version": DIFFUSERS_VERSION, **pipeline.scheduler_config}
     files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": _DIFFUSERS_VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
@@ -346,7 +346,7 @@ def _identity(model: nnx.Module) -> dict[str, Any]:
         kind = type(model).__name__
         return {"architectures": [kind], "model_type": _TRANSFORMERS[type(model)]}
     name = _DIFFUSERS.get(type(model), type(model).__name__)
-    return {"_class_name": name, "_diffusers_version": _DIFFUSERS_VERSION}
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:
