@@ -76,9 +76,11 @@ def test_digest_is_of_the_tensors(folder, tensors, tmp_path):
     assert load_inception(tmp_path / "b.safetensors")[1] != digest
 
 
-def test_pth_files(peer, model, folder, tmp_path):
+@pytest.mark.parametrize("new", [False, True])
+def test_pth_files(peer, model, folder, tmp_path, new):
+    """The published file is of 2019, and in the format that PyTorch had then."""
     path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(peer.state_dict(), path)
+    torch.save(peer.state_dict(), path, _use_new_zipfile_serialization=new)
     loaded, digest = load_inception(path)
     assert digest == load_inception(folder)[1]
     for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, loaded)), strict=True):
