@@ -1,0 +1,76 @@
+"""New input channels beside a frozen convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsynth.adapters import base
+from jaxsynth.adapters.inputs import extend_input
+from jaxsynth.adapters.lora import LoRAConfig, add_lora
+from tests.adapters.nets import Net
+
+
+@pytest.fixture
+def net():
+    return Net(rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def images():
+    return jax.random.normal(jax.random.key(1), (2, 8, 8, 5))
+
+
+def filled(extended):
+    kernel = jax.random.normal(jax.random.key(2), (3, 3, 2, 8))
+    return base.load_state(extended, base.AdapterState({"down.side.kernel": kernel}))
+
+
+def test_untrained_channels_change_nothing(net, images):
+    extended = extend_input(net, "down", 2)
+    np.testing.assert_array_equal(extended(images), net(images[..., :3]))
+    assert base.extract(extended).arrays["down.side.kernel"].shape == (3, 3, 2, 8)
+    assert extended.down.base.kernel is net.down.kernel
+    with pytest.raises(ValueError, match="expected 5 input channels, found 3"):
+        extended(images[..., :3])
+
+
+def test_gradients_reach_the_new_channels_alone(net, images):
+    graphdef, trainable, frozen = nnx.split(extend_input(net, "down", 2), base.Trainable, ...)
+    grads = jax.grad(lambda t: nnx.merge(graphdef, t, frozen)(images).sum())(trainable)
+    (grad,) = jax.tree.leaves(grads)
+    assert grad.shape == (3, 3, 2, 8) and np.abs(grad).min() > 0
+
+
+def test_strength_merge_and_unmerge(net, images):
+    trained = filled(extend_input(net, "down", 2))
+    assert np.abs(trained(images) - net(images[..., :3])).max() > 0.1
+    off = base.with_scale(trained, 0.0)
+    np.testing.assert_array_equal(off(images), net(images[..., :3]))
+    forward = nnx.jit(lambda model, x: model(x))
+    none = forward(base.with_scale(trained, jnp.float32(0)), images)
+    np.testing.assert_array_equal(none, forward(net, images[..., :3]))
+    half = base.with_scale(trained, 0.5)
+    merged = base.merge(half)
+    assert type(merged.down) is nnx.Conv and merged.down.kernel.shape == (3, 3, 5, 8)
+    np.testing.assert_allclose(merged(images), half(images), atol=1e-5)
+    back = base.unmerge(merged, half)
+    np.testing.assert_array_equal(back(images), half(images))
+
+
+def test_it_stands_beside_other_adapters(net, images):
+    both = add_lora(extend_input(net, "down", 2), LoRAConfig(targets=("mix",)), rngs=nnx.Rngs(0))
+    state = base.extract(both)
+    assert state.config.targets == ("mix",)
+    assert {name.split(".")[0] for name in state.arrays} == {"down", "mix"}
+    np.testing.assert_array_equal(both(images), net(images[..., :3]))
+
+
+def test_wrong_layers_are_named(net):
+    with pytest.raises(TypeError, match=r"blocks\.0: only nnx\.Conv gets channels, found Linear"):
+        extend_input(net, "blocks.0", 2)
+    with pytest.raises(ValueError, match="down: 0 new channels"):
+        extend_input(net, "down", 0)
+    with pytest.raises(ValueError, match="match no layer"):
+        extend_input(net, "up", 1)
