@@ -83,7 +83,7 @@ class Extrapolation(NamedTuple):
 
 def statistics(features: Features, *, network: str = "") -> Statistics:
     """Mean and covariance (over n - 1, as np.cov), summed in float64 a few thousand rows a time."""
-    features = check(features, "features", least=2)
+    features = check_features(features, "features", least=2)
     mu = features.mean(axis=0, dtype=np.float64)
     sigma = np.zeros((features.shape[1], features.shape[1]))
     for start in range(0, len(features), 4096):
@@ -194,7 +194,7 @@ def evaluate(
     UserError for too few samples, values that are not finite, or dimensions that differ.
     """
     least = least_samples(config)
-    real = check(real, "real", least=2 * least)
+    real = check_features(real, "real", least=2 * least)
     real, generated = _pair(real, generated, least=least)
     shift = real.mean(axis=0, dtype=np.float64)
     whole = _Set(real, "real", shift), _Set(generated, "generated", shift)
@@ -222,7 +222,7 @@ def real_against_real(
     {"samples": {"real", "matched", "dimensions"}, "settings", "floor"}, as from `evaluate`. FID is
     biased in the number of samples, so give the count of the comparison that it stands beside.
     """
-    real = check(real, "real", least=2 * least_samples(config))
+    real = check_features(real, "real", least=2 * least_samples(config))
     count = count or len(real) // 2
     if not least_samples(config) <= count <= len(real) // 2:
         raise UserError(
@@ -238,7 +238,7 @@ def real_against_real(
     }
 
 
-def check(features: Any, name: str, *, least: int = 1) -> Features:
+def check_features(features: Any, name: str, *, least: int = 1) -> Features:
     """Float features (n, d), n at least `least`; UserError saying what is wrong with `name`."""
     features = np.asarray(features)
     if features.ndim != 2 or not features.shape[1] or features.dtype.kind != "f":
@@ -298,8 +298,8 @@ class _Set:
 
 
 def _pair(real: Features, generated: Features, *, least: int) -> tuple[Features, Features]:
-    real = check(real, "real", least=least)
-    generated = check(generated, "generated", least=least)
+    real = check_features(real, "real", least=least)
+    generated = check_features(generated, "generated", least=least)
     if real.shape[1] != generated.shape[1]:
         raise UserError(
             f"generated: features of {generated.shape[1]} dimensions, real ones have "
@@ -355,7 +355,7 @@ def _summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
 
 def _gaussian(x: Features | Statistics, name: str) -> _Gaussian:
     if not isinstance(x, Statistics):
-        x = check(x, name, least=2)
+        x = check_features(x, name, least=2)
         if len(x) <= x.shape[1]:
             mu = x.mean(axis=0, dtype=np.float64)
             factor = (x - mu) / np.sqrt(len(x) - 1)

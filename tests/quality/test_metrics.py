@@ -184,7 +184,7 @@ class TestKID:
         assert moved.mean > 5 * moved.std
 
     def test_small_differences_survive_large_features(self):
-        """Sums of large kernel values in float32 would be off by more than the distance."""
+        """The distance is a few thousandths of the kernel's values, whose means it is made of."""
         x, y = normal(100, 16, mean=4), normal(100, 16, seed=1, mean=4)
         found = kid(x, y, seed=0, subsets=2, subset_size=100).mean
         assert found == pytest.approx(mmd2_loop(x, y), rel=1e-2)
@@ -250,6 +250,13 @@ class TestManifold:
             "density": 1,
             "coverage": 1,
         }
+
+    def test_a_sample_on_the_edge_of_a_ball(self):
+        """Closed balls hold it, which decide precision and recall, open ones do not."""
+        real, generated = (np.array(v, np.float32)[:, None] for v in ([0, 1, 2], [3, 4, 5]))
+        found = manifold(real, generated, precision_k=1, coverage_k=1)
+        third = pytest.approx(1 / 3)
+        assert found == {"precision": third, "recall": third, "density": 0, "coverage": 0}
 
     def test_disjoint_sets(self):
         assert set(manifold(normal(50), normal(50, mean=1e3)).values()) == {0}
