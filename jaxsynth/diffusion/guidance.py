@@ -18,6 +18,8 @@ def classifier_free(
     guidance_scale: float | Float[Array, "..."],
     cond: PyTree[Float[Array, "b ..."]],
     uncond: PyTree[Float[Array, "b ..."]] | None,
+    *,
+    channels: int | None = None,
 ) -> Callable[[Array, Array], Array]:
     """(x, t) -> uncond + guidance_scale * (cond - uncond), from `denoise(x, t, condition)`.
 
@@ -25,6 +27,10 @@ def classifier_free(
     have batch 1 (one empty prompt for all). `guidance_scale` is a number, or an array (b,) with a
     scale per image. The Python number 1.0 skips the unconditional branch, and `uncond` may then be
     None. Raises ValueError where structures or batches differ.
+
+    `channels` guides only so many of the first channels of the output; the rest, among them a
+    learned variance, are the conditional branch's. For DiT: 3 in the authors' sampler (of the 4
+    of the noise, as their published figures are measured), 4 in diffusers' pipeline.
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return lambda x, t: denoise(x, t, cond)
@@ -42,7 +48,14 @@ def classifier_free(
         output = denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
         without, conditional = jnp.split(output.astype(jnp.float32), 2)
         weight = scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
-        return (without + weight * (conditional - without)).astype(output.dtype)
+        mixed = without + weight * (conditional - without)
+        if channels is not None:
+            if not 0 < channels <= output.shape[-1]:
+                raise ValueError(
+                    f"classifier_free: channels {channels}, but the output has {output.shape[-1]}"
+                )
+            mixed = jnp.concatenate([mixed[..., :channels], conditional[..., channels:]], axis=-1)
+        return mixed.astype(output.dtype)
 
     return guided
 

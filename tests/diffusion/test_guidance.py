@@ -80,3 +80,20 @@ def test_mismatches_are_named(inputs):
         classifier_free(denoise, 2.0, cond, {"text": uncond["text"]})
     with pytest.raises(ValueError, match="does not match"):
         classifier_free(denoise, 2.0, cond, jax.tree.map(lambda a: a[:2], uncond))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_only_the_first_channels_are_guided(channels, inputs):
+    x, t, cond, uncond, _ = inputs
+    everything = classifier_free(denoise, 3.0, cond, uncond)(x, t)
+    found = classifier_free(denoise, 3.0, cond, uncond, channels=channels)(x, t)
+    np.testing.assert_array_equal(found[..., :channels], everything[..., :channels])
+    expected = denoise(x, t, cond)[..., channels:]
+    np.testing.assert_allclose(found[..., channels:], expected, atol=1e-6)
+
+
+def test_more_channels_than_there_are_is_an_error(inputs):
+    x, t, cond, uncond, _ = inputs
+    for channels in (0, 3):
+        with pytest.raises(ValueError, match=f"channels {channels}, but the output has 2"):
+            classifier_free(denoise, 3.0, cond, uncond, channels=channels)(x, t)
