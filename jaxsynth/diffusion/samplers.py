@@ -7,7 +7,8 @@ What a method remembers between steps is its `carry`, a pytree of arrays.
 Every sampler has `.timesteps` (n,) numpy, `.init_noise_sigma`, `.stochastic`, `.init(x) -> carry`,
 `.scale_model_input(x, i) -> x` and `.step(carry, model_output, i, x, *, noise=None) ->
 (x, carry)`; x may have any dtype, the arithmetic is float32. Step by step they agree with the
-diffusers scheduler of the same name, timesteps included.
+diffusers scheduler of the same name, timesteps included. One whose model output has several times
+the channels of x (`learned_range.LearnedRange`) says how many in `.outputs`.
 
 Sources: DDIM (arXiv 2010.02502), PNDM (arXiv 2202.09778, equations 9, 12, 13), DPM-Solver++
 (arXiv 2211.01095, algorithm 2), EDM (arXiv 2206.00364) for Euler and the Karras sigmas; spacings
@@ -305,13 +306,16 @@ def sample(
         found = None if keys is None else keys.shape
         raise ValueError(f"sample: expected {batch} keys, one per image, found {found}")
     timesteps = jnp.asarray(sampler.timesteps)
+    expected = (*x_T.shape[:-1], x_T.shape[-1] * getattr(sampler, "outputs", 1))
 
     def body(state: tuple[Array, PyTree], i: Array) -> tuple[tuple[Array, PyTree], None]:
         x, carry = state
         t = jnp.broadcast_to(timesteps[i], (batch,))
         output = denoise(sampler.scale_model_input(x, i).astype(x_T.dtype), t)
-        if output.shape != x.shape:
-            raise ValueError(f"sample: denoise returned {output.shape} for x {x.shape}")
+        if output.shape != expected:
+            raise ValueError(
+                f"sample: denoise returned {output.shape} for x {x.shape}, expected {expected}"
+            )
         noise = _noise(keys, i + 1, x.shape[1:]) if sampler.stochastic else None
         return sampler.step(carry, output, i, x, noise=noise), None
 
@@ -326,7 +330,7 @@ def _noise(keys: Array, stream: Array | int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
 
 
-def _as_x0_eps(prediction_type: str, signal: np.ndarray, sigma: np.ndarray) -> tuple:
+def as_x0_eps(prediction_type: str, signal: np.ndarray, sigma: np.ndarray) -> tuple:
     """Factors of (x, output) in x_0 and of (x, output) in epsilon, for x = signal x_0 + sigma e."""
     zero, one = np.zeros_like(signal), np.ones_like(signal)
     if prediction_type == "epsilon":
@@ -360,7 +364,7 @@ def _make_ddim(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any], 
         raise ValueError(f"eta: expected 0 to 1, found {eta}")
     direction = np.sqrt(np.maximum(1 - a_next - std**2, 0))
     columns = (
-        *_as_x0_eps(schedule.prediction_type, np.sqrt(a), np.sqrt(1 - a)),
+        *as_x0_eps(schedule.prediction_type, np.sqrt(a), np.sqrt(1 - a)),
         np.sqrt(a_next),
         direction,
         std,
@@ -389,7 +393,7 @@ def _make_pndm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) 
     a_next = _product_at(schedule, destination, options)
     # Equation 9; the output may be v, which is epsilon up to a combination with x.
     factor = (a_next - a) / (a * np.sqrt(1 - a_next) + np.sqrt(a * (1 - a) * a_next))
-    *_, eps_x, eps_m = _as_x0_eps(schedule.prediction_type, np.sqrt(a), np.sqrt(1 - a))
+    *_, eps_x, eps_m = as_x0_eps(schedule.prediction_type, np.sqrt(a), np.sqrt(1 - a))
     weights = np.tile(np.array([55, -59, 37, -9]) / 24, (len(timesteps), 1))
     start = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0], [23, -16, 5, 0]])
     start[3] /= 12
@@ -430,7 +434,7 @@ def _make_dpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -
     slope = -0.5 * shrink[at] if midpoint else shrink[at] / h + signal[at + 1]
     correction = np.zeros(n)
     correction[at] = slope * h / previous_h
-    x0_x, x0_m, *_ = _as_x0_eps(schedule.prediction_type, signal[:-1], sigma[:-1])
+    x0_x, x0_m, *_ = as_x0_eps(schedule.prediction_type, signal[:-1], sigma[:-1])
     columns = (x0_x, x0_m, sigma[1:] / sigma[:-1], -shrink + correction, -correction)
     return DPMSolverPP(timesteps, _table(columns))
 
@@ -455,7 +459,7 @@ def _make_euler(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any])
     sigmas = finish(sigmas, train_sigmas, options)
     signal = 1 / np.sqrt(sigmas[:-1] ** 2 + 1)
     # The slope dx/dsigma is epsilon, here from the model's input signal * x.
-    *_, eps_x, eps_m = _as_x0_eps(schedule.prediction_type, signal, sigmas[:-1] * signal)
+    *_, eps_x, eps_m = as_x0_eps(schedule.prediction_type, signal, sigmas[:-1] * signal)
     delta = np.diff(sigmas)
     largest = sigmas.max()
     unit_start = options["timestep_spacing"] == "leading"

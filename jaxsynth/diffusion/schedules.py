@@ -88,7 +88,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "sigma_max": None,
         "timestep_type": "discrete",
     },
-    # Read for its noise schedule only (training); ancestral DDPM sampling is not implemented.
+    # For its noise schedule, and for ancestral sampling where the variance is learned.
     "DDPMScheduler": {
         **_BASE,
         **_THRESHOLDING,
@@ -105,8 +105,15 @@ _CHOICES = {
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
-    # A learned variance doubles the model's output channels, which no model here has.
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    # "learned" would be the log-variance itself, which no model here gives.
+    "variance_type": (
+        None,
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned_range",
+    ),
 }
 
 # Options of a sampler of which only these values are implemented, checked when it is made.

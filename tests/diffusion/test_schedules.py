@@ -95,7 +95,7 @@ def test_schedule_passes_through_jit_as_an_argument(key):
         ({"prediction_type": "flow_prediction"}, "prediction_type.*flow_prediction"),
         ({"timestep_spacing": "middle"}, "timestep_spacing.*middle"),
         ({"final_sigmas_type": "one"}, "final_sigmas_type"),
-        ({"variance_type": "learned_range"}, "variance_type"),
+        ({"variance_type": "learned"}, "variance_type"),
         ({"betas_end": 0.1}, "'betas_end'.*unknown"),
         ({"_class_name": "LMSDiscreteScheduler"}, "_class_name.*LMSDiscreteScheduler"),
         ({"beta_start": "0.1"}, "beta_start.*expected a float"),
