@@ -100,10 +100,20 @@ def _tiny_base() -> ModuleType:
     return tiny_base
 
 
+def _diffscaler() -> ModuleType:
+    from jaxsynth.methods import diffscaler
+
+    return diffscaler
+
+
 # A method's module has `Config` (frozen dataclasses) and `run(config, workdir)`, and those of
 # REPORTS also `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
-METHODS: dict[str, Callable[[], ModuleType]] = {"datadream": _datadream, "tiny_base": _tiny_base}
-REPORTS = ("datadream",)
+METHODS: dict[str, Callable[[], ModuleType]] = {
+    "datadream": _datadream,
+    "diffscaler": _diffscaler,
+    "tiny_base": _tiny_base,
+}
+REPORTS = ("datadream", "diffscaler")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

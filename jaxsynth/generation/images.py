@@ -7,6 +7,7 @@ a restarted run repeats exactly the batches of the shards that were not finished
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.generation.routing import per_image
 from jaxsynth.training import sharding
 from jaxsynth.training.console import progress
 from jaxsynth.training.text_to_image import TextToImage
@@ -147,23 +149,14 @@ class Generator:
     def _sample(self, factors, frozen, cond, uncond, labels, indices) -> Array:
         keys = image_keys(self._seed, labels, indices)
         x_T = initial_noise(keys, self._shape, self._sampler)
-        own = route(factors, labels) if self._routed else None
 
-        def together(x: Array, t: Array, text: Array) -> Array:
+        def run(factors, frozen, x: Array, t: Array, text: Array) -> Array:
             return nnx.merge(self._graphdef, factors, frozen).unet(x, t, text)
 
-        def apart(x: Array, t: Array, text: Array) -> Array:
-            """Rows come as (unconditional, conditional) halves; each image runs its own adapter."""
-            batch = len(labels)
-            rows = [y.reshape(-1, batch, *y.shape[1:]).swapaxes(0, 1) for y in (x, t, text)]
-
-            def one(factors, frozen, x, t, text):
-                return nnx.merge(self._graphdef, factors, frozen).unet(x, t, text)
-
-            out = jax.vmap(one, in_axes=(0, None, 0, 0, 0))(own, frozen, *rows)
-            return out.swapaxes(0, 1).reshape(x.shape)
-
-        denoise = apart if self._routed else together
+        if self._routed:
+            denoise = per_image(run, route(factors, labels), frozen, len(labels))
+        else:
+            denoise = partial(run, factors, frozen)
         guided = classifier_free(denoise, self._guidance, cond[labels], uncond[labels])
         return sample(guided, x_T, self._sampler, keys=keys)
 

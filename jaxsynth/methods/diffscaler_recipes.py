@@ -1,0 +1,102 @@
+"""How a pre-trained transformer is given a new data set: DiffScaler's Affiner and its rivals.
+
+Each recipe turns a frozen base into a network whose `Trainable` variables are what it learns. All
+but `scratch` start from the base with one new class row per class, and every new row starts as the
+unconditional one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from jaxsynth.adapters.affiner import AffinerConfig, add_affiner
+from jaxsynth.adapters.base import mark_trainable
+from jaxsynth.adapters.lora import LoRAConfig, add_lora
+from jaxsynth.adapters.table import extend_table
+from jaxsynth.models.dit import DiT
+
+TABLE = "class_embedder.embedding_table"
+# Where adapters go. The paper names query, key, value and the feed-forward block.
+PLACES: dict[str, tuple[str, ...]] = {
+    "paper": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+    "all": (
+        "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
+        "norm1.linear", "pos_embed.proj", "proj_out_1", "proj_out_2",
+    ),
+}  # fmt: skip
+# The branches and projections that DiffFit scales (arXiv 2304.06648).
+_DIFFFIT = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`build(extended base, rank, LoRA's rank, key)` gives the network to train.
+
+    `whole` recipes change the base's own weights: nothing is left of it to go back to.
+    """
+
+    label: str
+    build: Callable[[DiT, int, int, jax.Array], DiT]
+    whole: bool = False
+
+
+def _affiner(place: str, **options) -> Callable[[DiT, int, int, jax.Array], DiT]:
+    def build(model: DiT, rank: int, _: int, key: jax.Array) -> DiT:
+        config = AffinerConfig(**{"rank": rank, "targets": PLACES[place]} | options)
+        return add_affiner(model, config, rngs=key)
+
+    return build
+
+
+def _lora(place: str) -> Callable[[DiT, int, int, jax.Array], DiT]:
+    def build(model: DiT, _: int, rank: int, key: jax.Array) -> DiT:
+        return add_lora(model, LoRAConfig(rank=rank, targets=PLACES[place]), rngs=key)
+
+    return build
+
+
+def _difffit(model: DiT, _: int, __: int, key: jax.Array) -> DiT:
+    config = AffinerConfig(rank=0, targets=_DIFFFIT, scale_side="output", shift=False)
+    return mark_trainable(add_affiner(model, config, rngs=key), [".*bias"])
+
+
+def _scratch(model: DiT, _: int, __: int, key: jax.Array) -> DiT:
+    fresh = DiT(model.config, dtype=model.dtype, rngs=nnx.Rngs(key))
+    rows = model.class_embedder.embedding_table.rows.get_value()
+    fresh = extend_table(fresh, TABLE, len(rows), start=model.config.null_label)
+    return mark_trainable(fresh)
+
+
+RECIPES: dict[str, Recipe] = {
+    "scratch": Recipe("from scratch", _scratch, whole=True),
+    "full": Recipe("full fine-tuning", lambda m, *_: mark_trainable(m), whole=True),
+    "embeddings": Recipe("class rows only", lambda m, *_: m),
+    "bitfit": Recipe("BitFit", lambda m, *_: mark_trainable(m, [".*bias"]), whole=True),
+    "scale_shift": Recipe("scale + shift (paper)", _affiner("paper", rank=0)),
+    "scale_shift_all": Recipe("scale + shift (all)", _affiner("all", rank=0)),
+    "difffit": Recipe("DiffFit", _difffit, whole=True),
+    "lora": Recipe("LoRA (paper)", _lora("paper")),
+    "lora_all": Recipe("LoRA (all)", _lora("all")),
+    "affiner": Recipe("Affiner (paper)", _affiner("paper")),
+    "affiner_relu": Recipe("Affiner with ReLU (paper)", _affiner("paper", form="relu")),
+    "affiner_all": Recipe("Affiner (all)", _affiner("all")),
+    "affiner_zero": Recipe("Affiner, zero W_up for s (all)", _affiner("all", gate=False)),
+}
+
+
+def adapted(base: DiT, name: str, classes: int, *, rank: int, lora_rank: int, seed: int) -> DiT:
+    """The network that recipe `name` trains: `base` with `classes` new labels from `first_label`.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r}, expected one of {', '.join(RECIPES)}")
+    extended = extend_table(base, TABLE, classes, start=base.config.null_label)
+    return RECIPES[name].build(extended, rank, lora_rank, jax.random.key(seed))
+
+
+def first_label(base: DiT) -> int:
+    """The first new label: the rows before it are the base's classes and no label."""
+    return base.config.null_label + 1

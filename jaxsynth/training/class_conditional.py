@@ -1,0 +1,350 @@
+"""Training a class-conditional diffusion transformer on cached latents: all of it, or adapters.
+
+The recipe is DiT's (arXiv 2212.09748): Adam at a constant rate, no weight decay, labels dropped
+with probability 0.1, flips, and where the network predicts its variance the variational bound
+beside the error of the noise. What learns is decided by the model alone: everything `Trainable` in
+it. Sets of one structure train side by side in one program (`adapt_each`).
+
+`Retention` is Diff-Tuning's option for any of them: the last, nearly noiseless part of the reverse
+process is kept on images of the base model while the noisy part learns the target (thuml's
+Diffusion-Tuning, NeurIPS 2024).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, Key
+
+from jaxsynth.adapters.base import Trainable, seed_dropout, stack, unstack
+from jaxsynth.data.sources import ImageSource
+from jaxsynth.diffusion.learned_range import learned_range_loss
+from jaxsynth.diffusion.losses import diffusion_loss
+from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
+from jaxsynth.models.dit import DiT
+from jaxsynth.models.vae import AutoencoderKL
+from jaxsynth.training import sharding
+from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.loop import Constant, fit
+from jaxsynth.training.metrics import MetricsWriter
+from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
+from jaxsynth.training.step import init_stacked, init_state, make_train_step, scan_steps, stacked
+from jaxsynth.training.text_to_image import encode_pixels
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Diff-Tuning's two halves of the time axis.
+
+    `share` of each batch are images of the base model, without a label, weighted by `weight`. They
+    are noised at times of density (T - t)^power and the target's images at times of density
+    t^power, the convention of the authors' code. `images` is how many the base draws.
+    """
+
+    share: float = 0.2
+    weight: float = 0.1
+    power: float = 1.0
+    images: int = 512
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(f"retention.share is {self.share}, expected 0 < share < 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a transformer or its adapters are trained; the defaults are DiT's.
+
+    `ema_decay` 0 keeps no average. `steps_per_call` steps run in one program call, which tiny
+    networks need; it must divide `steps` and `checkpoint_every`.
+    """
+
+    steps: int = 24_000
+    batch_size: int = 256
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    label_dropout: float = 0.1
+    accumulate: int = 1
+    remat: str | None = None
+    steps_per_call: int = 1
+    checkpoint_every: int = 1000
+    retention: Retention | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A labelled data set as the VAE's posteriors, scaled as the transformer wants them.
+
+    `mean` and `std` have an axis of `k` views of each image (itself, and mirrored).
+    """
+
+    mean: Float[np.ndarray, "n k h w c"]
+    std: Float[np.ndarray, "n k h w c"]
+    labels: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def save(self, path: Path) -> None:
+        """Write one `.npz`."""
+        np.savez(path, mean=self.mean, std=self.std, labels=self.labels)
+
+    @classmethod
+    def load(cls, path: Path) -> "Latents":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(**{name: file[name] for name in ("mean", "std", "labels")})
+
+
+def encode_latents(
+    vae: AutoencoderKL, source: ImageSource, *, mirror: bool, batch_size: int = 64
+) -> Latents:
+    """The images of `source`, of one square size, as latents; with `mirror` also mirrored."""
+    images = np.stack([record.image for record in source]).astype(np.float32) / 127.5 - 1
+    views = [images, images[:, :, ::-1]] if mirror else [images]
+    encoded = [encode_pixels(vae, view, batch_size=batch_size) for view in views]
+    mean, std = (np.stack(part, axis=1) for part in zip(*encoded, strict=True))
+    return Latents(mean, std, np.asarray(source.labels, np.int32))
+
+
+def sample_times(key: Key[Array, ""], count: int, total: int, power: float) -> Int[Array, " b"]:
+    """Timesteps 0 .. total - 1 of density (t + 1)^power; 0 is uniform, below 0 not allowed."""
+    if power == 0:
+        return jax.random.randint(key, (count,), 0, total)
+    # The distribution function of t^power is t^(power + 1).
+    uniform = jax.random.uniform(key, (count,))
+    return jnp.minimum((total * uniform ** (1 / (power + 1))).astype(jnp.int32), total - 1)
+
+
+def denoising_error(
+    schedule: NoiseSchedule, output: Array, x0: Array, x_t: Array, noise: Array, t: Array
+) -> Float[Array, " b"]:
+    """Each sample's training loss, with the variance's bound where the output has a variance."""
+    if output.shape[-1] == 2 * x0.shape[-1]:
+        return learned_range_loss(schedule, output, x0, x_t, noise, t, per_sample=True)
+    return diffusion_loss(schedule, output, x0, noise, t, per_sample=True)
+
+
+def make_loss(
+    graphdef: Any, schedule: NoiseSchedule, config: TrainConfig, null_label: int, mesh=None
+):
+    """`loss(trainable, frozen, batch, key)` over what `draw_batch` draws."""
+    retention = config.retention
+    total = schedule.num_train_timesteps
+
+    def loss(trainable, frozen, batch, key):
+        if mesh is not None:
+            rows = NamedSharding(mesh, sharding.BATCH)
+            batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
+        keys = [jax.random.fold_in(key, i) for i in range(6)]
+        count = len(batch["labels"])
+        x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
+        dropped = jax.random.bernoulli(keys[1], config.label_dropout, (count,))
+        labels = jnp.where(dropped, null_label, batch["labels"])
+        t = sample_times(keys[2], count, total, retention.power if retention else 0)
+        weights = jnp.full(count, 1 / count)
+        if retention:
+            kept = len(batch["kept"])
+            x0 = jnp.concatenate([x0, batch["kept"]])
+            labels = jnp.concatenate([labels, jnp.full(kept, null_label)])
+            late = total - 1 - sample_times(keys[3], kept, total, retention.power)
+            t = jnp.concatenate([t, late])
+            weights = jnp.concatenate([weights, jnp.full(kept, retention.weight / kept)])
+        noise = jax.random.normal(keys[4], x0.shape)
+        x_t = add_noise(schedule, x0, noise, t)
+        model = seed_dropout(nnx.merge(graphdef, trainable, frozen), keys[5])
+        output = model(x_t, t, labels, remat=config.remat)
+        errors = denoising_error(schedule, output, x0, x_t, noise, t)
+        return (errors * weights).sum(), {}
+
+    return loss
+
+
+def draw_batch(step: Array, data: dict[str, Array], config: TrainConfig) -> dict[str, Array]:
+    """The batch of a step, with replacement: "mean" and "std" (b, h, w, c), "labels", "kept".
+
+    `data` has "mean" and "std" (n, k, h, w, c), "labels" (n,), of which the first "count" are
+    drawn, "key", and for retention "kept" (m, h, w, c).
+    """
+    keys = jax.random.split(jax.random.fold_in(data["key"], step), 3)
+    kept = round(config.batch_size * config.retention.share) if config.retention else 0
+    shape = (config.batch_size - kept,)
+    rows = jax.random.randint(keys[0], shape, 0, data["count"])
+    view = jax.random.randint(keys[1], shape, 0, data["mean"].shape[1])
+    batch = {name: data[name][rows, view] for name in ("mean", "std")}
+    batch["labels"] = data["labels"][rows]
+    if kept:
+        batch["kept"] = data["kept"][jax.random.randint(keys[2], (kept,), 0, len(data["kept"]))]
+    return batch
+
+
+def adapt(
+    model: DiT,
+    latents: Latents,
+    schedule: NoiseSchedule,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    seed: int,
+    kept: Float[np.ndarray, "m h w c"] | None = None,
+    mesh: Mesh | None = None,
+    description: str = "train",
+) -> DiT:
+    """Train what is `Trainable` in `model` on `latents`; resumes from `folder/checkpoints`.
+
+    `kept` are latents drawn by the base model, for `config.retention`. Returns the trained model
+    (its average where there is one).
+    """
+    (trained,) = _adapt([model], [latents], schedule, config, folder, seed, kept, mesh, description)
+    return trained
+
+
+def adapt_each(
+    models: Sequence[DiT],
+    latents: Sequence[Latents],
+    schedule: NoiseSchedule,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    seed: int,
+    kept: Float[np.ndarray, "m h w c"] | None = None,
+    mesh: Mesh | None = None,
+    description: str = "train",
+) -> list[DiT]:
+    """`adapt` for models of one structure around one frozen base, all in one compiled program.
+
+    Model i becomes what `adapt` makes of it alone, up to rounding. Sets may differ in size.
+    """
+    return _adapt(
+        list(models), list(latents), schedule, config, folder, seed, kept, mesh, description,
+        together=True,
+    )  # fmt: skip
+
+
+def _adapt(
+    models, latents, schedule, config, folder, seed, kept, mesh, description, *, together=False
+) -> list[DiT]:
+    if config.retention and kept is None:
+        raise ValueError("retention needs `kept`, latents that the base model drew")
+    graphdef, _, frozen = nnx.split(models[0], Trainable, ...)
+    trainables = [nnx.state(model, Trainable) for model in models]
+    data = _padded(latents)
+    if config.retention:
+        data["kept"] = np.stack([kept] * len(models))
+    optim = OptimConfig(
+        learning_rate=config.learning_rate,
+        schedule=config.schedule,
+        warmup_steps=min(config.warmup_steps, config.steps),
+        total_steps=config.steps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+    tx = make_optimizer(optim)
+    null = models[0].config.null_label
+    step = make_train_step(
+        make_loss(graphdef, schedule, config, null, None if together else mesh),
+        tx,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay or None,
+        learning_rate=make_schedule(optim),
+    )
+    step = scan_steps(step, partial(draw_batch, config=config), config.steps_per_call)
+    order_key, key = jax.random.split(jax.random.key(seed))
+    ema = bool(config.ema_decay)
+    data["key"] = jnp.stack([order_key] * len(models))
+    batch = jax.tree.map(jnp.asarray, data)
+    if together:
+        # Every set draws what it would draw alone.
+        state = init_stacked(stack(trainables), tx, jnp.stack([key] * len(models)), ema=ema)
+        step = stacked(step)
+    else:
+        batch = jax.tree.map(lambda x: x[0], batch)
+        state = init_state(trainables[0], tx, key, ema=ema)
+    placed = frozen
+    if mesh is not None:
+        placed = sharding.shard(frozen, mesh, sharding.DIT)
+        place = sharding.shard_stack if together else sharding.replicate
+        state, batch = place(state, mesh), place(batch, mesh)
+    with (
+        Checkpoints(folder / "checkpoints", every=config.checkpoint_every, keep=1) as checkpoint,
+        MetricsWriter(folder) as metrics,
+    ):
+        state = fit(
+            state, placed, Constant(batch), step, steps=config.steps,
+            steps_per_call=config.steps_per_call, checkpoint=checkpoint, metrics=metrics,
+            description=description,
+        )  # fmt: skip
+    learnt = sharding.gather(state.trainable if state.ema is None else state.ema)
+    return [nnx.merge(graphdef, one, frozen) for one in (unstack(learnt) if together else [learnt])]
+
+
+def _padded(sets: Sequence[Latents]) -> dict[str, np.ndarray]:
+    """Sets of any sizes, stacked; what a short one is filled up with is never drawn."""
+    most, views = max(map(len, sets)), max(one.mean.shape[1] for one in sets)
+
+    def filled(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values, values[:1].repeat(most - len(values), axis=0)])
+
+    def viewed(values: np.ndarray) -> np.ndarray:
+        """A set without mirror images has its own in their place."""
+        return values.repeat(views // values.shape[1], axis=1)
+
+    arrays = {
+        name: np.stack([filled(viewed(getattr(one, name))) for one in sets])
+        for name in ("mean", "std")
+    }
+    arrays["labels"] = np.stack([filled(one.labels) for one in sets])
+    return arrays | {"count": np.array([len(one) for one in sets], np.int32)}
+
+
+def held_out_error(
+    model: DiT,
+    latents: Latents,
+    schedule: NoiseSchedule,
+    *,
+    seed: int,
+    repeats: int = 8,
+    batch_size: int = 256,
+) -> float:
+    """Mean squared error of the predicted noise at `repeats` fixed (time, noise) pairs an image.
+
+    Times are spread evenly over the schedule and every image gets others; the pairs depend on
+    `seed` and the image's number only, so figures of different models compare pair by pair.
+    """
+    total = schedule.num_train_timesteps
+    count = len(latents)
+    rng = np.random.default_rng(seed)
+    strata = (np.arange(repeats)[None] + rng.random((count, repeats))) / repeats
+    t = np.minimum((strata * total).astype(np.int32), total - 1).reshape(-1)
+    rows = np.repeat(np.arange(count), repeats)
+    noise = rng.standard_normal((count * repeats, *latents.mean.shape[2:]), np.float32)
+    x0 = latents.mean[:, 0][rows]
+    classes = latents.labels[rows]
+    sums = 0.0
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        arrays = [x[part] for x in (x0, noise, t, classes)]
+        short = batch_size - len(arrays[0])
+        padded = [np.concatenate([x, x[:1].repeat(short, axis=0)]) for x in arrays]
+        errors = _noise_errors(model, schedule, *map(jnp.asarray, padded))
+        sums += float(np.asarray(errors, np.float64)[: batch_size - short].sum())
+    return sums / len(rows)
+
+
+@jax.jit
+def _noise_errors(
+    model: DiT, schedule: NoiseSchedule, x0: Array, noise: Array, t: Array, labels: Array
+) -> Float[Array, " b"]:
+    output = model(add_noise(schedule, x0, noise, t), t, labels)[..., : x0.shape[-1]]
+    return diffusion_loss(schedule, output, x0, noise, t, per_sample=True)

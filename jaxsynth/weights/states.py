@@ -1,0 +1,57 @@
+"""The adapter format of this package: any kind's trainable values in one safetensors file.
+
+Other libraries' formats know LoRA and its relatives only; this one keeps whatever a network's
+`AdapterState` holds (Affiners, new class rows, biases, a whole fine-tuned network) under the same
+names, and the kind's configuration in the metadata.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxsynth.adapters.affiner import AffinerConfig
+from jaxsynth.adapters.base import AdapterState
+from jaxsynth.adapters.lora import LoRAConfig
+from jaxsynth.errors import UserError
+from jaxsynth.weights import files
+
+_FORMAT = "jaxsynth.adapter"
+_CONFIGS = {cls.__name__: cls for cls in (LoRAConfig, AffinerConfig)}
+
+
+def write_state(path: Path, state: AdapterState) -> None:
+    """Write a state, float32 or as it is; through a temporary file."""
+    kind = type(state.config).__name__
+    if state.config is not None and kind not in _CONFIGS:
+        raise TypeError(f"write_state: no format for {kind}, expected one of {sorted(_CONFIGS)}")
+    config = None if state.config is None else dataclasses.asdict(state.config)
+    metadata = {"format": _FORMAT, "kind": kind, "config": json.dumps(config, sort_keys=True)}
+    tensors = {name: np.asarray(value) for name, value in sorted(state.arrays.items())}
+    with files.replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def read_state(path: Path) -> AdapterState:
+    """Read what `write_state` wrote; UserError naming the file for anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected an adapter of jaxsynth")
+    with files.opened(path) as handle:
+        metadata = handle.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise UserError(
+                f"{path}: format {metadata.get('format')!r}, expected {_FORMAT!r}; adapters of "
+                "peft and diffusers are read by weights.adapters"
+            )
+        arrays = {key: jnp.asarray(handle.get_tensor(key)) for key in sorted(handle.keys())}
+    config = None
+    if metadata["kind"] != "NoneType":
+        if metadata["kind"] not in _CONFIGS:
+            raise UserError(
+                f"{path}: kind {metadata['kind']!r}, expected one of {sorted(_CONFIGS)}"
+            )
+        config = _CONFIGS[metadata["kind"]](**json.loads(metadata["config"]))
+    return AdapterState(arrays, config)
