@@ -13,11 +13,12 @@ import numpy as np
 from jaxsynth.data.sources import DataConfig, Dataset, ImageSource, load_dataset
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
+from jaxsynth.methods.pages import stage_details
 from jaxsynth.report.grids import write_grid
-from jaxsynth.report.page import Details, Picture, Section, write_page
+from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
-from jaxsynth.training.artifact import MANIFEST, Artifact, load_artifact, write_json
+from jaxsynth.training.artifact import MANIFEST, load_artifact, write_json
 from jaxsynth.training.console import console
 
 COLUMNS_PER_SOURCE = 4
@@ -97,7 +98,7 @@ def write(workdir: Path) -> Path:
             "Images at the same place of the two generated groups started from the same noise.",
             images=[Picture(grid, "Real, prompt-only and DataDream images.", pixelated=True)],
         ),
-        Section("How it was made", details=_details(workdir)),
+        Section("How it was made", details=stage_details(workdir)),
     ]
     facts = [
         ("data set", dataset.name),
@@ -244,14 +245,3 @@ def _grid(workdir: Path, dataset: Dataset, shots: int, seed: int, modes: list[st
     headings = [text for name, _ in sources for text in (name, *[""] * (sides - 1))]
     names = [dataset.display_names[label] for label in labels]
     return write_grid(workdir / "samples.png", lines, names, tile=64, headings=headings)
-
-
-def _details(workdir: Path) -> list[Details]:
-    """Each stage's manifest, folded away."""
-    found = []
-    for path in sorted(workdir.rglob(MANIFEST)):
-        stage: Artifact = load_artifact(path.parent)
-        shown = {k: v for k, v in stage.manifest.items() if k != "files"}
-        where = path.parent.relative_to(workdir).as_posix()
-        found.append(Details(f"{stage.manifest['stage']} ({where})", shown))
-    return found

@@ -13,8 +13,9 @@ import numpy as np
 from jaxsynth.data.sources import DataConfig, Subset, load_dataset
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.diffscaler_recipes import RECIPES
+from jaxsynth.methods.pages import stage_details
 from jaxsynth.report.grids import write_grid
-from jaxsynth.report.page import Details, Picture, Section, write_page
+from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.training.artifact import MANIFEST, load_artifact, write_json
@@ -78,7 +79,7 @@ def write(workdir: Path) -> Path:
     routing = workdir / "routing" / "routing.json"
     if routing.is_file():
         sections.append(Section("One batch, many data sets", _routing(routing)))
-    sections.append(Section("How it was made", details=_details(workdir)))
+    sections.append(Section("How it was made", details=stage_details(workdir)))
     return write_page(
         page_of(workdir),
         "DiffScaler",
@@ -254,13 +255,3 @@ def _routing(path: Path) -> str:
         f"{found['off']:g}.\n"
         f"- Merged into plain weights, outputs differ by at most {found['merged']:.1e}.\n"
     )
-
-
-def _details(workdir: Path) -> list[Details]:
-    found = []
-    for path in sorted(workdir.rglob(MANIFEST)):
-        stage = load_artifact(path.parent)
-        shown = {key: value for key, value in stage.manifest.items() if key != "files"}
-        where = path.parent.relative_to(workdir).as_posix()
-        found.append(Details(f"{stage.manifest['stage']} ({where})", shown))
-    return found
