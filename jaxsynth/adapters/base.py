@@ -138,7 +138,7 @@ def inject(model: T, make: Maker, *, targets: Sequence[str], rngs: nnx.Rngs | Ke
             raise ValueError(f"{path}: already wrapped by a {layer.kind} adapter")
         return make(path, layer, _key_of(key, path))
 
-    adapted = _map_layers(wrap, model)
+    adapted = map_layers(wrap, model)
     if unmatched or not targets:
         raise ValueError(
             f"targets {sorted(unmatched)} match no layer; the layers here end in "
@@ -158,9 +158,9 @@ def merge(model: T) -> T:
     def fold(_: str, layer: nnx.Module) -> nnx.Module:
         if not isinstance(layer, AdapterLayer):
             return layer
-        return _with_params(layer.base, layer.merged())
+        return with_params(layer.base, layer.merged())
 
-    return _map_layers(fold, model)
+    return map_layers(fold, model)
 
 
 def unmerge(merged: T, adapted: T) -> T:
@@ -177,9 +177,9 @@ def unmerge(merged: T, adapted: T) -> T:
             return plain[path]
         names = layer.merged()
         found = {name: getattr(plain[path], name)[...] for name in names}
-        return _replaced(layer, base=_with_params(layer.base, layer.unmerged(found)))
+        return _replaced(layer, base=with_params(layer.base, layer.unmerged(found)))
 
-    return _map_layers(unfold, adapted)
+    return map_layers(unfold, adapted)
 
 
 def extract(model: nnx.Module) -> AdapterState:
@@ -232,7 +232,7 @@ def with_scale(model: T, scale: float | Float[Array, ""]) -> T:
             return layer
         return _replaced(layer, strength=nnx.static(value) if static else nnx.data(value))
 
-    return _map_layers(rescale, model)
+    return map_layers(rescale, model)
 
 
 def seed_dropout(model: T, key: Key[Array, ""]) -> T:
@@ -248,7 +248,7 @@ def seed_dropout(model: T, key: Key[Array, ""]) -> T:
             return layer
         return _replaced(layer, dropout_key=nnx.data(_key_of(key, path)))
 
-    return _map_layers(seed, model)
+    return map_layers(seed, model)
 
 
 def mark_trainable(model: T, patterns: Sequence[str] | None = None) -> T:
@@ -316,7 +316,7 @@ def layers(model: nnx.Module) -> dict[str, nnx.Module]:
         found[path] = layer
         return layer
 
-    _map_layers(note, model)
+    map_layers(note, model)
     return found
 
 
@@ -333,7 +333,7 @@ def trainable_variables(model: nnx.Module) -> dict[str, Trainable]:
     return dict(sorted(found.items()))
 
 
-def _map_layers(function: Callable[[str, nnx.Module], nnx.Module], model: T) -> T:
+def map_layers(function: Callable[[str, nnx.Module], nnx.Module], model: T) -> T:
     """`model` with every layer replaced by `function(path, layer)`; an error if one is shared."""
     seen: dict[int, str] = {}
 
@@ -399,7 +399,7 @@ def _replaced(module: T, **attributes: Any) -> T:
     return copy
 
 
-def _with_params(layer: T, values: dict[str, Array | None]) -> T:
+def with_params(layer: T, values: dict[str, Array | None]) -> T:
     """A copy of a layer with other parameter values; None removes a bias, a value can add one."""
     changed: dict[str, Any] = {}
     for name, value in values.items():
