@@ -13,6 +13,15 @@ FILES = sorted(FOLDER.glob("*.py"))
 # A config file that is not listed here fails, so that none goes untested.
 VARIANTS = {
     "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),
+    "diffscaler": (
+        "",
+        "tiny",
+        "study",
+        "smoke",
+        "xl2",
+        "xl2,dataset=oxford_flowers102",
+        "xl2,path=photos",
+    ),
     "tiny_base": ("", "smoke"),
 }
 
@@ -36,3 +45,19 @@ def test_each_variant_is_what_its_method_takes(path, variant):
     if "method" not in method.Config.__dataclass_fields__:
         del values["method"]
     assert isinstance(to_dataclass(method.Config, values), method.Config)
+
+
+@pytest.mark.parametrize(
+    "variant", ["tiny,dataset=cifar10", "xl2,datset=cifar10", "xl2,path=", "xl2,photos"]
+)
+def test_diffscalers_data_set_is_given_in_one_way(variant):
+    with pytest.raises(ConfigError, match="expected xl2,dataset=NAME or xl2,path=FOLDER"):
+        load_config(f"{FOLDER / 'diffscaler.py'}:{variant}")
+
+
+def test_diffscalers_data_set_reaches_its_source():
+    values = load_config(f"{FOLDER / 'diffscaler.py'}:xl2,dataset=oxford_flowers102")
+    target = values["data"]["target"]
+    assert (target["source"], target["name"]) == ("tfds", "oxford_flowers102")
+    target = load_config(f"{FOLDER / 'diffscaler.py'}:xl2,path=photos/a")["data"]["target"]
+    assert (target["source"], target["path"]) == ("folder", "photos/a")
