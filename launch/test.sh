@@ -6,4 +6,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare requirements-test.txt
 cd "$repository"
-exec "$venv/bin/python" -m pytest "$@"
+# A process for each core, up to four: more would each compile the same programs again.
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile "$@"
