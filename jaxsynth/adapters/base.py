@@ -26,6 +26,8 @@ from jaxtyping import Array, Float, Int, Key
 
 T = TypeVar("T")
 Path = tuple[Any, ...]
+# The attribute that repeats the last axis but one of a layer's parameter.
+_SIZES = {"kernel": "in_features", "embedding": "num_embeddings"}
 
 
 class Trainable(nnx.Variable):
@@ -400,10 +402,15 @@ def _replaced(module: T, **attributes: Any) -> T:
 
 
 def with_params(layer: T, values: dict[str, Array | None]) -> T:
-    """A copy of a layer with other parameter values; None removes a bias, a value can add one."""
+    """A copy of a layer with other parameter values; None removes a bias, a value can add one.
+
+    A kernel of more inputs or a table of more rows changes the size that the layer says it has.
+    """
     changed: dict[str, Any] = {}
     for name, value in values.items():
         old = getattr(layer, name)
+        if name in _SIZES and value is not None and value.shape[-2] != old.get_value().shape[-2]:
+            changed[_SIZES[name]] = value.shape[-2]
         if value is None:
             changed[name] = nnx.data(None)
         else:

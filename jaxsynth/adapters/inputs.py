@@ -10,12 +10,9 @@ untrained layer must ignore the new channels, and there are two ways:
   way without zero convolutions (arXiv:2404.09976): the scalar of the Affiner's low-rank path is
   zero in its place. How the paper lets a condition image in is not known.
 
-Both kernels reach the same layers in the end; they differ in how they get there. At the start only
-the gate has a gradient and opens in one step for all features at once, after which the kernel moves
-from directions that are already there, while zeros grow every weight by itself.
+With a gate the first step moves the scalar alone, because the kernel's gradient is zero with it;
+from then on random features of the condition are there to be turned into useful ones.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +67,9 @@ class ExtendedInput(base.AdapterLayer):
             raise ValueError(f"{path}: {channels} new channels, expected at least 1")
         if layer.feature_group_count != 1 or layer.mask is not None:
             raise ValueError(f"{path}: a convolution in groups or with a mask gets no channels")
-        # He et al. 2015, arXiv:1502.01852: normal with variance 2 / fan_in.
         zero = key is None
-        draw = nnx.initializers.zeros if zero else nnx.initializers.he_normal()
+        # He et al. 2015, arXiv:1502.01852: normal with variance 2 / fan_in.
+        kaiming = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
         self.side = nnx.Conv(
             channels,
             layer.out_features,
@@ -83,7 +80,7 @@ class ExtendedInput(base.AdapterLayer):
             use_bias=False,
             dtype=layer.dtype,
             conv_general_dilated=layer.conv_general_dilated,
-            kernel_init=draw,
+            kernel_init=nnx.initializers.zeros if zero else kaiming,
             rngs=nnx.Rngs(0 if zero else key),
         )
         self.side.kernel = base.Trainable(self.side.kernel.get_value())
@@ -106,9 +103,6 @@ class ExtendedInput(base.AdapterLayer):
 
     def unmerged(self, merged: dict[str, Array]) -> dict[str, Array | None]:
         return {"kernel": merged["kernel"][..., : self.base.in_features, :]}
-
-    def merged_sizes(self) -> dict[str, int]:
-        return {"in_features": self.base.in_features + self.side.in_features}
 
     def _factor(self) -> Array | float:
         return self.strength if self.gate is None else self.strength * self.gate[...]

@@ -23,8 +23,16 @@ def images():
 
 
 def filled(extended):
-    kernel = jax.random.normal(jax.random.key(2), (3, 3, 2, 8))
-    return base.load_state(extended, base.AdapterState({"down.side.kernel": kernel}))
+    keys = jax.random.split(jax.random.key(2), 2)
+    arrays = {
+        name: jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, base.extract(extended).arrays.items(), strict=False)
+    }
+    return base.load_state(extended, base.AdapterState(arrays))
+
+
+def gated(net):
+    return extend_input(net, "down", 2, gate=True, rngs=nnx.Rngs(3))
 
 
 def test_untrained_channels_change_nothing(net, images):
@@ -43,8 +51,27 @@ def test_gradients_reach_the_new_channels_alone(net, images):
     assert grad.shape == (3, 3, 2, 8) and np.abs(grad).min() > 0
 
 
-def test_strength_merge_and_unmerge(net, images):
-    trained = filled(extend_input(net, "down", 2))
+def test_a_gate_of_zero_is_the_start_of_a_random_kernel(net, images):
+    extended = gated(net)
+    np.testing.assert_array_equal(extended(images), net(images[..., :3]))
+    arrays = base.extract(extended).arrays
+    assert arrays.keys() == {"down.gate", "down.side.kernel"} and arrays["down.gate"] == 0
+    wide = extend_input(net, "down", 64, gate=True, rngs=nnx.Rngs(3)).down.side.kernel[...]
+    np.testing.assert_allclose(wide.std(), np.sqrt(2 / (3 * 3 * 64)), rtol=0.05)
+    again, other = gated(net), extend_input(net, "down", 2, gate=True, rngs=nnx.Rngs(4))
+    np.testing.assert_array_equal(again.down.side.kernel[...], extended.down.side.kernel[...])
+    assert np.abs(other.down.side.kernel[...] - extended.down.side.kernel[...]).max() > 0.1
+
+    graphdef, trainable, frozen = nnx.split(extended, base.Trainable, ...)
+    grads = jax.grad(lambda t: nnx.merge(graphdef, t, frozen)(images).sum())(trainable)
+    assert np.abs(grads.down.gate[...]) > 0 and not np.abs(grads.down.side.kernel[...]).any()
+    with pytest.raises(ValueError, match="down: a gated kernel is random, and needs `rngs`"):
+        extend_input(net, "down", 2, gate=True)
+
+
+@pytest.mark.parametrize("extend", [lambda net: extend_input(net, "down", 2), gated])
+def test_strength_merge_and_unmerge(extend, net, images):
+    trained = filled(extend(net))
     assert np.abs(trained(images) - net(images[..., :3])).max() > 0.1
     off = base.with_scale(trained, 0.0)
     np.testing.assert_array_equal(off(images), net(images[..., :3]))
@@ -54,6 +81,7 @@ def test_strength_merge_and_unmerge(net, images):
     half = base.with_scale(trained, 0.5)
     merged = base.merge(half)
     assert type(merged.down) is nnx.Conv and merged.down.kernel.shape == (3, 3, 5, 8)
+    assert merged.down.in_features == 5 and trained.down.base.in_features == 3
     np.testing.assert_allclose(merged(images), half(images), atol=1e-5)
     back = base.unmerge(merged, half)
     np.testing.assert_array_equal(back(images), half(images))
