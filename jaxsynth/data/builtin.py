@@ -2,6 +2,8 @@
 
 - "printed": ten digits in printed fonts and eight coloured shapes (`rendered`);
 - "textures": stripes, checks, dots and waves of random colours, sizes and directions;
+- "scenes": two shapes, one in front of the other (`scenes`), of which depth, labels and mask of
+  every pixel are known; the class is the front one's shape;
 - "patches": squares cut from the two photos that come with scikit-learn, a palace in China and a
   dahlia. Test squares come from the right third of each photo, which no training square touches.
 """
@@ -10,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from jaxsynth.data.rendered import COLOURS, DIGITS, SHAPES, Captioned, render_digits, render_shapes
+from jaxsynth.data.scenes import render_scenes
 from jaxsynth.data.sources import ArraySource, DataConfig, SourceError
 
-NAMES = ("printed", "textures", "patches")
+NAMES = ("printed", "textures", "scenes", "patches")
 TEXTURES = ("stripes", "checks", "dots", "waves")
 _PHOTOS = {"palace": "china.jpg", "dahlia": "flower.jpg"}
 # Drawn this many times larger and averaged down.
@@ -34,14 +37,15 @@ def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, Arra
     build, names = {
         "printed": (_printed, (*DIGITS, *SHAPES)),
         "textures": (_textures, TEXTURES),
+        "scenes": (_scenes, SHAPES),
         "patches": (_patches, tuple(_PHOTOS)),
     }[config.name]
     parts = []
     for part, count in (("train", config.images_per_class), ("test", test_count)):
         seed = config.split_seed + 1_000_003 * (part == "test")
-        images, labels = build(count, size, seed, part)
+        images, labels, *maps = build(count, size, seed, part)
         ids = tuple(f"{part}/{names[label]}/{i:05d}" for i, label in enumerate(labels))
-        parts.append(ArraySource(images, labels.astype(np.int32), ids))
+        parts.append(ArraySource(images, labels.astype(np.int32), ids, *maps))
     return names, *parts, "drawn anew, from other random numbers than the training part"
 
 
@@ -85,6 +89,17 @@ def _texture(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
     picture = picture.reshape(size, _OVERSAMPLE, size, _OVERSAMPLE, 3).mean((1, 3))
     picture = picture + rng.normal(0, 3, picture.shape)
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+
+
+def _scenes(
+    count: int, size: int, seed: int, _: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    scenes = render_scenes(count * len(SHAPES), size, seed)
+    # Nothing covers the nearest shape: its depth is the largest that is left.
+    nearest = scenes.depths.reshape(len(scenes), -1).argmax(1)
+    front = scenes.labels.reshape(len(scenes), -1)[np.arange(len(scenes)), nearest]
+    maps = {"depth": scenes.depths, "segmentation": scenes.labels, "mask": scenes.masks}
+    return scenes.images, front.astype(np.int32) - 1, maps
 
 
 def _patches(count: int, size: int, seed: int, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -51,11 +51,16 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images held in memory."""
+    """Images held in memory.
+
+    `maps` are what is known of every pixel of drawn images, by the kind of condition that it makes
+    ("depth", "segmentation", "mask").
+    """
 
     images: UInt8[np.ndarray, "n h w 3"]
     labels: Int[np.ndarray, " n"]
     ids: Sequence[str]
+    maps: Mapping[str, UInt8[np.ndarray, "n h w"]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not len(self.images) == len(self.labels) == len(self.ids):
@@ -66,6 +71,11 @@ class ArraySource:
             raise SourceError(
                 f"expected uint8 images (n, h, w, 3), found {self.images.dtype} {self.images.shape}"
             )
+        for kind, pixels in self.maps.items():
+            if pixels.shape != self.images.shape[:3]:
+                raise SourceError(
+                    f"{kind}: a map of {pixels.shape} for images of {self.images.shape}"
+                )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -7,7 +7,9 @@ from jaxsynth.data.builtin import NAMES
 from jaxsynth.data.sources import DataConfig, SourceError, load_dataset
 
 
-@pytest.mark.parametrize(("name", "classes"), [("printed", 18), ("textures", 4), ("patches", 2)])
+@pytest.mark.parametrize(
+    ("name", "classes"), [("printed", 18), ("textures", 4), ("scenes", 8), ("patches", 2)]
+)
 def test_sets_are_labelled_repeatable_and_split(name, classes):
     config = DataConfig(source="builtin", name=name, images_per_class=6)
     first, again = load_dataset(config), load_dataset(config)
@@ -22,6 +24,15 @@ def test_sets_are_labelled_repeatable_and_split(name, classes):
     assert not set(first.train.ids) & set(first.test.ids)
     seeded = load_dataset(DataConfig(source="builtin", name=name, images_per_class=6, split_seed=1))
     assert not np.array_equal(seeded.train[0].image, first.train[0].image)
+
+
+def test_a_scene_is_of_its_front_shape():
+    """Of all that is known to be of one shape, the nearest is of the class."""
+    data = load_dataset(DataConfig(source="builtin", name="scenes", images_per_class=3))
+    for index in range(len(data.train)):
+        depth, labels = (data.train.maps[kind][index] for kind in ("depth", "segmentation"))
+        front = labels[depth == depth.max()]
+        assert set(front) == {1 + data.train[index].label} and len(set(labels.ravel())) >= 2
 
 
 def test_test_patches_come_from_elsewhere_in_the_photo():

@@ -8,14 +8,17 @@ from PIL import Image
 from jaxsynth.data.conditions import (
     CHANNELS,
     WITH_PARTNER,
+    depth_to_space,
     label_colours,
     make_condition,
     partner_file,
     source_conditions,
+    space_to_depth,
 )
 from jaxsynth.data.folder import folder_source
 from jaxsynth.data.rendered import COLOURS, SHAPES
 from jaxsynth.data.scenes import render_scenes
+from jaxsynth.data.sources import ArraySource, SourceError, Subset
 from jaxsynth.errors import UserError
 
 
@@ -276,6 +279,34 @@ def test_missing_and_ambiguous_partners_are_named(folders):
         source_conditions(source, "depth", 8)
     with pytest.raises(UserError, match="'edges' takes no folder"):
         source_conditions(source, "edges", 8, folder=folders / "depth")
+
+
+def test_maps_that_a_source_knows_need_no_folder():
+    scenes = render_scenes(3, 16, 0)
+    maps = {"depth": scenes.depths, "segmentation": scenes.labels}
+    source = ArraySource(scenes.images, np.zeros(3, np.int32), list("abc"), maps)
+    depth = source_conditions(source, "depth", 16)
+    np.testing.assert_array_equal(depth[..., 0], scenes.depths / np.float32(255))
+    backwards = Subset(Subset(source, [2, 1, 0]), [0, 1])
+    np.testing.assert_array_equal(source_conditions(backwards, "depth", 16), depth[[2, 1]])
+    small = source_conditions(source, "segmentation", 8)
+    colours = label_colours(np.unique(scenes.labels)[None])[0] / np.float32(255)
+    assert {tuple(x) for x in small.reshape(-1, 3)} <= {tuple(x) for x in colours}, "no mixtures"
+    with pytest.raises(UserError, match="'mask' needs the folder of its files"):
+        source_conditions(source, "mask", 16)
+    with pytest.raises(SourceError, match=r"depth: a map of \(2, 16, 16\) for images of \(3, 16"):
+        ArraySource(source.images, source.labels, source.ids, {"depth": scenes.depths[:2]})
+
+
+def test_pixels_become_channels_of_the_latent_above_them():
+    condition = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    small = space_to_depth(condition, 2)
+    assert small.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(small[1, 1, 2], condition[1, 2:4, 4:6].reshape(-1))
+    np.testing.assert_array_equal(depth_to_space(small, 2), condition)
+    np.testing.assert_array_equal(space_to_depth(condition[0], 1), condition[0])
+    with pytest.raises(ValueError, match="6x4 pixels, expected multiples of 4"):
+        space_to_depth(condition, 4)
 
 
 def test_scenes_are_what_their_maps_say():
