@@ -15,6 +15,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
@@ -166,13 +167,23 @@ def _figure(xlabel: str, ylabel: str, title: str, height: float = 4.0) -> tuple[
     return figure, axes
 
 
+def _legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> Legend:
+    """Above the axes, so that it never covers a line, in as many columns as the figure holds."""
+    for columns in (3, 2, 1):
+        legend = figure.legend(
+            handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=10
+        )
+        width = legend.get_window_extent(figure.canvas.get_renderer()).width
+        if columns == 1 or width <= figure.bbox.width:
+            break
+        legend.remove()
+    return legend
+
+
 def _save(figure: Figure, axes: Axes, path: Path) -> Path:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        # Above the axes, so that it never covers a line.
-        legend = figure.legend(
-            handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=10
-        )
+        legend = _legend(figure, handles, labels)
         for text in legend.get_texts():
             text.set_color(_INK)
     for text in figure.findobj(Text):

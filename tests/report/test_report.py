@@ -173,3 +173,12 @@ def rng_images():
         return rng.integers(0, 256, (number, height, width, 3), dtype=np.uint8)
 
     return make
+
+
+def test_a_legend_of_long_names_stays_in_the_figure(tmp_path):
+    names = [f"a long name of something that was trained, {i}" for i in range(5)]
+    series = [Series(name, [1, 2], [i, i + 1]) for i, name in enumerate(names)]
+    path = plot_scores(tmp_path / "p.png", series, xlabel="x", ylabel="y")
+    alpha = np.asarray(Image.open(path))[..., 3]
+    assert not alpha[: len(alpha) // 3, -3:].any()  # the legend's third, at the right border
+    assert alpha[: len(alpha) // 3].any()
