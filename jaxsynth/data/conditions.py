@@ -18,10 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, Integer, Shaped, UInt8
+from jaxtyping import Array, Float32, Integer, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
@@ -37,6 +37,7 @@ WITH_PARTNER = ("segmentation", "depth", "mask")
 _TAN_22_5 = math.sqrt(2) - 1
 
 Partner = Path | np.ndarray
+Values = TypeVar("Values", np.ndarray, Array)
 
 
 def make_condition(
@@ -319,6 +320,17 @@ def depth_to_space(
     squares = small.reshape(*lead, height, width, factor, factor, channels // factor**2)
     squares = squares.swapaxes(-4, -3)
     return squares.reshape(*lead, height * factor, width * factor, channels // factor**2)
+
+
+def as_bytes(condition: Float32[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
+    """A condition in 255ths, a quarter of the memory; exact for what came of 8-bit pixels."""
+    return np.round(255 * condition).astype(np.uint8)
+
+
+def as_fractions(condition: Values) -> Values:
+    """A condition that is stored in 255ths (uint8) in [0, 1] again; any other one as float32."""
+    values = condition.astype(np.float32)
+    return values / 255 if condition.dtype == np.uint8 else values
 
 
 def _pixels(partner: Partner, *, palette: bool = False) -> tuple[np.ndarray, str]:

@@ -8,6 +8,8 @@ from PIL import Image
 from jaxsynth.data.conditions import (
     CHANNELS,
     WITH_PARTNER,
+    as_bytes,
+    as_fractions,
     depth_to_space,
     label_colours,
     make_condition,
@@ -307,6 +309,15 @@ def test_pixels_become_channels_of_the_latent_above_them():
     np.testing.assert_array_equal(space_to_depth(condition[0], 1), condition[0])
     with pytest.raises(ValueError, match="6x4 pixels, expected multiples of 4"):
         space_to_depth(condition, 4)
+
+
+def test_bytes_hold_what_came_of_bytes():
+    fractions = make_condition("low_resolution", picture())
+    stored = as_bytes(fractions)
+    assert stored.dtype == np.uint8
+    np.testing.assert_array_equal(as_fractions(stored), fractions)
+    np.testing.assert_allclose(jax.jit(as_fractions)(stored), fractions, rtol=1e-6)
+    assert as_fractions(fractions.astype(np.float16)).dtype == np.float32
 
 
 def test_scenes_are_what_their_maps_say():
