@@ -2,22 +2,25 @@
 
 Each recipe turns a frozen base into a network whose `Trainable` variables are what it learns. All
 but `scratch` start from the base with one new class row per class, and every new row starts as the
-unconditional one.
+unconditional one. Any of them also learns to follow a condition image (`with_condition`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Key
 
 from jaxsynth.adapters.affiner import AffinerConfig, add_affiner
-from jaxsynth.adapters.base import mark_trainable
+from jaxsynth.adapters.base import AdapterLayer, layers, mark_trainable, matches
+from jaxsynth.adapters.inputs import extend_input
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.adapters.table import extend_table
 from jaxsynth.models.dit import DiT
 
 TABLE = "class_embedder.embedding_table"
+PATCHES = "pos_embed.proj"
 # Where adapters go. The paper names query, key, value and the feed-forward block.
 PLACES: dict[str, tuple[str, ...]] = {
     "paper": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
@@ -42,9 +45,17 @@ class Recipe:
     whole: bool = False
 
 
+def _free(model: DiT, place: str) -> tuple[str, ...]:
+    """The targets of a placement without those that are wrapped already, by a condition's input."""
+    taken = [path for path, layer in layers(model).items() if isinstance(layer, AdapterLayer)]
+    return tuple(
+        target for target in PLACES[place] if not any(matches(target, path) for path in taken)
+    )
+
+
 def _affiner(place: str, **options) -> Callable[[DiT, int, int, jax.Array], DiT]:
     def build(model: DiT, rank: int, _: int, key: jax.Array) -> DiT:
-        config = AffinerConfig(**{"rank": rank, "targets": PLACES[place]} | options)
+        config = AffinerConfig(**{"rank": rank, "targets": _free(model, place)} | options)
         return add_affiner(model, config, rngs=key)
 
     return build
@@ -52,7 +63,7 @@ def _affiner(place: str, **options) -> Callable[[DiT, int, int, jax.Array], DiT]
 
 def _lora(place: str) -> Callable[[DiT, int, int, jax.Array], DiT]:
     def build(model: DiT, _: int, rank: int, key: jax.Array) -> DiT:
-        return add_lora(model, LoRAConfig(rank=rank, targets=PLACES[place]), rngs=key)
+        return add_lora(model, LoRAConfig(rank=rank, targets=_free(model, place)), rngs=key)
 
     return build
 
@@ -86,15 +97,47 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def adapted(base: DiT, name: str, classes: int, *, rank: int, lora_rank: int, seed: int) -> DiT:
+def adapted(
+    base: DiT,
+    name: str,
+    classes: int,
+    *,
+    rank: int,
+    lora_rank: int,
+    seed: int,
+    condition_channels: int = 0,
+) -> DiT:
     """The network that recipe `name` trains: `base` with `classes` new labels from `first_label`.
 
-    Raises ValueError for an unknown name.
+    With `condition_channels` it also reads a condition image of so many channels. Raises
+    ValueError for an unknown name.
     """
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r}, expected one of {', '.join(RECIPES)}")
+    key = jax.random.key(seed)
     extended = extend_table(base, TABLE, classes, start=base.config.null_label)
-    return RECIPES[name].build(extended, rank, lora_rank, jax.random.key(seed))
+    if condition_channels:
+        extended = with_condition(extended, condition_channels, rngs=key)
+    return RECIPES[name].build(extended, rank, lora_rank, key)
+
+
+def with_condition(
+    model: DiT, channels: int, *, rngs: nnx.Rngs | Key[Array, ""], gate: bool = True
+) -> DiT:
+    """`model` with a trainable input for condition images of `channels` channels.
+
+    The image is of the latents' size (`data.conditions.space_to_depth`) and enters beside them:
+    the patch embedding gets a second kernel, Kaiming-normal behind a scalar gate of zero, so that
+    the network starts as what it was without a zero convolution; `gate` False starts from a kernel
+    of zeros instead. Adapters elsewhere then learn to use it. An image of zeros is no condition.
+
+    `base.merge` makes a plain DiT with `condition_channels` of it. Raises ValueError where the
+    patch embedding is wrapped already, or `channels` is below 1.
+    """
+    extended = extend_input(model, PATCHES, channels, gate=gate, rngs=rngs)
+    known = extended.config.condition_channels
+    extended.config = replace(extended.config, condition_channels=known + channels)
+    return extended
 
 
 def first_label(base: DiT) -> int:
