@@ -74,7 +74,8 @@ formats of an image store:
 """
 _BENCH_EPILOG = """\
 Both sides load the same random weights, and are timed only after they have computed the same. Run
-it on an idle machine; measurements alternate, but nothing replaces cores that are busy elsewhere.
+it on an idle machine: no ratio is given where other processes had a tenth of the cores' time
+meanwhile, or where the measurements of one side differ too much.
 
 cases:
   tiny        the shipped 32x32 base; batches of 8 (train-step) or 20 images (generate)

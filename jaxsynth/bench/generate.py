@@ -3,18 +3,22 @@
 Text is encoded beforehand on both sides, since a data set's few prompts are encoded once.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsynth.bench.networks import NETWORKS
+from jaxsynth.bench.networks import NETWORKS, random_pipeline
 from jaxsynth.bench.train_step import random_states
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.images import GenerateConfig, Generator, image_keys
-from jaxsynth.weights.hf import StableDiffusion
+from jaxsynth.methods.datadream import write_adapter
+from jaxsynth.weights.hf import StableDiffusion, save_pipeline
 
 GUIDANCE = 2.0
 
@@ -34,8 +38,8 @@ class GenerateCase:
 
     @property
     def detail(self) -> str:
-        own = f", {self.adapters} adapters mixed" if self.adapters else ""
-        return f"batch {self.images}{own}, {self.steps} steps"
+        own = f", {self.adapters} adapters" if self.adapters else ""
+        return f"{self.images} images{own}, {self.steps} steps"
 
 
 CASES = (
@@ -50,7 +54,7 @@ class Generation:
     """Our side: `step()` draws the batch, and waits for it."""
 
     def __init__(self, pipeline: StableDiffusion, case: GenerateCase):
-        self.case = case
+        self.case, self.pipeline = case, pipeline
         self.prompts = [f"a photo of a {number}" for number in range(max(1, case.adapters))]
         self.states = random_states(pipeline, case.adapters)
         config = GenerateConfig(
@@ -70,6 +74,26 @@ class Generation:
     def step(self) -> np.ndarray:
         """The images, uint8 (b, h, w, 3)."""
         return self._generator(self.labels, self._indices)
+
+
+def build(case: GenerateCase) -> Generation:
+    """Our side of a case, with random weights."""
+    return Generation(random_pipeline(NETWORKS[case.networks]()), case)
+
+
+def connect(ours: Generation) -> Any:
+    """torch's side with our weights, which it reads from a folder as users' weights are."""
+    from jaxsynth.bench.torch_peer import TorchGeneration
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_pipeline(ours.pipeline, folder)
+        adapters = [folder / f"adapter{number}" for number in range(len(ours.states))]
+        for path, state in zip(adapters, ours.states, strict=True):
+            write_adapter(path, state)
+        return TorchGeneration(
+            folder, ours.prompts, adapters, steps=ours.case.steps, guidance=GUIDANCE
+        )
 
 
 def compare(ours: Generation, found: list[np.ndarray], peer) -> float:

@@ -3,9 +3,8 @@
 import gc
 import os
 import platform
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,38 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsynth.bench import generate, train_step
-from jaxsynth.bench.networks import NETWORKS, random_pipeline
-from jaxsynth.bench.timing import SHORTEST, Timing, alternate
+from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
 from jaxsynth.errors import UsageError
-from jaxsynth.methods.datadream import write_adapter
 from jaxsynth.training.artifact import versions, write_json
-from jaxsynth.weights.hf import StableDiffusion, save_pipeline
 
-CASES = {
-    "train-step": {case.name: case for case in train_step.CASES},
-    "generate": {case.name: case for case in generate.CASES},
-}
 # Beyond rounding: two libraries sum a thousand products in different orders.
 TOLERANCE = 1e-3
+# Beyond either, a quotient would say more about the machine than about the two sides: the share of
+# the cores' time that other processes had, and half the range of a side's measurements.
+MOST_OTHERS = 0.1
+MOST_SPREAD = 0.3
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is timed: our side, and another that does the same.
+
+    `build(case)` gives our side, whose `step()` does the work and waits for it; `connect(ours)` the
+    other, and `call(ours, other)` what it does in `step`'s place. `compare(ours, found, other)` is
+    the difference of both sides' results, `found` those of our first two steps.
+    """
+
+    cases: Sequence[Any]
+    build: Callable[[Any], Any]
+    connect: Callable[[Any], Any]
+    compare: Callable[[Any, list, Any], float]
+    call: Callable[[Any, Any], Callable[[], object]]
+
+
+BENCHES = {
+    name: Benchmark(module.CASES, module.build, module.connect, module.compare, module.peer_call)
+    for name, module in {"train-step": train_step, "generate": generate}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,8 @@ class Row:
     """One case.
 
     `images` are those of a call, `first` the seconds of our first call, compilation included, and
-    `difference` that of both sides' results (relative for losses).
+    `difference` that of both sides' results (relative for losses). `others` is the share of the
+    cores' time that other processes had during the measurements, None where it is unknown.
     """
 
     case: str
@@ -46,6 +65,7 @@ class Row:
     ours: Timing
     peer: Timing | None = None
     difference: float | None = None
+    others: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -59,6 +79,16 @@ class Row:
             return []
         pairs = zip(self.peer.seconds, self.ours.seconds, strict=True)
         return sorted(theirs / mine for theirs, mine in pairs)
+
+    @property
+    def disturbed(self) -> str:
+        """Why the two sides' times should not be compared; "" where they may be."""
+        if self.others is not None and self.others > MOST_OTHERS:
+            return f"other processes took {self.others:.0%} of the cores' time"
+        spread = max(timing.spread for timing in (self.ours, self.peer) if timing)
+        if spread > MOST_SPREAD:
+            return f"the measurements of one side spread by ±{spread:.0%}"
+        return ""
 
 
 def run(
@@ -74,8 +104,10 @@ def run(
     """Time the cases (all by default) of the benchmark `name` and print them as a table.
 
     `peer` "" times our side alone; "torch" also torch's, after checking that it computes the same.
+    Where the machine was busy with something else meanwhile, no ratio is printed or written.
     """
-    known = CASES[name]
+    bench = BENCHES[name]
+    known = {case.name: case for case in bench.cases}
     if unknown := [case for case in cases if case not in known]:
         raise UsageError(f"bench {name}: no case {unknown[0]!r}, expected {', '.join(known)}")
     if reps < 1:
@@ -89,29 +121,22 @@ def run(
         console.print(line, markup=False)
     rows = []
     for case in [known[case] for case in cases or known]:
-        pipeline = random_pipeline(NETWORKS[case.networks]())
         with console.status(f"{name}: {case.name}"):
-            rows.append(measure(name, case, pipeline, peer=peer, reps=reps, shortest=shortest))
+            rows.append(measure(name, case, compared=bool(peer), reps=reps, shortest=shortest))
         # A case's networks are large; the next one's must not stand beside them.
-        del pipeline
         gc.collect()
-    console.print(_table(name, rows, peer))
+    _show(console, name, rows, peer)
     if json is not None:
         record |= {"bench": name, "peer": peer, "reps": reps}
-        record["rows"] = [asdict(row) | {"ratio": row.ratio, "ratios": row.ratios} for row in rows]
+        record["rows"] = [_figures(row) for row in rows]
         write_json(json, record)
     return rows
 
 
-def measure(
-    name: str, case: Any, pipeline: StableDiffusion, *, peer: str, reps: int, shortest: float
-) -> Row:
-    """One case's row."""
-    module, side = {
-        "train-step": (train_step, train_step.Training),
-        "generate": (generate, generate.Generation),
-    }[name]
-    ours = side(pipeline, case)
+def measure(name: str, case: Any, *, compared: bool, reps: int, shortest: float) -> Row:
+    """One case's row; `compared` also times the other side."""
+    bench = BENCHES[name]
+    ours = bench.build(case)
     began = time.perf_counter()
     found = [ours.step()]
     row = {
@@ -121,35 +146,20 @@ def measure(
         "first": time.perf_counter() - began,
     }
     found.append(ours.step())
-    if not peer:
-        return Row(**row, ours=alternate({"ours": ours.step}, reps, shortest=shortest)["ours"])
-    other = _torch(name, case, pipeline, ours)
-    difference = module.compare(ours, found, other)
-    if not difference < TOLERANCE:
-        raise RuntimeError(
-            f"bench {name}, {case.name}: the two sides' results differ by {difference:.2g}, "
-            f"expected less than {TOLERANCE}; nothing was timed"
-        )
-    calls = {"ours": ours.step, "peer": module.peer_call(ours, other)}
+    calls = {"ours": ours.step}
+    if compared:
+        other = bench.connect(ours)
+        difference = bench.compare(ours, found, other)
+        if not difference < TOLERANCE:
+            raise RuntimeError(
+                f"bench {name}, {case.name}: the two sides' results differ by {difference:.2g}, "
+                f"expected less than {TOLERANCE}; nothing was timed"
+            )
+        row["difference"] = difference
+        calls["peer"] = bench.call(ours, other)
+    watch = Watch()
     times = alternate(calls, reps, shortest=shortest)
-    return Row(**row, ours=times["ours"], peer=times["peer"], difference=difference)
-
-
-def _torch(name: str, case: Any, pipeline: StableDiffusion, ours: Any) -> Any:
-    """torch's side with our weights, which it reads from a folder as users' weights are."""
-    from jaxsynth.bench.torch_peer import TorchGeneration, TorchTraining
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        save_pipeline(pipeline, folder)
-        if name == "train-step":
-            return TorchTraining(folder, train_step.FINETUNE)
-        adapters = [folder / f"adapter{number}" for number in range(len(ours.states))]
-        for path, state in zip(adapters, ours.states, strict=True):
-            write_adapter(path, state)
-        return TorchGeneration(
-            folder, ours.prompts, adapters, steps=case.steps, guidance=generate.GUIDANCE
-        )
+    return Row(**row, **times, others=watch.others())
 
 
 def environment() -> dict[str, Any]:
@@ -157,7 +167,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(cores()),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions(),
     }
@@ -175,45 +185,71 @@ def _processor() -> str:
 def _header(record: dict[str, Any]) -> list[str]:
     found = record["versions"]
     names = [name for name in ("jax", "torch", "diffusers", "peft") if name in found]
-    return [
-        f"{record['device']}, {record['processor']}, {record['cores']} cores, float32; "
-        + ", ".join(f"{name} {found[name]}" for name in names),
-        f"XLA_FLAGS={record['xla_flags']}",
+    lines = [
+        f"{record['device']}, {record['processor']}, cores: {record['cores']}, float32",
+        ", ".join(f"{name} {found[name]}" for name in names),
     ]
+    return lines + ([f"XLA_FLAGS={record['xla_flags']}"] if record["xla_flags"] else [])
 
 
-def _table(name: str, rows: Sequence[Row], peer: str) -> Table:
-    """Milliseconds a call (median, +- half the range) and images a second."""
-    table = Table(
-        title=f"bench {name}: median of {len(rows[0].ours.seconds)} measurements"
-        + (", taken in turn" if peer else ""),
-        title_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    columns = ["first call s", "ms", "images/s"]
-    if peer:
-        columns += [f"{peer} ms", f"{peer} images/s", "ratio", "(lowest-highest)", "difference"]
-    table.add_column("case")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
+def _show(console: Console, name: str, rows: Sequence[Row], peer: str) -> None:
+    """Prints the table; 80 columns are enough for it, and all there are in a pipe."""
+    taken = f"median of {len(rows[0].ours.seconds)} measurements"
+    lines = [f"bench {name}: {taken}" + (", taken in turn" if peer else "")]
+    # Lines that are too long go on in the next: those of a run's console do not.
+    console.print(*lines, "", sep="\n", markup=False, soft_wrap=False)
+    console.print(_table(rows, peer), soft_wrap=False)
+    for line in _notes(rows):
+        console.print(line, markup=False, soft_wrap=False)
+
+
+def _table(rows: Sequence[Row], peer: str) -> Table:
+    """Two lines a case: milliseconds a call (median, +- half the range), and images a second."""
+    table = Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("case", no_wrap=True)
+    for column in ["first\ncall", "jaxsynth", *([peer, "ratio"] if peer else [])]:
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = [row.case, row.detail, f"{row.first:.1f}", *_cells(row, row.ours)]
+        cells = [f"{row.case}\n  {row.detail}", f"{row.first:.1f} s", _cell(row, row.ours)]
         if row.peer is not None:
-            cells += _cells(row, row.peer)
-            cells += [
-                f"{row.ratio:.2f}x",
-                f"{row.ratios[0]:.2f}-{row.ratios[-1]:.2f}",
-                f"{row.difference:.0e}",
-            ]
+            cells += [_cell(row, row.peer), "busy" if row.disturbed else _ratio(row)]
         table.add_row(*cells)
     return table
 
 
-def _cells(row: Row, timing: Timing) -> list[str]:
-    digits = 1 if timing.median < 1 else 0
-    return [
-        f"{timing.median * 1e3:.{digits}f} ±{timing.spread:.0%}",
-        f"{row.images / timing.median:.1f}",
-    ]
+def _cell(row: Row, timing: Timing) -> str:
+    return (
+        f"{_short(timing.median * 1e3)} ms ±{timing.spread:.0%}\n"
+        f"{_short(row.images / timing.median)} images/s"
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _ratio(row: Row) -> str:
+    return f"{row.ratio:.2f}x\n{row.ratios[0]:.2f}-{row.ratios[-1]:.2f}"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What does not fit in the table."""
+    differences = [row.difference for row in rows if row.difference is not None]
+    lines = []
+    if differences:
+        lines.append(f"Largest difference of the two sides' results: {max(differences):.0e}")
+    for row in rows:
+        if row.disturbed and row.peer is not None:
+            lines.append(f"{row.case}: no ratio, {row.disturbed}; run it on an idle machine")
+        elif row.disturbed:
+            lines.append(f"{row.case}: {row.disturbed}")
+    return lines
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    compared = row.peer is not None and not row.disturbed
+    return asdict(row) | {
+        "ratio": row.ratio if compared else None,
+        "ratios": row.ratios if compared else [],
+        "disturbed": row.disturbed,
+    }

@@ -3,7 +3,6 @@
 Defaults throughout (eager, float32, scaled-dot-product attention). Imported only for --peer=torch.
 """
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxsynth.adapters.base import AdapterState
+from jaxsynth.bench.timing import cores
 from jaxsynth.errors import UserError
 from jaxsynth.training.text_to_image import FinetuneConfig
 
@@ -34,7 +34,7 @@ def prepare() -> dict[str, str]:
             f"--peer=torch compares on the CPU, but JAX runs on {jax.default_backend()}: "
             "set JAX_PLATFORMS=cpu"
         )
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(len(cores()))
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()

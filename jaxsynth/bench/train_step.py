@@ -3,22 +3,25 @@
 Forward, backward, clipping and AdamW on encoded images; both sides also draw their noise.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxsynth.adapters.base import AdapterState, Trainable, extract, load_state, stack
-from jaxsynth.bench.networks import NETWORKS
+from jaxsynth.bench.networks import NETWORKS, random_pipeline
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.training.optim import OptimConfig, make_optimizer
-from jaxsynth.training.step import init_stacked, init_state, make_train_step, stacked
+from jaxsynth.training.step import StepFn, init_stacked, init_state, make_train_step, stacked
 from jaxsynth.training.text_to_image import FinetuneConfig, adapted, draw, make_loss
-from jaxsynth.weights.hf import StableDiffusion
+from jaxsynth.weights.hf import StableDiffusion, save_pipeline
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class TrainCase:
     @property
     def detail(self) -> str:
         each = f"batch {self.batch_size}"
-        return each if self.adapters == 1 else f"{self.adapters} adapters at once, {each} each"
+        return each if self.adapters == 1 else f"{self.adapters} adapters, {each} each"
 
 
 CASES = (
@@ -67,11 +70,34 @@ class Drawn:
     t: np.ndarray
 
 
+class Stepper:
+    """A compiled training step and its state: a call is one update, and waits for it.
+
+    Over flat lists, as in `training.loop`: flattening modules at every call costs milliseconds.
+    """
+
+    def __init__(self, step: StepFn, state: PyTree, frozen: PyTree):
+        self._leaves, structure = jax.tree.flatten(state)
+        self._frozen, frozen_structure = jax.tree.flatten(frozen)
+
+        def call(leaves, frozen_leaves, batch):
+            state = jax.tree.unflatten(structure, leaves)
+            new, metrics = step(state, jax.tree.unflatten(frozen_structure, frozen_leaves), batch)
+            return jax.tree.leaves(new), metrics
+
+        self._program = jax.jit(call, donate_argnums=0)
+
+    def __call__(self, batch: PyTree) -> dict[str, np.ndarray]:
+        """The step's metrics."""
+        self._leaves, metrics = self._program(self._leaves, self._frozen, batch)
+        return jax.device_get(metrics)
+
+
 class Training:
     """Our side: `step()` is one update of every adapter, and waits for it."""
 
     def __init__(self, pipeline: StableDiffusion, case: TrainCase):
-        self.case = case
+        self.case, self.pipeline = case, pipeline
         self._schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
         self._keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(case.adapters)]
         self.states = random_states(pipeline, case.adapters)
@@ -86,25 +112,29 @@ class Training:
         else:
             step, self._batch = stacked(step), stack(self.batches)
             state = init_stacked(stack(trainables), tx, jnp.stack(self._keys))
-        self._leaves, structure = jax.tree.flatten(state)
-        self._frozen, frozen_structure = jax.tree.flatten(frozen)
-
-        # Flat lists, as in `training.loop`: flattening modules at every call costs milliseconds.
-        def call(leaves, frozen_leaves, batch):
-            state = jax.tree.unflatten(structure, leaves)
-            new, metrics = step(state, jax.tree.unflatten(frozen_structure, frozen_leaves), batch)
-            return jax.tree.leaves(new), metrics
-
-        self._program = jax.jit(call, donate_argnums=0)
+        self._stepper = Stepper(step, state, frozen)
 
     def step(self) -> dict[str, np.ndarray]:
-        self._leaves, metrics = self._program(self._leaves, self._frozen, self._batch)
-        return jax.device_get(metrics)
+        return self._stepper(self._batch)
 
     def drawn(self, adapter: int, step: int) -> Drawn:
         """What `adapter` draws in step number `step`."""
         key = jax.random.fold_in(self._keys[adapter], step)
         return Drawn(*map(np.asarray, draw(self.batches[adapter], key, self._schedule)))
+
+
+def build(case: TrainCase) -> Training:
+    """Our side of a case, with random weights."""
+    return Training(random_pipeline(NETWORKS[case.networks]()), case)
+
+
+def connect(ours: Training) -> Any:
+    """torch's side with our weights, which it reads from a folder as users' weights are."""
+    from jaxsynth.bench.torch_peer import TorchTraining
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_pipeline(ours.pipeline, folder)
+        return TorchTraining(Path(folder), FINETUNE)
 
 
 def random_states(pipeline: StableDiffusion, count: int) -> list[AdapterState]:
