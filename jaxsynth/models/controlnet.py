@@ -84,6 +84,17 @@ class ControlNetConfig(EncoderConfig):
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
 
+def embedding_channels(downscale: int) -> tuple[int, ...]:
+    """The first entries of Stable Diffusion's embedding, as many as give a factor of 1 to 8.
+
+    Raises ValueError for a factor that they cannot give.
+    """
+    count = downscale.bit_length()
+    if downscale != 2 ** (count - 1) or count > len(EMBEDDING_CHANNELS):
+        raise ValueError(f"embedding_channels: a factor of {downscale}, expected 1, 2, 4 or 8")
+    return EMBEDDING_CHANNELS[:count]
+
+
 class ControlNetOutput(NamedTuple):
     """What to add to the denoiser's skip connections, in the order they are made, and middle."""
 

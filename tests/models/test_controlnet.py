@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.errors import UserError
-from jaxsynth.models.controlnet import ControlNet, ControlNetConfig
+from jaxsynth.models.controlnet import ControlNet, ControlNetConfig, embedding_channels
 from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.training import sharding
 from jaxsynth.weights.hf import load_model, save_model
@@ -190,6 +190,16 @@ def test_the_embedding_s_length_decides_the_factor_as_in_diffusers(count):
     embed = type(ours.controlnet_cond_embedding).__call__
     assert jax.eval_shape(embed, ours.controlnet_cond_embedding, condition).shape == expected
     assert expected[1] == 16 // ours.config.downscale == 16 // 2 ** (count - 1)
+
+
+def test_embedding_for_a_factor():
+    assert embedding_channels(8) == tuple(PUBLISHED["conditioning_embedding_out_channels"])
+    for factor in (1, 2, 4, 8):
+        config = ControlNetConfig(conditioning_embedding_out_channels=embedding_channels(factor))
+        assert config.downscale == factor
+    for factor in (0, 3, 16):
+        with pytest.raises(ValueError, match=f"a factor of {factor}, expected 1, 2, 4 or 8"):
+            embedding_channels(factor)
 
 
 def test_a_new_controlnet_changes_nothing():
