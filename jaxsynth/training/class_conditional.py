@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key
@@ -35,7 +36,14 @@ from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
-from jaxsynth.training.step import init_stacked, init_state, make_train_step, scan_steps, stacked
+from jaxsynth.training.step import (
+    StepFn,
+    init_stacked,
+    init_state,
+    make_train_step,
+    scan_steps,
+    stacked,
+)
 from jaxsynth.training.text_to_image import encode_pixels
 
 
@@ -43,9 +51,10 @@ from jaxsynth.training.text_to_image import encode_pixels
 class Retention:
     """Diff-Tuning's two halves of the time axis.
 
-    `share` of each batch are images of the base model, without a label, weighted by `weight`. They
-    are noised at times of density (T - t)^power and the target's images at times of density
-    t^power, the convention of the authors' code. `images` is how many the base draws.
+    `share` of each batch (rounded to whole images) are images of the base model, without a label,
+    weighted by `weight`. They are noised at times of density (T - t)^power and the target's images
+    at times of density t^power, the convention of the authors' code. `images` is how many the base
+    draws.
     """
 
     share: float = 0.2
@@ -56,6 +65,10 @@ class Retention:
     def __post_init__(self):
         if not 0 < self.share < 1:
             raise ValueError(f"retention.share is {self.share}, expected 0 < share < 1")
+        if self.power < 0 or self.images < 1:
+            raise ValueError(
+                f"retention: power {self.power} and images {self.images}, expected at least 0 and 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class TrainConfig:
     """How a transformer or its adapters are trained; the defaults are DiT's.
 
     `ema_decay` 0 keeps no average. `steps_per_call` steps run in one program call, which tiny
-    networks need; it must divide `steps` and `checkpoint_every`.
+    networks need; it must divide `steps`. `accumulate` cuts a batch into so many parts.
     """
 
     steps: int = 24_000
@@ -80,6 +93,29 @@ class TrainConfig:
     steps_per_call: int = 1
     checkpoint_every: int = 1000
     retention: Retention | None = field(default=None)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "steps_per_call"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.steps % self.steps_per_call:
+            raise ValueError(
+                f"steps {self.steps} is not divisible by steps_per_call {self.steps_per_call}"
+            )
+        for what, rows in self.rows.items():
+            if rows < 1 or rows % self.accumulate:
+                raise ValueError(
+                    f"batch_size {self.batch_size}: {rows} {what} images in a batch, expected a "
+                    f"multiple of accumulate = {self.accumulate}"
+                )
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many images of a batch are of the target, and of the base where some are kept."""
+        if self.retention is None:
+            return {"target": self.batch_size}
+        kept = round(self.batch_size * self.retention.share)
+        return {"target": self.batch_size - kept, "kept": kept}
 
 
 @dataclass(frozen=True)
@@ -110,16 +146,26 @@ class Latents:
 def encode_latents(
     vae: AutoencoderKL, source: ImageSource, *, mirror: bool, batch_size: int = 64
 ) -> Latents:
-    """The images of `source`, of one square size, as latents; with `mirror` also mirrored."""
-    images = np.stack([record.image for record in source]).astype(np.float32) / 127.5 - 1
-    views = [images, images[:, :, ::-1]] if mirror else [images]
-    encoded = [encode_pixels(vae, view, batch_size=batch_size) for view in views]
-    mean, std = (np.stack(part, axis=1) for part in zip(*encoded, strict=True))
+    """The images of `source`, of one square size, as latents; with `mirror` also mirrored.
+
+    Decoded a batch at a time: a large data set fits in memory as latents, not as pixels.
+    """
+    parts = []
+    for start in range(0, len(source), batch_size):
+        rows = range(start, min(start + batch_size, len(source)))
+        images = np.stack([source[i].image for i in rows]).astype(np.float32) / 127.5 - 1
+        views = [images, images[:, :, ::-1]] if mirror else [images]
+        encoded = [encode_pixels(vae, view, batch_size=batch_size) for view in views]
+        parts.append([np.stack(part, axis=1) for part in zip(*encoded, strict=True)])
+    mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Latents(mean, std, np.asarray(source.labels, np.int32))
 
 
 def sample_times(key: Key[Array, ""], count: int, total: int, power: float) -> Int[Array, " b"]:
-    """Timesteps 0 .. total - 1 of density (t + 1)^power; 0 is uniform, below 0 not allowed."""
+    """Timesteps 0 to total - 1: whole parts of times of density t^power on (0, total).
+
+    So t has the probability ((t + 1)^(power + 1) - t^(power + 1)) / total^(power + 1).
+    """
     if power == 0:
         return jax.random.randint(key, (count,), 0, total)
     # The distribution function of t^power is t^(power + 1).
@@ -171,21 +217,58 @@ def make_loss(
     return loss
 
 
+def make_step(
+    graphdef: Any, schedule: NoiseSchedule, config: TrainConfig, null_label: int, mesh=None
+) -> tuple[optax.GradientTransformation, StepFn]:
+    """The optimiser, and `step(state, frozen, data)` of `config.steps_per_call` updates.
+
+    `data` is what `draw_batch` draws from.
+    """
+    optim = OptimConfig(
+        learning_rate=config.learning_rate,
+        schedule=config.schedule,
+        warmup_steps=min(config.warmup_steps, config.steps),
+        total_steps=config.steps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+    tx = make_optimizer(optim)
+    step = make_train_step(
+        make_loss(graphdef, schedule, config, null_label, mesh),
+        tx,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay or None,
+        learning_rate=make_schedule(optim),
+    )
+    return tx, scan_steps(step, partial(draw_batch, config=config), config.steps_per_call)
+
+
+def check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """ValueError unless every part of a batch divides over the devices of `mesh`."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for what, rows in config.rows.items():
+        if rows // config.accumulate % parts:
+            raise ValueError(
+                f"batch_size {config.batch_size}: {rows} {what} images in {config.accumulate} "
+                f"parts (accumulate) are not divisible over data x fsdp = {parts} devices"
+            )
+
+
 def draw_batch(step: Array, data: dict[str, Array], config: TrainConfig) -> dict[str, Array]:
     """The batch of a step, with replacement: "mean" and "std" (b, h, w, c), "labels", "kept".
 
-    `data` has "mean" and "std" (n, k, h, w, c), "labels" (n,), of which the first "count" are
-    drawn, "key", and for retention "kept" (m, h, w, c).
+    `data` has "mean" and "std" (n, k, h, w, c), "labels" (n,), of which the first "count" images
+    and "views" views are drawn, "key", and for retention "kept" (m, h, w, c).
     """
     keys = jax.random.split(jax.random.fold_in(data["key"], step), 3)
-    kept = round(config.batch_size * config.retention.share) if config.retention else 0
-    shape = (config.batch_size - kept,)
+    shape = (config.rows["target"],)
     rows = jax.random.randint(keys[0], shape, 0, data["count"])
-    view = jax.random.randint(keys[1], shape, 0, data["mean"].shape[1])
+    view = jax.random.randint(keys[1], shape, 0, data["views"])
     batch = {name: data[name][rows, view] for name in ("mean", "std")}
     batch["labels"] = data["labels"][rows]
-    if kept:
-        batch["kept"] = data["kept"][jax.random.randint(keys[2], (kept,), 0, len(data["kept"]))]
+    if config.retention:
+        shape = (config.rows["kept"],)
+        batch["kept"] = data["kept"][jax.random.randint(keys[2], shape, 0, len(data["kept"]))]
     return batch
 
 
@@ -224,12 +307,17 @@ def adapt_each(
 ) -> list[DiT]:
     """`adapt` for models of one structure around one frozen base, all in one compiled program.
 
-    Model i becomes what `adapt` makes of it alone, up to rounding. Sets may differ in size.
+    Model i becomes what `adapt` makes of it alone, up to rounding. Sets may differ in size and in
+    views. On a mesh the models lie along "data"; where their number is not divisible by it, the
+    last one is trained more than once.
     """
+    models, latents, count = list(models), list(latents), len(models)
+    if mesh is not None:
+        short = -count % mesh.shape["data"]
+        models, latents = models + models[-1:] * short, latents + latents[-1:] * short
     return _adapt(
-        list(models), list(latents), schedule, config, folder, seed, kept, mesh, description,
-        together=True,
-    )  # fmt: skip
+        models, latents, schedule, config, folder, seed, kept, mesh, description, together=True
+    )[:count]
 
 
 def _adapt(
@@ -242,24 +330,10 @@ def _adapt(
     data = _padded(latents)
     if config.retention:
         data["kept"] = np.stack([kept] * len(models))
-    optim = OptimConfig(
-        learning_rate=config.learning_rate,
-        schedule=config.schedule,
-        warmup_steps=min(config.warmup_steps, config.steps),
-        total_steps=config.steps,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
-    tx = make_optimizer(optim)
+    if mesh is not None and not together:
+        check_rows(config, mesh)
     null = models[0].config.null_label
-    step = make_train_step(
-        make_loss(graphdef, schedule, config, null, None if together else mesh),
-        tx,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay or None,
-        learning_rate=make_schedule(optim),
-    )
-    step = scan_steps(step, partial(draw_batch, config=config), config.steps_per_call)
+    tx, step = make_step(graphdef, schedule, config, null, None if together else mesh)
     order_key, key = jax.random.split(jax.random.key(seed))
     ema = bool(config.ema_decay)
     data["key"] = jnp.stack([order_key] * len(models))
@@ -291,21 +365,18 @@ def _adapt(
 
 def _padded(sets: Sequence[Latents]) -> dict[str, np.ndarray]:
     """Sets of any sizes, stacked; what a short one is filled up with is never drawn."""
-    most, views = max(map(len, sets)), max(one.mean.shape[1] for one in sets)
+    counts, views = [len(one) for one in sets], [one.mean.shape[1] for one in sets]
 
-    def filled(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([values, values[:1].repeat(most - len(values), axis=0)])
-
-    def viewed(values: np.ndarray) -> np.ndarray:
-        """A set without mirror images has its own in their place."""
-        return values.repeat(views // values.shape[1], axis=1)
+    def filled(values: np.ndarray, *most: int) -> np.ndarray:
+        short = [size - own for size, own in zip(most, values.shape, strict=False)]
+        return np.pad(values, [(0, by) for by in short] + [(0, 0)] * (values.ndim - len(short)))
 
     arrays = {
-        name: np.stack([filled(viewed(getattr(one, name))) for one in sets])
+        name: np.stack([filled(getattr(one, name), max(counts), max(views)) for one in sets])
         for name in ("mean", "std")
     }
-    arrays["labels"] = np.stack([filled(one.labels) for one in sets])
-    return arrays | {"count": np.array([len(one) for one in sets], np.int32)}
+    arrays["labels"] = np.stack([filled(one.labels, max(counts)) for one in sets])
+    return arrays | {"count": np.array(counts, np.int32), "views": np.array(views, np.int32)}
 
 
 def held_out_error(
@@ -320,7 +391,8 @@ def held_out_error(
     """Mean squared error of the predicted noise at `repeats` fixed (time, noise) pairs an image.
 
     Times are spread evenly over the schedule and every image gets others; the pairs depend on
-    `seed` and the image's number only, so figures of different models compare pair by pair.
+    `seed`, `repeats` and the number of images only, so figures of different models on one data set
+    compare pair by pair.
     """
     total = schedule.num_train_timesteps
     count = len(latents)
@@ -328,14 +400,14 @@ def held_out_error(
     strata = (np.arange(repeats)[None] + rng.random((count, repeats))) / repeats
     t = np.minimum((strata * total).astype(np.int32), total - 1).reshape(-1)
     rows = np.repeat(np.arange(count), repeats)
-    noise = rng.standard_normal((count * repeats, *latents.mean.shape[2:]), np.float32)
-    x0 = latents.mean[:, 0][rows]
-    classes = latents.labels[rows]
     sums = 0.0
     for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        arrays = [x[part] for x in (x0, noise, t, classes)]
-        short = batch_size - len(arrays[0])
+        part = rows[start : start + batch_size]
+        x0 = latents.mean[part, 0]
+        # Drawn part by part: the generator gives the same numbers as all at once.
+        noise = rng.standard_normal(x0.shape, np.float32)
+        arrays = [x0, noise, t[start : start + batch_size], latents.labels[part]]
+        short = batch_size - len(part)
         padded = [np.concatenate([x, x[:1].repeat(short, axis=0)]) for x in arrays]
         errors = _noise_errors(model, schedule, *map(jnp.asarray, padded))
         sums += float(np.asarray(errors, np.float64)[: batch_size - short].sum())
