@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Array, Float32, Integer, Shaped, UInt8
+from jaxtyping import Array, Float32, Integer, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
@@ -294,15 +294,14 @@ def square_condition(
     return np.clip(np.stack(channels, axis=-1), 0, 1)
 
 
-def space_to_depth(
-    condition: Shaped[np.ndarray, "*n h w k"], factor: int
-) -> Shaped[np.ndarray, "*n h2 w2 k2"]:
+def space_to_depth(condition: Values, factor: int) -> Values:
     """A condition at the size of latents that are `factor` times smaller than their pixels.
 
-    The `factor` x `factor` pixels below a latent become its channels, row by row, so nothing is
-    lost: means over them, or any other linear reduction, are among what a network's first kernel
-    can learn, and thin lines are not blurred before it sees them. T2I-Adapter (arXiv 2302.08453)
-    does the same. ValueError for sizes that `factor` does not divide.
+    (..., h, w, k) to (..., h / factor, w / factor, factor^2 k): the pixels below a latent become
+    its channels, row by row. Nothing is lost: means over them, or any other linear reduction, are
+    among what a network's first kernel can learn, and thin lines are not blurred before it sees
+    them. T2I-Adapter (arXiv 2302.08453) does the same. ValueError for sizes that `factor` does not
+    divide.
     """
     *lead, height, width, channels = condition.shape
     if height % factor or width % factor:
@@ -310,16 +309,6 @@ def space_to_depth(
     shape = (*lead, height // factor, factor, width // factor, factor, channels)
     squares = condition.reshape(shape).swapaxes(-4, -3)
     return squares.reshape(*lead, height // factor, width // factor, factor**2 * channels)
-
-
-def depth_to_space(
-    small: Shaped[np.ndarray, "*n h w k"], factor: int
-) -> Shaped[np.ndarray, "*n h2 w2 k2"]:
-    """The inverse of `space_to_depth`."""
-    *lead, height, width, channels = small.shape
-    squares = small.reshape(*lead, height, width, factor, factor, channels // factor**2)
-    squares = squares.swapaxes(-4, -3)
-    return squares.reshape(*lead, height * factor, width * factor, channels // factor**2)
 
 
 def as_bytes(condition: Float32[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:

@@ -4,7 +4,7 @@ Each data set has its own adapters around one frozen transformer (DiffScaler); a
 image by image, and each image depends on its seed, class and number only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters.base import Trainable, route, stack
+from jaxsynth.data.conditions import as_fractions
 from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.learned_range import make_learned_range, without_variance
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
@@ -25,6 +26,10 @@ from jaxsynth.models.dit import DiT
 from jaxsynth.models.vae import AutoencoderKL
 
 ANCESTRAL = "ancestral"
+
+Rows = Int[np.ndarray, " b"]
+# The condition of each image, from its class's number and its own; uint8 in 255ths, or fractions.
+Conditions = Callable[[Rows, Rows], UInt8[np.ndarray, "b h w k"] | Float[np.ndarray, "b h w k"]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class ClassGenerator:
     only, each image then running its own. `config.sampler` "ancestral" draws with the learned
     variance; every other one uses the predicted noise alone. `guide_channels` as in
     `classifier_free`: None guides all, 3 is what the published DiT figures were measured with.
+
+    Models with `condition_channels` need `conditions`. Guidance strengthens the class, not the
+    condition: the branch without a class sees it too, as in ControlNet.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class ClassGenerator:
         *,
         seed: int,
         guide_channels: int | None = None,
+        conditions: Conditions | None = None,
     ):
         if config.negative_prompt:
             raise ValueError("generate.negative_prompt: a class-conditional model has no prompts")
@@ -68,6 +77,12 @@ class ClassGenerator:
             else make_sampler(config.sampler or scheduler_config, schedule, steps)
         )
         model = models[0]
+        if (conditions is None) == bool(model.config.condition_channels):
+            raise ValueError(
+                f"ClassGenerator: the model has {model.config.condition_channels} condition "
+                f"channels, and `conditions` are {'not ' if conditions is None else ''}given"
+            )
+        self._conditions = conditions
         size, channels = model.config.sample_size, model.config.in_channels
         self._shape, self._null = (size, size, channels), model.config.null_label
         self._learned = model.config.channels_out == 2 * channels
@@ -80,10 +95,10 @@ class ClassGenerator:
         vae_graphdef, vae_state = nnx.split(vae)
         self._arrays = (factors, frozen, vae_state)
 
-        def draw(arrays, which, labels, numbers, indices):
+        def draw(arrays, which, labels, numbers, indices, condition):
             factors, frozen, vae_state = arrays
             keys = image_keys(seed, numbers, indices)
-            latents = self._sample(factors, frozen, which, labels, keys)
+            latents = self._sample(factors, frozen, which, labels, keys, condition)
             decoder = nnx.merge(vae_graphdef, vae_state)
             images = decoder.decode(latents / decoder.config.scaling_factor)
             pixels = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255
@@ -101,23 +116,27 @@ class ClassGenerator:
 
     def latents(self, numbers: Int[np.ndarray, " b"], indices: Int[np.ndarray, " b"]) -> np.ndarray:
         """The same before the autoencoder, (b, h, w, c)."""
-        which, labels, numbers_, indices_ = self._rows(numbers, indices)
+        which, labels, numbers_, indices_, condition = self._rows(numbers, indices)
         keys = image_keys(self._seed, jnp.asarray(numbers_), jnp.asarray(indices_))
         factors, frozen, _ = self._arrays
-        return np.asarray(self._latents(factors, frozen, which, labels, keys))[: len(numbers)]
+        found = self._latents(factors, frozen, which, labels, keys, condition)
+        return np.asarray(found)[: len(numbers)]
 
-    def _rows(self, numbers, indices) -> list[np.ndarray]:
+    def _rows(self, numbers, indices) -> list[np.ndarray | None]:
         count = len(numbers)
         if count > self.batch_size:
             raise ValueError(f"ClassGenerator: {count} images, batch_size is {self.batch_size}")
         fill = np.zeros(self.batch_size - count, np.int32)
         numbers, indices = (np.concatenate([x, fill]).astype(np.int32) for x in (numbers, indices))
         which, labels = self._of[numbers].T
-        return [which, labels, numbers, indices]
+        given = self._conditions
+        condition = None if given is None else np.asarray(given(numbers, indices))
+        return [which, labels, numbers, indices, condition]
 
-    def _sample(self, factors, frozen, which, labels, keys) -> Array:
-        def run(factors, frozen, x: Array, t: Array, labels: Array) -> Array:
-            return nnx.merge(self._graphdef, factors, frozen)(x, t, labels)
+    def _sample(self, factors, frozen, which, labels, keys, condition) -> Array:
+        def run(factors, frozen, x: Array, t: Array, labels: Array, *condition: Array) -> Array:
+            model = nnx.merge(self._graphdef, factors, frozen)
+            return model(x, t, labels, condition=condition[0] if condition else None)
 
         if self._routed:
             denoise = per_image(run, route(factors, which), frozen, len(labels))
@@ -125,9 +144,13 @@ class ClassGenerator:
             denoise = partial(run, factors, frozen)
         if self._learned and not self._ancestral:
             denoise = without_variance(denoise)
+        more = () if condition is None else (as_fractions(condition),)
         guided = classifier_free(
-            denoise, self._guidance, labels, jnp.full_like(labels, self._null),
+            lambda x, t, given: denoise(x, t, *given),
+            self._guidance,
+            (labels, *more),
+            (jnp.full_like(labels, self._null), *more),
             channels=self._guide_channels,
-        )  # fmt: skip
+        )
         x_T = initial_noise(keys, self._shape, self._sampler)
         return sample(guided, x_T, self._sampler, keys=keys)

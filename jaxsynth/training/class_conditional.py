@@ -11,7 +11,7 @@ Diffusion-Tuning, NeurIPS 2024).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxsynth.adapters.base import Trainable, seed_dropout, stack, unstack
+from jaxsynth.data.conditions import as_bytes, as_fractions, space_to_depth
 from jaxsynth.data.sources import ImageSource
 from jaxsynth.diffusion.learned_range import learned_range_loss
 from jaxsynth.diffusion.losses import diffusion_loss
@@ -122,25 +123,46 @@ class TrainConfig:
 class Latents:
     """A labelled data set as the VAE's posteriors, scaled as the transformer wants them.
 
-    `mean` and `std` have an axis of `k` views of each image (itself, and mirrored).
+    `mean` and `std` have an axis of `k` views of each image (itself, and mirrored). `condition`, if
+    any, is that of each view at the latents' size: fractions, or uint8 in 255ths (`conditioned`).
     """
 
     mean: Float[np.ndarray, "n k h w c"]
     std: Float[np.ndarray, "n k h w c"]
     labels: Int[np.ndarray, " n"]
+    condition: Shaped[np.ndarray, "n k h w m"] | None = None
+
+    def __post_init__(self):
+        if self.condition is not None and self.condition.shape[:-1] != self.mean.shape[:-1]:
+            raise ValueError(
+                f"Latents: a condition of {self.condition.shape} for latents of {self.mean.shape}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def conditioned(self, pixels: Shaped[np.ndarray, "n height width m"]) -> "Latents":
+        """The same with condition images, of the images' size and mirrored where they are.
+
+        `pixels` are fractions or uint8 in 255ths; stored as the latter, at the latents' size with
+        nothing lost (`data.conditions.space_to_depth`). ValueError where sizes do not fit.
+        """
+        values = pixels if pixels.dtype == np.uint8 else as_bytes(pixels)
+        views = [values, values[:, :, ::-1]][: self.mean.shape[1]]
+        factor = max(values.shape[1] // self.mean.shape[2], 1)
+        condition = np.stack([space_to_depth(view, factor) for view in views], axis=1)
+        return replace(self, condition=condition)
+
     def save(self, path: Path) -> None:
         """Write one `.npz`."""
-        np.savez(path, mean=self.mean, std=self.std, labels=self.labels)
+        arrays = {name: getattr(self, name) for name in ("mean", "std", "labels", "condition")}
+        np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
 
     @classmethod
     def load(cls, path: Path) -> "Latents":
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            return cls(**{name: file[name] for name in ("mean", "std", "labels")})
+            return cls(**{name: file[name] for name in file.files})
 
 
 def encode_latents(
@@ -200,9 +222,14 @@ def make_loss(
         labels = jnp.where(dropped, null_label, batch["labels"])
         t = sample_times(keys[2], count, total, retention.power if retention else 0)
         weights = jnp.full(count, 1 / count)
+        condition = batch.get("condition")
+        if condition is not None:
+            condition = as_fractions(condition)
         if retention:
             kept = len(batch["kept"])
             x0 = jnp.concatenate([x0, batch["kept"]])
+            if condition is not None:  # the base's images have none
+                condition = jnp.pad(condition, [(0, kept)] + [(0, 0)] * 3)
             labels = jnp.concatenate([labels, jnp.full(kept, null_label)])
             late = total - 1 - sample_times(keys[3], kept, total, retention.power)
             t = jnp.concatenate([t, late])
@@ -210,7 +237,7 @@ def make_loss(
         noise = jax.random.normal(keys[4], x0.shape)
         x_t = add_noise(schedule, x0, noise, t)
         model = seed_dropout(nnx.merge(graphdef, trainable, frozen), keys[5])
-        output = model(x_t, t, labels, remat=config.remat)
+        output = model(x_t, t, labels, condition=condition, remat=config.remat)
         errors = denoising_error(schedule, output, x0, x_t, noise, t)
         return (errors * weights).sum(), {}
 
@@ -257,6 +284,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
 def draw_batch(step: Array, data: dict[str, Array], config: TrainConfig) -> dict[str, Array]:
     """The batch of a step, with replacement: "mean" and "std" (b, h, w, c), "labels", "kept".
 
+    "condition" (b, h, w, m) is in it where the data has one, (n, k, h, w, m).
     `data` has "mean" and "std" (n, k, h, w, c), "labels" (n,), of which the first "count" images
     and "views" views are drawn, "key", and for retention "kept" (m, h, w, c).
     """
@@ -264,7 +292,8 @@ def draw_batch(step: Array, data: dict[str, Array], config: TrainConfig) -> dict
     shape = (config.rows["target"],)
     rows = jax.random.randint(keys[0], shape, 0, data["count"])
     view = jax.random.randint(keys[1], shape, 0, data["views"])
-    batch = {name: data[name][rows, view] for name in ("mean", "std")}
+    viewed = [name for name in ("mean", "std", "condition") if name in data]
+    batch = {name: data[name][rows, view] for name in viewed}
     batch["labels"] = data["labels"][rows]
     if config.retention:
         shape = (config.rows["kept"],)
@@ -371,9 +400,13 @@ def _padded(sets: Sequence[Latents]) -> dict[str, np.ndarray]:
         short = [size - own for size, own in zip(most, values.shape, strict=False)]
         return np.pad(values, [(0, by) for by in short] + [(0, 0)] * (values.ndim - len(short)))
 
+    channels = {0 if one.condition is None else one.condition.shape[-1] for one in sets}
+    if len(channels) > 1:
+        raise ValueError(f"sets side by side: conditions of {sorted(channels)} channels, not one")
+    names = ("mean", "std") if channels == {0} else ("mean", "std", "condition")
     arrays = {
         name: np.stack([filled(getattr(one, name), max(counts), max(views)) for one in sets])
-        for name in ("mean", "std")
+        for name in names
     }
     arrays["labels"] = np.stack([filled(one.labels, max(counts)) for one in sets])
     return arrays | {"count": np.array(counts, np.int32), "views": np.array(views, np.int32)}
@@ -407,6 +440,8 @@ def held_out_error(
         # Drawn part by part: the generator gives the same numbers as all at once.
         noise = rng.standard_normal(x0.shape, np.float32)
         arrays = [x0, noise, t[start : start + batch_size], latents.labels[part]]
+        if latents.condition is not None:
+            arrays.append(as_fractions(latents.condition[part, 0]))
         short = batch_size - len(part)
         padded = [np.concatenate([x, x[:1].repeat(short, axis=0)]) for x in arrays]
         errors = _noise_errors(model, schedule, *map(jnp.asarray, padded))
@@ -416,7 +451,14 @@ def held_out_error(
 
 @jax.jit
 def _noise_errors(
-    model: DiT, schedule: NoiseSchedule, x0: Array, noise: Array, t: Array, labels: Array
+    model: DiT,
+    schedule: NoiseSchedule,
+    x0: Array,
+    noise: Array,
+    t: Array,
+    labels: Array,
+    condition: Array | None = None,
 ) -> Float[Array, " b"]:
-    output = model(add_noise(schedule, x0, noise, t), t, labels)[..., : x0.shape[-1]]
+    x_t = add_noise(schedule, x0, noise, t)
+    output = model(x_t, t, labels, condition=condition)[..., : x0.shape[-1]]
     return diffusion_loss(schedule, output, x0, noise, t, per_sample=True)
