@@ -7,6 +7,8 @@ Variants:
   (real), textures (drawn) and patches of two photos (real); the main recipes, one seed, in minutes
   on two CPU cores.
 - `study`: the same with every recipe, the rates swept for each, three seeds.
+- `conditions`: the same base; edges and low resolution of the digits, depth and segmentation of
+  drawn scenes, each learnt as condition images. `tiny` learns the digits' edges alone.
 - `xl2`: DiT-XL/2 at 256 pixels, the published recipe. `xl2,dataset=NAME` is a data set of TFDS,
   `xl2,path=FOLDER` one of class folders. `--config.base=` takes the authors' .pt
   (DiT-XL-2-256x256.pt) or a diffusers folder. On a TPU or GPU.
@@ -21,7 +23,13 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = "tiny") -> ConfigDict:
     name, *assignments = arg.split(",")
-    variants = {"tiny": _tiny, "study": _study, "smoke": _smoke, "xl2": _xl2}
+    variants = {
+        "tiny": _tiny,
+        "study": _study,
+        "conditions": _conditions,
+        "smoke": _smoke,
+        "xl2": _xl2,
+    }
     if name not in variants:
         raise ValueError(f"variant {name!r}, expected one of {', '.join(variants)}")
     config = variants[name]()
@@ -82,6 +90,7 @@ def _tiny() -> ConfigDict:
                 "batches_per_shard": 4,
             },
             "features": "tiny/clip",
+            "conditions": {"digits": ("edges",)},
         }
     )  # fmt: skip
 
@@ -91,6 +100,18 @@ def _study() -> ConfigDict:
     del config.recipes  # all of them
     config.rates = ConfigDict({"whole": (1e-3, 3e-3, 1e-2), "adapter": (3e-3, 1e-2, 3e-2)})
     config.seeds = (0, 1, 2)
+    return config
+
+
+def _conditions() -> ConfigDict:
+    config = _tiny()
+    scenes = {"source": "builtin", "name": "scenes", "images_per_class": 200}
+    config.data = ConfigDict({"digits": {"source": "digits"}, "scenes": scenes})
+    config.mirror, config.recipes, config.draw = ("scenes",), ("affiner_all",), ()
+    config.train.steps = 2000
+    config.conditions = ConfigDict(
+        {"digits": ("edges", "low_resolution"), "scenes": ("depth", "segmentation")}
+    )
     return config
 
 

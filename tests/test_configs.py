@@ -17,6 +17,7 @@ VARIANTS = {
         "",
         "tiny",
         "study",
+        "conditions",
         "smoke",
         "xl2",
         "xl2,dataset=oxford_flowers102",

@@ -12,6 +12,7 @@ Below the run's folder:
     study/<data set>/<recipe>/<rate>-seed0   what the recipe learnt, and its held-out errors
     sets/<data set>                      its parameters, around the same base
     images                               images of every class of every set, batches mixed
+    conditions/<data set>/<kind>         a set that also follows condition images, and its images
 """
 
 import dataclasses
@@ -35,12 +36,14 @@ from jaxsynth.adapters.base import (
     stack,
     with_scale,
 )
+from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
 from jaxsynth.data.sources import DataConfig, Dataset, ImageSource, Subset, load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.images import GenerateConfig, fill_store
 from jaxsynth.generation.routing import per_image
 from jaxsynth.methods import diffscaler_report
+from jaxsynth.methods.diffscaler_conditions import ConditionTask
 from jaxsynth.methods.diffscaler_recipes import RECIPES, adapted, first_label
 from jaxsynth.models.dit import DiT, DiTConfig
 from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -98,6 +101,10 @@ class Config:
     study. `mirror` names the data sets whose mirror images are as good as they are; `draw` names
     recipes of the study whose images are drawn and measured too. `features` is a CLIP's folder, or
     "inception:PATH" with InceptionV3's weights.
+
+    `conditions` names for data sets the kinds of condition images (`data.conditions`) that
+    `sets_recipe` learns to follow, each by a set of parameters of its own; `condition_folders`
+    where the files of a kind lie that images do not tell.
     """
 
     method: str = "diffscaler"
@@ -122,6 +129,8 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     features: str = "tiny/clip"
     quality: QualityConfig = field(default_factory=QualityConfig)
+    conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    condition_folders: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, values, known in (
@@ -131,6 +140,9 @@ class Config:
             ("study", self.study, self.data),
             ("mirror", self.mirror, (*self.data, "base")),
             ("rates", self.rates, (*RECIPES, "whole", "adapter")),
+            ("conditions", self.conditions, self.data),
+            ("conditions", [k for kinds in self.conditions.values() for k in kinds], CHANNELS),
+            ("condition_folders", self.condition_folders, WITH_PARTNER),
         ):
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"{name}: {unknown[0]!r}, expected some of {', '.join(known)}")
@@ -151,6 +163,10 @@ class Config:
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of the run, then its page; returns the page's path."""
     work = _Work(config, Path(workdir))
+    wanted = [(name, kind) for name, kinds in config.conditions.items() for kind in kinds]
+    tasks = [ConditionTask(work, name, kind) for name, kind in wanted]
+    for task in tasks:  # first, because files may be missing
+        task.maps()
     best: dict[str, dict[str, float]] = {}
     for name in config.study:
         best[name] = {recipe: work.sweep(name, recipe) for recipe in config.recipes}
@@ -159,12 +175,15 @@ def run(config: Config, workdir: Path) -> Path:
                 work.train(name, recipe, best[name][recipe], seed)
     rate = best[config.study[0]][config.sets_recipe]
     sets = work.sets(rate)
-    work.measure("routed", work.draw(sets), tuple(config.data))
+    images = work.draw(sets)
+    work.measure("routed", images, tuple(config.data))
     for name in config.study:
         for recipe in config.draw:
             stage = work.train(name, recipe, best[name][recipe], config.seeds[0])
             work.measure(recipe, work.draw_one(name, recipe, stage), (name,))
     work.routing(sets)
+    for task in tasks:
+        task.run(rate, sets[task.name], images)
     return report(work.folder)
 
 
@@ -293,6 +312,10 @@ class _Work:
             return found
         return dataclasses.replace(found, labels=found.labels + first_label(self.dit))
 
+    def sources(self, name: str) -> dict[str, ImageSource]:
+        """The images of a data set's parts."""
+        return parts_of(load_dataset(self.config.data[name]))
+
     def classes(self, name: str) -> list[str]:
         """The display names of a data set's classes."""
         return self.encode(name).counts["classes"]
@@ -323,7 +346,7 @@ class _Work:
         def build(folder: Path) -> dict:
             model = adapt(
                 self._adapted(name, recipe, seed), self.latents(name, "train"), self.schedule,
-                train, folder / TRAINING, seed=seed, kept=self._kept(train),
+                train, folder / TRAINING, seed=seed, kept=self.kept(train),
                 description=f"{recipe} {rate:g}",
             )  # fmt: skip
             write_state(folder / "adapter.safetensors", extract(model))
@@ -385,7 +408,7 @@ class _Work:
         ]
         return np.concatenate(parts)
 
-    def _kept(self, train: TrainConfig) -> np.ndarray | None:
+    def kept(self, train: TrainConfig) -> np.ndarray | None:
         return self._drawn_by_base if train.retention else None
 
     def sets(self, rate: float) -> dict[str, Artifact]:
@@ -402,7 +425,7 @@ class _Work:
             "lora_rank": config.lora_rank,
             "train": train,
             "seed": seed,
-            "rows": self._rows,
+            "rows": self.rows,
             "together": config.together,
             "base": self.pipeline.digest,
             "dtype": config.dtype,
@@ -415,12 +438,12 @@ class _Work:
 
             def build(folder: Path, group: tuple[str, ...] = group) -> dict:
                 models = [
-                    self._adapted(name, config.sets_recipe, seed, self._rows) for name in group
+                    self._adapted(name, config.sets_recipe, seed, self.rows) for name in group
                 ]
                 data = [self.latents(name, "train") for name in group]
                 trained = adapt_each(
                     models, data, self.schedule, train, folder / TRAINING, seed=seed,
-                    kept=self._kept(train), description=f"{len(group)} sets",
+                    kept=self.kept(train), description=f"{len(group)} sets",
                 )  # fmt: skip
                 errors = {}
                 for name, model in zip(group, trained, strict=True):
@@ -441,18 +464,18 @@ class _Work:
         return made
 
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
         return max(len(self.classes(name)) for name in self.config.data)
 
-    def _set_model(self, name: str, stage: Artifact) -> DiT:
-        empty = self._adapted(name, self.config.sets_recipe, self.config.seeds[0], self._rows)
+    def set_model(self, name: str, stage: Artifact) -> DiT:
+        empty = self._adapted(name, self.config.sets_recipe, self.config.seeds[0], self.rows)
         return load_state(empty, read_state(stage.path / f"{name}.safetensors"))
 
     def draw(self, sets: dict[str, Artifact]) -> Artifact:
         """Images of every class of every set, each batch a mixture of all."""
 
         def build(folder: Path) -> dict:
-            models = [self._set_model(name, stage) for name, stage in sets.items()]
+            models = [self.set_model(name, stage) for name, stage in sets.items()]
             return self._fill(folder, models, list(sets))
 
         inputs = {f"set {name}": stage for name, stage in sets.items()}
@@ -517,7 +540,7 @@ class _Work:
         """Proves what one batch of all sets is worth: equal outputs, and the base untouched."""
 
         def build(folder: Path) -> dict:
-            models = [self._set_model(name, stage) for name, stage in sets.items()]
+            models = [self.set_model(name, stage) for name, stage in sets.items()]
             found = routing_differences(self.dit, models)
             write_json(folder / "routing.json", found)
             return found

@@ -14,6 +14,7 @@ from jaxsynth.data.sources import DataConfig, Subset, load_dataset
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.diffscaler_recipes import RECIPES
 from jaxsynth.methods.pages import stage_details
+from jaxsynth.quality.following import MEASURES
 from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
@@ -76,6 +77,8 @@ def write(workdir: Path) -> Path:
             images=[Picture(grid, pixelated=True) for grid in _grids(workdir)],
         )
     )
+    if (conditions := _conditions(workdir)) is not None:
+        sections.append(conditions)
     routing = workdir / "routing" / "routing.json"
     if routing.is_file():
         sections.append(Section("One batch, many data sets", _routing(routing)))
@@ -244,6 +247,56 @@ def _grids(workdir: Path) -> list[Path]:
             write_grid(workdir / f"samples-{folder.name}.png", lines, names, headings=headings)
         )
     return paths
+
+
+def _conditions(workdir: Path) -> Section | None:
+    """What learning to follow condition images brought."""
+    errors, agreements, pictures = [], [], []
+    for path in sorted(workdir.glob(f"conditions/*/*/following/{MANIFEST}")):
+        kind, name = path.parent.parent.name, path.parent.parent.parent.name
+        adapter = load_artifact(path.parent.parent / "adapter").counts
+        found = json.loads((path.parent / "following.json").read_text("utf-8"))
+        title = f"{kind} of {name}"
+        columns = ("own", "another", "none", "plain")
+        errors.append([title, f"{adapter['trainable']:,}", *(adapter[key] for key in columns)])
+        columns = ("own", "another", "plain", "autoencoder")
+        values = (found.get(key) for key in columns)
+        agreements.append([title, MEASURES[kind], found["images"], *values])
+        pictures.append(Picture(path.parent / "samples.png", f"{title}.", pixelated=True))
+    if not errors:
+        return None
+    tables = [
+        Table(
+            ["Condition", "trained", "its own", "another's", "none", "set without"],
+            errors,
+            caption="Error x 1000 on held-out images, by the condition that the network is given",
+            better=None,
+            scale=1000,
+            digits=2,
+        ),
+        Table(
+            ["Condition", "measure", "images", "its own", "another's", "set without", "limit"],
+            agreements,
+            caption="How well drawn images agree with a condition; higher is better",
+            better=None,
+            digits=3,
+        ),
+    ]
+    for table in tables:
+        console.print(to_rich(table))
+    text = "\n".join(map(to_markdown, tables))
+    (workdir / "table-conditions.md").write_text(text, "utf-8")
+    return Section(
+        "Condition images",
+        "A set of parameters each, trained as the data sets' own, that reads a condition image "
+        "beside the latents. Errors are of the predicted noise: with an image's own condition, "
+        "with that of another image of its class, with none, and of the data set's own parameters, "
+        "which know no condition. Drawn images are compared with the condition that they were "
+        "drawn for, with that of another image of the class, and so are images of the data set's "
+        "own parameters; the limit is what the autoencoder leaves of the real images.",
+        tables=tables,
+        images=pictures,
+    )
 
 
 def _routing(path: Path) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters.base import AdapterState, Trainable, extract, seed_dropout, unstack
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
@@ -164,6 +164,24 @@ def _encode(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
     posterior = vae.encode(images)
     factor = vae.config.scaling_factor
     return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
+
+
+def decode_pixels(
+    vae: AutoencoderKL, latents: Float[np.ndarray, "n h w c"], batch_size: int = 8
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """The images of latents that are scaled as `encode_pixels` scales them."""
+    images = []
+    for start in range(0, len(latents), batch_size):
+        chunk = latents[start : start + batch_size]
+        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
+        images.append(np.asarray(_decode(vae, padded.astype(np.float32)))[: len(chunk)])
+    return np.concatenate(images)
+
+
+@jax.jit
+def _decode(vae: AutoencoderKL, latents: Array) -> Array:
+    images = vae.decode(latents / vae.config.scaling_factor).astype(jnp.float32)
+    return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
 def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
