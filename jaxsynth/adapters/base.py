@@ -38,12 +38,19 @@ class Trainable(nnx.Variable):
     """
 
 
+class Constant(nnx.Variable):
+    """An array that an adapter was made with and never changes: frozen, but no base weight.
+
+    It follows from the configuration, the base weights or a seed, so that no state holds it.
+    """
+
+
 class AdapterLayer(nnx.Module):
     """A base layer and what adapts it.
 
-    A kind sets `kind` and its `Trainable` factors, and implements `__call__`. If its effect is an
-    added kernel it implements `delta`; any other kind overrides `merged` (and `unmerged` where
-    merging can be undone).
+    A kind sets `kind` and its `Trainable` factors, and implements `__call__`, `merged` where it can
+    be merged, and `unmerged` where that can be undone. One whose effect is an added kernel is an
+    `update.UpdateLayer`, which has all three.
 
     `strength` (1 by default) scales the effect: a float is part of the program, a traced scalar an
     argument of it. At 0 the layer must equal its base exactly.
@@ -59,31 +66,26 @@ class AdapterLayer(nnx.Module):
         # Set by `seed_dropout` in training; without a key the layer is deterministic.
         self.dropout_key = nnx.data(None)
 
-    def delta(self) -> Array:
-        """The kernel that the adapter adds at strength 1, in the base kernel's layout, float32."""
-        raise NotImplementedError(f"the effect of a {self.kind} layer is not an added kernel")
-
     def merged(self) -> dict[str, Array]:
         """The base layer's parameters with the adapter in them, by name ("kernel", "bias")."""
-        return {"kernel": self._shifted(self.base.kernel[...], 1.0)}
+        raise NotImplementedError(f"a {self.kind} layer cannot be merged into its base")
 
     def unmerged(self, merged: dict[str, Array]) -> dict[str, Array | None]:
         """The base layer's parameters, given the merged ones (equal up to rounding).
 
         None stands for a bias that merging added.
         """
-        return {"kernel": self._shifted(merged["kernel"], -1.0)}
-
-    def _shifted(self, kernel: Array, sign: float) -> Array:
-        if self.is_off:
-            return kernel
-        shifted = kernel.astype(jnp.float32) + sign * self.strength * self.delta()
-        return shifted.astype(kernel.dtype)
+        raise NotImplementedError(f"merging a {self.kind} layer cannot be undone")
 
     @property
     def is_off(self) -> bool:
         """Whether the strength is known to be 0 while tracing: the adapter then costs nothing."""
         return isinstance(self.strength, (int, float)) and self.strength == 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything, and so needs a key."""
+        return self.dropout > 0
 
     def drop(self, inputs: Array) -> Array:
         """Dropout on the adapter's inputs: none without a rate or without a key."""
@@ -246,7 +248,7 @@ def seed_dropout(model: T, key: Key[Array, ""]) -> T:
     """
 
     def seed(path: str, layer: nnx.Module) -> nnx.Module:
-        if not isinstance(layer, AdapterLayer) or layer.dropout == 0.0:
+        if not isinstance(layer, AdapterLayer) or not layer.drops:
             return layer
         return _replaced(layer, dropout_key=nnx.data(_key_of(key, path)))
 

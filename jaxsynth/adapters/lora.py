@@ -1,82 +1,70 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): a low-rank update beside a linear or convolution layer.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): a low-rank update beside a layer.
 
-`y = base(x) + s * B(A(drop(x)))` with `s = alpha / rank`, or `alpha / sqrt(rank)` (rsLoRA,
-arXiv:2312.03732). B starts at zero, so an untrained adapter changes nothing. Conventions, names and
-defaults of initialisation are those of peft 0.21, which the tests compare with; kernels are in
-NNX's layout. Factors are stored in float32 and computed in the base layer's dtype.
+`y = base(x) + s * B(A(drop(x)))`. B starts at zero, so an untrained adapter changes nothing (for a
+table of embeddings it is A, as in peft). Conventions, names and defaults of initialisation are
+those of peft 0.21, which the tests compare with.
+
+- PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Büyükakyüz 2024, arXiv:2406.01775) start
+  from W's own leading parts, A0 and B0, and train what they took out of it. Here W stays whole and
+  the constant s B0 A0 is subtracted beside it, which is the same function, starts as the base and
+  has the base at strength 0.
+- LoCon with Tucker factors (LyCORIS, arXiv:2309.14859) splits a convolution's A into a pointwise
+  one and a small kernel between A and B.
+- LoRA+ (Hayou et al. 2024, arXiv:2402.12354) is a learning rate for B: `lora_plus`.
 """
 
 import math
-import re
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxsynth.adapters import base
-from jaxsynth.adapters.convolution import check_conv, narrow_convolve
+from jaxsynth.adapters.convolution import narrow_convolve
+from jaxsynth.adapters.update import (
+    Place,
+    UpdateConfig,
+    UpdateLayer,
+    check_choice,
+    check_rate,
+    project,
+    uniform,
+)
+
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(UpdateConfig):
     """What LoRA wraps, and how.
 
-    `alpha` None means `rank`, i.e. scale 1. `rank_pattern` and `alpha_pattern` map a regular
-    expression for the end of a module path to a value that replaces the default there; the first
-    match wins. `init` is A's: "kaiming" (peft's default) is uniform in +-1/sqrt(fan_in), "gaussian"
-    (diffusers' training scripts) normal with standard deviation 1/rank.
+    `init` is A's: "kaiming" (peft's default) is uniform in +-1/sqrt(fan_in), "gaussian" (diffusers'
+    training scripts) normal with standard deviation 1/rank; "pissa" and "olora" start both factors
+    from W. `use_tucker` puts a third factor into convolutions of more than one tap. `rank_dropout`
+    (kohya's) drops single ranks, with a mask for each sample.
     """
 
-    rank: int = 4
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    use_rslora: bool = False
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
-    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
+    init: Init = "kaiming"
+    use_tucker: bool = False
+    rank_dropout: float = 0.0
 
     def __post_init__(self):
-        object.__setattr__(self, "targets", tuple(self.targets))
-        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            if rank < 1:
-                raise ValueError(f"LoRAConfig: {name} is {rank}, expected at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRAConfig.dropout is {self.dropout}, expected 0 <= dropout < 1")
-        if self.init not in ("kaiming", "gaussian"):
-            raise ValueError(f"LoRAConfig.init is {self.init!r}, expected kaiming or gaussian")
-
-    def rank_at(self, path: str) -> int:
-        """The rank of the layer at a dotted path."""
-        return _first_match(self.rank_pattern, path, self.rank)
-
-    def alpha_at(self, path: str) -> float:
-        """The alpha of the layer at a dotted path."""
-        default = self.rank if self.alpha is None else self.alpha
-        return _first_match(self.alpha_pattern, path, default)
-
-    def scaling_at(self, path: str) -> float:
-        """The factor on the update of the layer at a dotted path."""
-        rank = self.rank_at(path)
-        return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
+        super().__post_init__()
+        check_rate(self, "rank_dropout")
+        check_choice(self, "init", ("kaiming", "gaussian", "pissa", "olora"))
+        if self.use_tucker and self.init in ("pissa", "olora"):
+            raise ValueError(f"LoRAConfig: init {self.init!r} has no Tucker factors")
 
 
 def lora(config: LoRAConfig) -> base.Maker:
     """Makes the LoRA layers of `config`, for `base.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> base.AdapterLayer:
-        # Exact types: a subclass may compute something that the update would not follow.
-        if type(layer) is nnx.Linear:
-            return LoRALinear(layer, config, path, key)
-        if type(layer) is nnx.Conv:
-            return LoRAConv(layer, config, path, key)
-        raise TypeError(
-            f"{path}: LoRA adapts nnx.Linear and nnx.Conv, found {type(layer).__name__}"
-        )
+        return LoRA(layer, config, path, key)
 
     return make
 
@@ -86,82 +74,123 @@ def add_lora(model: base.T, config: LoRAConfig, *, rngs: nnx.Rngs | Key[Array, "
     return base.inject(model, lora(config), targets=config.targets, rngs=rngs)
 
 
-class LoRALinear(base.AdapterLayer):
-    """LoRA on `nnx.Linear`: lora_A (in, rank), lora_B (rank, out), after any stacking axes."""
+class LoRA(UpdateLayer):
+    """LoRA on a layer. Factors, after any stacking axes:
+
+    - linear: lora_A (in, rank), lora_B (rank, out)
+    - convolution: lora_A (*window, in, rank), a pointwise lora_B (1.., rank, out); with Tucker
+      factors a pointwise lora_A and lora_mid (*window, rank, rank)
+    - table: lora_embedding_A (rows, rank), lora_embedding_B (rank, dim)
+    """
 
     kind = "LoRA"
 
-    def __init__(self, layer: nnx.Linear, config: LoRAConfig, path: str, key: jax.Array):
-        super().__init__(layer, config, dropout=config.dropout)
-        *lead, c_in, c_out = layer.kernel.get_value().shape
-        rank = config.rank_at(path)
-        self.scaling = config.scaling_at(path)
-        init = partial(_init_a, config.init, fan_in=c_in, rank=rank)
-        self.lora_A = base.Trainable(init(key, (*lead, c_in, rank)))
-        self.lora_B = base.Trainable(jnp.zeros((*lead, rank, c_out), jnp.float32))
+    def __init__(self, layer: nnx.Module, config: LoRAConfig, path: str, key: jax.Array):
+        super().__init__(layer, config, path)
+        place, rank = self.place, config.rank_at(path)
+        self.prefix = "lora_embedding_" if place.is_table else "lora_"
+        tucker = config.use_tucker and math.prod(place.size) > 1
+        window = place.ones if tucker else place.size
+        shape_a = (*place.lead, *window, place.c_in, rank)
+        shape_b = (*place.lead, *place.ones, rank, place.c_out)
+        self.lora_mid = self.start_A = self.start_B = nnx.data(None)
+        if config.init in ("pissa", "olora"):
+            find = _principal if config.init == "pissa" else _orthogonal
+            down, up = find(place.flat(self.weight()), rank, self.scaling, path)
+            a, b = down.reshape(shape_a), up.reshape(shape_b)
+            self.start_A, self.start_B = base.Constant(a), base.Constant(b)
+        elif place.is_table:
+            a, b = jnp.zeros(shape_a), jax.random.normal(key, shape_b)
+        else:
+            a, b = _init_a(config.init, key, shape_a, place, rank), jnp.zeros(shape_b)
+        if tucker:
+            shape = (*place.lead, *place.size, rank, rank)
+            fan_in = math.prod(place.size) * rank
+            self.lora_mid = base.Trainable(uniform(jax.random.fold_in(key, 1), shape, fan_in))
+        setattr(self, f"{self.prefix}A", base.Trainable(a))
+        setattr(self, f"{self.prefix}B", base.Trainable(b))
 
-    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        out = self.base(inputs)
-        if self.is_off:
-            return out
-        # The base layer's result tells its compute dtype.
-        dtype = out.dtype
-        low = self.drop(inputs).astype(dtype) @ self.lora_A[...].astype(dtype)
-        low = (low * (self.scaling * self.strength)).astype(dtype)
-        return out + low @ self.lora_B[...].astype(dtype)
+    def low_rank(self) -> tuple[Array, Array]:
+        down, up = self._pair()
+        if self.lora_mid is not None:
+            down = jnp.matmul(down, self.lora_mid[...], precision=jax.lax.Precision.HIGHEST)
+        if self.start_A is not None:
+            down = jnp.concatenate([down, self.start_A[...]], axis=-1)
+            up = jnp.concatenate([up, -self.start_B[...]], axis=-2)
+        return down, self.place.tall(up)
 
-    def delta(self) -> Float[Array, "*lead i o"]:
-        return self.scaling * jnp.matmul(
-            self.lora_A[...], self.lora_B[...], precision=jax.lax.Precision.HIGHEST
-        )
+    def added(self, inputs: Array, dtype: Any, strength: Any) -> Float[Array, "*b o"]:
+        inputs = self.dropped(inputs)
+        if self.lora_mid is None:
+            down, up = self.low_rank()
+            low = project(self.base, inputs, down.astype(dtype))
+        else:
+            down, up = map(self.place.tall, self._pair())
+            low = inputs.astype(dtype) @ down.astype(dtype)
+            low = narrow_convolve(low, self.lora_mid[...].astype(dtype), self.base)
+        low = (self._drop_ranks(low) * self.factor(strength)).astype(dtype)
+        return low @ up.astype(dtype)
+
+    @property
+    def drops(self) -> bool:
+        return super().drops or self.config.rank_dropout > 0
+
+    def _pair(self) -> tuple[Array, Array]:
+        return getattr(self, f"{self.prefix}A")[...], getattr(self, f"{self.prefix}B")[...]
+
+    def _drop_ranks(self, low: Array) -> Array:
+        rate = self.config.rank_dropout
+        if rate == 0 or self.dropout_key is None:
+            return low
+        single = low.ndim == 1 + len(self.place.size)
+        shape = [1 if single else low.shape[0]] * (low.ndim > 1) + [1] * (low.ndim - 2)
+        key = jax.random.fold_in(self.dropout_key, 2)
+        keep = jax.random.bernoulli(key, 1 - rate, (*shape, low.shape[-1]))
+        return jnp.where(keep, low / (1 - rate), 0).astype(low.dtype)
 
 
-class LoRAConv(base.AdapterLayer):
-    """LoRA on `nnx.Conv`: lora_A (*kernel, in, rank), then a pointwise lora_B (1.., rank, out)."""
+def lora_plus(ratio: float) -> optax.GradientTransformation:
+    """Multiplies the updates of every B by `ratio`: to be chained after an optimiser.
 
-    kind = "LoRA"
+    The paper's advice for `ratio` is about 16 where the learning rate is A's.
+    """
 
-    def __init__(self, layer: nnx.Conv, config: LoRAConfig, path: str, key: jax.Array):
-        super().__init__(layer, config, dropout=config.dropout)
-        check_conv(self.kind, path, layer)
-        kernel, axes = layer.kernel.get_value().shape, len(layer.kernel_size)
-        lead, size, (c_in, c_out) = kernel[: -axes - 2], kernel[-axes - 2 : -2], kernel[-2:]
-        rank = config.rank_at(path)
-        self.scaling = config.scaling_at(path)
-        init = partial(_init_a, config.init, fan_in=math.prod(size) * c_in, rank=rank)
-        self.lora_A = base.Trainable(init(key, (*lead, *size, c_in, rank)))
-        self.lora_B = base.Trainable(jnp.zeros((*lead, *[1] * axes, rank, c_out), jnp.float32))
+    def update(updates: Any, _: Any) -> Any:
+        def scale(path: base.Path, value: Array) -> Array:
+            names = {str(getattr(part, "key", "")) for part in path}
+            return value * ratio if names & {"lora_B", "lora_embedding_B"} else value
 
-    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        out = self.base(inputs)
-        if self.is_off:
-            return out
-        dtype = out.dtype
-        low = narrow_convolve(
-            self.drop(inputs).astype(dtype), self.lora_A[...].astype(dtype), self.base
-        )
-        low = (low * (self.scaling * self.strength)).astype(dtype)
-        up = self.lora_B[...].astype(dtype)
-        return out + low @ up.reshape(up.shape[-2:])
+        return jax.tree_util.tree_map_with_path(scale, updates)
 
-    def delta(self) -> Float[Array, "*lead_and_kernel i o"]:
-        return self.scaling * jnp.matmul(
-            self.lora_A[...], self.lora_B[...], precision=jax.lax.Precision.HIGHEST
-        )
+    return optax.stateless(update)
 
 
 def _init_a(
-    kind: str, key: jax.Array, shape: tuple[int, ...], *, fan_in: int, rank: int
+    kind: str, key: jax.Array, shape: tuple[int, ...], place: Place, rank: int
 ) -> Float[Array, "..."]:
     if kind == "gaussian":
         return jax.random.normal(key, shape, jnp.float32) / rank
-    bound = 1.0 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    return uniform(key, shape, math.prod(shape[len(place.lead) : -1]))
 
 
-def _first_match(patterns: dict, path: str, default):
-    """The value of the first pattern that matches the path or its end after a dot (as in peft)."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+def _principal(weight: Array, rank: int, scaling: float, path: str) -> tuple[Array, Array]:
+    """PiSSA: the first singular vectors of (*lead, rows, out), each with a root of its value."""
+    _check_rank(weight, rank, path)
+    left, values, right = jnp.linalg.svd(weight, full_matrices=False)
+    roots = jnp.sqrt(values[..., :rank] / scaling)
+    return left[..., :rank] * roots[..., None, :], roots[..., None] * right[..., :rank, :]
+
+
+def _orthogonal(weight: Array, rank: int, scaling: float, path: str) -> tuple[Array, Array]:
+    """OLoRA: the first columns of Q and rows of R of the (out, rows) matrix's QR decomposition."""
+    _check_rank(weight, rank, path)
+    q, r = jnp.linalg.qr(jnp.swapaxes(weight, -1, -2))
+    return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :rank], -1, -2)
+
+
+def _check_rank(weight: Array, rank: int, path: str) -> None:
+    if rank > min(weight.shape[-2:]):
+        raise ValueError(
+            f"{path}: rank {rank}, but a kernel of {weight.shape[-2]} rows and {weight.shape[-1]} "
+            f"columns has {min(weight.shape[-2:])} principal parts"
+        )

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.affiner import AffinerConfig, add_affiner
-from jaxsynth.adapters.lora import LoRAConfig, LoRAConv, LoRALinear, add_lora, lora
+from jaxsynth.adapters.lora import LoRA, LoRAConfig, add_lora, lora
 from tests.adapters.nets import CONFIG, Net, randomised
 
 
@@ -247,8 +247,8 @@ def test_abstract_injection():
         return add_lora(Net(rngs=nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
 
     abstract = nnx.eval_shape(build)
-    assert isinstance(abstract.down, LoRAConv)
-    assert isinstance(abstract.blocks[0], LoRALinear)
+    assert isinstance(abstract.down, LoRA)
+    assert isinstance(abstract.blocks[0], LoRA)
     assert abstract.down.lora_A.get_value().shape == (3, 3, 3, 3)
 
 

@@ -225,7 +225,7 @@ def test_config():
     for field, value in (
         ("rank", 0),
         ("dropout", 1.0),
-        ("init", "pissa"),
+        ("init", "svd"),
         ("rank_pattern", {"to_q": 0}),
     ):
         with pytest.raises(ValueError, match=r"LoRAConfig.*(rank|dropout|init|to_q)"):
