@@ -1,7 +1,10 @@
 """One small network, in NNX and in torch, with every layer type that adapters wrap."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from flax import nnx
 
@@ -53,9 +56,19 @@ class TorchNet(torch.nn.Module):
 
 def randomised(state: base.AdapterState, seed: int) -> base.AdapterState:
     """Every factor random and none zero."""
-    keys = jax.random.split(jax.random.key(seed), len(state.arrays))
+    generator = np.random.default_rng(seed)
     arrays = {
-        name: 0.3 * jax.random.normal(key, value.shape)
-        for key, (name, value) in zip(keys, state.arrays.items(), strict=True)
+        name: jnp.asarray(0.3 * generator.standard_normal(value.shape), jnp.float32)
+        for name, value in state.arrays.items()
     }
     return base.AdapterState(arrays, state.config)
+
+
+# Compiles in a fraction of the time into slower programs, for programs that run once.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
