@@ -57,6 +57,12 @@ CONTROLNET: Table = (
     (r"(^|\.)controlnet_(down_blocks\.\d+|mid_block)\.(kernel|bias)$", _FREE),
     (r"(^|\.)controlnet_cond_embedding\.blocks\.\d+\.(kernel|bias)$", _FREE),
 )
+WEIGHT_UNET: Table = (
+    *UNET,
+    (r"(^|\.)index_embedding\.linear_[12]\.(kernel|bias)$", _FREE),
+    (r"(^|\.)(downsampler|upsampler)\.(kernel|bias)$", _FREE),
+    (r"(^|\.)position$", _FREE),
+)
 # Also where its blocks' parameters are stacked on a leading axis.
 DIT: Table = (
     *_DIFFUSERS_ATTENTION,
