@@ -32,6 +32,7 @@ _DESCRIPTION = "Make, adapt and judge synthetic training data in JAX."
 _EPILOG = """\
 examples:
   jaxsynth run --config=configs/datadream.py:tiny --workdir=runs/demo
+  jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8 --fsdp=4
   jaxsynth report runs/demo
   jaxsynth bench train-step --peer=torch
   jaxsynth run --help
@@ -61,6 +62,24 @@ several machines (the same command on each):
   elsewhere give --coordinator_address, --num_processes and --process_id, or set
   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
+_PLAN_EPILOG = """\
+The training programs of a config are compiled for fake CPU devices from shapes alone: no weights,
+no data and no accelerator are needed, and nothing of the networks' size is allocated. Of each it
+prints, in MiB on each device,
+  arguments    what lies there between steps: weights, optimiser, average and cached latents
+  frozen       the part of them that training does not change
+  outputs      what a step returns beside them
+  temporaries  what a step needs while it runs; an accelerator, which computes in 16 bits, needs
+               less than these CPU devices
+and the floating-point operations of one update on all devices together.
+
+A mesh has the axes data, fsdp and tensor; their sizes multiply to the number of devices, and data
+takes what the others leave. Only the methods that say what they train have a plan: {plans}.
+
+examples:
+  jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8
+  jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8 --fsdp=4 --config.train.batch_size=64
+"""
 _CONVERT_EPILOG = """\
 formats of an adapter:
   peft         a folder with adapter_config.json and adapter_model.safetensors; one such folder
@@ -77,10 +96,21 @@ Both sides load the same random weights, and are timed only after they have comp
 it on an idle machine: no ratio is given where other processes had a tenth of the cores' time
 meanwhile, or where the measurements of one side differ too much.
 
-cases:
-  tiny        the shipped 32x32 base; batches of 8 (train-step) or 20 images (generate)
-  tiny-cls    the same with 10 adapters at once, which torch takes one after the other
-  sd-shaped   Stable Diffusion 2 at half its width, 32x32 latents
+benchmarks:
+  train-step      one LoRA update of the Stable Diffusion networks
+  generate        a batch of images sampled from them
+  dit-train-step  one update of DiffScaler's Affiners on a diffusion transformer (DiT)
+  routing         drawing a batch that mixes three sets of Affiners, and the same with one set;
+                  both sides are ours
+
+cases of train-step and generate:
+  tiny            the shipped 32x32 base; batches of 8 (train-step) or 20 images (generate)
+  tiny-cls        the same with 10 adapters at once, which torch takes one after the other
+  sd-shaped       Stable Diffusion 2 at half its width, 32x32 latents
+
+cases of dit-train-step and routing:
+  tiny            the small DiT of configs/diffscaler.py, 8x8 latents
+  dit-s2, dit-b2  DiT-S/2 and DiT-B/2 (the latter in dit-train-step only), 32x32 latents
 
 environment:
   XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,\
@@ -107,14 +137,16 @@ def _diffscaler() -> ModuleType:
     return diffscaler
 
 
-# A method's module has `Config` (frozen dataclasses) and `run(config, workdir)`, and those of
-# REPORTS also `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
+# A method's module has `Config` (frozen dataclasses) and `run(config, workdir)`, those of REPORTS
+# also `report(workdir)`, and those of PLANS `plan(config, mesh)`, which returns a list of
+# `training.planning.Plan`. They are imported on use: `--help` should not wait for JAX.
 METHODS: dict[str, Callable[[], ModuleType]] = {
     "datadream": _datadream,
     "diffscaler": _diffscaler,
     "tiny_base": _tiny_base,
 }
 REPORTS = ("datadream", "diffscaler")
+PLANS = ("diffscaler",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,8 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest, assignments = _take_assignments([arg for arg in argv if arg != "--debug"])
         args = _parse(rest)
-        if assignments and args.verb != "run":
-            raise UsageError(f"--config.{assignments[0][0]}: only `jaxsynth run` has config fields")
+        if assignments and args.verb not in ("run", "plan"):
+            raise UsageError(
+                f"--config.{assignments[0][0]}: only `jaxsynth run` and `jaxsynth plan` have "
+                "config fields"
+            )
         args.assignments, args.argv = assignments, argv
         _prepare_libraries()
         args.call(args)
@@ -150,21 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """`jaxsynth run`: starts a run, or goes on with it."""
-    from jaxsynth.config import load_config, override, to_dataclass, to_dict
+    from jaxsynth.config import to_dict
 
-    values = load_config(args.config)
-    name = values.get("method")
-    if name not in METHODS:
-        found = "no field `method`" if name is None else f"method={name!r}"
-        raise UsageError(f"{args.config}: {found}, expected one of {', '.join(METHODS)}")
-    if any(field == "method" for field, _ in args.assignments):
-        raise UsageError(f"--config.method: the config file decides the method ({name})")
-    method = METHODS[name]()
-    values = override(values, args.assignments)
-    if "method" not in method.Config.__dataclass_fields__:
-        del values["method"]
-    config = to_dataclass(method.Config, values)
-
+    name, method, config = _configured(args)
     _enable_compile_cache()
     _start_processes(args)
     import jax
@@ -203,6 +226,31 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"Done in {duration(time.monotonic() - began)}{where}", markup=False)
 
 
+def plan(args: argparse.Namespace) -> None:
+    """`jaxsynth plan`: what a config's training needs, on devices that need not be there."""
+    _start_fake_devices(args.devices)
+    name, method, config = _configured(args)
+    if name not in PLANS:
+        raise UsageError(f"{args.config}: method {name} has no plan, only {', '.join(PLANS)}")
+    _enable_compile_cache()
+    import jax
+
+    from jaxsynth.report.tables import to_rich
+    from jaxsynth.training.console import console
+    from jaxsynth.training.planning import table
+    from jaxsynth.training.sharding import make_mesh
+
+    mesh = make_mesh(args.data, args.fsdp, args.tensor)
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    device = jax.devices()[0].device_kind
+    console.print(f"{name} on {mesh.size} x {device} ({shape})", markup=False)
+    plans = method.plan(config, mesh)
+    console.print(to_rich(table(plans)))
+    for one in plans:
+        if one.note:
+            console.print(f"{one.name}: {one.note}", markup=False)
+
+
 def report(args: argparse.Namespace) -> None:
     """`jaxsynth report`: writes the page of each run again from what the run left."""
     from jaxsynth.training.console import console
@@ -236,6 +284,38 @@ def bench(args: argparse.Namespace) -> None:
         json=args.json,
         console=console,
     )
+
+
+def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
+    """The method that a config file names, its module, and the config with what was assigned."""
+    from jaxsynth.config import load_config, override, to_dataclass
+
+    values = load_config(args.config)
+    name = values.get("method")
+    if name not in METHODS:
+        found = "no field `method`" if name is None else f"method={name!r}"
+        raise UsageError(f"{args.config}: {found}, expected one of {', '.join(METHODS)}")
+    if any(field == "method" for field, _ in args.assignments):
+        raise UsageError(f"--config.method: the config file decides the method ({name})")
+    method = METHODS[name]()
+    values = override(values, args.assignments)
+    if "method" not in method.Config.__dataclass_fields__:
+        del values["method"]
+    return name, method, to_dataclass(method.Config, values)
+
+
+def _start_fake_devices(count: int) -> None:
+    """Has JAX see `count` CPU devices, which has to be said before it is imported."""
+    if count < 1:
+        raise UsageError(f"--devices={count}: expected at least 1")
+    if "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    import jax
+
+    if (found := len(jax.devices())) != count:
+        raise UsageError(f"--devices={count}: this process has already started JAX with {found}")
 
 
 def _read_run(workdir: Path) -> dict[str, Any]:
@@ -361,6 +441,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     subparsers = {
         "run": _run_parser(verbs),
         "report": _report_parser(verbs),
+        "plan": _plan_parser(verbs),
         "convert": _convert_parser(verbs),
         "bench": _bench_parser(verbs),
     }
@@ -399,6 +480,33 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
     return parser
 
 
+def _plan_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "plan",
+        help="compile a config's training for many devices, and print what it needs",
+        description="Compile a config's training programs for many devices, without any of them, "
+        "and print the memory and the work that they need.",
+        usage="jaxsynth plan --config=FILE[:VARIANT] --devices=N [--data=N] [--fsdp=N] "
+        "[--tensor=N] [--config.FIELD=VALUE ...]",
+        epilog=_PLAN_EPILOG.format(plans=", ".join(PLANS)),
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
+    )
+    parser.add_argument(
+        "--devices", required=True, type=int, metavar="N", help="how many devices to compile for"
+    )
+    for axis, default, what in (
+        ("data", -1, "which share a batch (default: all that the others leave)"),
+        ("fsdp", 1, "which share a batch and the frozen weights (default 1)"),
+        ("tensor", 1, "which share the layers' heads and channels (default 1)"),
+    ):
+        text = f"devices along the axis {axis}, {what}"
+        parser.add_argument(f"--{axis}", type=int, default=default, metavar="N", help=text)
+    parser.set_defaults(call=plan)
+    return parser
+
+
 def _report_parser(verbs) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "report",
@@ -431,10 +539,11 @@ def _bench_parser(verbs) -> argparse.ArgumentParser:
         "bench",
         help="time training and sampling, side by side with torch's",
         description="Time training steps or sampling, side by side with diffusers and peft.",
-        usage="jaxsynth bench {train-step,generate} [--peer=torch] [CASE ...]",
+        usage="jaxsynth bench BENCHMARK [--peer=torch] [CASE ...]",
         epilog=_BENCH_EPILOG,
     )
-    parser.add_argument("name", choices=("train-step", "generate"), help="what is timed")
+    names = ("train-step", "generate", "dit-train-step", "routing")
+    parser.add_argument("name", metavar="BENCHMARK", choices=names, help="what is timed, see below")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
     parser.add_argument("--peer", choices=("torch",), default="", help="whom to compare with")
     parser.add_argument("--reps", type=int, default=5, metavar="N", help="measurements (default 5)")

@@ -6,12 +6,18 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxsynth.bench import dit_train_step, routing
 from jaxsynth.bench import run as bench
 from jaxsynth.bench.timing import Timing, Watch, alternate, busy_seconds, cores
+from jaxsynth.diffusion.learned_range import variational_bound
+from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.errors import UsageError
+from jaxsynth.weights.dit import SCHEDULER
 
 
 def printer(width: int = 80) -> Console:
@@ -19,26 +25,83 @@ def printer(width: int = 80) -> Console:
     return Console(file=io.StringIO(), width=width, highlight=False, soft_wrap=True)
 
 
-@pytest.mark.parametrize("name", ["train-step", "generate"])
-def test_both_sides_compute_the_same(name, tmp_path):
-    for package in ("torch", "diffusers", "peft"):
+PEERS = ("torch", "diffusers", "peft")
+
+
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        ("train-step", ("tiny", "tiny-cls")),
+        ("generate", ("tiny", "tiny-cls")),
+        ("dit-train-step", ("tiny",)),
+    ],
+)
+def test_both_sides_compute_the_same(name, cases, tmp_path):
+    for package in PEERS:
         pytest.importorskip(package)
     out = printer()
     path = tmp_path / "figures.json"
     rows = bench.run(
         name,
         peer="torch",
-        cases=("tiny", "tiny-cls"),
+        cases=cases,
         reps=1,
         shortest=0.0,
         json=path,
         console=out,
     )
-    assert [row.case for row in rows] == ["tiny", "tiny-cls"]
+    assert tuple(row.case for row in rows) == cases
     assert all(row.difference < 1e-3 and row.ratio > 0 for row in rows)
     figures = json.loads(path.read_text())
-    assert figures["rows"][1]["peer"]["seconds"] and "torch" in figures["versions"]
+    assert figures["rows"][-1]["peer"]["seconds"] and "torch" in figures["versions"]
     assert "Largest difference of the two sides' results: " in out.file.getvalue()
+
+
+def test_gradients_are_compared_one_by_one():
+    theirs = {"a": np.array([3.0, 4.0]), "b": np.array([1e-2]), "none": np.zeros(2)}
+    assert dit_train_step.gradient_difference(theirs, theirs) == 0.0
+    # A small one that is off counts for itself, and rounding beside zero for nothing.
+    off = theirs | {"b": np.array([1.5e-2]), "none": np.full(2, 1e-7)}
+    assert dit_train_step.gradient_difference(off, theirs) == pytest.approx(0.005 / 0.015)
+
+
+def test_torch_bounds_the_variance_alike_at_every_time():
+    torch, diffusers = (pytest.importorskip(package) for package in PEERS[:2])
+    from jaxsynth.bench import torch_dit
+
+    rng = np.random.default_rng(0)
+    t = np.array([0, 0, 1, 10, 500, 999])
+    x0, noise, prediction, v = rng.normal(size=(4, 6, 2, 2, 3)).astype(np.float32)
+    x0[1] *= 0.1  # between the open bins of t = 0
+    prediction[:2] = noise[:2] + 0.3 * prediction[:2]  # no bin of a probability near rounding
+    schedule = NoiseSchedule.from_config(SCHEDULER)
+    x_t = add_noise(schedule, jnp.asarray(x0), jnp.asarray(noise), jnp.asarray(t))
+    output = jnp.concatenate([prediction, v], axis=-1)
+    ours = variational_bound(schedule, output, jnp.asarray(x0), x_t, jnp.asarray(t))
+    tables = torch_dit.schedule_tables(diffusers.DDPMScheduler.from_config(SCHEDULER))
+    arrays = [torch_dit.nchw(x) for x in (prediction, v, x0, x_t)]
+    theirs = torch_dit.variational_bound(tables, *arrays, torch.from_numpy(t))
+    np.testing.assert_allclose(ours, theirs.mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_a_mixed_batch_is_what_its_sets_draw_alone():
+    out = printer()
+    (row,) = bench.run("routing", cases=("tiny",), reps=1, shortest=0.0, console=out)
+    assert row.difference < 1e-3 and row.peer is not None
+    text = out.file.getvalue()
+    assert max(map(len, text.splitlines()[2:])) <= 80 and "overhead" in text
+    with pytest.raises(UsageError, match="bench routing: compares two of our own programs"):
+        bench.run("routing", peer="torch", console=out)
+
+
+def test_an_image_with_another_set_is_noticed():
+    case = replace(routing.CASES[0], images=3, steps=2)
+    ours = routing.build(case)
+    found = [ours.step()]
+    one = routing.connect(ours)
+    assert routing.compare(ours, found, one) < 1e-4
+    ours.sets = ours.sets[::-1]
+    assert routing.compare(ours, found, one) > 1e-2
 
 
 ROW = bench.Row(
@@ -53,9 +116,9 @@ ROW = bench.Row(
 )
 
 
-def shown(rows, peer="torch") -> str:
+def shown(rows, name="train-step") -> str:
     out = printer()
-    bench._show(out, "train-step", rows, peer)
+    bench._show(out, name, rows)
     return out.file.getvalue()
 
 
@@ -71,7 +134,11 @@ def test_the_table_fits_a_pipe_of_80_columns():
     assert second.split()[:5] == ["10", "adapters,", "batch", "8", "each"]
     assert " ".join(second.split()[5:]) == "6.7 images/s 3.3 images/s 2.00-2.09"
     assert note == "Largest difference of the two sides' results: 2e-05"
-    one_side = shown([replace(ROW, peer=None, difference=None)], "").splitlines()
+    routed = shown([replace(ROW, detail="48 images, 3 sets, 5 steps")], "routing").splitlines()
+    assert max(map(len, routed)) <= 80 and "…" not in "".join(routed)
+    assert routed[3].split() == ["case", "call", "mixed", "one", "set", "overhead"]
+    assert routed[5].endswith("-50.0%") and routed[6].endswith("-52 to -50%")
+    one_side = shown([replace(ROW, peer=None, difference=None)]).splitlines()
     assert one_side[0] == "bench train-step: median of 3 measurements" and len(one_side) == 7
 
 
@@ -90,7 +157,7 @@ def test_no_ratio_where_the_machine_was_busy(change, reason):
     assert (
         "busy" in text and f"{row.ratio:.2f}" not in text and max(map(len, text.split("\n"))) <= 80
     )
-    assert f"tiny-cls: no ratio, {reason}; run it on an idle machine" in bench._notes([row])
+    assert f"tiny-cls: not compared, {reason}; run it on an idle machine" in bench._notes([row])
     assert bench._figures(row)["ratio"] is None and bench._figures(ROW)["ratio"] == 2.0
 
 

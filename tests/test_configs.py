@@ -15,6 +15,8 @@ VARIANTS = {
     "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),
     "diffscaler": (
         "",
+        "base",
+        "base,path=photos",
         "tiny",
         "study",
         "conditions",
@@ -49,10 +51,11 @@ def test_each_variant_is_what_its_method_takes(path, variant):
 
 
 @pytest.mark.parametrize(
-    "variant", ["tiny,dataset=cifar10", "xl2,datset=cifar10", "xl2,path=", "xl2,photos"]
+    "variant",
+    ["tiny,dataset=cifar10", "xl2,datset=cifar10", "xl2,path=", "xl2,photos", "base,dataset=a"],
 )
 def test_diffscalers_data_set_is_given_in_one_way(variant):
-    with pytest.raises(ConfigError, match="expected xl2,dataset=NAME or xl2,path=FOLDER"):
+    with pytest.raises(ConfigError, match="expected xl2,dataset=NAME, xl2,path=FOLDER or base"):
         load_config(f"{FOLDER / 'diffscaler.py'}:{variant}")
 
 

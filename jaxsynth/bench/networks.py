@@ -2,7 +2,8 @@
 
 `tiny` has the shapes of the shipped 32x32 base, where the cost of starting operations counts;
 `sd-shaped` is Stable Diffusion 2.x at half its width and on 32x32 latents, where products and
-convolutions count.
+convolutions count. The transformers are the small one of configs/diffscaler.py and two published
+sizes.
 """
 
 import tempfile
@@ -16,6 +17,7 @@ from flax import nnx
 
 from jaxsynth.methods import tiny_networks
 from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
+from jaxsynth.models.dit import DiT, DiTConfig
 from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights.hf import StableDiffusion, describe
@@ -89,6 +91,27 @@ def sd_shaped() -> Networks:
 NETWORKS = {"tiny": tiny, "sd-shaped": sd_shaped}
 
 
+def tiny_dit() -> DiTConfig:
+    """The transformer of configs/diffscaler.py: 8x8x4 latents, 16 tokens."""
+    return DiTConfig(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=4,
+        sample_size=8,
+        out_channels=8,
+        num_embeds_ada_norm=20,
+        norm_eps=1e-6,
+    )
+
+
+# 32x32x4 latents, 256 tokens; with the timestep's frequencies of diffusers.
+DITS = {
+    "tiny": tiny_dit,
+    "dit-s2": lambda: DiTConfig.preset("DiT-S/2", freq_shift=1),
+    "dit-b2": lambda: DiTConfig.preset("DiT-B/2", freq_shift=1),
+}
+
+
 def random_pipeline(networks: Networks, seed: int = 0) -> StableDiffusion:
     """The pipeline with random weights, and a tokenizer trained on a few words."""
     generator = np.random.default_rng(seed)
@@ -101,23 +124,32 @@ def random_pipeline(networks: Networks, seed: int = 0) -> StableDiffusion:
             Path(folder),
         )
     return StableDiffusion(
-        unet=_random(UNet2DCondition, UNet2DConditionConfig.from_dict(networks.unet), generator),
-        vae=_random(AutoencoderKL, AutoencoderKLConfig.from_dict(networks.vae), generator),
-        text_encoder=_random(CLIPTextModel, text_config, generator),
+        unet=random_network(
+            UNet2DCondition, UNet2DConditionConfig.from_dict(networks.unet), generator
+        ),
+        vae=random_network(AutoencoderKL, AutoencoderKLConfig.from_dict(networks.vae), generator),
+        text_encoder=random_network(CLIPTextModel, text_config, generator),
         tokenizer=tokenizer,
         scheduler_config=networks.scheduler,
     )
 
 
-def _random(model_cls, config, generator: np.random.Generator) -> nnx.Module:
+def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
+    """The transformer with random weights."""
+    return random_network(DiT, config, np.random.default_rng(seed))
+
+
+def random_network(model_cls, config, generator: np.random.Generator | int = 0) -> Any:
     """A network whose activations keep their size from layer to layer, with no zero bias."""
+    generator = np.random.default_rng(generator)
     graphdef, state = nnx.split(describe(model_cls, config))
+    stacked = getattr(model_cls, "stacked", ())
 
     def fill(path, variable) -> nnx.Variable:
         shape = variable.shape
         noise = generator.standard_normal(shape, np.float32)
         if path[-1] == "kernel":
-            noise /= np.sqrt(np.prod(shape[:-1]))
+            noise /= np.sqrt(np.prod(shape[path[0] in stacked : -1]))
         elif path[-1] == "scale":
             noise = 1 + 0.1 * noise
         else:

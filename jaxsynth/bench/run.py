@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from jaxsynth.bench import generate, train_step
+from jaxsynth.bench import dit_train_step, generate, routing, train_step
 from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
 from jaxsynth.errors import UsageError
 from jaxsynth.training.artifact import versions, write_json
@@ -33,7 +34,9 @@ class Benchmark:
 
     `build(case)` gives our side, whose `step()` does the work and waits for it; `connect(ours)` the
     other, and `call(ours, other)` what it does in `step`'s place. `compare(ours, found, other)` is
-    the difference of both sides' results, `found` those of our first two steps.
+    the difference of both sides' results, `found` those of our first two steps. `names` head the
+    sides' columns. Where the other is our own it is always timed, and counts as what ours costs
+    more than it.
     """
 
     cases: Sequence[Any]
@@ -41,11 +44,24 @@ class Benchmark:
     connect: Callable[[Any], Any]
     compare: Callable[[Any, list, Any], float]
     call: Callable[[Any, Any], Callable[[], object]]
+    names: tuple[str, str] = ("jaxsynth", "torch")
+
+    @property
+    def of_peer(self) -> bool:
+        """Whether the other side is a peer's, timed on request, and not our own."""
+        return self.names[1] == "torch"
+
+
+def _benchmark(module: ModuleType, **more: Any) -> Benchmark:
+    parts = (module.CASES, module.build, module.connect, module.compare, module.peer_call)
+    return Benchmark(*parts, **more)
 
 
 BENCHES = {
-    name: Benchmark(module.CASES, module.build, module.connect, module.compare, module.peer_call)
-    for name, module in {"train-step": train_step, "generate": generate}.items()
+    "train-step": _benchmark(train_step),
+    "generate": _benchmark(generate),
+    "dit-train-step": _benchmark(dit_train_step),
+    "routing": _benchmark(routing, names=("mixed", "one set")),
 }
 
 
@@ -81,6 +97,11 @@ class Row:
         return sorted(theirs / mine for theirs, mine in pairs)
 
     @property
+    def overhead(self) -> float | None:
+        """The share by which our side takes longer than the other."""
+        return self.ours.median / self.peer.median - 1 if self.peer else None
+
+    @property
     def disturbed(self) -> str:
         """Why the two sides' times should not be compared; "" where they may be."""
         if self.others is not None and self.others > MOST_OTHERS:
@@ -103,8 +124,9 @@ def run(
 ) -> list[Row]:
     """Time the cases (all by default) of the benchmark `name` and print them as a table.
 
-    `peer` "" times our side alone; "torch" also torch's, after checking that it computes the same.
-    Where the machine was busy with something else meanwhile, no ratio is printed or written.
+    `peer` "" times our side alone (or both, where both are ours); "torch" also torch's, after
+    checking that it computes the same. Where the machine was busy with something else meanwhile, no
+    ratio is printed or written.
     """
     bench = BENCHES[name]
     known = {case.name: case for case in bench.cases}
@@ -112,6 +134,9 @@ def run(
         raise UsageError(f"bench {name}: no case {unknown[0]!r}, expected {', '.join(known)}")
     if reps < 1:
         raise UsageError(f"bench {name}: --reps is {reps}, expected at least 1")
+    if peer and not bench.of_peer:
+        raise UsageError(f"bench {name}: compares two of our own programs, and takes no --peer")
+    compared = bool(peer) or not bench.of_peer
     record = environment()
     if peer:
         from jaxsynth.bench import torch_peer
@@ -122,10 +147,10 @@ def run(
     rows = []
     for case in [known[case] for case in cases or known]:
         with console.status(f"{name}: {case.name}"):
-            rows.append(measure(name, case, compared=bool(peer), reps=reps, shortest=shortest))
+            rows.append(measure(name, case, compared=compared, reps=reps, shortest=shortest))
         # A case's networks are large; the next one's must not stand beside them.
         gc.collect()
-    _show(console, name, rows, peer)
+    _show(console, name, rows)
     if json is not None:
         record |= {"bench": name, "peer": peer, "reps": reps}
         record["rows"] = [_figures(row) for row in rows]
@@ -192,27 +217,32 @@ def _header(record: dict[str, Any]) -> list[str]:
     return lines + ([f"XLA_FLAGS={record['xla_flags']}"] if record["xla_flags"] else [])
 
 
-def _show(console: Console, name: str, rows: Sequence[Row], peer: str) -> None:
+def _show(console: Console, name: str, rows: Sequence[Row]) -> None:
     """Prints the table; 80 columns are enough for it, and all there are in a pipe."""
-    taken = f"median of {len(rows[0].ours.seconds)} measurements"
-    lines = [f"bench {name}: {taken}" + (", taken in turn" if peer else "")]
+    title = f"bench {name}: median of {len(rows[0].ours.seconds)} measurements"
+    if rows[0].peer is not None:
+        title += ", taken in turn"
     # Lines that are too long go on in the next: those of a run's console do not.
-    console.print(*lines, "", sep="\n", markup=False, soft_wrap=False)
-    console.print(_table(rows, peer), soft_wrap=False)
+    console.print(title, "", sep="\n", markup=False, soft_wrap=False)
+    console.print(_table(BENCHES[name], rows), soft_wrap=False)
     for line in _notes(rows):
         console.print(line, markup=False, soft_wrap=False)
 
 
-def _table(rows: Sequence[Row], peer: str) -> Table:
+def _table(bench: Benchmark, rows: Sequence[Row]) -> Table:
     """Two lines a case: milliseconds a call (median, +- half the range), and images a second."""
     table = Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("case", no_wrap=True)
-    for column in ["first\ncall", "jaxsynth", *([peer, "ratio"] if peer else [])]:
+    columns = ["first\ncall", bench.names[0]]
+    if rows[0].peer is not None:
+        columns += [bench.names[1], "ratio" if bench.of_peer else "overhead"]
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [f"{row.case}\n  {row.detail}", f"{row.first:.1f} s", _cell(row, row.ours)]
         if row.peer is not None:
-            cells += [_cell(row, row.peer), "busy" if row.disturbed else _ratio(row)]
+            found = _ratio(row) if bench.of_peer else _overhead(row)
+            cells += [_cell(row, row.peer), "busy" if row.disturbed else found]
         table.add_row(*cells)
     return table
 
@@ -232,6 +262,12 @@ def _ratio(row: Row) -> str:
     return f"{row.ratio:.2f}x\n{row.ratios[0]:.2f}-{row.ratios[-1]:.2f}"
 
 
+def _overhead(row: Row) -> str:
+    ratios = row.ratios
+    least, most = (100 * (1 / ratio - 1) for ratio in (ratios[-1], ratios[0]))
+    return f"{row.overhead:+.1%}\n{least:+.0f} to {most:+.0f}%"
+
+
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What does not fit in the table."""
     differences = [row.difference for row in rows if row.difference is not None]
@@ -240,7 +276,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         lines.append(f"Largest difference of the two sides' results: {max(differences):.0e}")
     for row in rows:
         if row.disturbed and row.peer is not None:
-            lines.append(f"{row.case}: no ratio, {row.disturbed}; run it on an idle machine")
+            lines.append(f"{row.case}: not compared, {row.disturbed}; run it on an idle machine")
         elif row.disturbed:
             lines.append(f"{row.case}: {row.disturbed}")
     return lines
@@ -251,5 +287,6 @@ def _figures(row: Row) -> dict[str, Any]:
     return asdict(row) | {
         "ratio": row.ratio if compared else None,
         "ratios": row.ratios if compared else [],
+        "overhead": row.overhead if compared else None,
         "disturbed": row.disturbed,
     }

@@ -90,12 +90,12 @@ class TorchTraining:
         """One update; `drawn` (x0, noise, t), channels last, replaces this step's own draws."""
         ids = torch.from_numpy(np.array(batch["ids"], np.int64))
         if drawn is None:
-            mean, std = (_nchw(np.asarray(batch[name])[:, 0]) for name in ("mean", "std"))
+            mean, std = (nchw(np.asarray(batch[name])[:, 0]) for name in ("mean", "std"))
             x0 = mean + std * torch.randn_like(mean)
             noise = torch.randn_like(mean)
             t = torch.randint(self._scheduler.config.num_train_timesteps, (len(mean),))
         else:
-            x0, noise = _nchw(drawn.x0), _nchw(drawn.noise)
+            x0, noise = nchw(drawn.x0), nchw(drawn.noise)
             t = torch.from_numpy(np.array(drawn.t, np.int64))
         noisy = self._scheduler.add_noise(x0, noise, t)
         text = self._text(ids, return_dict=False)[0]
@@ -146,7 +146,7 @@ class TorchGeneration:
 
     def step(self, noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Images in [0, 1], float32 (b, h, w, 3), from noise (b, h, w, c)."""
-        latents, images = _nchw(noise), None
+        latents, images = nchw(noise), None
         for number, (cond, uncond) in enumerate(self._text):
             rows = np.flatnonzero(labels == number)
             self._switch(number)
@@ -172,5 +172,5 @@ def _state_name(component: str, name: str) -> str:
     return f"{component}.{path}.{factor}"
 
 
-def _nchw(x: np.ndarray) -> torch.Tensor:
+def nchw(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.array(x), -1, 1)))

@@ -126,6 +126,26 @@ class Subset:
         return record if self._labels is None else record._replace(label=int(self._labels[index]))
 
 
+class Joined:
+    """Sources one after the other; labels and ids are given, as theirs may meet."""
+
+    def __init__(self, sources: Sequence[ImageSource], labels, ids: Sequence[str]):
+        self.sources = tuple(sources)
+        self.labels, self.ids = np.asarray(labels, np.int32), tuple(ids)
+        self._ends = np.cumsum([len(source) for source in self.sources])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        start = self._ends[number] - len(self.sources[number])
+        image = self.sources[number][int(index - start)].image
+        return Record(image, int(self.labels[index]), self.ids[index])
+
+
 class Cached:
     """A source decoded once, in one flat uint8 array; images may differ in size. See `cached`."""
 
@@ -279,6 +299,31 @@ def select_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
         display_names=tuple(dataset.display_names[i] for i in old),
         train=part(dataset.train),
         test=part(dataset.test),
+    )
+
+
+def joined(datasets: Mapping[str, Dataset]) -> Dataset:
+    """Data sets as one, by their names: the classes of each follow those of the one before."""
+
+    def part(name: str) -> Joined:
+        sources = [getattr(dataset, name) for dataset in datasets.values()]
+        counts = [dataset.num_classes for dataset in datasets.values()]
+        starts = np.cumsum([0, *counts[:-1]])
+        labels = [np.asarray(x.labels) + start for x, start in zip(sources, starts, strict=True)]
+        ids = [f"{k}/{i}" for k, source in zip(datasets, sources, strict=True) for i in source.ids]
+        return Joined(sources, np.concatenate(labels), ids)
+
+    def names(field: str) -> tuple[str, ...]:
+        return tuple(f"{key} {name}" for key, x in datasets.items() for name in getattr(x, field))
+
+    return Dataset(
+        name=" + ".join(datasets),
+        class_names=names("class_names"),
+        display_names=names("display_names"),
+        template=prompts.default_template(""),
+        train=part("train"),
+        test=part("test"),
+        split="; ".join(f"{key}: {dataset.split}" for key, dataset in datasets.items()),
     )
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters.base import Trainable, route, stack
+from jaxsynth.adapters.table import ExtendedTable
 from jaxsynth.data.conditions import as_fractions
 from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.learned_range import make_learned_range, without_variance
@@ -46,7 +47,8 @@ class ClassGenerator:
     `models` are one transformer, or several of one structure that differ in what is `Trainable`
     only, each image then running its own. `config.sampler` "ancestral" draws with the learned
     variance; every other one uses the predicted noise alone. `guide_channels` as in
-    `classifier_free`: None guides all, 3 is what the published DiT figures were measured with.
+    `classifier_free`: None guides all of the noise (never the variance), 3 is what the published
+    DiT figures were measured with. ValueError for a class that no model has.
 
     Models with `condition_channels` need `conditions`. Guidance strengthens the class, not the
     condition: the branch without a class sees it too, as in ControlNet.
@@ -66,8 +68,8 @@ class ClassGenerator:
     ):
         if config.negative_prompt:
             raise ValueError("generate.negative_prompt: a class-conditional model has no prompts")
+        _check_classes(models, classes)
         self._seed, self.batch_size = seed, config.batch_size
-        self._guidance, self._guide_channels = config.guidance_scale, guide_channels
         schedule = NoiseSchedule.from_config(scheduler_config)
         steps = config.num_inference_steps
         self._ancestral = config.sampler == ANCESTRAL
@@ -85,6 +87,9 @@ class ClassGenerator:
         self._conditions = conditions
         size, channels = model.config.sample_size, model.config.in_channels
         self._shape, self._null = (size, size, channels), model.config.null_label
+        if guide_channels is not None and not 1 <= guide_channels <= channels:
+            raise ValueError(f"guide_channels {guide_channels}, expected 1 to {channels}")
+        self._guidance, self._guide_channels = config.guidance_scale, guide_channels or channels
         self._learned = model.config.channels_out == 2 * channels
         if self._ancestral and not self._learned:
             raise ValueError("generate.sampler 'ancestral': the model predicts no variance")
@@ -139,7 +144,8 @@ class ClassGenerator:
             return model(x, t, labels, condition=condition[0] if condition else None)
 
         if self._routed:
-            denoise = per_image(run, route(factors, which), frozen, len(labels))
+            own = route(factors, which)
+            denoise = per_image(run, own, frozen, len(labels), stacked=DiT.stacked)
         else:
             denoise = partial(run, factors, frozen)
         if self._learned and not self._ancestral:
@@ -154,3 +160,22 @@ class ClassGenerator:
         )
         x_T = initial_noise(keys, self._shape, self._sampler)
         return sample(guided, x_T, self._sampler, keys=keys)
+
+
+def _check_classes(models: Sequence[DiT], classes: Sequence[ClassOf]) -> None:
+    """Inside a program, a model or label out of range would silently be the last one."""
+    counts = [_label_count(model) for model in models]
+    for one in classes:
+        if not 0 <= one.model < len(models):
+            raise ValueError(f"classes: model {one.model} of {len(models)}")
+        if not 0 <= one.label < counts[one.model]:
+            raise ValueError(
+                f"classes: label {one.label}, model {one.model} has 0 to {counts[one.model] - 1}"
+            )
+
+
+def _label_count(model: DiT) -> int:
+    table = model.class_embedder.embedding_table
+    if isinstance(table, ExtendedTable):
+        return table.base.num_embeddings + len(table.rows.get_value())
+    return table.num_embeddings

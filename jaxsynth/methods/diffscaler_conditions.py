@@ -50,7 +50,7 @@ from jaxsynth.training.text_to_image import decode_pixels
 from jaxsynth.weights.states import read_state, write_state
 
 if TYPE_CHECKING:
-    from jaxsynth.methods.diffscaler import _Work
+    from jaxsynth.methods.diffscaler_stages import Work
 
 TRAINING = ".training"
 # Of the grid of samples.
@@ -60,7 +60,7 @@ _LINES, _COLUMNS = 4, 3
 class ConditionTask:
     """One kind of condition on one data set of a run."""
 
-    def __init__(self, work: _Work, name: str, kind: str):
+    def __init__(self, work: Work, name: str, kind: str):
         self.work, self.name, self.kind = work, name, kind
         self.folder = work.folder / "conditions" / name / kind
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -204,39 +204,61 @@ def denoising_error(
     return diffusion_loss(schedule, output, x0, noise, t, per_sample=True)
 
 
+class Drawn(NamedTuple):
+    """What one step is about; the loss is the sum of the samples' errors by their `weights`."""
+
+    x0: Float[Array, "b h w c"]
+    noise: Float[Array, "b h w c"]
+    t: Int[Array, " b"]
+    labels: Int[Array, " b"]
+    condition: Float[Array, "b h w m"] | None
+    weights: Float[Array, " b"]
+
+
+def draw(
+    batch: dict[str, Array], key: Array, total: int, config: TrainConfig, null_label: int
+) -> Drawn:
+    """What one step draws by `key` for a batch of `draw_batch`, at times below `total`.
+
+    Images that are kept come last.
+    """
+    retention = config.retention
+    keys = [jax.random.fold_in(key, i) for i in range(5)]
+    count = len(batch["labels"])
+    x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
+    dropped = jax.random.bernoulli(keys[1], config.label_dropout, (count,))
+    labels = jnp.where(dropped, null_label, batch["labels"])
+    t = sample_times(keys[2], count, total, retention.power if retention else 0)
+    weights = jnp.full(count, 1 / count)
+    condition = batch.get("condition")
+    if condition is not None:
+        condition = as_fractions(condition)
+    if retention:
+        kept = len(batch["kept"])
+        x0 = jnp.concatenate([x0, batch["kept"]])
+        if condition is not None:  # the base's images have none
+            condition = jnp.pad(condition, [(0, kept)] + [(0, 0)] * 3)
+        labels = jnp.concatenate([labels, jnp.full(kept, null_label)])
+        late = total - 1 - sample_times(keys[3], kept, total, retention.power)
+        t = jnp.concatenate([t, late])
+        weights = jnp.concatenate([weights, jnp.full(kept, retention.weight / kept)])
+    noise = jax.random.normal(keys[4], x0.shape)
+    return Drawn(x0, noise, t, labels, condition, weights)
+
+
 def make_loss(
     graphdef: Any, schedule: NoiseSchedule, config: TrainConfig, null_label: int, mesh=None
 ):
     """`loss(trainable, frozen, batch, key)` over what `draw_batch` draws."""
-    retention = config.retention
     total = schedule.num_train_timesteps
 
     def loss(trainable, frozen, batch, key):
         if mesh is not None:
             rows = NamedSharding(mesh, sharding.BATCH)
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
-        keys = [jax.random.fold_in(key, i) for i in range(6)]
-        count = len(batch["labels"])
-        x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
-        dropped = jax.random.bernoulli(keys[1], config.label_dropout, (count,))
-        labels = jnp.where(dropped, null_label, batch["labels"])
-        t = sample_times(keys[2], count, total, retention.power if retention else 0)
-        weights = jnp.full(count, 1 / count)
-        condition = batch.get("condition")
-        if condition is not None:
-            condition = as_fractions(condition)
-        if retention:
-            kept = len(batch["kept"])
-            x0 = jnp.concatenate([x0, batch["kept"]])
-            if condition is not None:  # the base's images have none
-                condition = jnp.pad(condition, [(0, kept)] + [(0, 0)] * 3)
-            labels = jnp.concatenate([labels, jnp.full(kept, null_label)])
-            late = total - 1 - sample_times(keys[3], kept, total, retention.power)
-            t = jnp.concatenate([t, late])
-            weights = jnp.concatenate([weights, jnp.full(kept, retention.weight / kept)])
-        noise = jax.random.normal(keys[4], x0.shape)
+        x0, noise, t, labels, condition, weights = draw(batch, key, total, config, null_label)
         x_t = add_noise(schedule, x0, noise, t)
-        model = seed_dropout(nnx.merge(graphdef, trainable, frozen), keys[5])
+        model = seed_dropout(nnx.merge(graphdef, trainable, frozen), jax.random.fold_in(key, 5))
         output = model(x_t, t, labels, condition=condition, remat=config.remat)
         errors = denoising_error(schedule, output, x0, x_t, noise, t)
         return (errors * weights).sum(), {}

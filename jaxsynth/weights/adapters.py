@@ -125,7 +125,7 @@ def write_peft(folder: str | Path, state: AdapterState, *, base_model: str | Non
     }
     fields = {**_config_to_peft(state.config), "base_model_name_or_path": base_model}
     # The configuration comes last: a folder that has it is complete.
-    _write(folder / PEFT_WEIGHTS, _safetensors(tensors, {"format": "pt"}))
+    _write(folder / PEFT_WEIGHTS, files.to_bytes(_wide(tensors), {"format": "pt"}))
     files.write_json(folder / PEFT_CONFIG, fields)
 
 
@@ -197,7 +197,7 @@ def write_diffusers(target: str | Path, states: dict[str, AdapterState]) -> None
     if target.suffix != ".safetensors":
         target.mkdir(parents=True, exist_ok=True)
         target = target / DIFFUSERS_WEIGHTS
-    _write(target, _safetensors(tensors, {"format": "pt", _METADATA: _json(fields)}))
+    _write(target, files.to_bytes(_wide(tensors), {"format": "pt", _METADATA: _json(fields)}))
 
 
 def _component_path(component: str, path: str) -> str:
@@ -403,26 +403,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         return tensors, handle.metadata() or {}
 
 
-def _safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """A safetensors file of float32 tensors.
-
-    The safetensors library orders metadata at random, so its files differ from run to run.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset, payload = 0, []
-    for name, value in sorted(tensors.items()):
-        data = np.ascontiguousarray(value, "<f4").tobytes()
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(value.shape),
-            "data_offsets": [offset, offset + len(data)],
-        }
-        offset += len(data)
-        payload.append(data)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    # The format aligns the data to 8 bytes with spaces.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(payload)
+def _wide(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -62,7 +62,7 @@ _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 @dataclasses.dataclass(frozen=True)
 class DiTPipeline:
-    """A class-conditional latent diffusion pipeline; a lone transformer has no autoencoder.
+    """A class-conditional latent diffusion pipeline; `vae` None is one without an autoencoder.
 
     `scheduler_config` is the published networks' where the source has none. `id2label` names the
     classes, which may go without. `digest` is the sha256 of the weight files, "" if not loaded.
@@ -109,13 +109,18 @@ def load_dit(
             "'DiTPipeline'"
         )
     transformer = load_model(DiT, DiTConfig, folder / "transformer", **dtypes)
-    vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
     names = _labels(folder, index.get("id2label"), transformer.config)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    weights = [files.weight_files(folder / part) for part in ("transformer", "vae")]
+    parts, vae = ["transformer"], None
+    # diffusers' way to say that a pipeline goes without a part.
+    if index.get("vae") != [None, None]:
+        vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
+        parts.append("vae")
+    weights = [files.weight_files(folder / part) for part in parts]
     digest = files.digest([file for part in weights for file in part])
     pipeline = DiTPipeline(transformer, vae, scheduler, names, folder, digest)
-    _check(folder, pipeline)
+    if vae is not None:
+        _check(folder, pipeline)
     return pipeline
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ _CANDIDATES = [
 ]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 # What a hub snapshot may hold besides the weights that `_wanted` picks.
@@ -168,6 +169,33 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write a safetensors file that torch libraries read, through a temporary file."""
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def to_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same values.
+
+    The safetensors library orders metadata at random, so its files, and the digests of what is
+    made with them, differ from run to run. TypeError naming a tensor that is no float of 16 or 32
+    bits.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset, payload = 0, []
+    # The widest first, as the library has them, so that all lie at multiples of their own width.
+    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        if value.dtype.name not in _WRITTEN:
+            raise TypeError(f"{name}: {value.dtype}, expected one of {', '.join(_WRITTEN)}")
+        data = np.ascontiguousarray(value).tobytes()
+        header[name] = {
+            "dtype": _WRITTEN[value.dtype.name],
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
+        offset += len(data)
+        payload.append(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # The format aligns the data to 8 bytes with spaces.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(payload)
 
 
 def digest(files: Sequence[Path]) -> str:

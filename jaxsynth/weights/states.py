@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxsynth.adapters.affiner import AffinerConfig
 from jaxsynth.adapters.base import AdapterState
@@ -20,19 +19,23 @@ from jaxsynth.errors import UserError
 from jaxsynth.weights import files
 
 _FORMAT = "jaxsynth.adapter"
+_NO_CONFIG = type(None).__name__
 _CONFIGS = {cls.__name__: cls for cls in (LoRAConfig, AffinerConfig)}
 
 
 def write_state(path: Path, state: AdapterState) -> None:
-    """Write a state, float32 or as it is; through a temporary file."""
+    """Write a state in the types that it has, the same bytes for the same state.
+
+    Through a temporary file. TypeError for a configuration without a format.
+    """
     kind = type(state.config).__name__
     if state.config is not None and kind not in _CONFIGS:
         raise TypeError(f"write_state: no format for {kind}, expected one of {sorted(_CONFIGS)}")
     config = None if state.config is None else dataclasses.asdict(state.config)
     metadata = {"format": _FORMAT, "kind": kind, "config": json.dumps(config, sort_keys=True)}
-    tensors = {name: np.asarray(value) for name, value in sorted(state.arrays.items())}
+    data = files.to_bytes({name: np.asarray(x) for name, x in state.arrays.items()}, metadata)
     with files.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(data)
 
 
 def read_state(path: Path) -> AdapterState:
@@ -47,11 +50,12 @@ def read_state(path: Path) -> AdapterState:
                 "peft and diffusers are read by weights.adapters"
             )
         arrays = {key: jnp.asarray(handle.get_tensor(key)) for key in sorted(handle.keys())}
-    config = None
-    if metadata["kind"] != "NoneType":
-        if metadata["kind"] not in _CONFIGS:
-            raise UserError(
-                f"{path}: kind {metadata['kind']!r}, expected one of {sorted(_CONFIGS)}"
-            )
-        config = _CONFIGS[metadata["kind"]](**json.loads(metadata["config"]))
-    return AdapterState(arrays, config)
+    kind = metadata.get("kind")
+    if kind == _NO_CONFIG:
+        return AdapterState(arrays, None)
+    if kind not in _CONFIGS:
+        raise UserError(f"{path}: kind {kind!r}, expected one of {sorted(_CONFIGS)}")
+    try:
+        return AdapterState(arrays, _CONFIGS[kind](**json.loads(metadata.get("config", ""))))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: config of {kind}: {error}") from error

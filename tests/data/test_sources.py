@@ -19,6 +19,7 @@ from jaxsynth.data.sources import (
     SourceError,
     Subset,
     cached,
+    joined,
     load_dataset,
 )
 
@@ -199,3 +200,28 @@ def test_cached_equals_the_source(folder):
         assert a[1:] == b[1:]
     assert cached(data.train, limit_bytes=500) is data.train
     assert isinstance(cached(Subset(copy, [1, 2])), Subset)
+
+
+def test_data_sets_join_into_one(folder):
+    photos = load_dataset(DataConfig("folder", path=str(folder), class_names=("plain", "F/A-18")))
+    digits = load_dataset(DataConfig(image_size=8))
+    both = joined({"photos": photos, "digits": digits})
+    assert both.class_names[:3] == ("photos plain", "photos F/A-18", "digits 0")
+    assert both.display_names[2] == "digits zero" and both.num_classes == 12
+    for part in ("train", "test"):
+        first, second, found = (getattr(x, part) for x in (photos, digits, both))
+        assert isinstance(found, ImageSource) and len(found) == len(first) + len(second)
+        assert len(set(found.ids)) == len(found)
+        for index in (0, len(first) - 1, len(first), len(found) - 1):
+            late = index >= len(first)
+            record = (second if late else first)[index - len(first) if late else index]
+            np.testing.assert_array_equal(found[index].image, record.image)
+            expected = record.label + 2 * late
+            assert found[index].label == found.labels[index] == expected
+            assert (
+                found[index].id
+                == found.ids[index]
+                == f"{'digits' if late else 'photos'}/{record.id}"
+            )
+        with pytest.raises(IndexError):
+            found[len(found)]

@@ -12,10 +12,11 @@ from jaxsynth.data.store import ImageStore
 from jaxsynth.errors import UserError
 from jaxsynth.generation.images import GenerateConfig, fill_store
 from jaxsynth.methods import diffscaler
-from jaxsynth.methods.diffscaler import SCHEDULER_CONFIG, Config, _Work
+from jaxsynth.methods.diffscaler import Config
 from jaxsynth.methods.diffscaler_conditions import ConditionTask, others, ranks, rows_of
 from jaxsynth.methods.diffscaler_recipes import adapted
 from jaxsynth.methods.diffscaler_report import _conditions
+from jaxsynth.methods.diffscaler_stages import SCHEDULER_CONFIG, Work
 from jaxsynth.models.dit import DiT, DiTConfig
 from jaxsynth.report.page import write_page
 from jaxsynth.training.artifact import load_artifact, run_stage
@@ -43,6 +44,7 @@ def config_of(base: str = "", **more) -> Config:
     )  # fmt: skip
     values = {
         "base": base,
+        "base_data": {"digits": DataConfig()},
         "data": {"scenes": scenes},
         "study": ("scenes",),
         "recipes": ("affiner_all",),
@@ -62,12 +64,12 @@ def config_of(base: str = "", **more) -> Config:
 
 
 @pytest.fixture(scope="module")
-def work(base_folder, tmp_path_factory) -> _Work:
+def work(base_folder, tmp_path_factory) -> Work:
     folder = tmp_path_factory.mktemp("conditions")
     base, vae = random_network(DiT, DIT, 0), load_pipeline(base_folder).vae
     names = dict(enumerate("abc"))
     save_dit(DiTPipeline(base, vae, SCHEDULER_CONFIG, names), folder / "base")
-    return _Work(config_of(str(folder / "base")), folder / "run")
+    return Work(config_of(str(folder / "base")), folder / "run")
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,20 @@ def test_a_transformers_folder_loads_alone(peer, folder, tmp_path):
     assert_same(ours.transformer, theirs)
 
 
+def test_a_pipeline_goes_without_an_autoencoder(folder, tmp_path):
+    """As diffusers saves one, and as the package's own comes, whose autoencoder lies elsewhere."""
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "vae")
+    with pytest.raises(UserError, match="vae"):
+        load_dit(tmp_path / "copy")
+    where = tmp_path / "copy" / "model_index.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | {"vae": [None, None]}))
+    found, whole = load_dit(tmp_path / "copy"), load_dit(folder)
+    equal(found.transformer, whole.transformer)
+    assert found.vae is None and found.digest not in ("", whole.digest)
+    assert (found.scheduler_config, found.id2label) == (whole.scheduler_config, whole.id2label)
+
+
 def test_the_class_that_diffusers_replaced_has_the_same_config(folder, tmp_path):
     copy = tmp_path / "transformer"
     shutil.copytree(folder / "transformer", copy)
