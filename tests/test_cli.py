@@ -107,7 +107,7 @@ def test_run_then_again_then_report(command):
         ((*RUN, "--num_processes=2"), 2, "needs --coordinator_address and --process_id too"),
         ((*RUN, "--num_processes=two"), 2, "argument --num_processes: invalid int value: 'two'"),
         (("report", "w"), 2, "w does not exist: run.json is missing"),
-        (("report", "w", "--config.steps=1"), 2, "only `jaxsynth run` has config fields"),
+        (("report", "w", "--config.steps=1"), 2, "only `jaxsynth run` and `jaxsynth plan` have"),
         ((*RUN, "--config.steps=3"), 1, "three is refused"),
         ((*RUN, "--config.part.path=gone.txt"), 1, "gone.txt: No such file or directory"),
     ],
