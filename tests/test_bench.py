@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxsynth.bench import dit_train_step, routing
+from jaxsynth.bench import dit_train_step, generate, routing, train_step
 from jaxsynth.bench import run as bench
 from jaxsynth.bench.timing import Timing, Watch, alternate, busy_seconds, cores
 from jaxsynth.diffusion.learned_range import variational_bound
@@ -29,12 +29,24 @@ PEERS = ("torch", "diffusers", "peft")
 
 
 @pytest.mark.parametrize(
-    ("name", "cases"),
+    ("module", "case"),
     [
-        ("train-step", ("tiny", "tiny-cls")),
-        ("generate", ("tiny", "tiny-cls")),
-        ("dit-train-step", ("tiny",)),
+        (train_step, replace(train_step.CASES[1], batch_size=2, adapters=2)),
+        (generate, replace(generate.CASES[0], images=2, steps=3)),
+        (generate, replace(generate.CASES[1], images=3, steps=2, adapters=2)),
     ],
+    ids=["train-step-cls", "generate", "generate-cls"],
+)
+def test_smaller_cases_compute_the_same(module, case):
+    for package in PEERS:
+        pytest.importorskip(package)
+    ours = module.build(case)
+    found = [ours.step(), ours.step()]
+    assert module.compare(ours, found, module.connect(ours)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "cases"), [("train-step", ("tiny",)), ("dit-train-step", ("tiny",))]
 )
 def test_both_sides_compute_the_same(name, cases, tmp_path):
     for package in PEERS:
