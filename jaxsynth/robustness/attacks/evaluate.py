@@ -1,0 +1,145 @@
+"""Accuracy under attacks: many images in batches, many radii in one program, the worst of many."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxsynth.robustness.attacks.common import (
+    Images,
+    Labels,
+    Predict,
+    fold_each,
+    prepare,
+    wrong,
+)
+from jaxsynth.robustness.checks import check_images, check_labels
+
+# fgsm, pgd, apgd, fab or square with its settings, by keywords: attack(predict, images, labels,
+# key, eps=eps).
+Attack = Callable[..., Images]
+
+
+class WorstOf(NamedTuple):
+    """`correct` (n,): whether an image withstood every attack; `images` (n, h, w, c): the first
+    adversarial one of each that did not, else the clean one; `accuracy` under each attack alone.
+    """
+
+    images: Images
+    correct: Bool[np.ndarray, " n"]
+    accuracy: dict[str, float]
+
+
+def correct(
+    predict: Predict, images: Images, labels: Labels, *, batch_size: int = 256
+) -> Bool[np.ndarray, " n"]:
+    """Whether each image is classified rightly."""
+    predict = predict if isinstance(predict, Partial) else Partial(predict)
+    found = np.empty(len(images), bool)
+    for rows, batch in batches(len(images), batch_size):
+        right = _right(predict, check_images(images[batch]), jnp.asarray(labels)[batch])
+        found[rows] = np.asarray(right)[: rows.stop - rows.start]
+    return found
+
+
+def attacked(
+    attack: Attack,
+    predict: Predict,
+    images: Images,
+    labels: Labels,
+    key: Key[Array, "..."],
+    *,
+    eps: Any,
+    batch_size: int = 256,
+) -> Float[np.ndarray, "n h w c"]:
+    """The adversarial images of an attack, a batch at a time; any batch size gives the same."""
+    found = np.empty(images.shape, np.float32)
+    keys = fold_each(key, jnp.arange(len(images))) if not key.ndim else key
+    for rows, batch in batches(len(images), batch_size):
+        moved = attack(
+            predict, jnp.asarray(images)[batch], jnp.asarray(labels)[batch], keys[batch], eps=eps
+        )
+        found[rows] = np.asarray(moved)[: rows.stop - rows.start]
+    return found
+
+
+def eps_sweep(
+    attack: Attack,
+    predict: Predict,
+    images: Images,
+    labels: Labels,
+    key: Key[Array, "..."],
+    epsilons: Float[Array, " k"],
+) -> Bool[Array, "k n"]:
+    """Which images are still classified rightly at each eps, all in one program.
+
+    `attack` is compiled in: give the same function object again to reuse the program. Each eps is
+    attacked from anew, so a curve that rises shows an attack that fails, not a robust model.
+    """
+    epsilons = jnp.asarray(epsilons, jnp.float32)
+    if epsilons.ndim != 1 or not len(epsilons) or (epsilons < 0).any():
+        raise ValueError(f"epsilons: expected a row of numbers from 0, found {epsilons}")
+    predict, images, labels, keys, _ = prepare(predict, images, labels, key, 0.0, "linf")
+    return _sweep(attack, predict, images, labels, keys, epsilons)
+
+
+def worst_case(
+    predict: Predict,
+    images: Images,
+    labels: Labels,
+    adversarial: Mapping[str, Images],
+    *,
+    batch_size: int = 256,
+) -> WorstOf:
+    """The worst for each image of several attacks, given what each of them made."""
+    if not adversarial:
+        raise ValueError("adversarial: no attack, expected the images of one or more")
+    right = correct(predict, images, labels, batch_size=batch_size)
+    worst, accuracy = np.array(images, np.float32), {}
+    for name, moved in adversarial.items():
+        if moved.shape != images.shape:
+            raise ValueError(f"{name}: images of {moved.shape}, the clean ones are {images.shape}")
+        withstood = correct(predict, moved, labels, batch_size=batch_size)
+        fell = right & ~withstood
+        worst[fell] = np.asarray(moved)[fell]
+        right &= withstood
+        accuracy[name] = float(withstood.mean())
+    return WorstOf(worst, right, accuracy)
+
+
+def batches(count: int, size: int):
+    """(rows, indices): slices of `count` rows, and for each `size` indices, the last ones repeated.
+
+    All of one size, so that one program takes them all.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, found {size}")
+    size = min(size, count)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield slice(start, stop), np.minimum(np.arange(start, start + size), count - 1)
+
+
+def check_set(predict: Predict, images: Any, labels: Any) -> tuple[Images, Int[Array, " n"]]:
+    """Images and labels of a whole set, checked against the model's classes."""
+    images = check_images(images)
+    shape = jax.eval_shape(Partial(predict), images[:1]).shape
+    return images, check_labels(labels, len(images), shape[1])
+
+
+@jax.jit
+def _right(predict, images, labels):
+    return ~wrong(predict(images), labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sweep(attack, predict, images, labels, keys, epsilons):
+    def one(eps):
+        return _right(predict, attack(predict, images, labels, keys, eps=eps), labels)
+
+    return jax.lax.map(one, epsilons)
