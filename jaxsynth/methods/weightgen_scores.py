@@ -1,0 +1,131 @@
+"""What curves of fine-tuning say: steps and seconds to a quality, who wins where, what is repaid.
+
+A curve is the held-out L1 of one unseen concept after each of the measured steps. Seconds are those
+of making the initial weights and of the steps; the programs' compilation is in neither.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+# Initial weights in the order of the tables.
+INITS = {
+    "scratch": "pix2pix from scratch",
+    "default": "base + default LoRA",
+    "mean": "mean LoRA",
+    "nearest": "nearest concept's LoRA",
+    "noise": "nearest with noise added",
+    "ridge": "ridge regression",
+    "one_step": "generated, one step",
+    "few_steps": "generated, few steps",
+    "shuffled": "generated, shuffled prompts",
+    "random": "generated, random prompts",
+}
+GENERATED = ("one_step", "few_steps")
+CONTROLS = ("shuffled", "random")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The held-out L1 `l1[c][s]` of concept c after `steps[s]` steps, from one kind of weights.
+
+    `prepare` is the seconds that making one concept's initial weights took, `step` those of one
+    training step.
+    """
+
+    steps: tuple[int, ...]
+    l1: Float[np.ndarray, "c s"]
+    prepare: float
+    step: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "l1", np.asarray(self.l1, float))
+        if self.l1.ndim != 2 or self.l1.shape[1] != len(self.steps):
+            raise ValueError(f"Curves: {self.l1.shape} errors at {len(self.steps)} steps")
+
+    def seconds(self, steps: float) -> float:
+        """Until so many steps are done."""
+        return self.prepare + steps * self.step
+
+    def steps_to(self, targets: Sequence[float]) -> list[float]:
+        """For each concept the first measured step at or below its target; infinite if none is."""
+        found = []
+        for own, target in zip(self.l1, targets, strict=True):
+            reached = np.flatnonzero(own <= target)
+            found.append(float(self.steps[reached[0]]) if len(reached) else math.inf)
+        return found
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How fast one kind of weights reaches the targets: the share of concepts that do at all, and
+    the medians over all concepts, infinite where fewer than half do."""
+
+    share: float
+    steps: float
+    seconds: float
+
+
+def reached(curves: Curves, targets: Sequence[float]) -> Reached:
+    """Over all concepts: one that does not reach its target counts as infinite."""
+    steps = curves.steps_to(targets)
+    middle = float(np.sort(steps)[len(steps) // 2])
+    return Reached(float(np.isfinite(steps).mean()), middle, curves.seconds(middle))
+
+
+@dataclass(frozen=True)
+class Duel:
+    """One kind of weights against another at each step: relative difference of the mean L1
+    (negative: lower) and the share of concepts at which it is lower."""
+
+    steps: tuple[int, ...]
+    difference: tuple[float, ...]
+    won: tuple[float, ...]
+
+    @property
+    def throughout(self) -> bool:
+        """Whether the mean is lower at every step."""
+        return all(value < 0 for value in self.difference)
+
+
+def duel(own: Sequence[Curves], other: Sequence[Curves]) -> Duel:
+    """Over the concepts of all seeds, concept by concept."""
+    first, second = (np.concatenate([curves.l1 for curves in side]) for side in (own, other))
+    if own[0].steps != other[0].steps or first.shape != second.shape:
+        raise ValueError(f"duel: {first.shape} errors at {own[0].steps}, {second.shape} at others")
+    difference = first.mean(0) / second.mean(0) - 1
+    return Duel(own[0].steps, tuple(difference.tolist()), tuple((first < second).mean(0).tolist()))
+
+
+def verdict(name: str, rival: str, found: Duel) -> str:
+    """A sentence that says who is ahead, where, and by how much."""
+    ahead = [step for step, value in zip(found.steps, found.difference, strict=True) if value < 0]
+    first, last = found.difference[0], found.difference[-1]
+    edges = (
+        f"{first:+.1%} at step {found.steps[0]}, {last:+.1%} at step {found.steps[-1]}, lower for "
+        f"{found.won[0]:.0%} and {found.won[-1]:.0%} of the concepts"
+    )
+    if found.throughout:
+        return f"{name} **beats** {rival} from step {found.steps[0]} through the end ({edges})."
+    worst = max(range(len(found.steps)), key=lambda i: found.difference[i])
+    where = f"it is ahead at steps {_listed(ahead)} only" if ahead else "it is behind at every step"
+    return (
+        f"{name} **does not beat** {rival} from step {found.steps[0]} through the end: {where}, "
+        f"and at worst {found.difference[worst]:+.1%} at step {found.steps[worst]} ({edges})."
+    )
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))
+
+
+def repaid_after(cost: float, own: float, other: float) -> float:
+    """How many concepts it takes until `cost` seconds are repaid by `own` instead of `other`
+    seconds for each; infinite if they never are."""
+    if not math.isfinite(own):
+        return math.inf
+    saved = other - own
+    return math.inf if saved <= 0 else cost / saved
