@@ -8,9 +8,12 @@ slow on CPU, while these stay batched products.
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -62,21 +65,93 @@ def narrow_convolve(
     slices = inputs @ jnp.moveaxis(kernel, -2, 0).reshape(c_in, math.prod(sizes) * rank)
     if layer.kernel_size == (1,) * axes == strides and not any(map(any, pads)):
         return slices
-    slices = jnp.pad(slices, [*[(0, 0)] * (inputs.ndim - axes - 1), *pads, (0, 0)])
     found = slices.shape[-axes - 1 : -1]
-    lengths = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, d, k, s in zip(found, dilation, layer.kernel_size, strides, strict=True)
-    ]
+    windows = tuple(
+        _Windows(
+            size=size,
+            pad=pad,
+            starts=tuple(place[axis] * dilation[axis] for place in places),
+            stride=strides[axis],
+            count=(size + sum(pad) - dilation[axis] * (length - 1) - 1) // strides[axis] + 1,
+        )
+        for axis, (size, pad, length) in enumerate(zip(found, pads, layer.kernel_size, strict=True))
+    )
+    return _shifted_sum(slices, windows)
 
-    def at(number: int, place: tuple[int, ...]) -> Array:
+
+class _Windows(NamedTuple):
+    """Where on one axis of `size` pixels, padded by `pad` zeros, each slice is read.
+
+    Slice n from `starts[n]` on, `count` pixels that are `stride` apart.
+    """
+
+    size: int
+    pad: tuple[int, int]
+    starts: tuple[int, ...]
+    stride: int
+    count: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _shifted_sum(slices: Float[Array, "*b s"], windows: tuple[_Windows, ...]) -> Array:
+    """The sum over n of the n-th group of channels, read where `windows` say.
+
+    Its gradient is one convolution by a kernel of zeros and ones, the same for all adapters, which
+    a map over them makes a single large batch. JAX's own adds up a padded copy for each slice: both
+    passes of a 3x3 kernel of rank 2, mapped over 60 kernels and 240 images of 32 pixels, take 66 ms
+    of one core instead of 238. (There is no forward-mode derivative.)
+    """
+    count = len(windows[0].starts)
+    rank = slices.shape[-1] // count
+    lead = [(0, 0)] * (slices.ndim - len(windows) - 1)
+    padded = jnp.pad(slices, [*lead, *[axis.pad for axis in windows], (0, 0)])
+
+    def at(number: int) -> Array:
         window = [
-            slice(p * d, p * d + (n - 1) * s + 1, s)
-            for p, d, n, s in zip(place, dilation, lengths, strides, strict=True)
+            slice(
+                axis.starts[number],
+                axis.starts[number] + (axis.count - 1) * axis.stride + 1,
+                axis.stride,
+            )
+            for axis in windows
         ]
-        return slices[(..., *window, slice(number * rank, (number + 1) * rank))]
+        return padded[(..., *window, slice(number * rank, (number + 1) * rank))]
 
-    return sum(at(number, place) for number, place in enumerate(places))
+    return sum(at(number) for number in range(count))
+
+
+def _shifted_sum_forward(slices, windows):
+    return _shifted_sum(slices, windows), None
+
+
+def _shifted_sum_backward(windows, _, gradient):
+    """Pixel p of slice n was read for pixel o of the sum where o * stride = p + pad - start."""
+    axes, count, rank = len(windows), len(windows[0].starts), gradient.shape[-1]
+    spans = [max(axis.starts) for axis in windows]
+    # Tap `span - start` of the kernel looks `start - pad` pixels back.
+    kernel = np.zeros((*[span + 1 for span in spans], rank, count, rank), np.float32)
+    for number in range(count):
+        place = [span - axis.starts[number] for span, axis in zip(spans, windows, strict=True)]
+        kernel[(*place, slice(None), number)] = np.eye(rank)
+    pads = []
+    for axis, span in zip(windows, spans, strict=True):
+        before = span - axis.pad[0]
+        pads.append((before, axis.size + span - before - (axis.count - 1) * axis.stride - 1))
+    lead = gradient.shape[: -axes - 1]
+    letters = "XYZ"[:axes]
+    found = jax.lax.conv_general_dilated(
+        gradient.reshape(-1, *gradient.shape[-axes - 1 :]),
+        jnp.asarray(kernel.reshape(*kernel.shape[:axes], rank, -1), gradient.dtype),
+        (1,) * axes,
+        pads,
+        lhs_dilation=[axis.stride for axis in windows],
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return (found.reshape(*lead, *found.shape[1:]),)
+
+
+_shifted_sum.defvjp(_shifted_sum_forward, _shifted_sum_backward)
 
 
 def padding_of(layer: nnx.Conv, inputs: Array) -> list[tuple[int, int]]:
