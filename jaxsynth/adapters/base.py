@@ -140,7 +140,7 @@ def inject(model: T, make: Maker, *, targets: Sequence[str], rngs: nnx.Rngs | Ke
             return layer
         if isinstance(layer, AdapterLayer):
             raise ValueError(f"{path}: already wrapped by a {layer.kind} adapter")
-        return make(path, layer, _key_of(key, path))
+        return make(path, layer, key_of(key, path))
 
     adapted = map_layers(wrap, model)
     if unmatched or not targets:
@@ -250,7 +250,7 @@ def seed_dropout(model: T, key: Key[Array, ""]) -> T:
     def seed(path: str, layer: nnx.Module) -> nnx.Module:
         if not isinstance(layer, AdapterLayer) or not layer.drops:
             return layer
-        return _replaced(layer, dropout_key=nnx.data(_key_of(key, path)))
+        return _replaced(layer, dropout_key=nnx.data(key_of(key, path)))
 
     return map_layers(seed, model)
 
@@ -424,7 +424,14 @@ def with_params(layer: T, values: dict[str, Array | None]) -> T:
     return _replaced(layer, **changed)
 
 
-def _key_of(key: Key[Array, ""], path: str) -> Key[Array, ""]:
+def without_bias(outputs: Array, layer: nnx.Module) -> Array:
+    """The outputs of a layer less its bias, if it has one."""
+    bias = getattr(layer, "bias", None)
+    return outputs if bias is None else outputs - bias[...].astype(outputs.dtype)
+
+
+def key_of(key: Key[Array, ""], path: str) -> Key[Array, ""]:
+    """The key of a path: it depends on nothing else."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 

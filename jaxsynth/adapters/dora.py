@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
+
+from jaxsynth.adapters import base
 
 if TYPE_CHECKING:
     from jaxsynth.adapters.update import Place, UpdateLayer
@@ -50,10 +51,9 @@ def decomposed(layer: "UpdateLayer", inputs: Array) -> Float[Array, "*b o"]:
     out = layer.base(inputs)
     if layer.config.decompose == "input":
         ratio = jnp.take(ratio, inputs, axis=0)[..., None]
-    plain = out if _bias(layer.base) is None else out - _bias(layer.base).astype(out.dtype)
     # peft with dropout passes dropped inputs through the base a second time; here they reach the
     # update alone, as in LoRA.
-    change = (strength * (ratio - 1)).astype(out.dtype) * plain
+    change = (strength * (ratio - 1)).astype(out.dtype) * base.without_bias(out, layer.base)
     return out + change + (strength * ratio).astype(out.dtype) * layer.added(inputs, out.dtype, 1.0)
 
 
@@ -82,8 +82,3 @@ def _squares(kernel: Array, place: "Place", side: str) -> Float[Array, "*lead n"
 
 def _constant(layer: "UpdateLayer", value: Array) -> Array:
     return jax.lax.stop_gradient(value) if layer.config.detach_norm else value
-
-
-def _bias(layer: nnx.Module) -> Array | None:
-    bias = getattr(layer, "bias", None)
-    return None if bias is None else bias[...]

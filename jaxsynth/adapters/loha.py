@@ -106,11 +106,13 @@ class LoHa(UpdateLayer):
         place, rank = self.place, self.hada_w1_a.shape[-2]
         if place.is_table or self.dropout:
             return False
-        # Multiplications of a training step beyond the base's own. As factors: both products, and
-        # twice that in the backward pass. As a kernel: making it, and its gradient.
+        # Multiplications of a training step beyond the base's own. As factors: both products, twice
+        # that in the backward pass, and on a window the sum of slices that comes back as one
+        # convolution. As a kernel: making it, and its gradient.
         positions, kernel = inputs.size // place.c_in, place.rows * place.c_out
-        thin = 3 * positions * rank**2 * (place.rows + place.c_out)
-        return thin > (positions + 6 * rank) * kernel
+        taps, ranks = math.prod(place.size), rank**2
+        thin = 3 * ranks * (place.rows + place.c_out) + (taps > 1) * (taps * ranks) ** 2
+        return positions * thin > (positions + 6 * rank) * kernel
 
     def _pairs(self) -> list[tuple[Array, Array]]:
         """(*lead, *window, in, rank) and (*lead, rank, out), twice."""

@@ -13,7 +13,7 @@ same state.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsynth.adapters.base import AdapterState, Maker, inject, load_state, matches
-from jaxsynth.adapters.lora import LoRAConfig, lora
+from jaxsynth.adapters import kinds
+from jaxsynth.adapters.base import AdapterState, inject, load_state, matches
+from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.errors import UserError
 from jaxsynth.weights import files, names
 
@@ -35,7 +36,6 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _METADATA = "lora_adapter_metadata"
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer")
-_MAKERS: dict[type, Callable[[Any], Maker]] = {LoRAConfig: lora}
 
 _FACTORS = {
     ".lora_A.weight": "lora_A",
@@ -82,9 +82,7 @@ def attach(model: Model, state: AdapterState) -> Model:
 
     Raises UserError where the targets and the state's keys, or any two shapes, do not agree.
     """
-    if type(state.config) not in _MAKERS:
-        raise TypeError(f"attach: cannot make adapters of a {type(state.config).__name__}")
-    make = _MAKERS[type(state.config)](state.config)
+    make = kinds.maker(state.config)
     # The initial values are all replaced: any key will do.
     try:
         adapted = inject(model, make, targets=state.config.targets, rngs=nnx.Rngs(0))

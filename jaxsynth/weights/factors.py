@@ -5,18 +5,22 @@ Here a factor is laid out like a kernel of NNX, (*window, in, out); there like a
 the outputs' part is transposed.
 """
 
+import math
+
 import numpy as np
 
 # Parts that a window makes matrices (rank, in * window) of.
 _FLAT = {"hada_w1_b", "hada_w2_b", "lokr_w2_b"}
 # The outputs' parts, (rank, out) beside the middle kernel of the same name.
 _MIDDLE = {"hada_w1_a": "hada_t1", "hada_w2_a": "hada_t2", "lokr_w2_a": "lokr_t2"}
+# Angles, in the same order there.
+_SAME = {"oft_R", "boft_R"}
 
 
 def to_torch(factor: str, value: np.ndarray, *, tucker: bool = False) -> np.ndarray:
     """A factor of one layer as peft and LyCORIS have it; `tucker`: it has a middle kernel."""
     value = np.asarray(value)
-    if value.ndim < 2 or (tucker and factor in _MIDDLE):
+    if value.ndim < 2 or factor in _SAME or (tucker and factor in _MIDDLE):
         return value
     axes = (value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))
     turned = np.ascontiguousarray(value.transpose(axes))
@@ -28,8 +32,17 @@ def from_torch(
 ) -> np.ndarray:
     """The inverse of `to_torch`, on a layer of this window (() where it is none)."""
     value = np.asarray(value)
-    if value.ndim < 2 or (tucker and factor in _MIDDLE):
+    if value.ndim < 2 or factor in _SAME or (tucker and factor in _MIDDLE):
         return value
     if factor in _FLAT and window and not tucker:
         value = value.reshape(len(value), -1, *window)
     return np.ascontiguousarray(value.transpose((*range(2, value.ndim), 1, 0)))
+
+
+def upper_blocks(upper: np.ndarray) -> np.ndarray:
+    """Matrices (..., b, b) with these values (..., b (b - 1) / 2) above the diagonal, else zero."""
+    upper = np.asarray(upper)
+    size = round((1 + math.sqrt(1 + 8 * upper.shape[-1])) / 2)
+    blocks = np.zeros((*upper.shape[:-1], size, size), upper.dtype)
+    blocks[(..., *np.triu_indices(size, 1))] = upper
+    return blocks

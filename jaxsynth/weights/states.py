@@ -12,15 +12,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsynth.adapters.affiner import AffinerConfig
 from jaxsynth.adapters.base import AdapterState
-from jaxsynth.adapters.lora import LoRAConfig
+from jaxsynth.adapters.kinds import MAKERS
 from jaxsynth.errors import UserError
 from jaxsynth.weights import files
 
 _FORMAT = "jaxsynth.adapter"
 _NO_CONFIG = type(None).__name__
-_CONFIGS = {cls.__name__: cls for cls in (LoRAConfig, AffinerConfig)}
+_CONFIGS = {cls.__name__: cls for cls in MAKERS}
 
 
 def write_state(path: Path, state: AdapterState) -> None:

@@ -36,8 +36,9 @@ class TorchPair(torch.nn.Module):
         self.linear = torch.nn.Linear(12, 8)
 
     def forward(self, images):
-        hidden = torch.nn.functional.silu(self.conv(images))
-        return self.linear(hidden.permute(0, 2, 3, 1))
+        hidden = torch.nn.functional.silu(self.conv(images)).permute(0, 2, 3, 1)
+        # peft's OFT takes whatever has four axes for images with channels first.
+        return self.linear(hidden.flatten(1, 2)).unflatten(1, hidden.shape[1:3])
 
 
 def adapted(add, config, seed: int = 2) -> tuple[Pair, TorchPair]:
@@ -82,28 +83,37 @@ def results(model):
     return out, found, merged
 
 
-def check(model, forward, parameter, merged_weight=None, *, wrong=(), atol=1e-5):
+def check(
+    model, forward, parameter, merged_weight=None, *, wrong=(), scales=None, offsets=None, atol=1e-5
+):
     """Outputs, gradients and merged weights equal those of torch.
 
     `parameter(layer, factor)` is the torch parameter of one of our factors; `merged_weight(layer)`
-    torch's merged weight. `wrong` are parameters whose gradient the peer has wrong.
+    torch's merged weight. `wrong` are parameters whose gradient the peer has wrong; by factor, the
+    peer's are ours times one of `scales` and plus one of `offsets`.
     """
+    scales, offsets = scales or {}, offsets or {}
     state = base.extract(model).arrays
     tucker = {
         name.rpartition(".")[0] for name in state if name.endswith(("_t1", "_t2", "lora_mid"))
     }
 
-    def as_torch(name, value):
+    def as_torch(name, value, like, power=1):
         path, _, factor = name.rpartition(".")
-        return factors.to_torch(factor, np.asarray(value), tucker=path in tucker)
+        value = np.asarray(value)
+        if factor in ("oft_R", "boft_R") and like.shape[-1] == like.shape[-2] > 1:
+            value = factors.upper_blocks(value)
+        else:
+            value = factors.to_torch(factor, value, tucker=path in tucker)
+        return value.reshape(like.shape) * scales.get(factor, 1.0) ** power
 
     taken = {}
     with torch.no_grad():
         for name, value in state.items():
             path, _, factor = name.rpartition(".")
             taken[name] = parameter(path, factor)
-            value = torch.from_numpy(np.array(as_torch(name, value)))
-            taken[name].copy_(value.reshape(taken[name].shape))
+            value = as_torch(name, value, taken[name]) + offsets.get(factor, 0.0)
+            taken[name].copy_(torch.from_numpy(np.array(value)))
     expected = forward(nchw(images()))
     (expected * torch.from_numpy(_random(tuple(expected.shape)))).sum().backward()
     out, grads, merged = results(model)
@@ -112,12 +122,14 @@ def check(model, forward, parameter, merged_weight=None, *, wrong=(), atol=1e-5)
         if name in wrong:
             continue
         wanted = torch_parameter.grad.numpy()
-        found = np.asarray(as_torch(name, grads[name])).reshape(wanted.shape)
+        found = as_torch(name, grads[name], wanted, power=-1)
+        if name.endswith("ft_R") and found.shape[-1] == found.shape[-2]:
+            wanted = np.triu(wanted, 1)
         bound = atol * max(np.abs(wanted).max(), 1e-3)
         np.testing.assert_allclose(found, wanted, atol=bound, err_msg=name)
         assert np.abs(wanted).max() > 1e-3, name
     if merged_weight is not None:
-        for name in TARGETS:
+        for name in {name.rpartition(".")[0] for name in state}:
             wanted = merged_weight(name).detach().numpy()
             found = factors.to_torch("kernel", np.asarray(merged[name].kernel[...]))
             np.testing.assert_allclose(found, wanted, atol=atol * np.abs(wanted).max())

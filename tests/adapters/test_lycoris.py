@@ -1,13 +1,20 @@
 """Kinds against LyCORIS: outputs and gradients (its own merges are wrong where alpha != rank)."""
 
 import pytest
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 
+from jaxsynth.adapters.glora import GLoRAConfig, add_glora
+from jaxsynth.adapters.ia3 import IA3Config, add_ia3
 from jaxsynth.adapters.loha import LoHaConfig, add_loha
 from jaxsynth.adapters.lokr import LoKrConfig, add_lokr, factorization
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
+from jaxsynth.adapters.oft import OFTConfig, add_oft
 from tests.adapters import oracles
 from tests.adapters.oracles import TARGETS
 
@@ -48,21 +55,44 @@ CASES = {
         LokrModule,
         {"factor": 2, "use_tucker": True, "weight_decompose": True},
     ),
+    "glora": (add_glora, GLoRAConfig(**OURS), GLoRAModule, {}),
+    "ia3": (add_ia3, IA3Config(TARGETS, feedforward=(), scales_bias=False), IA3Module, {}),
+    "oft": (
+        add_oft,
+        OFTConfig(2, TARGETS, side="output", constraint=0.05, rescale=True),
+        DiagOFTModule,
+        {"lora_dim": 2, "constraint": 0.05, "rescaled": True},
+    ),
+    "boft": (
+        add_oft,
+        OFTConfig(6, ("conv",), side="output", butterfly=2),
+        ButterflyOFTModule,
+        {"lora_dim": 6},
+    ),
 }
 NAMES = {
     "lora_A": "lora_down.weight",
     "lora_B": "lora_up.weight",
     "lora_mid": "lora_mid.weight",
     "magnitude": "dora_scale",
+    "ia3_l": "weight",
+    "oft_R": "oft_blocks",
+    "boft_R": "oft_blocks",
+    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
 }
 
 
-def wrapped(plain, make, options, rank, alpha):
+# BOFT's blocks turn the other way there; (IA)^3 is stored less 1.
+SCALES = {"boft_R": -1.0}
+OFFSETS = {"ia3_l": -1.0}
+
+
+def wrapped(plain, make, options, config):
     """LyCORIS' module of each target, in place of its forward."""
     modules = {}
-    for name in TARGETS:
-        layer = plain.get_submodule(name)
-        modules[name] = make(name, layer, lora_dim=rank, alpha=alpha, **options)
+    ranked = {"lora_dim": config.rank, "alpha": config.alpha} if hasattr(config, "alpha") else {}
+    for name in config.targets:
+        modules[name] = make(name, plain.get_submodule(name), **ranked | options)
         modules[name].apply_to()
     return modules
 
@@ -71,12 +101,12 @@ def wrapped(plain, make, options, rank, alpha):
 def test_forward_and_gradients_equal_lycoris(name):
     add, config, make, options = CASES[name]
     model, plain = oracles.adapted(add, config)
-    modules = wrapped(plain, make, options, config.rank, config.alpha)
+    modules = wrapped(plain, make, options, config)
 
     def parameter(layer, factor):
         return dict(modules[layer].named_parameters())[NAMES.get(factor, factor)]
 
-    oracles.check(model, plain, parameter)
+    oracles.check(model, plain, parameter, scales=SCALES, offsets=OFFSETS)
 
 
 def test_factorization():

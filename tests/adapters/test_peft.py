@@ -1,11 +1,18 @@
 """Kinds against peft: outputs, gradients and merged weights, with alpha != rank."""
 
+import jax.numpy as jnp
 import peft
 import pytest
 
+from jaxsynth.adapters.adalora import AdaLoRAConfig, add_adalora
+from jaxsynth.adapters.base import Constant
+from jaxsynth.adapters.glora import GLoRAConfig, add_glora
+from jaxsynth.adapters.ia3 import IA3Config, add_ia3
 from jaxsynth.adapters.loha import LoHaConfig, add_loha
 from jaxsynth.adapters.lokr import LoKrConfig, add_lokr
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
+from jaxsynth.adapters.oft import OFTConfig, add_oft
+from jaxsynth.adapters.vera import VeRAConfig, add_vera
 from tests.adapters import oracles
 from tests.adapters.oracles import TARGETS
 
@@ -56,23 +63,90 @@ CASES = {
         peft.LoKrModel,
         peft.LoKrConfig(**KRON | {"r": 8}),
     ),
+    "adalora": (
+        add_adalora,
+        AdaLoRAConfig(**OURS, target_rank=2),
+        peft.AdaLoraModel,
+        peft.AdaLoraConfig(
+            init_r=3, target_r=2, lora_alpha=7, total_step=10, target_modules=list(TARGETS)
+        ),
+    ),
+    "ia3": (
+        add_ia3,
+        IA3Config(TARGETS, feedforward=("conv",)),
+        peft.IA3Model,
+        peft.IA3Config(target_modules=list(TARGETS), feedforward_modules=["conv"]),
+    ),
+    "oft": (
+        add_oft,
+        OFTConfig(4, ("linear",)),
+        peft.OFTModel,
+        peft.OFTConfig(oft_block_size=4, target_modules=["linear"], use_cayley_neumann=False),
+    ),
+    "oft-neumann": (
+        add_oft,
+        OFTConfig(4, ("linear",), cayley="neumann"),
+        peft.OFTModel,
+        peft.OFTConfig(oft_block_size=4, target_modules=["linear"]),
+    ),
+    "boft": (
+        add_oft,
+        OFTConfig(4, ("linear",), rescale=True),
+        peft.BOFTModel,
+        peft.BOFTConfig(boft_block_size=4, target_modules=["linear"]),
+    ),
+    "glora": (
+        add_glora,
+        GLoRAConfig(rank=3, targets=("linear",), form="hadamard"),
+        peft.GloraModel,
+        peft.GloraConfig(r=3, target_modules=["linear"]),
+    ),
+    "vera": (
+        add_vera,
+        VeRAConfig(rank=3, targets=("linear",)),
+        peft.VeraModel,
+        peft.VeraConfig(r=3, target_modules=["linear"]),
+    ),
 }
+# What peft calls our factors, where it is not the same.
+NAMES = {
+    "magnitude": "lora_magnitude_vector",
+    "A_down": "glora_A.default.Xu",
+    "A_up": "glora_A.default.Xd",
+    "B_down": "glora_B.default.Xu",
+    "B_up": "glora_B.default.Xd",
+    "C_down": "glora_C.default.Xu",
+    "C_up": "glora_C.default.Xd",
+    "D": "glora_D.default.X",
+    "E": "glora_E.default.X",
+}
+# peft's exact Cayley transform turns the other way, and BOFT's Q is half the difference there.
+SCALES = {"oft": {"oft_R": -1.0}, "boft": {"oft_R": -2.0}}
 
 # peft 0.21 takes the other product's factors in the gradient of these (HadaWeightCP.backward);
 # LyCORIS has them right.
 WRONG = ("conv.hada_w1_a", "conv.hada_w2_a")
 
 
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")
+@pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1")
 @pytest.mark.parametrize("name", CASES)
 def test_forward_gradients_and_merged_weights_equal_peft(name):
     add, config, wrapper, peft_config = CASES[name]
     model, plain = oracles.adapted(add, config)
     wrapped = wrapper(plain, peft_config, "default")
 
+    if name == "vera":
+        model.linear.vera_A = Constant(jnp.asarray(wrapped.vera_A["default"][:, :12].T.numpy()))
+        model.linear.vera_B = Constant(jnp.asarray(wrapped.vera_B["default"][:8].T.numpy()))
+
     def parameter(layer, factor):
         module = wrapped.model.get_submodule(layer)
-        if factor == "magnitude":
-            factor = "lora_magnitude_vector"
+        if name == "boft":
+            factor = {"oft_R": "boft_R", "rescale": "boft_s"}[factor]
+        factor = NAMES.get(factor, factor)
+        if "." in factor:
+            return module.get_parameter(factor)
         found = getattr(module, factor)["default"]
         return getattr(found, "weight", found)
 
@@ -85,4 +159,5 @@ def test_forward_gradients_and_merged_weights_equal_peft(name):
         return module.get_base_layer().weight
 
     wrong = WRONG if name == "loha-tucker" else ()
-    oracles.check(model, wrapped.model, parameter, merged, wrong=wrong)
+    scales = SCALES.get(name)
+    oracles.check(model, wrapped.model, parameter, merged, wrong=wrong, scales=scales)

@@ -1,0 +1,109 @@
+"""All kinds of adapters by name: what `--config.adapter=` takes, and what a state's file may hold.
+
+BitFit, norm tuning and training in place are no kinds of layer but `base.mark_trainable`; DiffFit's
+scales are an Affiner of rank 0 (`affiner`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Key
+
+from jaxsynth.adapters import base
+from jaxsynth.adapters.adalora import AdaLoRAConfig, adalora
+from jaxsynth.adapters.affiner import AffinerConfig, affiner
+from jaxsynth.adapters.delta_lora import DeltaLoRAConfig, delta_lora
+from jaxsynth.adapters.full import FullConfig, full
+from jaxsynth.adapters.glora import GLoRAConfig, glora
+from jaxsynth.adapters.hypernetwork import HypernetworkConfig, hypernetwork
+from jaxsynth.adapters.ia3 import IA3Config, ia3
+from jaxsynth.adapters.loha import LoHaConfig, loha
+from jaxsynth.adapters.lokr import LoKrConfig, lokr
+from jaxsynth.adapters.lora import LoRAConfig, lora
+from jaxsynth.adapters.oft import OFTConfig, oft
+from jaxsynth.adapters.prefix import PrefixConfig, prefix
+from jaxsynth.adapters.vera import VeRAConfig, vera
+
+# What makes the layers of each configuration.
+MAKERS: dict[type, Callable[[Any], base.Maker]] = {
+    LoRAConfig: lora,
+    LoHaConfig: loha,
+    LoKrConfig: lokr,
+    VeRAConfig: vera,
+    AdaLoRAConfig: adalora,
+    DeltaLoRAConfig: delta_lora,
+    GLoRAConfig: glora,
+    OFTConfig: oft,
+    IA3Config: ia3,
+    FullConfig: full,
+    AffinerConfig: affiner,
+    PrefixConfig: prefix,
+    HypernetworkConfig: hypernetwork,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A configuration and the fields that its name stands for."""
+
+    config: Callable[..., Any]
+    options: dict[str, Any]
+
+    @property
+    def fields(self) -> set[str]:
+        """The names of its settings."""
+        return {field.name for field in fields(self.config)}
+
+
+KINDS = {
+    "lora": Kind(LoRAConfig, {}),
+    "dora": Kind(LoRAConfig, {"decompose": "output"}),
+    "pissa": Kind(LoRAConfig, {"init": "pissa"}),
+    "olora": Kind(LoRAConfig, {"init": "olora"}),
+    "rslora": Kind(LoRAConfig, {"use_rslora": True}),
+    "locon": Kind(LoRAConfig, {"use_tucker": True}),
+    "loha": Kind(LoHaConfig, {}),
+    "doha": Kind(LoHaConfig, {"decompose": "output"}),
+    "lokr": Kind(LoKrConfig, {}),
+    "dokr": Kind(LoKrConfig, {"decompose": "output"}),
+    "vera": Kind(VeRAConfig, {}),
+    "adalora": Kind(AdaLoRAConfig, {}),
+    "delta_lora": Kind(DeltaLoRAConfig, {}),
+    "glora": Kind(GLoRAConfig, {}),
+    "oft": Kind(OFTConfig, {}),
+    "boft": Kind(OFTConfig, {"butterfly": 2}),
+    "ia3": Kind(IA3Config, {}),
+    "full": Kind(FullConfig, {}),
+    "affiner": Kind(AffinerConfig, {}),
+    "prefix": Kind(PrefixConfig, {}),
+    "hypernetwork": Kind(HypernetworkConfig, {}),
+}
+
+
+def make_config(name: str, **settings: Any) -> Any:
+    """The configuration of the kind `name` with these settings.
+
+    ValueError for a name that is no kind, or settings that the kind does not have.
+    """
+    if name not in KINDS:
+        raise ValueError(f"adapter {name!r}: expected one of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    if unknown := settings.keys() - kind.fields:
+        raise ValueError(
+            f"adapter {name}: no setting {sorted(unknown)}, expected some of {sorted(kind.fields)}"
+        )
+    return kind.config(**kind.options | settings)
+
+
+def maker(config: Any) -> base.Maker:
+    """Makes the layers of any configuration; TypeError if it is none of an adapter."""
+    if type(config) not in MAKERS:
+        raise TypeError(f"cannot make adapters of a {type(config).__name__}")
+    return MAKERS[type(config)](config)
+
+
+def add(model: base.T, config: Any, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
+    """A copy of `model` with adapters of any kind on `config.targets`; see `base.inject`."""
+    return base.inject(model, maker(config), targets=config.targets, rngs=rngs)
