@@ -19,7 +19,7 @@ NAMES = ("printed", "textures", "scenes", "patches")
 TEXTURES = ("stripes", "checks", "dots", "waves")
 _PHOTOS = {"palace": "china.jpg", "dahlia": "flower.jpg"}
 # Drawn this many times larger and averaged down.
-_OVERSAMPLE = 2
+OVERSAMPLE = 2
 
 
 def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, ArraySource, str]:
@@ -62,11 +62,15 @@ def _textures(count: int, size: int, seed: int, _: str) -> tuple[np.ndarray, np.
     return np.stack([_texture(TEXTURES[label], size, rng) for label in labels]), labels
 
 
-def _texture(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    side = size * _OVERSAMPLE
+def texture_pattern(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """How much ink (0 to 1) a texture has at each of `OVERSAMPLE` times `size` pixels a side.
+
+    Its period, direction and phase are drawn.
+    """
+    side = size * OVERSAMPLE
     period = size * rng.uniform(0.15, 0.4)
     turn = rng.uniform(0, np.pi)
-    y, x = np.mgrid[:side, :side] / _OVERSAMPLE
+    y, x = np.mgrid[:side, :side] / OVERSAMPLE
     phase = rng.uniform(0, 2 * np.pi, 2)
     u = 2 * np.pi * (x * np.cos(turn) + y * np.sin(turn)) / period + phase[0]
     v = 2 * np.pi * (y * np.cos(turn) - x * np.sin(turn)) / period + phase[1]
@@ -79,14 +83,23 @@ def _texture(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
     else:
         level = np.sin(u + 1.2 * np.sin(v * 0.7))
     # An edge a pixel wide, for all but the waves.
-    weight = (level + 1) / 2 if kind == "waves" else 1 / (1 + np.exp(-level * 12))
+    return (level + 1) / 2 if kind == "waves" else 1 / (1 + np.exp(-level * 12))
+
+
+def average_down(picture: np.ndarray) -> np.ndarray:
+    """(h, w, 3) from `OVERSAMPLE` times as many pixels a side."""
+    side = len(picture) // OVERSAMPLE
+    return picture.reshape(side, OVERSAMPLE, side, OVERSAMPLE, 3).mean((1, 3))
+
+
+def _texture(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    weight = texture_pattern(kind, size, rng)
     names = list(COLOURS)
     while True:
         ink, paper = (np.array(COLOURS[names[k]]) for k in rng.choice(len(names), 2, replace=False))
         if np.abs(ink - paper).sum() > 150:
             break
-    picture = weight[..., None] * ink + (1 - weight[..., None]) * paper
-    picture = picture.reshape(size, _OVERSAMPLE, size, _OVERSAMPLE, 3).mean((1, 3))
+    picture = average_down(weight[..., None] * ink + (1 - weight[..., None]) * paper)
     picture = picture + rng.normal(0, 3, picture.shape)
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)
 

@@ -12,8 +12,8 @@ were collected as such (FOCUS's partitions), `groups` keeps each group's size.
 
 Intervals are BCa (Efron 1987, Journal of the American Statistical Association 82), which corrects a
 percentile interval for the bias and the skew of the resamples. The skew (acceleration) comes from
-the figure's derivatives with respect to the weights, the empirical influences, which is the limit of
-the jackknife; so figures must be differentiable in their weights, as all weighted means are.
+the figure's derivatives with respect to the weights, its empirical influences: the jackknife's
+limit. So figures must be differentiable in their weights, as all weighted means are.
 """
 
 from collections.abc import Callable
