@@ -122,7 +122,14 @@ def _tiny() -> ConfigDict:
 def _study() -> ConfigDict:
     config = _tiny()
     del config.recipes  # all of them
-    config.rates = ConfigDict({"whole": (1e-3, 3e-3, 1e-2), "adapter": (3e-3, 1e-2, 3e-2)})
+    config.rates = ConfigDict(
+        {
+            "whole": (1e-3, 3e-3),
+            "bitfit": (3e-3, 1e-2),
+            "difffit": (3e-3, 1e-2),
+            "adapter": (1e-2, 3e-2),
+        }
+    )
     config.seeds = (0, 1, 2)
     return config
 
