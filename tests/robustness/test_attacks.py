@@ -1,8 +1,9 @@
 """Attacks against foolbox, torch, closed forms of linear models, and each other."""
 
+import importlib
+import warnings
 from functools import partial
 
-import foolbox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,8 @@ from tests.robustness import torch_apgd
 from tests.robustness.digits import torch_predict
 
 EPS = 0.06
+# Of every APGD and FAB here, so that the tests share their programs.
+STEPS = 30
 
 
 def accuracy(digits, images):
@@ -38,6 +41,14 @@ def sizes(digits, moved, norm="linf"):
 
 
 @pytest.fixture(scope="module")
+def foolbox():
+    with warnings.catch_warnings():
+        # It imports a namespace of scipy's that goes away.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module("foolbox")
+
+
+@pytest.fixture(scope="module")
 def result(digits):
     return autoattack(
         digits.predict,
@@ -45,13 +56,13 @@ def result(digits):
         digits.labels,
         jax.random.key(0),
         eps=EPS,
-        attacks=standard(queries=500),
+        attacks=standard(steps=STEPS, queries=500),
     )
 
 
 class TestGradientAttacks:
     @pytest.mark.parametrize("norm", ["linf", "l2"])
-    def test_pgd_is_foolboxes(self, digits, norm):
+    def test_pgd_is_foolboxes(self, digits, foolbox, norm):
         eps, size = (EPS, 0.02) if norm == "linf" else (0.5, 0.1)
         name = {"linf": "LinfPGD", "l2": "L2PGD"}[norm]
         attack = getattr(foolbox.attacks, name)(abs_stepsize=size, steps=20, random_start=False)
@@ -69,7 +80,7 @@ class TestGradientAttacks:
         )
         np.testing.assert_allclose(found, expected, rtol=0, atol=0 if norm == "linf" else 1e-5)
 
-    def test_fgsm_is_foolboxes(self, digits):
+    def test_fgsm_is_foolboxes(self, digits, foolbox):
         model = foolbox.JAXModel(digits.predict, bounds=(0, 1))
         attack = foolbox.attacks.LinfFastGradientAttack(random_start=False)
         _, expected, _ = attack(model, digits.images, digits.labels, epsilons=EPS)
@@ -141,13 +152,13 @@ class TestAutoPGD:
     @pytest.mark.parametrize("loss", ["ce", "dlr"])
     def test_a_run_is_the_algorithm(self, digits, key, loss):
         """From the same start, in torch. Where two pixels tie, rounding may part the paths."""
-        count, steps = 10, 30
+        count = 10
         images, labels = digits.images[:count], digits.labels[:count]
         keys = image_keys(key, 64)
         eps = jnp.full((64, 1, 1, 1), EPS)
         start = random_start(fold_each(keys, 0), digits.images, eps, "linf")[:count]
         found = apgd(
-            digits.predict, digits.images, digits.labels, key, eps=EPS, loss=loss, steps=steps
+            digits.predict, digits.images, digits.labels, key, eps=EPS, loss=loss, steps=STEPS
         )
         model, measure = (
             torch_predict(digits.predict),
@@ -163,7 +174,7 @@ class TestAutoPGD:
         compared = 0
         for i in range(count):
             best, best_value = torch_apgd.apgd(
-                partial(value, label=labels[i]), torched(images[i]), torched(start[i]), EPS, steps
+                partial(value, label=labels[i]), torched(images[i]), torched(start[i]), EPS, STEPS
             )
             mine = torched(found[i])
             if model(mine[None])[0].argmax() != int(labels[i]):
@@ -177,7 +188,7 @@ class TestAutoPGD:
     def test_it_beats_pgd_without_a_step_size(self, digits, key):
         """The targeted form breaks whatever the others do; none leaves the ball."""
         run = partial(apgd, digits.predict, digits.images, digits.labels, key, eps=EPS)
-        targeted = run(loss="targeted", steps=100)
+        targeted = run(loss="targeted", steps=STEPS)
         assert sizes(digits, targeted).max() <= EPS + 1e-6
         by_pgd = pgd(digits.predict, digits.images, digits.labels, key, eps=EPS)
         assert accuracy(digits, targeted) <= accuracy(digits, by_pgd)
@@ -306,7 +317,7 @@ class TestAutoAttack:
         np.testing.assert_array_equal(result.images[untouched], digits.images[untouched])
 
     def test_images_within_their_euclidean_balls(self, digits, key):
-        attacks = standard("l2", steps=30, queries=500)
+        attacks = standard("l2", steps=STEPS, queries=500)
         # The weaker first, so that both have something to do.
         attacks = {name: attacks[name] for name in ("square", "fab-t")}
         found = autoattack(
