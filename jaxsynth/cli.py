@@ -131,22 +131,36 @@ def _tiny_base() -> ModuleType:
     return tiny_base
 
 
+def _controlled() -> ModuleType:
+    from jaxsynth.methods import controlled
+
+    return controlled
+
+
 def _diffscaler() -> ModuleType:
     from jaxsynth.methods import diffscaler
 
     return diffscaler
 
 
+def _weightgen() -> ModuleType:
+    from jaxsynth.methods import weightgen
+
+    return weightgen
+
+
 # A method's module has `Config` (frozen dataclasses) and `run(config, workdir)`, those of REPORTS
 # also `report(workdir)`, and those of PLANS `plan(config, mesh)`, which returns a list of
 # `training.planning.Plan`. They are imported on use: `--help` should not wait for JAX.
 METHODS: dict[str, Callable[[], ModuleType]] = {
+    "controlled": _controlled,
     "datadream": _datadream,
     "diffscaler": _diffscaler,
     "tiny_base": _tiny_base,
+    "weightgen": _weightgen,
 }
-REPORTS = ("datadream", "diffscaler")
-PLANS = ("diffscaler",)
+REPORTS = ("controlled", "datadream", "diffscaler", "weightgen")
+PLANS = ("diffscaler", "weightgen")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

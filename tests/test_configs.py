@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
 # A config file that is not listed here fails, so that none goes untested.
 VARIANTS = {
+    "controlled": ("", "tiny", "edges", "sd21", "smoke"),
     "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),
     "diffscaler": (
         "",
@@ -26,6 +27,7 @@ VARIANTS = {
         "xl2,path=photos",
     ),
     "tiny_base": ("", "smoke"),
+    "weightgen": ("", "tiny", "study", "full", "smoke"),
 }
 
 
