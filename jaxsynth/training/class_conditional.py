@@ -37,6 +37,7 @@ from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
+from jaxsynth.training.scoring import mean_error
 from jaxsynth.training.step import (
     StepFn,
     init_stacked,
@@ -445,30 +446,24 @@ def held_out_error(
 ) -> float:
     """Mean squared error of the predicted noise at `repeats` fixed (time, noise) pairs an image.
 
-    Times are spread evenly over the schedule and every image gets others; the pairs depend on
-    `seed`, `repeats` and the number of images only, so figures of different models on one data set
-    compare pair by pair.
+    As `scoring.mean_error` chooses them.
     """
-    total = schedule.num_train_timesteps
-    count = len(latents)
-    rng = np.random.default_rng(seed)
-    strata = (np.arange(repeats)[None] + rng.random((count, repeats))) / repeats
-    t = np.minimum((strata * total).astype(np.int32), total - 1).reshape(-1)
-    rows = np.repeat(np.arange(count), repeats)
-    sums = 0.0
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        x0 = latents.mean[part, 0]
-        # Drawn part by part: the generator gives the same numbers as all at once.
-        noise = rng.standard_normal(x0.shape, np.float32)
-        arrays = [x0, noise, t[start : start + batch_size], latents.labels[part]]
+
+    def errors(rows: np.ndarray, noise: np.ndarray, t: np.ndarray) -> Array:
+        arrays = [latents.mean[rows, 0], noise, t, latents.labels[rows]]
         if latents.condition is not None:
-            arrays.append(as_fractions(latents.condition[part, 0]))
-        short = batch_size - len(part)
-        padded = [np.concatenate([x, x[:1].repeat(short, axis=0)]) for x in arrays]
-        errors = _noise_errors(model, schedule, *map(jnp.asarray, padded))
-        sums += float(np.asarray(errors, np.float64)[: batch_size - short].sum())
-    return sums / len(rows)
+            arrays.append(as_fractions(latents.condition[rows, 0]))
+        return _noise_errors(model, schedule, *map(jnp.asarray, arrays))
+
+    return mean_error(
+        errors,
+        len(latents),
+        latents.mean.shape[2:],
+        schedule.num_train_timesteps,
+        seed=seed,
+        repeats=repeats,
+        batch_size=batch_size,
+    )
 
 
 @jax.jit

@@ -37,6 +37,7 @@ from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
+from jaxsynth.training.scoring import mean_error
 from jaxsynth.training.step import init_state, make_train_step, scan_steps
 from jaxsynth.training.text_to_image import draw, encode_pixels, epoch_rows
 from jaxsynth.weights.hf import StableDiffusion
@@ -344,34 +345,24 @@ def held_out_error(
 ) -> float:
     """Mean training loss at `repeats` fixed (timestep, noise) pairs for each image.
 
-    Timesteps are spread evenly and the pairs follow from `seed` alone, so that the figures of two
-    models differ by the models only. `empty_prompts` leaves the condition to say everything.
+    As `scoring.mean_error` chooses them. `empty_prompts` leaves the condition to say everything.
     """
-    rng = np.random.default_rng(seed)
-    count, total = len(triples), schedule.num_train_timesteps
-    rows = np.repeat(np.arange(count), repeats)
-    even = (np.tile(np.arange(repeats), count) + rng.random(len(rows))) / repeats
-    t = (even * total).astype(np.int32).clip(max=total - 1)
-    noise = rng.standard_normal((len(rows), *triples.mean.shape[1:]), np.float32)
     prompt = np.zeros_like(triples.prompt) if empty_prompts else triples.prompt
     graphdef, state = nnx.split(model)
-    errors = []
-    for start in range(0, len(rows), batch_size):
-        # One compiled shape: the last batch is filled up.
-        part = np.resize(np.arange(start, min(start + batch_size, len(rows))), batch_size)
-        image = rows[part]
-        found = _errors(
-            graphdef,
-            state,
-            schedule,
-            triples.mean[image],
-            noise[part],
-            t[part],
-            triples.text[prompt[image]],
-            triples.condition[image],
-        )
-        errors.append(np.asarray(found, np.float64)[: len(rows) - start])
-    return float(np.concatenate(errors).mean())
+
+    def errors(rows: np.ndarray, noise: np.ndarray, t: np.ndarray) -> Array:
+        text, condition = triples.text[prompt[rows]], triples.condition[rows]
+        return _errors(graphdef, state, schedule, triples.mean[rows], noise, t, text, condition)
+
+    return mean_error(
+        errors,
+        len(triples),
+        triples.mean.shape[1:],
+        schedule.num_train_timesteps,
+        seed=seed,
+        repeats=repeats,
+        batch_size=batch_size,
+    )
 
 
 @partial(jax.jit, static_argnums=0)
