@@ -6,7 +6,7 @@ busier than two calls and leaves one network call inside a sampler's scan.
 Source: arXiv 2207.12598, in Stable Diffusion's convention, where scale 1 is no guidance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,44 @@ def classifier_free(
         return mixed.astype(output.dtype)
 
     return guided
+
+
+def nested(
+    denoise: Callable[[Array, Array, PyTree], Array],
+    scales: Sequence[float],
+    conditions: Sequence[PyTree[Float[Array, "b ..."]]],
+) -> Callable[[Array, Array], Array]:
+    """(x, t) -> e(c_0) + sum_k scales[k] * (e(c_k+1) - e(c_k)), from `denoise(x, t, condition)`.
+
+    Conditions that say more and more, with a scale for each step. InstructPix2Pix's guidance
+    (Brooks et al. 2023, arXiv 2211.09800, equation 3) has nothing, the image, and the image with
+    the instruction; with a single scale it is `classifier_free`. All branches go through the
+    network in one call. Scales of 1 only need the last one. Leaves have the batch first, and may
+    have batch 1. ValueError unless there is one condition more than scales.
+    """
+    if len(conditions) != len(scales) + 1 or not scales:
+        raise ValueError(f"nested: {len(conditions)} conditions for {len(scales)} scales")
+    if all(isinstance(scale, int | float) and scale == 1 for scale in scales):
+        return lambda x, t: denoise(x, t, conditions[-1])
+    joined = conditions[-1]
+    for one in reversed(conditions[:-1]):
+        joined = jax.tree.map(_before, one, conditions[-1], joined)
+
+    def guided(x: Array, t: Array) -> Array:
+        count = len(conditions)
+        output = denoise(jnp.concatenate([x] * count), jnp.concatenate([t] * count), joined)
+        parts = jnp.split(output.astype(jnp.float32), count)
+        mixed = parts[0]
+        for scale, less, more in zip(scales, parts, parts[1:], strict=False):
+            mixed = mixed + scale * (more - less)
+        return mixed.astype(output.dtype)
+
+    return guided
+
+
+def _before(one: Array, like: Array, joined: Array) -> Array:
+    """`one`, with the batch of `like`, in front of what is joined already."""
+    return jnp.concatenate([_stack(one, like)[: len(like)], joined])
 
 
 def _stack(uncond: Array, cond: Array) -> Array:

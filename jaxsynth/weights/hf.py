@@ -66,6 +66,8 @@ _DIFFUSERS = {
 
 # model_index.json of the pipelines that differ only in what surrounds the networks.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+# The one whose denoiser reads an image's latents beside the noisy ones.
+_EDITING = "StableDiffusionInstructPix2PixPipeline"
 DIFFUSERS_VERSION = "0.40.0"
 
 
@@ -167,25 +169,33 @@ def save_model(
 
 
 def load_pipeline(
-    name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
+    name_or_path: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    *,
+    compute_dtype: Any = None,
+    editing: bool = False,
 ) -> StableDiffusion:
     """A Stable Diffusion 1.x or 2.x pipeline from a folder, the package ("tiny") or the hub.
+
+    With `editing` an InstructPix2Pix one, whose denoiser reads an image's latents beside the noisy
+    ones (`generation.edited`).
 
     UserError as for `load_model`, and where the parts do not fit together.
     """
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    if kind not in _PIPELINES:
+    kinds = (_EDITING,) if editing else _PIPELINES
+    if kind not in kinds:
         raise UserError(
-            f"{folder / 'model_index.json'}: _class_name {kind!r}, expected one of {_PIPELINES}"
+            f"{folder / 'model_index.json'}: _class_name {kind!r}, expected one of {kinds}"
         )
     dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}
     unet = load_model(UNet2DCondition, UNet2DConditionConfig, folder / "unet", **dtypes)
     vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
     text = load_model(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", **dtypes)
     tokenizer = Tokenizer(folder / "tokenizer")
-    _check_pipeline(folder, unet, vae, text, tokenizer)
+    _check_pipeline(folder, unet, vae, text, tokenizer, editing)
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     parts = ("unet", "vae", "text_encoder")
     weights = [file for part in parts for file in files.weight_files(folder / part)]
@@ -194,11 +204,14 @@ def load_pipeline(
     )
 
 
-def _check_pipeline(folder: Path, unet, vae, text, tokenizer: Tokenizer) -> None:
+def _check_pipeline(
+    folder: Path, unet, vae, text, tokenizer: Tokenizer, editing: bool = False
+) -> None:
     width, latent = text.config.hidden_size, vae.config.latent_channels
+    read = ("twice vae latent_channels", 2 * latent) if editing else ("vae latent_channels", latent)
     for field, other, expected in (
         ("cross_attention_dim", "text_encoder hidden_size", width),
-        ("in_channels", "vae latent_channels", latent),
+        ("in_channels", *read),
         ("out_channels", "vae latent_channels", latent),
     ):
         found = getattr(unet.config, field)
@@ -234,13 +247,16 @@ def _check_end(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> No
 def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: Any = None) -> None:
     """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` and we load.
 
+    Of a pipeline for editing, one that diffusers' `StableDiffusionInstructPix2PixPipeline` loads.
     `dtype` None keeps each parameter's. The scheduler's class is its config's `_class_name`.
     """
     folder = Path(folder)
     scheduler = pipeline.scheduler_config.get("_class_name")
     if not scheduler:
         raise ValueError("save_pipeline: scheduler_config has no _class_name, e.g. 'DDIMScheduler'")
-    _check_pipeline(folder, pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    editing = pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    _check_pipeline(folder, *parts, editing)
     text_config = dataclasses.asdict(pipeline.text_encoder.config) | _ids(pipeline.tokenizer)
     for part, config in (("unet", None), ("vae", None), ("text_encoder", text_config)):
         save_model(getattr(pipeline, part), config, folder / part, dtype)
@@ -249,7 +265,7 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
     scheduler_config = {"_diffusers_version": DIFFUSERS_VERSION, **pipeline.scheduler_config}
     files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": _EDITING if editing else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
