@@ -10,17 +10,19 @@ classes, for which that is not defined, the plain difference of the two logits).
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxsynth.robustness.attacks.common import (
     Images,
     Labels,
+    Loss,
     Losses,
     Norm,
     Predict,
@@ -28,12 +30,15 @@ from jaxsynth.robustness.attacks.common import (
     difference,
     dlr,
     fold_each,
+    iterate,
     likely_targets,
     loss_and_gradient,
+    on_host,
     pick,
     prepare,
     project,
     random_start,
+    rounds,
     steepest,
     targeted_dlr,
     wrong,
@@ -74,7 +79,8 @@ def apgd(
     if loss == "dlr" and classes < 3:
         raise ValueError(f"loss: 'dlr' needs 3 or more classes, found {classes}")
     runs = restarts * min(targets, classes - 1) if loss == "targeted" else restarts
-    return _apgd(
+    run = _apgd if on_host(predict, images, keys, radius) else _whole_apgd
+    return run(
         predict, images, labels, keys, radius, loss=loss, steps=steps, norm=norm,
         restarts=restarts, runs=runs,
     )  # fmt: skip
@@ -111,61 +117,62 @@ class _State(NamedTuple):
     halved_then: Bool[Array, " n"]
 
 
-@partial(jax.jit, static_argnames=("loss", "steps", "norm", "restarts", "runs"))
 def _apgd(predict, images, labels, keys, eps, *, loss, steps, norm, restarts, runs):
-    clean = predict(images)
-    if loss == "targeted":
-        goals = jnp.repeat(likely_targets(clean, labels, runs // restarts), restarts, axis=0)
-    else:
-        goals = jnp.broadcast_to(labels, (runs, len(labels)))
-    measure = {
-        "ce": lambda logits, labels, _: cross_entropy(logits, labels),
-        "dlr": lambda logits, labels, _: dlr(logits, labels),
-        "targeted": targeted_dlr if clean.shape[1] >= 4 else difference,
-    }[loss]
+    goals, broken = _goals(predict, images, labels, count=runs // restarts)
+    # Per step: how many steps its checkpoint looks back on, 0 where there is none.
+    marks, spans = checkpoints(steps), np.zeros(steps, np.int32)
+    spans[np.array(marks) - 1] = np.diff([0, *marks])
+    spans = jnp.asarray(spans)
 
     def attempt(number, found):
-        def run():
-            goal = goals[number]
-            state = _climb(
-                predict,
-                lambda logits, labels: measure(logits, labels, goal),
-                images,
-                labels,
-                fold_each(keys, number),
-                eps,
-                steps,
-                norm,
-            )
-            adversarial, broken, best, best_loss = found
-            # Losses towards different classes do not compare: the first target's best is kept.
-            better = (state.best_loss > best_loss) & (number < restarts)
-            return (
-                pick(state.broken & ~broken, state.adversarial, adversarial),
-                broken | state.broken,
-                pick(better, state.best, best),
-                jnp.where(better, state.best_loss, best_loss),
-            )
+        # Without targets the goal is not looked at.
+        goal = goals[number // restarts] if loss == "targeted" else labels
+        given = predict, images, labels, goal, eps
+        state = _start(*given, fold_each(keys, number), loss=loss, norm=norm)
+        state = iterate(steps, Partial(_advance(loss, norm), *given, spans), state)
+        # Losses towards different classes do not compare: the first target's best is kept.
+        return _merge(found, state, number < restarts)
 
-        return jax.lax.cond(found[1].all(), lambda: found, run)
-
-    nothing = images, wrong(clean, labels), images, jnp.full(len(images), -jnp.inf)
     # A misclassified image is its own adversarial one.
-    adversarial, broken, best, _ = jax.lax.fori_loop(0, runs, attempt, nothing)
+    found = images, broken, images, jnp.full(len(images), -jnp.inf)
+    adversarial, broken, best, _ = rounds(runs, attempt, found, lambda found: found[1].all())
     return pick(broken, adversarial, best)
 
 
-def _climb(predict, loss, images, labels, keys, eps, steps, norm) -> _State:
-    """One run from a random start."""
-    marks = checkpoints(steps)
-    # Per step: how many steps this checkpoint looks back on, 0 where there is none.
-    spans = np.zeros(steps + 1, np.int32)
-    spans[marks] = np.diff([0, *marks])
-    spans = jnp.asarray(spans)
+_whole_apgd = jax.jit(_apgd, static_argnames=("loss", "steps", "norm", "restarts", "runs"))
 
-    start = random_start(keys, images, eps, norm)
-    value, broken, gradient = loss_and_gradient(predict, loss, start, labels)
-    state = _State(
+
+@partial(jax.jit, static_argnames="count")
+def _goals(predict, images, labels, *, count):
+    clean = predict(images)
+    return likely_targets(clean, labels, min(count, clean.shape[1] - 1)), wrong(clean, labels)
+
+
+@jax.jit
+def _merge(found, state: _State, comparable):
+    adversarial, broken, best, best_loss = found
+    better = (state.best_loss > best_loss) & comparable
+    return (
+        pick(state.broken & ~broken, state.adversarial, adversarial),
+        broken | state.broken,
+        pick(better, state.best, best),
+        jnp.where(better, state.best_loss, best_loss),
+    )
+
+
+def _measure(loss: LossName, goal: Labels) -> Loss:
+    def targeted(logits, labels):
+        enough = logits.shape[1] >= 4
+        return (targeted_dlr if enough else difference)(logits, labels, goal)
+
+    return {"ce": cross_entropy, "dlr": dlr, "targeted": targeted}[loss]
+
+
+@partial(jax.jit, static_argnames=("loss", "norm"))
+def _start(predict, images, labels, goal, eps, keys, *, loss, norm) -> _State:
+    start = random_start(keys, images, eps, norm=norm)
+    value, broken, gradient = loss_and_gradient(predict, _measure(loss, goal), start, labels)
+    return _State(
         x=start,
         previous=start,
         loss=value,
@@ -181,12 +188,17 @@ def _climb(predict, loss, images, labels, keys, eps, steps, norm) -> _State:
         halved_then=jnp.ones(len(images), bool),
     )
 
-    def advance(number, state: _State) -> _State:
+
+@cache
+def _advance(loss: LossName, norm: Norm):
+    """The step of a loss and a norm, one function object for all calls: programs are kept by it."""
+
+    def advance(predict, images, labels, goal, eps, spans, number, state: _State) -> _State:
         ahead = project(state.x + state.step * steepest(state.gradient, norm), images, eps, norm)
-        share = jnp.where(number == 1, 1.0, _MOMENTUM)
+        share = jnp.where(number == 0, 1.0, _MOMENTUM)
         moved = state.x + share * (ahead - state.x) + (1 - share) * (state.x - state.previous)
         x = project(moved, images, eps, norm)
-        value, broken, gradient = loss_and_gradient(predict, loss, x, labels)
+        value, broken, gradient = loss_and_gradient(predict, _measure(loss, goal), x, labels)
         higher = value > state.best_loss
         state = state._replace(
             x=x,
@@ -200,11 +212,10 @@ def _climb(predict, loss, images, labels, keys, eps, steps, norm) -> _State:
             broken=broken | state.broken,
             rises=state.rises + (value > state.loss),
         )
-        return jax.lax.cond(
-            spans[number] > 0, lambda: _look_back(state, spans[number]), lambda: state
-        )
+        span = spans[number]
+        return jax.lax.cond(span > 0, lambda: _look_back(state, span), lambda: state)
 
-    return jax.lax.fori_loop(1, steps + 1, advance, state)
+    return advance
 
 
 def _look_back(state: _State, span) -> _State:

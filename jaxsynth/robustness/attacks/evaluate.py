@@ -15,6 +15,7 @@ from jaxsynth.robustness.attacks.common import (
     Labels,
     Predict,
     fold_each,
+    on_host,
     prepare,
     wrong,
 )
@@ -76,16 +77,20 @@ def eps_sweep(
     key: Key[Array, "..."],
     epsilons: Float[Array, " k"],
 ) -> Bool[Array, "k n"]:
-    """Which images are still classified rightly at each eps, all in one program.
+    """Which images are still classified rightly at each eps, all by one program.
 
-    `attack` is compiled in: give the same function object again to reuse the program. Each eps is
-    attacked from anew, so a curve that rises shows an attack that fails, not a robust model.
+    On an accelerator `attack` is compiled in: give the same function object again to reuse the
+    program. Each eps is attacked from anew, so a curve that rises shows an attack that fails, not a
+    robust model.
     """
     epsilons = jnp.asarray(epsilons, jnp.float32)
     if epsilons.ndim != 1 or not len(epsilons) or (epsilons < 0).any():
         raise ValueError(f"epsilons: expected a row of numbers from 0, found {epsilons}")
     predict, images, labels, keys, _ = prepare(predict, images, labels, key, 0.0, "linf")
-    return _sweep(attack, predict, images, labels, keys, epsilons)
+    if not on_host(predict, images, keys):
+        return _sweep(attack, predict, images, labels, keys, epsilons)
+    moved = (attack(predict, images, labels, keys, eps=eps) for eps in epsilons)
+    return jnp.stack([_right(predict, x, labels) for x in moved])
 
 
 def worst_case(

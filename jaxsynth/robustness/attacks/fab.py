@@ -8,11 +8,12 @@ the way to the clean image. Every one of the likeliest other classes is a target
 in AutoAttack), always from the clean image.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from jaxsynth.robustness.attacks.common import (
@@ -24,10 +25,13 @@ from jaxsynth.robustness.attacks.common import (
     Predict,
     difference,
     distance,
+    iterate,
     likely_targets,
     loss_and_gradient,
+    on_host,
     pick,
     prepare,
+    rounds,
     wrong,
 )
 
@@ -56,7 +60,8 @@ def fab(
         raise ValueError(f"steps {steps}, targets {targets}: expected 1 or more")
     predict, images, labels, _, radius = prepare(predict, images, labels, key, eps, norm)
     targets = min(targets, jax.eval_shape(predict, images).shape[1] - 1)
-    nearest, size = _fab(predict, images, labels, steps=steps, norm=norm, targets=targets)
+    search = _search if on_host(predict, images, radius) else _whole_search
+    nearest, size = search(predict, images, labels, steps=steps, norm=norm, targets=targets)
     # What adding and subtracting in float32 leaves of a distance.
     return pick(size <= radius[:, 0, 0, 0] + 1e-7, nearest, images)
 
@@ -74,44 +79,58 @@ def fab_distance(
     key = jax.random.key(0)  # nothing is drawn
     predict, images, labels, *_ = prepare(predict, images, labels, key, 0.0, norm)
     targets = min(targets, jax.eval_shape(predict, images).shape[1] - 1)
-    return _fab(predict, images, labels, steps=steps, norm=norm, targets=targets)
+    search = _search if on_host(predict, images) else _whole_search
+    return search(predict, images, labels, steps=steps, norm=norm, targets=targets)
 
 
-@partial(jax.jit, static_argnames=("steps", "norm", "targets"))
-def _fab(predict, images, labels, *, steps, norm, targets):
+def _search(predict, images, labels, *, steps, norm, targets):
+    goals, size = _goals(predict, images, labels, count=targets)
+
+    def attempt(number, found):
+        step = Partial(_step(norm), predict, images, labels, goals[number])
+        _, *found = iterate(steps, step, (images, *found))
+        return tuple(found)
+
+    # A misclassified image is at no distance.
+    return rounds(targets, attempt, (images, size), lambda found: (found[1] == 0).all())
+
+
+_whole_search = jax.jit(_search, static_argnames=("steps", "norm", "targets"))
+
+
+@partial(jax.jit, static_argnames="count")
+def _goals(predict, images, labels, *, count):
     clean = predict(images)
-    goals = likely_targets(clean, labels, targets)
+    return likely_targets(clean, labels, count), jnp.where(wrong(clean, labels), 0.0, jnp.inf)
 
-    def search(number, found):
-        goal = goals[number]
+
+@cache
+def _step(norm: Norm):
+    """The step of a norm, one function object for all calls: programs are kept by it."""
+
+    def step(predict, images, labels, goal, _, state):
+        x, nearest, size = state
 
         def margin(logits, labels):
             return difference(logits, labels, goal)
 
-        def step(_, state):
-            x, nearest, size = state
-            gap, _, gradient = loss_and_gradient(predict, margin, x, labels)
-            here = to_boundary(x, gradient, gap, norm)
-            # The same linear model, at the clean image.
-            offset = (gradient * (images - x)).sum((1, 2, 3))
-            there = to_boundary(images, gradient, gap + offset, norm)
-            one, other = distance(here, norm), distance(there, norm)
-            share = jnp.minimum(one / jnp.maximum(one + other, TINY), _LARGEST_SHARE)
-            share = share[:, None, None, None]
-            x = (1 - share) * (x + _OVERSHOOT * here) + share * (images + _OVERSHOOT * there)
-            x = jnp.clip(x, 0, 1)
-            broken = wrong(predict(x), labels)
-            moved = distance(x - images, norm)
-            better = broken & (moved < size)
-            nearest, size = pick(better, x, nearest), jnp.where(better, moved, size)
-            return pick(broken, images + _BACKWARD * (x - images), x), nearest, size
+        gap, _, gradient = loss_and_gradient(predict, margin, x, labels)
+        here = to_boundary(x, gradient, gap, norm)
+        # The same linear model, at the clean image.
+        offset = (gradient * (images - x)).sum((1, 2, 3))
+        there = to_boundary(images, gradient, gap + offset, norm)
+        one, other = distance(here, norm), distance(there, norm)
+        share = jnp.minimum(one / jnp.maximum(one + other, TINY), _LARGEST_SHARE)
+        share = share[:, None, None, None]
+        x = (1 - share) * (x + _OVERSHOOT * here) + share * (images + _OVERSHOOT * there)
+        x = jnp.clip(x, 0, 1)
+        broken = wrong(predict(x), labels)
+        moved = distance(x - images, norm)
+        better = broken & (moved < size)
+        nearest, size = pick(better, x, nearest), jnp.where(better, moved, size)
+        return pick(broken, images + _BACKWARD * (x - images), x), nearest, size
 
-        _, *found = jax.lax.fori_loop(0, steps, step, (images, *found))
-        return tuple(found)
-
-    # A misclassified image is at no distance.
-    size = jnp.where(wrong(clean, labels), 0.0, jnp.inf)
-    return jax.lax.fori_loop(0, targets, search, (images, size))
+    return step
 
 
 def to_boundary(x: Images, gradient: Images, gap: Losses, norm: Norm) -> Images:

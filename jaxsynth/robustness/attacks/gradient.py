@@ -1,4 +1,4 @@
-"""FGSM and projected gradient descent, as one program each.
+"""FGSM and projected gradient descent.
 
 FGSM is one step of size `eps` (Goodfellow et al. 2015, arXiv 1412.6572). PGD takes many from a
 random start and projects after each (Madry et al. 2018, arXiv 1706.06083). A step larger than the
@@ -6,11 +6,12 @@ ball makes every iterate a corner of it: the default, 2.5 eps / steps, reaches t
 anywhere and can still turn round.
 """
 
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Key
 
 from jaxsynth.robustness.attacks.common import (
@@ -21,10 +22,13 @@ from jaxsynth.robustness.attacks.common import (
     Worst,
     cross_entropy,
     fold_each,
+    iterate,
     loss_and_gradient,
+    on_host,
     prepare,
     project,
     random_start,
+    rounds,
     steepest,
     wrong,
 )
@@ -80,7 +84,8 @@ def pgd(
     else:
         size = jnp.broadcast_to(jnp.asarray(step_size, jnp.float32), (len(images),))
         size = size[:, None, None, None]
-    return _pgd(
+    run = _pgd if on_host(predict, images, keys, radius) else _whole_pgd
+    return run(
         predict,
         images,
         labels,
@@ -94,25 +99,41 @@ def pgd(
     )
 
 
-@partial(jax.jit, static_argnames=("steps", "norm", "restarts", "from_random"))
 def _pgd(predict, images, labels, keys, eps, size, *, steps, norm, restarts, from_random):
-    def step(_, x: Images) -> Images:
-        _, _, gradient = loss_and_gradient(predict, cross_entropy, x, labels)
-        return project(x + size * steepest(gradient, norm), images, eps, norm)
+    ascend = Partial(_ascent(norm), predict, images, labels, eps, size)
 
     def run(number) -> Images:
         start = images
         if from_random:
-            start = random_start(fold_each(keys, number), images, eps, norm)
-        return jax.lax.fori_loop(0, steps, step, start)
+            start = random_start(fold_each(keys, number), images, eps, norm=norm)
+        return iterate(steps, ascend, start)
 
     if restarts == 1:
         return run(0)
 
     def restart(number, worst: Worst) -> Worst:
-        x = run(number)
-        logits = predict(x)
-        return worst.or_else(x, wrong(logits, labels), cross_entropy(logits, labels))
+        return _keep_worst(predict, labels, run(number), worst)
 
     nothing = jnp.zeros(len(images), bool), jnp.full(len(images), -jnp.inf)
-    return jax.lax.fori_loop(0, restarts, restart, Worst(images, *nothing)).images
+    worst = Worst(images, *nothing)
+    return rounds(restarts, restart, worst, lambda _: jnp.array(False)).images
+
+
+_whole_pgd = jax.jit(_pgd, static_argnames=("steps", "norm", "restarts", "from_random"))
+
+
+@cache
+def _ascent(norm: Norm):
+    """The step of a norm, one function object for all calls: programs are kept by it."""
+
+    def ascend(predict, images, labels, eps, size, _, x: Images) -> Images:
+        _, _, gradient = loss_and_gradient(predict, cross_entropy, x, labels)
+        return project(x + size * steepest(gradient, norm), images, eps, norm)
+
+    return ascend
+
+
+@jax.jit
+def _keep_worst(predict, labels, x: Images, worst: Worst) -> Worst:
+    logits = predict(x)
+    return worst.or_else(x, wrong(logits, labels), cross_entropy(logits, labels))
