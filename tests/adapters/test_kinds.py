@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -18,7 +17,6 @@ RANKED = {"rank": 2, "alpha": 5, "targets": ("conv", "linear")}
 PLAIN = {"targets": ("conv", "linear")}
 TABLE = {
     "lora": RANKED,
-    "pissa": RANKED,
     "locon": RANKED,
     "dora": RANKED,
     "dora-input": RANKED | {"decompose": "input", "detach_norm": False},
@@ -33,7 +31,7 @@ TABLE = {
     "delta_lora": RANKED | {"ratio": 0.5},
     "glora": RANKED,
     "glora-hadamard": {"rank": 2, "targets": ("linear",), "form": "hadamard"},
-    "oft": PLAIN | {"block_size": 4},
+    "oft-input": PLAIN | {"block_size": 4, "cayley": "neumann"},
     "oft-output": PLAIN | {"block_size": 4, "side": "output", "rescale": True},
     "boft": PLAIN | {"block_size": 2, "side": "output"},
     "ia3": PLAIN | {"feedforward": ("linear",)},
@@ -47,8 +45,6 @@ UNMERGEABLE = ("prefix", "hypernetwork")
 STARTS_ELSEWHERE = ("prefix",)
 COUNT = 3
 IMAGES = np.random.default_rng(1).standard_normal((COUNT, 2, 4, 5, 4), np.float32)
-# As many tokens as a prefix adds, so that outputs with and without one can be averaged alike.
-TX = optax.adam(3e-2)
 
 
 @functools.cache
@@ -72,37 +68,39 @@ class Case:
         self.config = kinds.make_config(kind, **TABLE[name])
         self.model = kinds.add(net(), self.config, rngs=jax.random.key(3))
         self.graphdef, self.start, self.frozen = nnx.split(self.model, base.Trainable, ...)
-        self.single = quick_jit(functools.partial(self._step, merging=name not in UNMERGEABLE))
-        self.many = quick_jit(
-            jax.vmap(functools.partial(self._step, merging=False), in_axes=(0, 0, None, 0, 0))
-        )
+        self.single = quick_jit(self._merging)
+        self.many = quick_jit(jax.vmap(self._gradient, in_axes=(0, None, 0, 0)))
 
-    def _step(self, trainable, opt_state, frozen, images, scale, *, merging):
-        """Outputs and loss, the trainable values after an update, what merging gives."""
+    def _build(self, trainable, frozen, scale):
+        model = nnx.merge(self.graphdef, trainable, frozen)
+        return model if self.name == "prefix" else base.with_scale(model, scale)
 
-        def build(t):
-            model = nnx.merge(self.graphdef, t, frozen)
-            return model if self.name == "prefix" else base.with_scale(model, scale)
+    def _gradient(self, trainable, frozen, images, scale):
+        """Outputs, loss and gradient."""
 
         def loss(t):
-            out = build(t)(images)
+            out = self._build(t, frozen, scale)(images)
             return ((out - 1) ** 2).mean(), out
 
         (value, out), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        updates, opt_state = TX.update(grads, opt_state, trainable)
-        result = {"out": out, "loss": value, "opt_state": opt_state}
-        result["trainable"] = optax.apply_updates(trainable, updates)
-        if merging:
-            merged = base.merge(build(trainable))
-            back = base.layers(base.unmerge(merged, build(trainable)))
-            result["merged"] = merged(images)
-            result["merged_params"] = [nnx.state(x) for x in base.layers(merged).values()]
-            result["back"] = [nnx.state(x.base) for x in back.values() if hasattr(x, "base")]
-        return result
+        return {"out": out, "loss": value, "grads": grads}
+
+    def _merging(self, trainable, frozen, images, scale):
+        """The same, and what merging and its inverse give."""
+        result = self._gradient(trainable, frozen, images, scale)
+        if self.name in UNMERGEABLE:
+            return result
+        adapted = self._build(trainable, frozen, scale)
+        merged = base.merge(adapted)
+        back = base.layers(base.unmerge(merged, adapted))
+        return result | {
+            "merged": merged(images),
+            "params": [nnx.state(layer) for layer in base.layers(merged).values()],
+            "back": [nnx.state(layer.base) for layer in back.values() if hasattr(layer, "base")],
+        }
 
     def run(self, trainable, images=IMAGES[0], scale=1.0):
-        opt_state = TX.init(trainable)
-        return self.single(trainable, opt_state, self.frozen, images, jnp.float32(scale))
+        return self.single(trainable, self.frozen, images, jnp.float32(scale))
 
     def random(self, seed: int):
         """Trainable values of which none is where it started."""
@@ -146,7 +144,7 @@ def test_a_kind_obeys_the_algebra(name, tmp_path):
             base.merge(own.model)
     else:
         kernels = [nnx.state(layer) for layer in base.layers(net()).values()]
-        for off_params, kernel in zip(off["merged_params"], kernels, strict=True):
+        for off_params, kernel in zip(off["params"], kernels, strict=True):
             jax.tree.map(np.testing.assert_array_equal, off_params, kernel)
         half = own.run(states[0], scale=0.4)
         for result in (found[0], half):
@@ -159,29 +157,29 @@ def test_a_kind_obeys_the_algebra(name, tmp_path):
                     one, kernel,
                 )  # fmt: skip
 
-    # Side by side in one program: an update and the outputs of each equal those of its own run,
-    # whichever adapter which batch is routed to.
+    # Side by side in one program the outputs and gradients of each, whichever batch it is routed to,
+    # equal those of its own run; so then do training steps.
     index = jnp.array([2, 0, 1])
     routed = base.route(base.stack(states), index)
-    opt_state = jax.vmap(TX.init)(routed)
-    together = own.many(routed, opt_state, own.frozen, IMAGES[index], jnp.ones(COUNT))
+    together = own.many(routed, own.frozen, IMAGES[index], jnp.ones(COUNT))
     for row, i in enumerate(index):
-        bound = 2e-5 * np.abs(found[i]["out"]).max()
-        np.testing.assert_allclose(together["out"][row], found[i]["out"], atol=bound)
-        after = jax.tree.map(lambda x, row=row: x[row], together["trainable"])
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), after, found[i]["trainable"]
+        for key in ("out", "grads"):
+            alone = jax.tree.leaves(found[i][key])
+            for one, other in zip(jax.tree.leaves(together[key]), alone, strict=True):
+                bound = 3e-5 * max(1.0, np.abs(other).max())
+                np.testing.assert_allclose(one[row], other, atol=bound)
+
+    # It learns a tiny batch, by steps against the sign of the gradient.
+    trainable = own.start
+    for _ in range(20):
+        result = own.run(trainable)
+        trainable = jax.tree.map(
+            lambda p, g: jnp.asarray(p - np.float32(0.03) * np.sign(g)), trainable, result["grads"]
         )
+    assert result["loss"] < 0.9 * start["loss"]
 
     # Swapping values or strength compiles nothing.
     assert own.single._cache_size() == 1
-
-    # It learns a tiny batch.
-    trainable, opt_state = own.start, TX.init(own.start)
-    for _ in range(25):
-        result = own.single(trainable, opt_state, own.frozen, IMAGES[0], jnp.float32(1))
-        trainable, opt_state = result["trainable"], result["opt_state"]
-    assert result["loss"] < 0.9 * start["loss"]
 
     # Its state survives a file, with the configuration it was made from.
     trained = nnx.merge(own.graphdef, trainable, own.frozen)

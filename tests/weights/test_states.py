@@ -101,7 +101,7 @@ def metadata(**changes) -> dict[str, str]:
     [
         ({"format": None}, "format None, expected 'jaxsynth.adapter'; .* weights.adapters"),
         ({"format": "pt"}, "format 'pt', expected"),
-        ({"kind": "DoRAConfig"}, r"kind 'DoRAConfig', expected one of \['AffinerConfig', 'LoRA"),
+        ({"kind": "DoRAConfig"}, r"kind 'DoRAConfig', expected one of \['AdaLoRAConfig', 'Affiner"),
         ({"kind": None}, "kind None, expected one of"),
         ({"config": '{"rnak": 2}'}, "config of AffinerConfig: .*rnak"),
         ({"config": '{"rank": -2}'}, "config of AffinerConfig: .*rank is -2"),
