@@ -102,6 +102,7 @@ benchmarks:
   dit-train-step  one update of DiffScaler's Affiners on a diffusion transformer (DiT)
   routing         drawing a batch that mixes three sets of Affiners, and the same with one set;
                   both sides are ours
+  adapters        one update of DoRA, LoHa or LoKr, and the same of LoRA; both sides are ours
 
 cases of train-step and generate:
   tiny            the shipped 32x32 base; batches of 8 (train-step) or 20 images (generate)
@@ -111,6 +112,10 @@ cases of train-step and generate:
 cases of dit-train-step and routing:
   tiny            the small DiT of configs/diffscaler.py, 8x8 latents
   dit-s2, dit-b2  DiT-S/2 and DiT-B/2 (the latter in dit-train-step only), 32x32 latents
+
+cases of adapters, rank 8:
+  "dit-s2 dora" ...     on the linear layers of DiT-S/2
+  "sd-shaped dora" ...  on the linear layers and convolutions of that UNet
 
 environment:
   XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,\
@@ -556,7 +561,7 @@ def _bench_parser(verbs) -> argparse.ArgumentParser:
         usage="jaxsynth bench BENCHMARK [--peer=torch] [CASE ...]",
         epilog=_BENCH_EPILOG,
     )
-    names = ("train-step", "generate", "dit-train-step", "routing")
+    names = ("train-step", "generate", "dit-train-step", "routing", "adapters")
     parser.add_argument("name", metavar="BENCHMARK", choices=names, help="what is timed, see below")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
     parser.add_argument("--peer", choices=("torch",), default="", help="whom to compare with")

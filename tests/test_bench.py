@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxsynth.bench import dit_train_step, generate, routing, train_step
+from jaxsynth.adapters.base import layers
+from jaxsynth.bench import adapters, dit_train_step, generate, routing, train_step
 from jaxsynth.bench import run as bench
 from jaxsynth.bench.timing import Timing, Watch, alternate, busy_seconds, cores
 from jaxsynth.diffusion.learned_range import variational_bound
@@ -132,6 +133,15 @@ def shown(rows, name="train-step") -> str:
     out = printer()
     bench._show(out, name, rows)
     return out.file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["lokr"])
+def test_kinds_are_timed_beside_lora_on_the_same_layers(kind):
+    ours = adapters.build(adapters.AdapterCase("tiny", "tiny", kind, batch_size=2, rank=2))
+    lora = adapters.connect(ours)
+    assert set(layers(ours.adapted)) == set(layers(lora.adapted))
+    assert float(ours.step()["loss"]) != float(lora.step()["loss"])
+    assert adapters.compare(ours, [], lora) < 1e-4
 
 
 def test_the_table_fits_a_pipe_of_80_columns():

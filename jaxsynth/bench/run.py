@@ -15,7 +15,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from jaxsynth.bench import dit_train_step, generate, routing, train_step
+from jaxsynth.bench import adapters, dit_train_step, generate, routing, train_step
 from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
 from jaxsynth.errors import UsageError
 from jaxsynth.training.artifact import versions, write_json
@@ -62,6 +62,7 @@ BENCHES = {
     "generate": _benchmark(generate),
     "dit-train-step": _benchmark(dit_train_step),
     "routing": _benchmark(routing, names=("mixed", "one set")),
+    "adapters": _benchmark(adapters, names=("kind", "LoRA")),
 }
 
 
