@@ -93,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
     "affiner": Recipe("Affiner (paper)", _affiner("paper")),
     "affiner_relu": Recipe("Affiner with ReLU (paper)", _affiner("paper", form="relu")),
     "affiner_all": Recipe("Affiner (all)", _affiner("all")),
-    "affiner_zero": Recipe("Affiner, zero W_up for s (all)", _affiner("all", gate=False)),
+    "affiner_zero": Recipe("Affiner, zero W_up (all)", _affiner("all", gate=False)),
 }
 
 

@@ -134,29 +134,28 @@ def compared(results: Sequence[dict], name: str) -> Table:
         if not runs:
             continue
         error = Measure(tuple(r["test"] for r in runs))
-        off = [r["old_off"] for r in runs if "old_off" in r]
+        off = {r["old_off"] for r in runs if "old_off" in r}
+        trained, whole = runs[0]["trainable"], runs[0]["whole"]
         body.append(
             [
                 made.label,
-                f"{runs[0]['trainable']:,}",
-                f"{runs[0]['trainable'] / runs[0]['whole']:.1%}",
-                f"{runs[0]['rate']:g}",
+                f"{trained:,}" + (f" ({trained / whole:.1%})" if trained < whole else ""),
                 error,
                 "" if reference is None else f"{error.mean / reference - 1:+.1%}",
                 Measure(tuple(r["old"] for r in runs)),
-                Measure(tuple(off)) if off else None,
+                max(off) if off else None,
             ]
         )
     before = results[0]["old_before"]
     seeds = len({result["seed"] for result in results})
     return Table(
-        ["Recipe", "trained", "of all", "rate", "error", "to full", "old classes", "off"],
+        ["Recipe", "trained", "error", "to full", "old classes", "off"],
         body,
         caption=f"{name}: error x 1000, mean ± standard deviation of {seeds} seeds; the base's own "
-        f"on its classes is {1000 * before:.2f}",
+        f"on its classes is {1000 * before:.1f}",
         better="lower",
         scale=1000,
-        digits=2,
+        digits=1,
     )
 
 

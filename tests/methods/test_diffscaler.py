@@ -66,7 +66,7 @@ def test_every_stage_is_made_and_reported(finished):
     assert "old_off" not in full and adapter["old"] != adapter["old_before"]
     assert all(0 < r["test"] < 3 and 0 < r["validation"] < 3 for r in results)
     page = (finished / "report.html").read_text()
-    assert "Affiner, zero W_up for s (all)" in page
+    assert "Affiner, zero W_up (all)" in page
     assert "| full fine-tuning" in (finished / "table-digits.md").read_text()
     assert "real against real" in (finished / "table-quality.md").read_text()
 
