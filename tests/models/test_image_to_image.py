@@ -126,7 +126,7 @@ def count(make):
 
 def test_sizes_are_the_published_ones():
     """7.06 M is said of the generator; the others are what the authors' code builds."""
-    assert count(lambda: E2GAN(E2GANConfig(), rngs=nnx.Rngs(0))) == 7_057_283
+    assert count(lambda: E2GAN(E2GANConfig(), rngs=nnx.Rngs(0))) == 7_056_131
     assert count(lambda: Pix2Pix(Pix2PixConfig(), rngs=nnx.Rngs(0))) == 54_413_955
     assert count(lambda: PatchGAN(PatchGANConfig(), rngs=nnx.Rngs(0))) == 2_768_705
 
