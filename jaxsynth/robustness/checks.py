@@ -61,7 +61,8 @@ def check_images(images: Any, name: str = "images") -> Float[Array, "n h w c"]:
         )
     _finite(images, name)
     if not isinstance(images, jax.core.Tracer):
-        low, high = float(images.min()), float(images.max())
+        values = np.asarray(images)
+        low, high = float(values.min()), float(values.max())
         if low < -_TOLERANCE or high > 1 + _TOLERANCE:
             raise ValueError(
                 f"{name}: values from {low:g} to {high:g}, expected [0, 1]; `predict` takes pixels "

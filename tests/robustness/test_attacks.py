@@ -18,7 +18,7 @@ from jaxsynth.robustness.attacks.apgd import apgd, checkpoints
 from jaxsynth.robustness.attacks.autoattack import autoattack, standard
 from jaxsynth.robustness.attacks.common import fold_each, image_keys, random_start
 from jaxsynth.robustness.attacks.evaluate import attacked, correct, eps_sweep, worst_case
-from jaxsynth.robustness.attacks.fab import fab_distance, to_boundary
+from jaxsynth.robustness.attacks.fab import fab, fab_distance, to_boundary
 from jaxsynth.robustness.attacks.gradient import fgsm, pgd
 from jaxsynth.robustness.attacks.masking import check_model, check_results
 from jaxsynth.robustness.attacks.square import bump, sides, square
@@ -342,6 +342,24 @@ class TestAutoAttack:
 
 
 class TestBatches:
+    @pytest.mark.parametrize(
+        "attack",
+        [
+            partial(pgd, steps=5, restarts=2),
+            partial(apgd, loss="targeted", steps=8, targets=2),
+            partial(fab, steps=8, targets=2),
+        ],
+        ids=["pgd", "apgd", "fab"],
+    )
+    def test_one_program_does_what_single_steps_do(self, digits, key, attack):
+        """Under a trace all loops are compiled in, as on accelerators; on CPU steps are called."""
+        args = digits.predict, digits.images[:8], digits.labels[:8], key
+        stepped, whole = attack(*args, eps=EPS), jax.jit(partial(attack, eps=EPS))(*args)
+        assert not np.array_equal(stepped, args[1])
+        # Where a gradient is rounding noise, another order of sums may turn its sign.
+        apart = np.abs(np.asarray(whole - stepped)).reshape(8, -1).max(1)
+        assert (apart < 1e-4).sum() >= 7
+
     def test_neither_batch_nor_devices_change_an_image(self, digits, key):
         run = partial(pgd, eps=EPS, steps=5)
         whole = run(digits.predict, digits.images, digits.labels, key)

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -55,7 +56,7 @@ def prepare(
     labels = check_labels(labels, *shape)
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm: expected 'linf' or 'l2', found {norm!r}")
-    if not isinstance(eps, jax.core.Tracer) and jnp.any(jnp.asarray(eps) < 0):
+    if not isinstance(eps, jax.core.Tracer) and np.any(np.asarray(eps) < 0):
         raise ValueError(f"eps: expected 0 or more, found {eps}")
     eps = jnp.broadcast_to(jnp.asarray(eps, jnp.float32), (len(images),))
     return predict, images, labels, image_keys(key, len(images)), eps[:, None, None, None]

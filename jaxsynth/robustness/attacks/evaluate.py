@@ -83,9 +83,9 @@ def eps_sweep(
     program. Each eps is attacked from anew, so a curve that rises shows an attack that fails, not a
     robust model.
     """
-    epsilons = jnp.asarray(epsilons, jnp.float32)
-    if epsilons.ndim != 1 or not len(epsilons) or (epsilons < 0).any():
+    if np.ndim(epsilons) != 1 or not len(epsilons) or np.any(np.asarray(epsilons) < 0):
         raise ValueError(f"epsilons: expected a row of numbers from 0, found {epsilons}")
+    epsilons = jnp.asarray(epsilons, jnp.float32)
     predict, images, labels, keys, _ = prepare(predict, images, labels, key, 0.0, "linf")
     if not on_host(predict, images, keys):
         return _sweep(attack, predict, images, labels, keys, epsilons)
