@@ -240,19 +240,25 @@ def background_bias(
         drawn = jax.random.fold_in(key, number)
         return interval(figure, count, drawn, groups=groups, resamples=resamples)
 
-    if paired:
-        if len(same) != len(random):
-            raise ValueError(
-                f"mixed_rand: {len(random)} images, expected the {len(same)} of mixed_same"
-            )
-        gap = measure(difference(mean(same), mean(random)), len(same), 3)
-    else:
-        group = np.repeat([0, 1], [len(same), len(random)])
-        both = np.concatenate([same, random])
-        figure = difference(mean(both, group == 0), mean(both, group == 1))
-        gap = measure(figure, len(both), 3, group)
+    figure, count, groups = background_gap(same, random, paired=paired)
     single = (measure(mean(x), len(x), number) for number, x in enumerate(right.values()))
-    return BackgroundBias(*single, gap)
+    return BackgroundBias(*single, measure(figure, count, 3, groups))
+
+
+def background_gap(
+    mixed_same: Bool[np.ndarray, " m"], mixed_rand: Bool[np.ndarray, " r"], *, paired: bool
+) -> tuple[Figure, int, np.ndarray | None]:
+    """BG-Gap as `interval` takes it: the figure, how many images, and their groups if unpaired."""
+    if paired:
+        if len(mixed_same) != len(mixed_rand):
+            raise ValueError(
+                f"mixed_rand: {len(mixed_rand)} images, expected the {len(mixed_same)} of "
+                "mixed_same"
+            )
+        return difference(mean(mixed_same), mean(mixed_rand)), len(mixed_same), None
+    groups = np.repeat([0, 1], [len(mixed_same), len(mixed_rand)])
+    both = np.concatenate([mixed_same, mixed_rand])
+    return difference(mean(both, groups == 0), mean(both, groups == 1)), len(both), groups
 
 
 def _scaled(values: np.ndarray, among: np.ndarray, scale: float) -> Figure:

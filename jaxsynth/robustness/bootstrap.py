@@ -75,6 +75,11 @@ def difference(one: Figure, other: Figure) -> Figure:
     return Partial(_difference, one, other)
 
 
+def evaluate(figure: Figure, count: int) -> float:
+    """The figure itself, of `count` images each of which counts once."""
+    return float(_value_and_influences(jnp.ones(count), _as_partial(figure))[0])
+
+
 def interval(
     figure: Figure,
     count: int,
@@ -94,7 +99,7 @@ def interval(
         raise ValueError(
             f"level {level}, resamples {resamples}: expected between 0 and 1, and 100 or more"
         )
-    figure = figure if isinstance(figure, Partial) else Partial(figure)
+    figure = _as_partial(figure)
     first, sizes, members = _layout(count, groups)
     value, influences = _value_and_influences(jnp.ones(count), figure)
     value = float(value)
@@ -135,6 +140,10 @@ def sign_flip(
     # A tie is as large: the tolerance is float32's.
     found = abs(float(differences.mean()))
     return float((1 + (np.abs(drawn) >= found * (1 - 1e-5)).sum()) / (1 + resamples))
+
+
+def _as_partial(figure: Figure) -> Partial:
+    return figure if isinstance(figure, Partial) else Partial(figure)
 
 
 def _floats(values) -> Array:

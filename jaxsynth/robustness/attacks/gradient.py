@@ -38,10 +38,19 @@ PAPER_EPS, PAPER_STEPS, PAPER_STEP_SIZE = 1 / 255, 20, 2 / 225
 
 
 def fgsm(
-    predict: Predict, images: Images, labels: Labels, *, eps: Any, norm: Norm = "linf"
+    predict: Predict,
+    images: Images,
+    labels: Labels,
+    key: Key[Array, "..."] | None = None,
+    *,
+    eps: Any,
+    norm: Norm = "linf",
 ) -> Images:
-    """One step of size `eps` along the gradient of the cross-entropy."""
-    key = jax.random.key(0)  # nothing is drawn
+    """One step of size `eps` along the gradient of the cross-entropy.
+
+    Nothing is drawn: `key` is there so that attacks are called alike.
+    """
+    key = jax.random.key(0) if key is None else key
     return pgd(
         predict,
         images,
