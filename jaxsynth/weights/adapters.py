@@ -1,4 +1,4 @@
-"""Adapter files: LoRA states to and from peft's folder and diffusers' single file.
+"""Adapter files: LoRA and DoRA states to and from peft's folder and diffusers' single file.
 
 - peft: `adapter_config.json` and `adapter_model.safetensors`, one network a folder.
 - diffusers: `pytorch_lora_weights.safetensors`, several networks ("unet", "text_encoder") by
@@ -44,11 +44,13 @@ _FACTORS = {
     ".lora.up.weight": "lora_B",
     ".lora_linear_layer.down.weight": "lora_A",
     ".lora_linear_layer.up.weight": "lora_B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
 }
 # diffusers before 0.20: the attention processors held the adapters.
 _LEGACY = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 _OTHER_KINDS = {
-    "DoRA": r"\.(lora_magnitude_vector|dora_scale)(\.|$)",
+    "LyCORIS DoRA": r"\.dora_scale$",
     "LoHa": r"\.hada_",
     "LoKr": r"\.lokr_",
     "IA3": r"\.ia3_",
@@ -118,7 +120,7 @@ def write_peft(folder: str | Path, state: AdapterState, *, base_model: str | Non
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{_PEFT_PREFIX}{path}.{factor}.weight": value
+        f"{_PEFT_PREFIX}{path}{_peft_name(factor)}": value
         for (path, factor), value in _torch_tensors(state).items()
     }
     fields = {**_config_to_peft(state.config), "base_model_name_or_path": base_model}
@@ -187,7 +189,8 @@ def write_diffusers(target: str | Path, states: dict[str, AdapterState]) -> None
         }
         ends = _diffusers_names(component, {path for path, _ in factors})
         for (path, factor), value in factors.items():
-            end = ends[path][("lora_A", "lora_B").index(factor)]
+            names_of = dict(zip(("lora_A", "lora_B"), ends[path], strict=True))
+            end = names_of.get(factor, _peft_name(factor))
             tensors[f"{component}.{path}{end}"] = value
         for field, value in _config_to_peft(state.config).items():
             fields[f"{component}.{field}"] = value
@@ -222,6 +225,10 @@ def _diffusers_names(component: str, paths: Collection[str]) -> dict[str, tuple[
     own = (".lora.down.weight", ".lora.up.weight")
     is_attention = all(path.endswith(_ATTENTION) for path in paths)
     return dict.fromkeys(paths, own if is_attention else peft_names)
+
+
+def _peft_name(factor: str) -> str:
+    return ".lora_magnitude_vector" if factor == "magnitude" else f".{factor}.weight"
 
 
 def _parse(key: str, name: str, source: Path) -> tuple[str, str]:
@@ -273,6 +280,20 @@ def _arrays(found: dict[tuple[str, str], np.ndarray], config: LoRAConfig, source
             raise UserError(f"{source}: {path} is not among the targets {config.targets}")
         for factor, value in (("lora_A", down), ("lora_B", up)):
             arrays[f"{path}.{factor}"] = jnp.asarray(names.from_hf("kernel", value), jnp.float32)
+        magnitude = found.get((path, "magnitude"))
+        if (magnitude is None) == (config.decompose == "output"):
+            expected = "one" if magnitude is None else "none"
+            raise UserError(
+                f"{source}: {path} has {'no' if magnitude is None else 'a'} magnitude vector, "
+                f"expected {expected}: use_dora is {magnitude is None}"
+            )
+        if magnitude is not None:
+            if magnitude.size != up.shape[0]:
+                raise UserError(
+                    f"{source}: {path} has a magnitude vector of shape {magnitude.shape}, expected "
+                    f"{up.shape[0]} values"
+                )
+            arrays[f"{path}.magnitude"] = jnp.asarray(magnitude.ravel(), jnp.float32)
     return arrays
 
 
@@ -281,10 +302,18 @@ def _torch_tensors(state: AdapterState) -> dict[tuple[str, str], np.ndarray]:
     config = state.config
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"expected the state of a LoRA, found {type(config).__name__}")
+    if config.init in ("pissa", "olora"):
+        raise ValueError("a LoRA that started from W has factors beside it: write `as_lora` of it")
+    if config.decompose == "input":
+        raise ValueError("peft and diffusers have DoRA's magnitudes for outputs, not for inputs")
     tensors = {}
     for key, value in sorted(state.arrays.items()):
         path, _, factor = key.rpartition(".")
         value = np.asarray(value, np.float32)
+        if factor == "magnitude":
+            axes = state.arrays[f"{path}.lora_A"].ndim - 2
+            tensors[path, factor] = value.reshape(1, -1, *(1,) * axes) if axes else value
+            continue
         if factor not in ("lora_A", "lora_B"):
             raise ValueError(f"{key}: a LoRA file holds lora_A and lora_B, not {factor}")
         if value.ndim not in (2, 4):
@@ -321,6 +350,7 @@ def _config_from_peft(fields: dict[str, Any], source: Any) -> LoRAConfig:
             # A string is a pattern for the whole path, a listed name may be the end of one.
             targets=(f"^(?:{targets})$",) if isinstance(targets, str) else tuple(targets),
             use_rslora=fields.pop("use_rslora", False),
+            decompose="output" if fields.pop("use_dora", False) else "none",
             init=_INITS[init],
             rank_pattern=fields.pop("rank_pattern", None) or {},
             alpha_pattern=fields.pop("alpha_pattern", None) or {},
@@ -351,7 +381,7 @@ def _config_to_peft(config: LoRAConfig) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern),
         "target_modules": _peft_targets(config.targets),
         "task_type": None,
-        "use_dora": False,
+        "use_dora": config.decompose == "output",
         "use_rslora": config.use_rslora,
     }
 
@@ -383,6 +413,7 @@ def _inferred_config(factors: dict[tuple[str, str], np.ndarray], source: str) ->
         targets=tuple(sorted({path for path, _ in factors})),
         rank_pattern=others,
         alpha_pattern=dict(others),
+        decompose="output" if any(f == "magnitude" for _, f in factors) else "none",
     )
 
 

@@ -335,6 +335,37 @@ def test_we_load_peft(tmp_path, targets):
     assert relative_error(adapters.attach(model, state)(images), expected) < 1e-5
 
 
+def test_dora_both_ways_with_peft(tmp_path):
+    config = replace(CONFIG, decompose="output")
+    plain = randomise(TorchNet())
+    model = Net(rngs=nnx.Rngs(0))
+    copy_weights(plain, model)
+    adapted = add_lora(model, config, rngs=nnx.Rngs(0))
+    state = randomised(base.extract(adapted), 2)
+    adapters.write_peft(tmp_path / "ours", state)
+    wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    with torch.no_grad():
+        expected = wrapped(nchw(images)).numpy()
+    np.testing.assert_allclose(adapters.attach(model, state)(images), expected, atol=1e-5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    assert_same(adapters.read_peft(tmp_path / "theirs"), state)
+    theirs = load_file(tmp_path / "theirs" / adapters.PEFT_WEIGHTS)
+    ours = load_file(tmp_path / "ours" / adapters.PEFT_WEIGHTS)
+    assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_diffusers_loads_our_dora(unet, tmp_path):
+    config = replace(UNET_LORA, decompose="output")
+    state = random_state(unet, config)
+    adapters.write_diffusers(tmp_path, {"unet": state})
+    pipe = pipeline()
+    pipe.load_lora_weights(tmp_path)
+    found = run_unet(adapters.attach(unet, state))
+    assert relative_error(found, torch_run_unet(pipe.unet)) < 1e-4
+    assert_same(adapters.read_diffusers(tmp_path)["unet"], state)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A model, its state, and a peft folder with it."""
@@ -382,7 +413,7 @@ _MIX = "base_model.model.mix"
     ("change", "message"),
     [
         ({"fields": {"peft_type": "LOHA"}}, "peft_type is LOHA, expected LORA"),
-        ({"fields": {"use_dora": True}}, "use_dora is True, which is not implemented"),
+        ({"fields": {"use_dora": True}}, "blocks.0 has no magnitude vector, expected one"),
         ({"fields": {"bias": "all"}}, "bias is 'all'"),
         ({"fields": {"modules_to_save": ["mix"]}}, "modules_to_save is"),
         ({"fields": {"init_lora_weights": "pissa"}}, "init_lora_weights 'pissa'"),
@@ -395,7 +426,7 @@ _MIX = "base_model.model.mix"
         ({"tensors": {f"{_MIX}.lora_C.weight": np.ones(2)}}, f"unknown key {_MIX}.lora_C"),
         ({"tensors": {f"{_MIX}.hada_w1_a": np.ones(2)}}, f"{_MIX}.hada_w1_a is of a LoHa"),
         ({"tensors": {f"{_MIX}.lokr_w1": np.ones(2)}}, f"{_MIX}.lokr_w1 is of a LoKr"),
-        ({"tensors": {f"{_MIX}.lora_magnitude_vector": np.ones(2)}}, "is of a DoRA"),
+        ({"tensors": {f"{_MIX}.lora_magnitude_vector": np.ones(2)}}, "mix has a magnitude vector"),
         ({"tensors": {"lora_unet_x.lora_down.weight": np.ones(2)}}, "is of a kohya-format"),
     ],
 )
