@@ -154,6 +154,12 @@ def _weightgen() -> ModuleType:
     return weightgen
 
 
+def _robustness() -> ModuleType:
+    from jaxsynth.methods import robustness
+
+    return robustness
+
+
 # A method's module has `Config` (frozen dataclasses) and `run(config, workdir)`, those of REPORTS
 # also `report(workdir)`, and those of PLANS `plan(config, mesh)`, which returns a list of
 # `training.planning.Plan`. They are imported on use: `--help` should not wait for JAX.
@@ -161,10 +167,11 @@ METHODS: dict[str, Callable[[], ModuleType]] = {
     "controlled": _controlled,
     "datadream": _datadream,
     "diffscaler": _diffscaler,
+    "robustness": _robustness,
     "tiny_base": _tiny_base,
     "weightgen": _weightgen,
 }
-REPORTS = ("controlled", "datadream", "diffscaler", "weightgen")
+REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "weightgen")
 PLANS = ("diffscaler", "weightgen")
 
 

@@ -26,8 +26,9 @@ VARIANTS = {
         "xl2,dataset=oxford_flowers102",
         "xl2,path=photos",
     ),
+    "robustness": ("", "tiny", "full", "smoke"),
     "tiny_base": ("", "smoke"),
-    "weightgen": ("", "tiny", "study", "full", "smoke"),
+    "weightgen": ("", "tiny", "study", "factors", "full", "smoke"),
 }
 
 

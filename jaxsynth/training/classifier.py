@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters.base import Trainable, extract, seed_dropout
@@ -262,6 +263,19 @@ def predict(
         valid = batch["valid"]
         out[batch["index"][valid]] = np.asarray(_compare(model, text, put(batch["image"])))[valid]
     return out
+
+
+def of_pixels(clip: Clip, model: CLIPModel, prompts: Sequence[str]) -> Partial:
+    """A function of images (b, h, w, 3) in [0, 1], of the CLIP's size, to float32 logits (b, c).
+
+    The normalisation is inside; `model` is `clip.model` or an adapted copy, its weights arguments.
+    """
+    text = _encode_text(model, jnp.asarray(clip.tokenizer(list(prompts))))
+    return Partial(_of_pixels, model, text, jnp.asarray(clip.mean), jnp.asarray(clip.std))
+
+
+def _of_pixels(model: CLIPModel, text: Array, mean: Array, std: Array, images: Array) -> Array:
+    return _compare(model, text, (images - mean) / std)
 
 
 # Compiled once for all evaluations of a training.
