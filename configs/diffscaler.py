@@ -104,6 +104,7 @@ def _tiny() -> ConfigDict:
             "train": _train(600, 32, schedule="cosine", warmup_steps=20),
             "seeds": (0,),
             "sets_recipe": "affiner_zero",
+            "sets_steps": 2000,
             "together": True,
             "draw": ("full",),
             "generate": {
@@ -139,7 +140,6 @@ def _conditions() -> ConfigDict:
     scenes = {"source": "builtin", "name": "scenes", "images_per_class": 200}
     config.data = ConfigDict({"digits": {"source": "digits"}, "scenes": scenes})
     config.mirror, config.recipes, config.draw = ("scenes",), ("affiner_zero",), ()
-    config.train.steps = 2000
     config.conditions = ConfigDict(
         {"digits": ("edges", "low_resolution"), "scenes": ("depth", "segmentation")}
     )
@@ -154,6 +154,7 @@ def _smoke() -> ConfigDict:
     config.pretrain.train = ConfigDict(_train(20, 4, learning_rate=1e-3, ema_decay=0.9))
     config.data.textures.images_per_class = config.data.patches.images_per_class = 8
     config.train = ConfigDict(_train(20, 4))
+    config.sets_steps = 0
     config.generate.images_per_class = 4
     config.generate.num_inference_steps = 2
     config.generate.batch_size = 16

@@ -15,7 +15,7 @@ Below the run's folder:
     conditions/<data set>/<kind>         a set that also follows condition images, and its images
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -74,13 +74,13 @@ class Config:
     data sets by name (none: the run ends with the base), of which `study` names those that all
     `recipes` compare on; `rates` holds the learning rates to sweep, for a recipe's name, "whole" or
     "adapter". `sets_recipe` is what every data set is given in the end, at the rate that did best
-    in the study. `mirror` names the data sets whose mirror images are as good as they are; `draw`
-    names recipes of the study whose images are drawn and measured too. `features` is a CLIP's
-    folder, or "inception:PATH" with InceptionV3's weights.
+    in the study and in `sets_steps` steps (0: as in the study). `mirror` names the data sets whose
+    mirror images are as good as they are; `draw` names recipes of the study whose images are drawn
+    and measured too. `features` is a CLIP's folder, or "inception:PATH" with InceptionV3's weights.
 
     `conditions` names for data sets the kinds of condition images (`data.conditions`) that
-    `sets_recipe` learns to follow, each by a set of parameters of its own; `condition_folders`
-    where the files of a kind lie that images do not tell.
+    `sets_recipe` learns to follow, each by a set of parameters of its own, as the sets are;
+    `condition_folders` where the files of a kind lie that images do not tell.
     """
 
     method: str = "diffscaler"
@@ -100,6 +100,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     error_repeats: int = 8
     sets_recipe: str = "affiner_all"
+    sets_steps: int = 0
     together: bool = True
     draw: tuple[str, ...] = ("full",)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -133,6 +134,11 @@ class Config:
         for recipe in self.recipes if self.data else ():
             if not self.rates_of(recipe):
                 raise ValueError(f"rates: none for recipe {recipe!r}")
+
+    @property
+    def sets_train(self) -> TrainConfig:
+        """How the sets are trained, but for the rate."""
+        return replace(self.train, steps=self.sets_steps) if self.sets_steps else self.train
 
     def rates_of(self, recipe: str) -> tuple[float, ...]:
         """The learning rates to try for a recipe."""

@@ -108,7 +108,7 @@ class ConditionTask:
     def train(self, rate: float, plain: Artifact) -> Artifact:
         """The run's recipe for data sets, with the condition beside the latents."""
         work, config = self.work, self.work.config
-        train = dataclasses.replace(config.train, learning_rate=rate)
+        train = dataclasses.replace(config.sets_train, learning_rate=rate)
         seed = config.seeds[0]
         settings = {
             "recipe": config.sets_recipe,

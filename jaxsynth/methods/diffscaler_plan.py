@@ -79,7 +79,7 @@ def plans(config: Config, mesh: Mesh) -> list[Plan]:
             on_mesh(
                 f"{len(config.data)} sets",
                 lambda: adapted(own(), config.sets_recipe, rows, **ranks),
-                config=config.train,
+                config=config.sets_train,
                 images=max(images for _, images, _ in counted.values()),
                 views=max(_views(config, name) for name in config.data),
                 sets=len(config.data),

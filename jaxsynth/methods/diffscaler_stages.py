@@ -290,7 +290,7 @@ class Work:
         Their class tables have one length, so that they stack; a set uses the first of its rows.
         """
         config = self.config
-        train = dataclasses.replace(config.train, learning_rate=rate)
+        train = dataclasses.replace(config.sets_train, learning_rate=rate)
         seed = config.seeds[0]
         settings = {
             "recipe": config.sets_recipe,
