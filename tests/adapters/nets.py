@@ -56,6 +56,16 @@ class TorchNet(torch.nn.Module):
 
 def randomised(state: base.AdapterState, seed: int) -> base.AdapterState:
     """Every factor random and none zero."""
+    keys = jax.random.split(jax.random.key(seed), len(state.arrays))
+    arrays = {
+        name: 0.3 * jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, state.arrays.items(), strict=True)
+    }
+    return base.AdapterState(arrays, state.config)
+
+
+def scrambled(state: base.AdapterState, seed: int) -> base.AdapterState:
+    """The same from NumPy: for many kinds of factors, each shape of which JAX would compile."""
     generator = np.random.default_rng(seed)
     arrays = {
         name: jnp.asarray(0.3 * generator.standard_normal(value.shape), jnp.float32)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxsynth.adapters import base
 from jaxsynth.weights import factors
-from tests.adapters.nets import quick_jit, randomised
+from tests.adapters.nets import quick_jit, scrambled
 from tests.models.torch_parity import copy_weights, nchw, randomise
 
 TARGETS = ("conv", "linear")
@@ -46,7 +46,7 @@ def adapted(add, config, seed: int = 2) -> tuple[Pair, TorchPair]:
     plain, model = randomise(TorchPair()), Pair(rngs=nnx.Rngs(0))
     copy_weights(plain, model)
     model = add(model, config, rngs=nnx.Rngs(0))
-    state = randomised(base.extract(model), seed)
+    state = scrambled(base.extract(model), seed)
     # Magnitudes are lengths.
     arrays = {
         name: 1 + 0.1 * value if name.endswith("magnitude") else value

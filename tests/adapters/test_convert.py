@@ -8,7 +8,7 @@ from flax import nnx
 from jaxsynth.adapters import base, kinds
 from jaxsynth.adapters.convert import as_lora
 from jaxsynth.weights.adapters import read_diffusers, write_diffusers
-from tests.adapters.nets import quick_jit, randomised
+from tests.adapters.nets import quick_jit, scrambled
 from tests.adapters.oracles import TARGETS, Pair, images
 
 RANKED = {"rank": 2, "alpha": 5, "targets": TARGETS}
@@ -36,7 +36,7 @@ def adapted(net, name):
     config = kinds.make_config(name.partition("-")[0], **CASES[name][0])
     model = kinds.add(net, config, rngs=jax.random.key(0))
     state = base.extract(model)
-    moved = randomised(state, 1).arrays
+    moved = scrambled(state, 1).arrays
     arrays = {key: value + moved[key] for key, value in state.arrays.items()}
     return base.load_state(model, base.AdapterState(arrays, state.config))
 

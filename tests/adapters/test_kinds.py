@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxsynth.adapters import base, kinds
 from jaxsynth.weights.states import read_state, write_state
-from tests.adapters.nets import quick_jit, randomised
+from tests.adapters.nets import quick_jit, scrambled
 from tests.adapters.oracles import Pair
 
 RANKED = {"rank": 2, "alpha": 5, "targets": ("conv", "linear")}
@@ -105,7 +105,7 @@ class Case:
     def random(self, seed: int):
         """Trainable values of which none is where it started."""
         state = base.extract(self.model)
-        moved = randomised(state, seed).arrays
+        moved = scrambled(state, seed).arrays
         arrays = {name: state.arrays[name] + 0.5 * moved[name] for name in moved}
         model = base.load_state(self.model, base.AdapterState(arrays, state.config))
         return nnx.split(model, base.Trainable, ...)[1]
@@ -157,8 +157,8 @@ def test_a_kind_obeys_the_algebra(name, tmp_path):
                     one, kernel,
                 )  # fmt: skip
 
-    # Side by side in one program the outputs and gradients of each, whichever batch it is routed to,
-    # equal those of its own run; so then do training steps.
+    # Side by side in one program the outputs and gradients of each, whatever is routed to it, equal
+    # those of its own run, and so do training steps.
     index = jnp.array([2, 0, 1])
     routed = base.route(base.stack(states), index)
     together = own.many(routed, own.frozen, IMAGES[index], jnp.ones(COUNT))

@@ -60,7 +60,8 @@ def to_torch(value):
 def test_forward_gradient_and_merged_weights_equal_peft(images, use_rslora):
     adapted, wrapped = pair(replace(CONFIG, use_rslora=use_rslora))
     expected = wrapped.model(nchw(images))
-    np.testing.assert_allclose(adapted(images), expected.detach(), atol=1e-5)
+    bound = 1e-5 * float(expected.detach().abs().max())
+    np.testing.assert_allclose(adapted(images), expected.detach().numpy(), atol=bound)
 
     weights = jax.random.normal(jax.random.key(9), expected.shape)
     (expected * torch.from_numpy(np.array(weights))).sum().backward()

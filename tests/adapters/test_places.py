@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxsynth.adapters import base, kinds
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
-from tests.adapters.nets import quick_jit, randomised
+from tests.adapters.nets import quick_jit, scrambled
 from tests.models.torch_parity import randomise
 
 RANKED = {"rank": 2, "alpha": 5}
@@ -43,7 +43,7 @@ def wrapped(layer, name: str):
     config = kinds.make_config(name.partition("-")[0], **options)
     model = kinds.add(nnx.Sequential(layer), config, rngs=jax.random.key(0))
     state = base.extract(model)
-    moved = randomised(state, 1).arrays
+    moved = scrambled(state, 1).arrays
     arrays = {key: value + moved[key] for key, value in state.arrays.items()}
     return base.load_state(model, base.AdapterState(arrays, state.config))
 
@@ -87,7 +87,7 @@ def test_convolutions_of_one_and_three_axes(name):
     config = kinds.make_config(name.partition("-")[0], **options)
     model = kinds.add(Both(nnx.Rngs(0)), config, rngs=jax.random.key(0))
     state = base.extract(model)
-    moved = randomised(state, 1).arrays
+    moved = scrambled(state, 1).arrays
     arrays = {key: value + moved[key] for key, value in state.arrays.items()}
     model = base.load_state(model, base.AdapterState(arrays, state.config))
     check(model, np.random.default_rng(0).standard_normal((2, 2, 4, 4), np.float32))
@@ -126,7 +126,7 @@ def test_lora_on_a_table_equals_peft():
         config = LoRAConfig(rank=2, alpha=5, targets=("layers.0",), decompose=decompose)
         model = add_lora(nnx.Sequential(layer), config, rngs=nnx.Rngs(0))
         assert not np.any(model.layers[0].lora_embedding_A[...])
-        state = randomised(base.extract(model), 3)
+        state = scrambled(base.extract(model), 3)
         model = base.load_state(model, state)
         options = {"r": 2, "lora_alpha": 5, "target_modules": ["0"]}
         peft_config = peft.LoraConfig(**options, use_dora=decompose != "none")

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxsynth.adapters import base, kinds
 from jaxsynth.adapters.hypernetwork import HypernetworkConfig
 from jaxsynth.models.transformer2d import Attention
-from tests.adapters.nets import randomised
+from tests.adapters.nets import scrambled
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def attend(q, k, v):
 def test_a_prefix_is_further_keys_and_values(layer, inputs):
     x, context = inputs
     model = kinds.add(layer, kinds.make_config("prefix", tokens=3), rngs=nnx.Rngs(1))
-    state = randomised(base.extract(model), 1)
+    state = scrambled(base.extract(model), 1)
     model = base.load_state(model, state)
     rows = {name: np.tile(value, (2, 1, 1)) for name, value in state.arrays.items()}
     k = np.concatenate([rows["to_k.prefix"], layer.to_k(context)], axis=1)
@@ -62,7 +62,7 @@ def test_a_hypernetwork_changes_what_keys_and_values_are_made_of(layer, inputs):
     config = HypernetworkConfig(structure=(1, 1.5, 2, 1), activation="relu", layer_norm=True)
     model = kinds.add(layer, config, rngs=nnx.Rngs(1))
     np.testing.assert_allclose(model(x, context), layer(x, context), atol=1e-6)
-    state = randomised(base.extract(model), 1)
+    state = scrambled(base.extract(model), 1)
     model = base.with_scale(base.load_state(model, state), 0.7)
 
     def changed(name):
@@ -100,7 +100,7 @@ def test_ranks_and_whole_layers_are_dropped():
     def found(**options):
         config = kinds.make_config("lora", targets=("layers.0",), rank=3, **options)
         model = kinds.add(nnx.Sequential(layer), config, rngs=nnx.Rngs(0))
-        model = base.load_state(model, randomised(base.extract(model), 1))
+        model = base.load_state(model, scrambled(base.extract(model), 1))
         plain = model(inputs) - layer(inputs)
         seeded = [base.seed_dropout(model, jax.random.key(seed)) for seed in range(12)]
         return model.layers[0], plain, [own(inputs) - layer(inputs) for own in seeded]

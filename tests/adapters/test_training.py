@@ -19,7 +19,7 @@ from jaxsynth.adapters.hypernetwork import HypernetworkConfig, add_hypernetwork,
 from jaxsynth.adapters.lora import LoRAConfig, add_lora, lora_plus
 from jaxsynth.weights import factors
 from tests.adapters import oracles
-from tests.adapters.nets import quick_jit, randomised
+from tests.adapters.nets import quick_jit, scrambled
 from tests.adapters.oracles import TARGETS
 
 
@@ -66,7 +66,7 @@ def test_adalora_gives_ranks_as_peft_does():
     torch_tx = torch.optim.SGD([parameter(wrapped, name) for name in arrays], lr=0.1)
     counts = []
     for step in range(1, 9):
-        grads = randomised(state, 10 + step).arrays
+        grads = scrambled(state, 10 + step).arrays
         for name, value in grads.items():
             target = parameter(wrapped, name)
             value = factors.to_torch(name.rpartition(".")[2], np.asarray(value))
@@ -131,7 +131,7 @@ def test_lora_plus_equals_peft():
     trainable = nested(state.arrays)
     opt_state = tx.init(trainable)
     for step in range(2):
-        grads = randomised(state, 10 + step).arrays
+        grads = scrambled(state, 10 + step).arrays
         for name, value in grads.items():
             target = parameter(wrapped, name)
             value = factors.to_torch(name.rpartition(".")[2], np.asarray(value))

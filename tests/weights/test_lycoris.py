@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jaxsynth.adapters import base, kinds
 from jaxsynth.errors import UserError
 from jaxsynth.weights.lycoris import read_lycoris, write_lycoris
-from tests.adapters.nets import quick_jit, randomised
+from tests.adapters.nets import quick_jit, scrambled
 from tests.adapters.oracles import TARGETS, Pair, TorchPair, images
 from tests.models.torch_parity import copy_weights, nchw, randomise
 
@@ -74,7 +74,7 @@ def adapted(net, name):
     config = kinds.make_config(name.partition("-")[0], **CASES[name])
     model = kinds.add(net, config, rngs=jax.random.key(0))
     state = base.extract(model)
-    moved = randomised(state, 1).arrays
+    moved = scrambled(state, 1).arrays
     arrays = {key: value + moved[key] for key, value in state.arrays.items()}
     return base.load_state(model, base.AdapterState(arrays, state.config))
 
@@ -109,7 +109,7 @@ def test_lycoris_computes_what_we_do_and_it_comes_back(net, torch_weights, tmp_p
 def test_norms_have_names_of_their_own(tmp_path):
     net = nnx.Sequential(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
     model = kinds.add(net, kinds.make_config("full", targets=("layers.0",)), rngs=nnx.Rngs(0))
-    model = base.load_state(model, randomised(base.extract(model), 0))
+    model = base.load_state(model, scrambled(base.extract(model), 0))
     path = tmp_path / "norm.safetensors"
     write_lycoris(path, model)
     assert set(load_file(path)) == {f"lora_unet_layers_0.{n}" for n in ("w_norm", "b_norm")}
