@@ -278,6 +278,27 @@ def mark_trainable(model: T, patterns: Sequence[str] | None = None) -> T:
     return marked
 
 
+def freeze(model: T, patterns: Sequence[str]) -> T:
+    """A copy of `model` whose `Trainable` variables that a pattern matches no longer train.
+
+    Patterns are those of `inject`, on their paths ("lora_A"). They are then part of the base, and
+    no longer of the adapter's state. ValueError if a pattern matches none.
+    """
+    unmatched = set(patterns)
+
+    def fix(path: str, variable: nnx.Variable) -> nnx.Variable:
+        matching = {pattern for pattern in patterns if matches(pattern, path)}
+        if not isinstance(variable, Trainable) or not matching:
+            return variable
+        unmatched.difference_update(matching)
+        return nnx.Param(variable.get_value(), **variable.get_metadata())
+
+    frozen = _map_variables(fix, model)
+    if unmatched:
+        raise ValueError(f"freeze: patterns {sorted(unmatched)} match no trainable variable")
+    return frozen
+
+
 def stack(states: Sequence[T]) -> T:
     """States (or any pytrees) of one structure, their arrays stacked on a new first axis.
 

@@ -71,10 +71,10 @@ class Layout:
         """
         entries = []
         for name, value in state.arrays.items():
-            dtype = jnp.result_type(value).name
+            dtype = value.dtype.name
             if dtype not in ("float32", "bfloat16", "float16"):
                 raise ValueError(f"Layout: {name} is {dtype}, expected floats of 16 or 32 bits")
-            entries.append(Entry(name, group(name), tuple(jnp.shape(value)), dtype))
+            entries.append(Entry(name, group(name), tuple(value.shape), dtype))
         return cls(block, tuple(sorted(entries, key=lambda e: (e.group, e.name))), state.config)
 
     @cached_property

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters import blocks
-from jaxsynth.adapters.base import AdapterState, extract, load_state
+from jaxsynth.adapters.base import AdapterState, extract, freeze, load_state
 from jaxsynth.adapters.blocks import Layout, layer_of, pairs
 from jaxsynth.adapters.lora import add_lora
 from tests.adapters.nets import CONFIG, Net, randomised
@@ -172,3 +172,17 @@ def test_states_without_pairs_are_refused():
     stacked = {"x.lora_A": jnp.ones((3, 4, 2)), "x.lora_B": jnp.ones((3, 2, 4))}
     with pytest.raises(ValueError, match=r"x.lora_B has shape \(3, 2, 4\), a stack of pairs"):
         canonical(AdapterState(stacked))
+
+
+def test_half_a_pair_can_be_left_as_it_starts(adapted):
+    half = freeze(adapted, ["lora_A"])
+    found, whole = extract(half), extract(adapted)
+    assert set(found.arrays) == {name for name in whole.arrays if name.endswith("lora_B")}
+    images = jax.random.normal(jax.random.key(5), (2, 8, 8, 3))
+    other = {name: value + 0.3 for name, value in found.arrays.items()}
+    changed = load_state(half, AdapterState(other, found.config))
+    expected = load_state(adapted, AdapterState(whole.arrays | other, whole.config))
+    np.testing.assert_array_equal(changed(images), expected(images))
+    assert np.abs(changed(images) - adapted(images)).max() > 1e-3
+    with pytest.raises(ValueError, match=r"freeze: patterns \['down'\] match no trainable"):
+        freeze(adapted, ["down"])
