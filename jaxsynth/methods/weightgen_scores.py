@@ -13,16 +13,16 @@ from jaxtyping import Float
 
 # Initial weights in the order of the tables.
 INITS = {
-    "scratch": "pix2pix from scratch",
-    "default": "base + default LoRA",
+    "scratch": "pix2pix, scratch",
+    "default": "default LoRA",
     "mean": "mean LoRA",
-    "nearest": "nearest concept's LoRA",
-    "noise": "nearest with noise added",
-    "ridge": "ridge regression",
-    "one_step": "generated, one step",
-    "few_steps": "generated, few steps",
-    "shuffled": "generated, shuffled prompts",
-    "random": "generated, random prompts",
+    "nearest": "nearest LoRA",
+    "noise": "nearest + noise",
+    "ridge": "ridge",
+    "one_step": "generated, 1 step",
+    "few_steps": "generated, few",
+    "shuffled": "shuffled prompts",
+    "random": "random prompts",
 }
 GENERATED = ("one_step", "few_steps")
 CONTROLS = ("shuffled", "random")

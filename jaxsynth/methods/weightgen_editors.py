@@ -1,0 +1,253 @@
+"""The image editors of a run: the base, LoRAs of all concepts, fine-tuning, and pix2pix.
+
+It puts `training.gan` together for the stages of `weightgen`, which then speak of concepts by their
+number only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from jaxsynth.adapters.base import (
+    AdapterState,
+    extract,
+    freeze,
+    load_state,
+    mark_trainable,
+)
+from jaxsynth.adapters.lora import LoRAConfig
+from jaxsynth.data.concepts import Concept
+from jaxsynth.errors import UserError
+from jaxsynth.methods.weightgen_scores import Curves
+from jaxsynth.models.e2gan import E2GAN, E2GANConfig
+from jaxsynth.models.patchgan import PatchGAN, PatchGANConfig
+from jaxsynth.models.pix2pix import Pix2Pix, Pix2PixConfig
+from jaxsynth.training.gan import (
+    GANConfig,
+    Generator,
+    Model,
+    Pairs,
+    adapted,
+    edit_images,
+    encode_texts,
+    l1_error,
+    train_base,
+    train_together,
+)
+from jaxsynth.training.gan_finetune import Curve, fine_tune
+from jaxsynth.training.weight_generator import TextReader
+from jaxsynth.weights.states import read_state, write_state
+
+# Concepts whose edited photos are kept in memory.
+_KEPT = 256
+_GENERATOR, _DISCRIMINATOR = "generator.safetensors", "discriminator.safetensors"
+
+
+@dataclass(frozen=True)
+class EditorConfig:
+    """The networks and how they are trained: the base, all LoRAs together, one LoRA fine-tuned, and
+    pix2pix from scratch.
+
+    Held-out errors are measured after `tune_at` and `scratch_at` steps; the LoRAs' checkpoints are
+    `every` steps apart. `group` LoRAs train together, 0: all. Without `train_down` every LoRA keeps
+    the A of the shared start and trains B alone: a layer's change is then linear in what is
+    trained, so a mean or a prediction of weights is one of changes. Widths of texts follow from the
+    text encoder.
+    """
+
+    generator: E2GANConfig = field(default_factory=E2GANConfig)
+    discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
+    pix2pix: Pix2PixConfig = field(default_factory=Pix2PixConfig)
+    base: GANConfig = field(default_factory=GANConfig)
+    together: GANConfig = field(default_factory=GANConfig)
+    tune: GANConfig = field(default_factory=GANConfig)
+    scratch: GANConfig = field(default_factory=GANConfig)
+    every: int = 50
+    group: int = 0
+    train_down: bool = True
+    tune_at: tuple[int, ...] = (0, 5, 10, 20, 50, 100, 200)
+    scratch_at: tuple[int, ...] = (0, 100, 400)
+
+    def __post_init__(self):
+        for name in ("tune_at", "scratch_at"):
+            steps = getattr(self, name)
+            if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0:
+                raise ValueError(f"{name} is {steps}, expected rising numbers of steps")
+
+
+class Editors:
+    """The networks of one seed. Concepts are numbers into `concepts`, the base's first."""
+
+    def __init__(
+        self,
+        config: EditorConfig,
+        lora: LoRAConfig,
+        read: TextReader,
+        concepts: Sequence[Concept],
+        photos: UInt8[np.ndarray, "n h w 3"],
+        held_out: UInt8[np.ndarray, "m h w 3"],
+        *,
+        seed: int,
+    ):
+        self.lora, self.seed = lora, seed
+        self.config = with_text_width(config, read.encoder.config.hidden_size)
+        self.concepts, self.photos, self.held_out = list(concepts), photos, held_out
+        self.texts = encode_texts(read.encoder, read.tokenizer, [c.texts for c in concepts])
+        self._edited = lru_cache(maxsize=_KEPT)(self._edit)
+        self._adapted: E2GAN | None = None
+
+    def pairs(self, rows: Sequence[int], *, held_out: bool = False) -> Pairs:
+        """Photos and the edits of some concepts; made when asked for, as all would not fit."""
+        source = self.held_out if held_out else self.photos
+        targets = np.stack([self._edited(row, held_out) for row in rows])
+        return Pairs(source, targets, *(x[list(rows)] for x in self.texts))
+
+    def _edit(self, row: int, held_out: bool) -> UInt8[np.ndarray, "n h w 3"]:
+        return self.concepts[row].apply(self.held_out if held_out else self.photos)
+
+    def train_base(self, folder: Path, count: int) -> dict:
+        """Trains the base on the first concepts and writes both networks; returns its held-out L1.
+
+        All that is trained lies in files of `folder`, as other stages read it.
+        """
+        config = self.config
+        key = jax.random.key(self.seed)
+        generator = E2GAN(config.generator, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
+        discriminator = PatchGAN(config.discriminator, rngs=nnx.Rngs(jax.random.fold_in(key, 1)))
+        rows = range(count)
+        generator, discriminator = train_base(
+            generator, discriminator, self.pairs(rows), config.base, folder / ".training",
+            seed=self.seed, description="base",
+        )  # fmt: skip
+        for name, model in ((_GENERATOR, generator), (_DISCRIMINATOR, discriminator)):
+            write_state(folder / name, extract(mark_trainable(model)))
+        errors = [self._error(generator, row) for row in rows]
+        return {"l1": float(np.mean(errors)), "parameters": _size(generator)}
+
+    def base(self, folder: Path) -> tuple[E2GAN, PatchGAN]:
+        """The two networks that `train_base` wrote."""
+        config = self.config
+        return (
+            _read(nnx.eval_shape(lambda: E2GAN(config.generator, rngs=nnx.Rngs(0))),
+                  folder / _GENERATOR),
+            _read(nnx.eval_shape(lambda: PatchGAN(config.discriminator, rngs=nnx.Rngs(0))),
+                  folder / _DISCRIMINATOR),
+        )  # fmt: skip
+
+    def adapted(self, folder: Path) -> E2GAN:
+        """The base with the LoRA that all concepts start from."""
+        if self._adapted is None:
+            key = jax.random.fold_in(jax.random.key(self.seed), 2)
+            model = adapted(self.base(folder)[0], self.lora, key)
+            self._adapted = model if self.config.train_down else freeze(model, ["lora_A"])
+        return self._adapted
+
+    def start(self, folder: Path) -> AdapterState:
+        """The state that all concepts start from."""
+        return extract(self.adapted(folder))
+
+    def train_together(
+        self, folder: Path, training: Path, *, keep: int
+    ) -> tuple[list[list[AdapterState]], list[float]]:
+        """The last `keep` checkpoints of every concept's LoRA, and the held-out L1 of the last."""
+        start, judge = self.adapted(folder), self.base(folder)[1]
+        count = self.config.group or len(self.concepts)
+        states: list[list[AdapterState]] = []
+        for first in range(0, len(self.concepts), count):
+            rows = range(first, min(first + count, len(self.concepts)))
+            states += train_together(
+                start, judge, self.pairs(rows), self.config.together, training / str(first),
+                seed=self.seed, checkpoints=keep, every=self.config.every,
+                description=f"{len(rows)} LoRAs",
+            )  # fmt: skip
+        errors = [self._error(load_state(start, own[-1]), row) for row, own in enumerate(states)]
+        return states, errors
+
+    def tune(
+        self, folder: Path, rows: Sequence[int], states: Sequence[AdapterState], at: Sequence[int]
+    ) -> Curves:
+        """Concept by concept from a state each, measured after the steps of `at`."""
+        judge = self.base(folder)[1]
+        found = []
+        for row, state in zip(rows, states, strict=True):
+            start = load_state(self.adapted(folder), state)
+            found.append(self._curve(start, judge, row, self.config.tune, at))
+        return _curves(found)
+
+    def scratch(self, rows: Sequence[int]) -> Curves:
+        """pix2pix from random weights, concept by concept."""
+        config = self.config
+        keys = [jax.random.fold_in(jax.random.key(self.seed), 3 + i) for i in range(2)]
+        start = mark_trainable(Pix2Pix(config.pix2pix, rngs=nnx.Rngs(keys[0])))
+        plain = replace(config.discriminator, text_dim=0)
+        judge = PatchGAN(plain, rngs=nnx.Rngs(keys[1]))
+        return _curves(
+            [self._curve(start, judge, row, config.scratch, config.scratch_at) for row in rows]
+        )
+
+    def _curve(
+        self, start: Generator, judge: PatchGAN, row: int, config: GANConfig, at: Sequence[int]
+    ) -> Curve:
+        # Every start sees the same photos of a concept in the same order.
+        return fine_tune(
+            start, judge, self.pairs([row]), self.pairs([row], held_out=True), config, at=at,
+            seed=self.seed + row,
+        )[0]  # fmt: skip
+
+    def draw(
+        self, folder: Path, rows: Sequence[int], states: Sequence[AdapterState]
+    ) -> UInt8[np.ndarray, "c h w 3"]:
+        """The first held-out photo as each concept's state edits it."""
+        photo, made = self.held_out[:1], []
+        for row, state in zip(rows, states, strict=True):
+            model = load_state(self.adapted(folder), state)
+            made.append(edit_images(model, photo, self.texts[0][row, 0])[0])
+        return np.stack(made)
+
+    def examples(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """That photo, and what each concept should make of it."""
+        pairs = self.pairs(rows, held_out=True)
+        return np.stack([pairs.source[0]] * len(rows)), pairs.target[:, 0]
+
+    def _error(self, model: Generator, row: int) -> float:
+        return held_out_error(model, self.pairs([row], held_out=True))
+
+
+def with_text_width(config: EditorConfig, width: int) -> EditorConfig:
+    """The networks for texts of this width."""
+    return replace(
+        config,
+        generator=replace(config.generator, cross_attention_dim=width),
+        discriminator=replace(config.discriminator, text_dim=width),
+    )
+
+
+def held_out_error(model: Generator, held: Pairs) -> float:
+    """The L1 of one concept's edits, in the unit of pixels in [0, 1]."""
+    return l1_error(edit_images(model, held.source, held.states[0, 0]), held.target[0])
+
+
+def _curves(found: Sequence[Curve]) -> Curves:
+    seconds = [one.seconds[-1] / max(one.steps[-1], 1) for one in found]
+    return Curves(found[0].steps, [one.l1 for one in found], 0.0, float(np.median(seconds)))
+
+
+def _size(model: nnx.Module) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+
+
+def _read(plain: Model, path: Path) -> Model:
+    """A network of this shape with the values of a file, frozen."""
+    try:
+        loaded = load_state(mark_trainable(plain), read_state(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    graphdef, state = nnx.split(plain)
+    leaves = jax.tree.leaves(nnx.state(loaded))
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
