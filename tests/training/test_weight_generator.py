@@ -3,13 +3,17 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxsynth.adapters.base import AdapterState
+from jaxsynth.adapters.affiner import AffinerConfig, add_affiner
+from jaxsynth.adapters.base import AdapterState, extract, load_state
 from jaxsynth.adapters.blocks import Layout
 from jaxsynth.errors import UserError
+from jaxsynth.models.dit import DiT, DiTConfig
 from jaxsynth.models.weight_unet import WeightUNetConfig
 from jaxsynth.training.weight_diffusion import WeightTrainConfig
 from jaxsynth.training.weight_generator import (
@@ -24,6 +28,8 @@ from jaxsynth.training.weight_generator import (
 )
 from jaxsynth.weights.collections import WeightCollection
 from jaxsynth.weights.hf import load_pipeline
+from tests.adapters.nets import randomised
+from tests.methods.small_base import random_network
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 TEXTS = tuple((f"a photo of the digit {name}", f"digit {name}") for name in DIGITS)
@@ -46,6 +52,9 @@ CONFIG = GeneratorConfig(
     ),
     per="array",
 )  # fmt: skip
+DIT = DiTConfig(
+    num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=4, num_embeds_ada_norm=3
+)
 UNTRAINED = dataclasses.replace(
     CONFIG, train=dataclasses.replace(CONFIG.train, steps=1, steps_per_call=1, learning_rate=1e-12)
 )
@@ -207,3 +216,26 @@ def test_settings_that_cannot_be_are_refused(generator):
         dataclasses.replace(CONFIG, guard=0.5)
     with pytest.raises(ValueError, match="t is 1000, expected 0 to 999"):
         generator(PROMPTS[:1], seed=0, t=1000)
+
+
+def test_another_kind_of_adapter_from_another_kind_of_name(read, tmp_path):
+    """Affiners of a diffusion transformer, from the names of the data sets that they stand for."""
+    base = random_network(DiT, DIT, 0)
+    empty = add_affiner(base, AffinerConfig(rank=2, targets=("to_q",)), rngs=nnx.Rngs(0))
+    names = ["digits", "textures", "scenes", "patches"]
+    states = [randomised(extract(empty), seed) for seed in range(len(names))]
+    layout = Layout.of(states[0], 32)
+    known = WeightCollection.of(
+        [[state] for state in states], [[name] for name in names], ["sets"] * 4, layout, "dit"
+    )
+    made = train_generator(known, read, CONFIG, tmp_path, seed=0)
+    (found,) = made.states(made(["scenes"], seed=1))
+    assert found.config == states[2].config
+
+    @jax.jit
+    def apply(model):
+        x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+        return model(x, jnp.array([3, 700]), jnp.array([1, 2]))
+
+    right, wrong, out = (apply(load_state(empty, state)) for state in (states[2], states[1], found))
+    assert jnp.abs(out - right).mean() < 0.3 * jnp.abs(wrong - right).mean()
