@@ -15,7 +15,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jaxsynth.adapters.base import Trainable, extract, freeze, mark_trainable
+from jaxsynth.adapters.base import (
+    AdapterState,
+    Trainable,
+    freeze,
+    mark_trainable,
+    trainable_variables,
+)
 from jaxsynth.adapters.blocks import Layout
 from jaxsynth.methods.weightgen_config import Config, Variant
 from jaxsynth.methods.weightgen_editors import with_text_width
@@ -63,7 +69,8 @@ def plans(config: Config, mesh: Mesh) -> list[Plan]:
         gan(f"{group} LoRAs", lora, train=editor.together, concepts=group, draw=draw_each),
         gan("one fine-tuning", lora, train=editor.tune, concepts=1, draw=draw_one),
     ]
-    layout = Layout.of(extract(lora), config.block)
+    values = {name: one.get_value() for name, one in trainable_variables(lora).items()}
+    layout = Layout.of(AdapterState(values, config.lora), config.block)
     for name, variant in config.generators.items():
         made += _generator(name, variant, layout, config, mesh, (width, tokens), note)
     return made
