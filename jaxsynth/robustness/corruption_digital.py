@@ -1,0 +1,155 @@
+"""ImageNet-C's brightness, saturate, contrast, jpeg, pixelate, elastic, of one image in [0, 1].
+
+Parameters are of the generator of the released set (see `corruption_noise`). Lengths in pixels are
+for 224 pixels, and in proportion to the shorter side at other sizes.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxsynth.robustness.corruption_filters import (
+    along_height,
+    along_width,
+    gaussian_blur,
+    sample,
+    size_ratio,
+)
+from jaxsynth.robustness.corruption_jpeg import jpeg
+
+BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)
+# Factor and addend of the saturation.
+SATURATION = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))
+CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
+QUALITY = (25, 18, 15, 10, 7)
+PIXELS = (0.6, 0.5, 0.4, 0.3, 0.25)
+# Strength, smoothness and jitter of the corners, in units of _ELASTIC_SIZE: the generator says that
+# it should have been 224.
+ELASTIC = (
+    (2, 0.7, 0.1),
+    (2, 0.08, 0.2),
+    (0.05, 0.01, 0.02),
+    (0.07, 0.01, 0.02),
+    (0.12, 0.01, 0.02),
+)
+_ELASTIC_SIZE = 244
+
+
+class Elastic(NamedTuple):
+    """Uniform noise in [-1, 1]: of the three points as (x, y), and of each pixel down and right."""
+
+    corners: Float[Array, "3 2"]
+    right: Float[Array, "h w"]
+    down: Float[Array, "h w"]
+
+
+def brightness(image: Float[Array, "h w 3"], noise: None, severity: int) -> Float[Array, "h w 3"]:
+    """Adds to the value of HSV. Hue and saturation stay where the three channels stay in ratio."""
+    value = image.max(-1, keepdims=True)
+    brighter = jnp.clip(value + BRIGHTNESS[severity - 1], 0, 1)
+    # Black has no ratio, and becomes grey.
+    return jnp.where(value > 0, image * (brighter / jnp.where(value > 0, value, 1)), brighter)
+
+
+def saturate(image: Float[Array, "h w 3"], noise: None, severity: int) -> Float[Array, "h w 3"]:
+    """Changes the saturation of HSV: how far the channels lie below the largest, in ratio."""
+    factor, addend = SATURATION[severity - 1]
+    value = image.max(-1, keepdims=True)
+    below = value - image
+    most = below.max(-1, keepdims=True)
+    saturation = jnp.where(value > 0, most / jnp.where(value > 0, value, 1), 0)
+    wanted = jnp.clip(saturation * factor + addend, 0, 1)
+    # Grey has hue 0, red: green and blue are what an addend takes away.
+    share = jnp.where(most > 0, below / jnp.where(most > 0, most, 1), np.float32([0, 1, 1]))
+    return jnp.clip(value * (1 - wanted * share), 0, 1)
+
+
+def contrast(image: Float[Array, "h w 3"], noise: None, severity: int) -> Float[Array, "h w 3"]:
+    """Draws each channel to its mean."""
+    # One axis after the other: shorter sums round less.
+    mean = image.mean(0).mean(0)
+    return jnp.clip((image - mean) * CONTRAST[severity - 1] + mean, 0, 1)
+
+
+def jpeg_compression(
+    image: Float[Array, "h w 3"], noise: None, severity: int
+) -> Float[Array, "h w 3"]:
+    """JPEG as Pillow's, of low quality."""
+    return jpeg(image, QUALITY[severity - 1])
+
+
+def pixelate(image: Float[Array, "h w 3"], noise: None, severity: int) -> Float[Array, "h w 3"]:
+    """Made smaller and larger again with Pillow's box filter, in 8 bits."""
+    image = jnp.round(image * 255)
+    full = image.shape[:2]
+    small = [int(length * PIXELS[severity - 1]) for length in full]
+    for before, after in ((full, small), (small, full)):
+        rows, columns = (_box_matrix(*lengths) for lengths in zip(before, after, strict=True))
+        # Pillow rounds after each of the two directions, along the width first.
+        image = jnp.floor(along_width(columns, image) + 0.5)
+        image = jnp.floor(along_height(rows, image) + 0.5)
+    return image / 255
+
+
+@lru_cache(maxsize=64)
+def _box_matrix(before: int, after: int) -> Float[np.ndarray, "after before"]:
+    """Means over the pixels whose middles lie within half an output pixel (or half a pixel)."""
+    scale = before / after
+    middle = (np.arange(after)[:, None] + 0.5) * scale
+    distance = (np.arange(before) + 0.5 - middle) / max(scale, 1)
+    near = (distance > -0.5) & (distance <= 0.5)
+    return (near / near.sum(1, keepdims=True)).astype(np.float32)
+
+
+def draw_elastic_transform(key: Array, shape: tuple[int, ...]) -> Elastic:
+    """Noise for the corners and for the two displacements."""
+    keys = jax.random.split(key, 3)
+    shapes = (3, 2), shape[:2], shape[:2]
+    return Elastic(
+        *(jax.random.uniform(one, size, minval=-1) for one, size in zip(keys, shapes, strict=True))
+    )
+
+
+def elastic_transform(
+    image: Float[Array, "h w 3"], draws: Elastic, severity: int
+) -> Float[Array, "h w 3"]:
+    """A random affine map, then a smooth random displacement, both sampled linearly.
+
+    The generator's warpAffine rounds where it samples to 1/32 pixel; this does not.
+    """
+    height, width = image.shape[:2]
+    unit = _ELASTIC_SIZE * size_ratio(image.shape)
+    strength, smooth, jitter = (unit * part for part in ELASTIC[severity - 1])
+    rows, columns = (axis.astype(np.float32) for axis in np.indices((height, width)))
+    y, x = _affine_source(rows, columns, jitter * draws.corners)
+    image = sample(image, y, x, "mirror")
+    right, down = (
+        strength * gaussian_blur(noise, smooth, truncate=3, mode="reflect")
+        for noise in (draws.right, draws.down)
+    )
+    return jnp.clip(sample(image, rows + down, columns + right, "reflect"), 0, 1)
+
+
+def _affine_source(
+    y: Float[np.ndarray, "h w"], x: Float[np.ndarray, "h w"], moves: Float[Array, "3 2"]
+) -> tuple[Array, Array]:
+    """Where (y, x) comes from, by the affine map that moves three points around the middle.
+
+    With p the moved points, (x, y) is p1 + a (p0 - p1) + b (p2 - p1), and comes from the same of
+    the points before, which form a right angle with sides of two thirds of the image.
+    """
+    height, width = y.shape
+    middle = np.float32([width // 2, height // 2])
+    side = min(height, width) // 3
+    before = middle + np.float32([[side, side], [side, -side], [-side, -side]])
+    after = before + moves
+    (ax, ay), (bx, by) = after[0] - after[1], after[2] - after[1]
+    area = ax * by - ay * bx
+    right, down = x - after[1, 0], y - after[1, 1]
+    of_a = (right * by - down * bx) / area
+    of_b = (down * ax - right * ay) / area
+    return before[1, 1] + 2 * side * of_a, before[1, 0] - 2 * side * of_b
