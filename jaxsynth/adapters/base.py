@@ -192,7 +192,7 @@ def extract(model: nnx.Module) -> AdapterState:
     configs = {layer.config for layer in found if layer.config is not None}
     if len(configs) > 1:
         raise ValueError(f"extract: the network holds adapters of {len(configs)} configurations")
-    arrays = {path: variable[...] for path, variable in trainable_variables(model).items()}
+    arrays = {path: variable.get_value() for path, variable in trainable_variables(model).items()}
     if not arrays:
         raise ValueError("extract: nothing in the network is trainable")
     return AdapterState(arrays, configs.pop() if configs else None)
