@@ -134,7 +134,7 @@ def test_a_workdir_of_another_method_is_refused(command):
     assert code == 2 and "w holds a run of method datadream, this config is for counting" in err
     Path("other.py").write_text("def get_config():\n    return {'method': 'datadraem'}\n")
     code, _, err = command("run", "--config=other.py", "--workdir=x")
-    assert code == 2 and "other.py: method='datadraem', expected one of controlled, datadream" in err
+    assert code == 2 and "other.py: method='datadraem', expected one of controlled, data" in err
 
 
 def test_an_error_with_a_note_of_jax_is_no_users_error():
