@@ -13,8 +13,8 @@ Variants:
   `xl2,path=FOLDER` one of class folders. `--config.base=` takes the authors' .pt
   (DiT-XL-2-256x256.pt) or a diffusers folder. On a TPU or GPU.
 - `base,path=FOLDER`: trains the shipped DiT (`jaxsynth/assets/tiny/dit`) on printed digits, shapes
-  and six of CIFAR-10's classes; FOLDER holds train/ and test/ with class folders. Half an hour on
-  one core.
+  and six of CIFAR-10's classes; FOLDER holds train/ and test/ with class folders. Forty minutes
+  on one core.
 - `smoke`: every stage of `tiny` in a few steps, on a base of its own, for the tests.
 
 The paper publishes neither rank nor rates, steps or batch: those of `xl2` are Diff-Tuning's for the

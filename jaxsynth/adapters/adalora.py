@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import UpdateConfig, UpdateLayer
@@ -62,11 +62,6 @@ def adalora(config: AdaLoRAConfig) -> base.Maker:
         return AdaLoRA(layer, config, path, key)
 
     return make
-
-
-def add_adalora(model: base.T, config: AdaLoRAConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with AdaLoRA on `config.targets`; see `base.inject`."""
-    return base.inject(model, adalora(config), targets=config.targets, rngs=rngs)
 
 
 class AdaLoRA(UpdateLayer):

@@ -186,6 +186,16 @@ def unmerge(merged: T, adapted: T) -> T:
     return map_layers(unfold, adapted)
 
 
+def with_values(model: T, values: nnx.State) -> T:
+    """`model` with other values in the kinds of variables that it has: training's marks are gone.
+
+    `values` are those of a copy of it with other marks, whose variables come in the same order.
+    """
+    graphdef, state = nnx.split(model)
+    leaves = jax.tree.leaves(values)
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+
+
 def extract(model: nnx.Module) -> AdapterState:
     """The trainable values of `model` and the configuration that its adapters share."""
     found = [layer for layer in layers(model).values() if isinstance(layer, AdapterLayer)]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import UpdateConfig, UpdateLayer, project, uniform
@@ -50,13 +50,6 @@ def delta_lora(config: DeltaLoRAConfig) -> base.Maker:
         return DeltaLoRA(layer, config, path, key)
 
     return make
-
-
-def add_delta_lora(
-    model: base.T, config: DeltaLoRAConfig, *, rngs: nnx.Rngs | Key[Array, ""]
-) -> base.T:
-    """A copy of `model` with Delta-LoRA on `config.targets`; see `base.inject`."""
-    return base.inject(model, delta_lora(config), targets=config.targets, rngs=rngs)
 
 
 class DeltaLoRA(UpdateLayer):

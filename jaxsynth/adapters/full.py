@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import check_choice
@@ -38,11 +38,6 @@ def full(config: FullConfig) -> base.Maker:
         return Full(layer, config, path)
 
     return make
-
-
-def add_full(model: base.T, config: FullConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with full differences on `config.targets`; see `base.inject`."""
-    return base.inject(model, full(config), targets=config.targets, rngs=rngs)
 
 
 class Full(base.AdapterLayer):

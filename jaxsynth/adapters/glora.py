@@ -19,7 +19,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import (
@@ -58,11 +58,6 @@ def glora(config: GLoRAConfig) -> base.Maker:
         return make_layer(layer, config, path, key)
 
     return make
-
-
-def add_glora(model: base.T, config: GLoRAConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with GLoRA on `config.targets`; see `base.inject`."""
-    return base.inject(model, glora(config), targets=config.targets, rngs=rngs)
 
 
 class GLoRA(UpdateLayer):

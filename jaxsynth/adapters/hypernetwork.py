@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import check_choice, check_rate
@@ -76,13 +76,6 @@ def hypernetwork(config: HypernetworkConfig) -> base.Maker:
         return Hypernetwork(layer, config, path)
 
     return make
-
-
-def add_hypernetwork(
-    model: base.T, config: HypernetworkConfig, *, rngs: nnx.Rngs | Key[Array, ""]
-) -> base.T:
-    """A copy of `model` with hypernetworks on `config.targets`; see `base.inject`."""
-    return base.inject(model, hypernetwork(config), targets=config.targets, rngs=rngs)
 
 
 class Hypernetwork(base.AdapterLayer):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import Place
@@ -37,11 +37,6 @@ def ia3(config: IA3Config) -> base.Maker:
         return IA3(layer, config, path)
 
     return make
-
-
-def add_ia3(model: base.T, config: IA3Config, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with (IA)^3 on `config.targets`; see `base.inject`."""
-    return base.inject(model, ia3(config), targets=config.targets, rngs=rngs)
 
 
 class IA3(base.AdapterLayer):

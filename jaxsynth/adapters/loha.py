@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import UpdateConfig, UpdateLayer, check_choice, uniform
@@ -46,11 +46,6 @@ def loha(config: LoHaConfig) -> base.Maker:
         return LoHa(layer, config, path, key)
 
     return make
-
-
-def add_loha(model: base.T, config: LoHaConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with LoHa on `config.targets`; see `base.inject`."""
-    return base.inject(model, loha(config), targets=config.targets, rngs=rngs)
 
 
 class LoHa(UpdateLayer):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.convolution import narrow_convolve
@@ -79,11 +79,6 @@ def lokr(config: LoKrConfig) -> base.Maker:
         return LoKr(layer, config, path, key)
 
     return make
-
-
-def add_lokr(model: base.T, config: LoKrConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with LoKr on `config.targets`; see `base.inject`."""
-    return base.inject(model, lokr(config), targets=config.targets, rngs=rngs)
 
 
 class LoKr(UpdateLayer):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import Place, check_choice
@@ -61,11 +61,6 @@ def oft(config: OFTConfig) -> base.Maker:
         return OFT(layer, config, path)
 
     return make
-
-
-def add_oft(model: base.T, config: OFTConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with OFT on `config.targets`; see `base.inject`."""
-    return base.inject(model, oft(config), targets=config.targets, rngs=rngs)
 
 
 class OFT(base.AdapterLayer):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxsynth.adapters import base
 
@@ -52,11 +52,6 @@ def prefix(config: PrefixConfig) -> base.Maker:
         return Prefix(layer, config, key)
 
     return make
-
-
-def add_prefix(model: base.T, config: PrefixConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with prefixes on `config.targets`; see `base.inject`."""
-    return base.inject(model, prefix(config), targets=config.targets, rngs=rngs)
 
 
 class Prefix(base.AdapterLayer):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from jaxsynth.adapters import base
 from jaxsynth.adapters.update import UpdateConfig, UpdateLayer
@@ -35,11 +35,6 @@ def vera(config: VeRAConfig) -> base.Maker:
         return VeRA(layer, config, path)
 
     return make
-
-
-def add_vera(model: base.T, config: VeRAConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> base.T:
-    """A copy of `model` with VeRA on `config.targets`; see `base.inject`."""
-    return base.inject(model, vera(config), targets=config.targets, rngs=rngs)
 
 
 class VeRA(UpdateLayer):

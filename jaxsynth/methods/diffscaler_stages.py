@@ -17,6 +17,7 @@ from jaxsynth.adapters.base import (
     load_state,
     mark_trainable,
     with_scale,
+    with_values,
 )
 from jaxsynth.data.sources import Dataset, ImageSource, Subset, joined, load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
@@ -129,11 +130,11 @@ class Work:
         config = made.network(side, channels, len(names))
         model = DiT(config, rngs=nnx.Rngs(self.config.seeds[0]))
         schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
-        model = adapt(
+        trained = adapt(
             mark_trainable(model), latents, schedule, made.train, folder / TRAINING,
             seed=self.config.seeds[0], description="base",
         )  # fmt: skip
-        model = _frozen(model)
+        model = with_values(model, nnx.state(trained))
         pipeline = DiTPipeline(model, self.vae, SCHEDULER_CONFIG, dict(enumerate(names)))
         save_dit(pipeline, folder)
         return {"steps": made.train.steps, "error": held_out_error(model, held, schedule, seed=0)}
@@ -252,11 +253,16 @@ class Work:
             "trainable": learnt,
             "whole": sum(x.size for x in jax.tree.leaves(nnx.state(self.dit))),
             "old": error(model, old),
-            "old_before": error(self.dit, old),
+            "old_before": self._old_before,
         }
         if not RECIPES[recipe].whole:
             scores["old_off"] = error(with_scale(model, 0.0), old)
         return scores
+
+    @cached_property
+    def _old_before(self) -> float:
+        """The base's error on what it knows, the same beside every recipe."""
+        return held_out_error(self.dit, self.latents("base", "test"), self.schedule, seed=0)
 
     @cached_property
     def _drawn_by_base(self) -> np.ndarray:
@@ -426,12 +432,3 @@ def _extractor(name: str) -> FeatureExtractor:
     """A CLIP's image tower, or "inception:PATH"."""
     kind, _, path = name.partition(":")
     return inception_extractor(path) if kind == "inception" and path else clip_extractor(name)
-
-
-def _frozen(model: DiT) -> DiT:
-    """The same network with plain parameters."""
-    graphdef, state = nnx.split(DiT(model.config, dtype=model.dtype, rngs=nnx.Rngs(0)))
-    values = nnx.to_flat_state(nnx.state(model))
-    flat = dict(nnx.to_flat_state(state))
-    filled = [(path, flat[path].replace(value[...])) for path, value in values]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))

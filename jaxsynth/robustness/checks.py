@@ -15,9 +15,7 @@ from jaxtyping import Array, Float, Int
 _TOLERANCE = 1e-5
 
 
-def check_logits(
-    logits: Any, name: str = "logits", *, least_classes: int = 2
-) -> Float[Array, "n c"]:
+def check_logits(logits: Any, name: str = "logits") -> Float[Array, "n c"]:
     """Float32 logits (n, c); ValueError for another shape, too few classes, NaN or infinity."""
     if np.ndim(logits) != 2 or not len(logits):
         raise ValueError(f"{name}: expected (images, classes), found shape {np.shape(logits)}")

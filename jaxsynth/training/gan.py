@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jaxsynth.adapters.base import (
     mark_trainable,
     stack,
     unstack,
+    with_values,
 )
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.data.concepts import Concept
@@ -55,7 +56,6 @@ from jaxsynth.weights.states import read_state, write_state
 from jaxsynth.weights.tokenizer import Tokenizer
 
 Generator = E2GAN | Pix2Pix
-Model = TypeVar("Model", bound=nnx.Module)
 LOSSES = ("lsgan", "vanilla")
 
 # What LoRA wraps in E2GAN, as published: all but the residual blocks.
@@ -372,16 +372,9 @@ def train_base(
     step = make_step(Networks(graph_g, graph_d), config, draw)
     state = _fit(state, frozen, training_data(pairs), step, config, folder, description)
     return (
-        _refilled(generator, state.trainable["generator"]),
-        _refilled(discriminator, state.trainable["discriminator"]),
+        with_values(generator, state.trainable["generator"]),
+        with_values(discriminator, state.trainable["discriminator"]),
     )
-
-
-def _refilled(model: Model, values: Any) -> Model:
-    """`model` with the values of a marked copy of it, whose variables come in the same order."""
-    graphdef, state = nnx.split(model)
-    leaves = jax.tree.leaves(values)
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
 def train_together(

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxsynth.adapters.base import Trainable, mark_trainable
+from jaxsynth.adapters.base import Trainable, mark_trainable, with_values
 from jaxsynth.diffusion.losses import target
 from jaxsynth.diffusion.samplers import Sampler, make_sampler, sample
 from jaxsynth.diffusion.schedules import PREDICTION_TYPES, NoiseSchedule, add_noise, to_x0_eps
@@ -224,13 +224,6 @@ def train(
         )  # fmt: skip
     learnt = sharding.gather(state.trainable if state.ema is None else state.ema)
     return with_values(model, learnt)
-
-
-def with_values(model: WeightUNet, values: nnx.State) -> WeightUNet:
-    """The network with other values, as plain parameters."""
-    graphdef, state = nnx.split(model)
-    leaves = jax.tree.leaves(values)
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
 def few_steps(config: WeightTrainConfig, steps: int) -> Sampler:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from jaxsynth.adapters.base import AdapterState, extract, load_state, mark_trainable
+from jaxsynth.adapters.base import AdapterState, extract, load_state, mark_trainable, with_values
 from jaxsynth.adapters.blocks import PER, Layout, Per
 from jaxsynth.errors import UserError
 from jaxsynth.models.clip import CLIPTextModel
@@ -32,7 +32,6 @@ from jaxsynth.training.weight_diffusion import (
     few_steps,
     recover,
     train,
-    with_values,
 )
 from jaxsynth.training.weight_rivals import (
     Ridge,

@@ -1,7 +1,5 @@
 """One small network, in NNX and in torch, with every layer type that adapters wrap."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,13 +70,3 @@ def scrambled(state: base.AdapterState, seed: int) -> base.AdapterState:
         for name, value in state.arrays.items()
     }
     return base.AdapterState(arrays, state.config)
-
-
-# Compiles in a fraction of the time into slower programs, for programs that run once.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)

@@ -1,15 +1,16 @@
 """A convolution and a linear layer in NNX and in torch, wrapped by us and by peft or LyCORIS."""
 
 import functools
+import math
 
 import jax
 import numpy as np
 import torch
 from flax import nnx
 
-from jaxsynth.adapters import base
+from jaxsynth.adapters import base, kinds
 from jaxsynth.weights import factors
-from tests.adapters.nets import quick_jit, scrambled
+from tests.adapters.nets import scrambled
 from tests.models.torch_parity import copy_weights, nchw, randomise
 
 TARGETS = ("conv", "linear")
@@ -41,11 +42,11 @@ class TorchPair(torch.nn.Module):
         return self.linear(hidden.flatten(1, 2)).unflatten(1, hidden.shape[1:3])
 
 
-def adapted(add, config, seed: int = 2) -> tuple[Pair, TorchPair]:
+def adapted(config, seed: int = 2) -> tuple[Pair, TorchPair]:
     """Our pair with random factors, and the torch pair with the same base weights."""
     plain, model = randomise(TorchPair()), Pair(rngs=nnx.Rngs(0))
     copy_weights(plain, model)
-    model = add(model, config, rngs=nnx.Rngs(0))
+    model = kinds.add(model, config, rngs=nnx.Rngs(0))
     state = scrambled(base.extract(model), seed)
     # Magnitudes are lengths.
     arrays = {
@@ -60,6 +61,15 @@ def _random(shape) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
+def upper_blocks(upper: np.ndarray) -> np.ndarray:
+    """Matrices (..., b, b) with these values (..., b (b - 1) / 2) above the diagonal, else zero."""
+    upper = np.asarray(upper)
+    size = round((1 + math.sqrt(1 + 8 * upper.shape[-1])) / 2)
+    blocks = np.zeros((*upper.shape[:-1], size, size), upper.dtype)
+    blocks[(..., *np.triu_indices(size, 1))] = upper
+    return blocks
+
+
 def images() -> np.ndarray:
     return _random(SHAPE)
 
@@ -68,7 +78,7 @@ def results(model):
     """Outputs, gradients by name, merged kernels by layer: one compiled program."""
     graphdef, trainable, frozen = nnx.split(model, base.Trainable, ...)
 
-    @quick_jit
+    @jax.jit
     def run(trainable, frozen):
         def loss(t):
             out = nnx.merge(graphdef, t, frozen)(images())
@@ -102,7 +112,7 @@ def check(
         path, _, factor = name.rpartition(".")
         value = np.asarray(value)
         if factor in ("oft_R", "boft_R") and like.shape[-1] == like.shape[-2] > 1:
-            value = factors.upper_blocks(value)
+            value = upper_blocks(value)
         else:
             value = factors.to_torch(factor, value, tucker=path in tucker)
         return value.reshape(like.shape) * scales.get(factor, 1.0) ** power

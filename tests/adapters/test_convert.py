@@ -8,7 +8,7 @@ from flax import nnx
 from jaxsynth.adapters import base, kinds
 from jaxsynth.adapters.convert import as_lora
 from jaxsynth.weights.adapters import read_diffusers, write_diffusers
-from tests.adapters.nets import quick_jit, scrambled
+from tests.adapters.nets import scrambled
 from tests.adapters.oracles import TARGETS, Pair, images
 
 RANKED = {"rank": 2, "alpha": 5, "targets": TARGETS}
@@ -46,7 +46,7 @@ def test_a_kind_is_lora_of_its_rank_exactly(net, name, tmp_path):
     model = adapted(net, name)
     plain = as_lora(model)
     assert (plain.conv.lora_A.shape[-1], plain.linear.lora_A.shape[-1]) == CASES[name][1]
-    forward = quick_jit(lambda models: [model(images()) for model in models])
+    forward = jax.jit(lambda models: [model(images()) for model in models])
     expected, found = forward([model, plain])
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     if name == "doha":

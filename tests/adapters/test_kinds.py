@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxsynth.adapters import base, kinds
 from jaxsynth.weights.states import read_state, write_state
-from tests.adapters.nets import quick_jit, scrambled
+from tests.adapters.nets import scrambled
 from tests.adapters.oracles import Pair
 
 RANKED = {"rank": 2, "alpha": 5, "targets": ("conv", "linear")}
@@ -55,7 +55,7 @@ def net() -> Pair:
 @functools.cache
 def plain_outputs() -> np.ndarray:
     graphdef, state = nnx.split(net())
-    forward = quick_jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    forward = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
     return np.stack([forward(state, images) for images in IMAGES])
 
 
@@ -68,8 +68,8 @@ class Case:
         self.config = kinds.make_config(kind, **TABLE[name])
         self.model = kinds.add(net(), self.config, rngs=jax.random.key(3))
         self.graphdef, self.start, self.frozen = nnx.split(self.model, base.Trainable, ...)
-        self.single = quick_jit(self._merging)
-        self.many = quick_jit(jax.vmap(self._gradient, in_axes=(0, None, 0, 0)))
+        self.single = jax.jit(self._merging)
+        self.many = jax.jit(jax.vmap(self._gradient, in_axes=(0, None, 0, 0)))
 
     def _build(self, trainable, frozen, scale):
         model = nnx.merge(self.graphdef, trainable, frozen)

@@ -9,12 +9,12 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 
-from jaxsynth.adapters.glora import GLoRAConfig, add_glora
-from jaxsynth.adapters.ia3 import IA3Config, add_ia3
-from jaxsynth.adapters.loha import LoHaConfig, add_loha
-from jaxsynth.adapters.lokr import LoKrConfig, add_lokr, factorization
-from jaxsynth.adapters.lora import LoRAConfig, add_lora
-from jaxsynth.adapters.oft import OFTConfig, add_oft
+from jaxsynth.adapters.glora import GLoRAConfig
+from jaxsynth.adapters.ia3 import IA3Config
+from jaxsynth.adapters.loha import LoHaConfig
+from jaxsynth.adapters.lokr import LoKrConfig, factorization
+from jaxsynth.adapters.lora import LoRAConfig
+from jaxsynth.adapters.oft import OFTConfig
 from tests.adapters import oracles
 from tests.adapters.oracles import TARGETS
 
@@ -22,49 +22,42 @@ OURS = {"rank": 3, "alpha": 7, "targets": TARGETS}
 DORA = {"decompose": "output", "detach_norm": False}
 KRON = {"rank": 1, "alpha": 3, "targets": TARGETS, "factor": 2}
 CASES = {
-    "locon": (add_lora, LoRAConfig(**OURS, use_tucker=True), LoConModule, {"use_tucker": True}),
-    "dora": (add_lora, LoRAConfig(**OURS, **DORA), LoConModule, {"weight_decompose": True}),
+    "locon": (LoRAConfig(**OURS, use_tucker=True), LoConModule, {"use_tucker": True}),
+    "dora": (LoRAConfig(**OURS, **DORA), LoConModule, {"weight_decompose": True}),
     "dora-input": (
-        add_lora,
         LoRAConfig(**OURS, **DORA | {"decompose": "input"}),
         LoConModule,
         {"weight_decompose": True, "wd_on_out": False},
     ),
-    "rslora": (add_lora, LoRAConfig(**OURS, use_rslora=True), LoConModule, {"rs_lora": True}),
+    "rslora": (LoRAConfig(**OURS, use_rslora=True), LoConModule, {"rs_lora": True}),
     "loha-tucker": (
-        add_loha,
         LoHaConfig(**OURS, use_tucker=True),
         LohaModule,
         {"use_tucker": True},
     ),
     "doha-input": (
-        add_loha,
         LoHaConfig(**OURS, **DORA | {"decompose": "input"}),
         LohaModule,
         {"weight_decompose": True, "wd_on_out": False},
     ),
     "lokr-full": (
-        add_lokr,
         LoKrConfig(**KRON, full_matrix=True, unbalanced=True),
         LokrModule,
         {"factor": 2, "full_matrix": True, "unbalanced_factorization": True},
     ),
     "dokr-tucker": (
-        add_lokr,
         LoKrConfig(**KRON, **DORA, use_tucker=True),
         LokrModule,
         {"factor": 2, "use_tucker": True, "weight_decompose": True},
     ),
-    "glora": (add_glora, GLoRAConfig(**OURS), GLoRAModule, {}),
-    "ia3": (add_ia3, IA3Config(TARGETS, feedforward=(), scales_bias=False), IA3Module, {}),
+    "glora": (GLoRAConfig(**OURS), GLoRAModule, {}),
+    "ia3": (IA3Config(TARGETS, feedforward=(), scales_bias=False), IA3Module, {}),
     "oft": (
-        add_oft,
         OFTConfig(2, TARGETS, side="output", constraint=0.05, rescale=True),
         DiagOFTModule,
         {"lora_dim": 2, "constraint": 0.05, "rescaled": True},
     ),
     "boft": (
-        add_oft,
         OFTConfig(6, ("conv",), side="output", butterfly=2),
         ButterflyOFTModule,
         {"lora_dim": 6},
@@ -99,8 +92,8 @@ def wrapped(plain, make, options, config):
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_gradients_equal_lycoris(name):
-    add, config, make, options = CASES[name]
-    model, plain = oracles.adapted(add, config)
+    config, make, options = CASES[name]
+    model, plain = oracles.adapted(config)
     modules = wrapped(plain, make, options, config)
 
     def parameter(layer, factor):

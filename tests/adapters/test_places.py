@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxsynth.adapters import base, kinds
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
-from tests.adapters.nets import quick_jit, scrambled
+from tests.adapters.nets import scrambled
 from tests.models.torch_parity import randomise
 
 RANKED = {"rank": 2, "alpha": 5}
@@ -51,7 +51,7 @@ def wrapped(layer, name: str):
 def check(model, inputs, expected_change=1e-2) -> None:
     graphdef, state = nnx.split(model)
 
-    @quick_jit
+    @jax.jit
     def run(state):
         model = nnx.merge(graphdef, state)
         merged = base.merge(model)
@@ -102,7 +102,7 @@ def test_layers_stacked_for_a_scan(name):
     back = base.unmerge(merged, adapted).layers[0].base.kernel
     np.testing.assert_allclose(back[...], adapted.layers[0].base.kernel[...], atol=1e-4)
 
-    @quick_jit
+    @jax.jit
     def run(models):
         def through(stacked):
             graphdef, state = nnx.split(stacked)

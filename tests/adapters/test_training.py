@@ -12,14 +12,14 @@ import torch
 from flax import nnx
 from peft.optimizers import create_loraplus_optimizer
 
-from jaxsynth.adapters import base
-from jaxsynth.adapters.adalora import AdaLoRAConfig, add_adalora, budgeted, orthogonality
-from jaxsynth.adapters.delta_lora import DeltaLoRAConfig, add_delta_lora, following
-from jaxsynth.adapters.hypernetwork import HypernetworkConfig, add_hypernetwork, shared
-from jaxsynth.adapters.lora import LoRAConfig, add_lora, lora_plus
+from jaxsynth.adapters import base, kinds
+from jaxsynth.adapters.adalora import AdaLoRAConfig, budgeted, orthogonality
+from jaxsynth.adapters.delta_lora import DeltaLoRAConfig, following
+from jaxsynth.adapters.hypernetwork import HypernetworkConfig, shared
+from jaxsynth.adapters.lora import LoRAConfig, lora_plus
 from jaxsynth.weights import factors
 from tests.adapters import oracles
-from tests.adapters.nets import quick_jit, scrambled
+from tests.adapters.nets import scrambled
 from tests.adapters.oracles import TARGETS
 
 
@@ -50,7 +50,7 @@ def test_adalora_gives_ranks_as_peft_does():
     config = AdaLoRAConfig(
         rank=3, target_rank=1, warmup=1, final=2, interval=2, targets=TARGETS, alpha=5
     )
-    model, plain = oracles.adapted(add_adalora, config)
+    model, plain = oracles.adapted(config)
     options = {"init_r": 3, "target_r": 1, "tinit": 1, "tfinal": 2, "deltaT": 2, "lora_alpha": 5}
     wrapped = peft.AdaLoraModel(
         plain,
@@ -62,7 +62,7 @@ def test_adalora_gives_ranks_as_peft_does():
     tx = budgeted(optax.sgd(0.1), config, total_steps=8)
     arrays = state.arrays
     opt_state = tx.init(nested(arrays))
-    update = quick_jit(lambda grads, opt_state, params: tx.update(grads, opt_state, params))
+    update = jax.jit(lambda grads, opt_state, params: tx.update(grads, opt_state, params))
     torch_tx = torch.optim.SGD([parameter(wrapped, name) for name in arrays], lr=0.1)
     counts = []
     for step in range(1, 9):
@@ -118,7 +118,7 @@ def test_adalora_says_what_it_needs():
 
 def test_lora_plus_equals_peft():
     config = LoRAConfig(rank=3, alpha=7, targets=TARGETS)
-    model, plain = oracles.adapted(add_lora, config)
+    model, plain = oracles.adapted(config)
     wrapped = peft.LoraModel(
         plain, peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(TARGETS)), "default"
     )
@@ -148,8 +148,8 @@ def test_delta_lora_moves_the_weight_as_its_algorithm_does():
     """Against LoRA whose base weight is moved after each step but the first `start`."""
     start, ratio, rate = 1, 0.7, 0.05
     options = {"rank": 2, "alpha": 3, "targets": TARGETS}
-    model, _ = oracles.adapted(add_delta_lora, DeltaLoRAConfig(**options, ratio=ratio))
-    plain, _ = oracles.adapted(add_lora, LoRAConfig(**options))
+    model, _ = oracles.adapted(DeltaLoRAConfig(**options, ratio=ratio))
+    plain, _ = oracles.adapted(LoRAConfig(**options))
     fresh = base.extract(model).arrays
     for name in TARGETS:
         for factor in "AB":
@@ -166,11 +166,11 @@ def test_delta_lora_moves_the_weight_as_its_algorithm_does():
 
     tx = following(optax.sgd(rate), start)
     graphdef, trainable, frozen = nnx.split(model, base.Trainable, ...)
-    ours = quick_jit(jax.value_and_grad(functools.partial(loss, graphdef), has_aux=True))
+    ours = jax.jit(jax.value_and_grad(functools.partial(loss, graphdef), has_aux=True))
     opt_state = tx.init(trainable)
     other_def, other, weights = nnx.split(plain, base.Trainable, ...)
-    theirs = quick_jit(jax.value_and_grad(functools.partial(loss, other_def), has_aux=True))
-    products = quick_jit(lambda t, w: {
+    theirs = jax.jit(jax.value_and_grad(functools.partial(loss, other_def), has_aux=True))
+    products = jax.jit(lambda t, w: {
         name: base.layers(nnx.merge(other_def, t, w))[name].delta() for name in TARGETS
     })  # fmt: skip
     for step in range(1, 5):
@@ -201,11 +201,11 @@ def test_copies_of_a_hypernetwork_stay_equal():
             return jnp.concatenate([block["to_k"](x) for block in self.blocks], -1)
 
     config = HypernetworkConfig(targets=("to_k",), structure=(1, 2, 1), activation="relu")
-    model = add_hypernetwork(Two(nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
+    model = kinds.add(Two(nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
     graphdef, trainable, frozen = nnx.split(model, base.Trainable, ...)
     x = oracles.images()
 
-    @quick_jit
+    @jax.jit
     def grad(trainable):
         return jax.grad(lambda t: ((nnx.merge(graphdef, t, frozen)(x) - 1) ** 2).mean())(trainable)
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jaxsynth.adapters import base, kinds
 from jaxsynth.errors import UserError
 from jaxsynth.weights.lycoris import read_lycoris, write_lycoris
-from tests.adapters.nets import quick_jit, scrambled
+from tests.adapters.nets import scrambled
 from tests.adapters.oracles import TARGETS, Pair, TorchPair, images
 from tests.models.torch_parity import copy_weights, nchw, randomise
 
@@ -86,7 +86,7 @@ def test_lycoris_computes_what_we_do_and_it_comes_back(net, torch_weights, tmp_p
     write_lycoris(path, model, prefix="lycoris")
     plain = TorchPair()
     plain.load_state_dict(torch_weights)
-    forward = quick_jit(lambda models: [model(images()) for model in models])
+    forward = jax.jit(lambda models: [model(images()) for model in models])
     again = read_lycoris(path, net, prefix="lycoris")
     found, back = forward([model, again])
     bound = 1e-5 * np.abs(found).max()
