@@ -17,7 +17,7 @@ DiffFit (Xie et al. 2023, arXiv:2304.06648): baselines that come as settings.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -36,8 +36,9 @@ Side = Literal["input", "output", "none"]
 class AffinerConfig:
     """What the Affiner wraps, and which of its parts it has.
 
-    `rank` 0 leaves out the low-rank path. `scale_side` is the side of W that `a` scales, with the
-    bias on "output". `gate` False fixes s at 1 and starts W_up at 0, as LoRA does.
+    `rank` 0 leaves out the low-rank path; `rank_pattern` maps a regular expression for the end of a
+    module path to the rank there, as in `UpdateConfig`. `scale_side` is the side of W that `a`
+    scales, with the bias on "output". `gate` False fixes s at 1 and starts W_up at 0, as LoRA does.
     """
 
     rank: int = 8
@@ -46,18 +47,20 @@ class AffinerConfig:
     scale_side: Side = "input"
     shift: bool = True
     gate: bool = True
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 0:
-            raise ValueError(f"AffinerConfig.rank is {self.rank}, expected at least 0")
+        for pattern, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 0:
+                raise ValueError(f"AffinerConfig: {pattern} is {rank}, expected at least 0")
         for name, found, allowed in (
             ("form", self.form, ("merging", "relu")),
             ("scale_side", self.scale_side, ("input", "output", "none")),
         ):
             if found not in allowed:
                 raise ValueError(f"AffinerConfig.{name} is {found!r}, expected one of {allowed}")
-        if self.rank == 0 and self.scale_side == "none" and not self.shift:
+        if not self.rank and not self.rank_pattern and self.scale_side == "none" and not self.shift:
             raise ValueError("AffinerConfig: rank 0, no scale and no shift leave nothing to train")
 
 
@@ -105,12 +108,12 @@ class Affiner(base.AdapterLayer):
         scale = jnp.ones((*lead, scaled)) if scaled else None
         shift = jnp.zeros((*lead, c_out)) if config.shift else None
         down = up = gate = None
-        if config.rank:
+        if rank := base.first_match(config.rank_pattern, path, config.rank):
             keys = jax.random.split(key)
             fan_in = math.prod(size) * c_in
-            down = _kaiming(keys[0], (*lead, *size, c_in, config.rank), fan_in)
-            shape = (*lead, config.rank, c_out)
-            up = _kaiming(keys[1], shape, config.rank) if config.gate else jnp.zeros(shape)
+            down = _kaiming(keys[0], (*lead, *size, c_in, rank), fan_in)
+            shape = (*lead, rank, c_out)
+            up = _kaiming(keys[1], shape, rank) if config.gate else jnp.zeros(shape)
             gate = jnp.zeros(lead) if config.gate else None
         self.scale, self.shift, self.gate = map(_trainable, (scale, shift, gate))
         self.down, self.up = map(_trainable, (down, up))

@@ -265,6 +265,14 @@ def seed_dropout(model: T, key: Key[Array, ""]) -> T:
     return map_layers(seed, model)
 
 
+def first_match(patterns: dict, path: str, default):
+    """The value of the first pattern that matches the path or its end after a dot (as in peft)."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
 def mark_trainable(model: T, patterns: Sequence[str] | None = None) -> T:
     """A copy of `model` whose parameters are `Trainable`: all, or those that a pattern matches.
 

@@ -9,7 +9,6 @@ in the layout of NNX's kernels, (in, out), and computed in the base layer's dtyp
 """
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -59,12 +58,12 @@ class UpdateConfig:
 
     def rank_at(self, path: str) -> int:
         """The rank of the layer at a dotted path."""
-        return _first_match(self.rank_pattern, path, self.rank)
+        return base.first_match(self.rank_pattern, path, self.rank)
 
     def alpha_at(self, path: str) -> float:
         """The alpha of the layer at a dotted path."""
         default = self.rank if self.alpha is None else self.alpha
-        return _first_match(self.alpha_pattern, path, default)
+        return base.first_match(self.alpha_pattern, path, default)
 
     def scaling_at(self, path: str) -> float:
         """The factor on the update of the layer at a dotted path."""
@@ -267,11 +266,3 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> Float[Array,
     """peft's and LyCORIS' Kaiming-uniform with a = sqrt(5): within +-1/sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-def _first_match(patterns: dict, path: str, default):
-    """The value of the first pattern that matches the path or its end after a dot (as in peft)."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default

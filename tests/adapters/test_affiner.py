@@ -50,6 +50,19 @@ def test_untrained_it_is_the_base_to_the_bit(options):
     np.testing.assert_array_equal(adapted(images), net(images))
 
 
+def test_a_pattern_sets_the_rank_of_some_layers():
+    config = AffinerConfig(
+        rank=3, targets=("down", "mix", "blocks.0"), rank_pattern={"mix": 2, r"blocks\.\d": 0}
+    )
+    net = add_affiner(Net(rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    ranks = {
+        path: layer.down.get_value().shape[-1] if layer.down is not None else 0
+        for path, layer in base.layers(net).items()
+        if isinstance(layer, Affiner)
+    }
+    assert ranks == {"down": 3, "mix": 2, "blocks.0": 0}
+
+
 def test_initial_factors_are_kaiming_normal_and_the_gate_moves_first():
     layer = nnx.Linear(256, 128, rngs=nnx.Rngs(0))
     config = AffinerConfig(rank=64, targets=("layers.0",))
@@ -154,6 +167,8 @@ def test_what_cannot_be_done_is_said():
         base.merge(model)
     with pytest.raises(ValueError, match="rank is -1"):
         AffinerConfig(rank=-1)
+    with pytest.raises(ValueError, match="mix is -2"):
+        AffinerConfig(rank_pattern={"mix": -2})
     with pytest.raises(ValueError, match="scale_side is 'left'"):
         AffinerConfig(scale_side="left")
     with pytest.raises(ValueError, match="nothing to train"):
