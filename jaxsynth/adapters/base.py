@@ -368,6 +368,19 @@ def trainable_variables(model: nnx.Module) -> dict[str, Trainable]:
     return dict(sorted(found.items()))
 
 
+def parameters(model: nnx.Module) -> set[str]:
+    """The dotted paths of the network's own parameters that do not train."""
+    found: set[str] = set()
+
+    def note(path: str, variable: nnx.Variable) -> nnx.Variable:
+        if isinstance(variable, nnx.Param):
+            found.add(path)
+        return variable
+
+    _map_variables(note, model)
+    return found
+
+
 def map_layers(function: Callable[[str, nnx.Module], nnx.Module], model: T) -> T:
     """`model` with every layer replaced by `function(path, layer)`; an error if one is shared."""
     seen: dict[int, str] = {}
