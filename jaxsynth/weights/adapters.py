@@ -254,6 +254,16 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
     return states
 
 
+def fits_diffusers(config: Any) -> bool:
+    """Whether diffusers and peft have a LoRA file for adapters of this configuration."""
+    return (
+        isinstance(config, LoRAConfig)
+        and config.decompose != "input"
+        and config.init not in ("pissa", "olora")
+        and not config.use_tucker
+    )
+
+
 def write_diffusers(target: str | Path, states: dict[str, AdapterState]) -> None:
     """Writes LoRA states by component ("unet", "text_encoder") as the file of a pipeline.
 
