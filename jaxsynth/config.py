@@ -31,9 +31,13 @@ class ConfigError(UsageError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A value as typed on the command line: its type is decided by the field it is given to."""
+    """A value as typed on the command line: its type is decided by the field it is given to.
+
+    `fields` are those set beside it, where a part is chosen by name (`_convert_choice`).
+    """
 
     text: str
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_config(spec: str) -> dict[str, Any]:
@@ -71,15 +75,23 @@ def load_config(spec: str) -> dict[str, Any]:
 
 
 def override(config: Mapping[str, Any], assignments: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """A copy of `config` with each `("a.b", text)` set; the text is parsed by `to_dataclass`."""
+    """A copy of `config` with each `("a.b", text)` set; the text is parsed by `to_dataclass`.
+
+    A part that is chosen by name keeps the fields set beside it, `("a", name)` and `("a.b", text)`,
+    in any order.
+    """
     result = _plain(config)
-    for dotted, text in assignments:
+    for dotted, text in sorted(assignments, key=lambda item: item[0].count(".")):
         *parents, leaf = dotted.split(".")
         node = result
         for depth, part in enumerate(parents):
             child = node.setdefault(part, {})
             if child is None:
                 child = node[part] = {}
+            if isinstance(child, (str, Text)):
+                name = Text(child, {}) if isinstance(child, str) else child
+                node[part] = Text(name.text, dict(name.fields))
+                child = node[part].fields
             if not isinstance(child, dict):
                 parent = ".".join(parents[: depth + 1])
                 raise ConfigError(f"config.{dotted}: config.{parent} is a value and has no fields")
@@ -148,6 +160,8 @@ def _maybe_plain(value: Any) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """`value` as `hint` asks, or a ConfigError that names `path`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Text) and value.fields and not _may_be_chosen(hint):
+        raise ConfigError(f"{path}.{next(iter(value.fields))}: {path} is a value and has no fields")
     if origin is typing.Annotated:
         return _convert(args[0], value, path)
     if hint is Any or isinstance(hint, TypeVar):
@@ -157,6 +171,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         return _convert_literal(hint, args, value, path)
     if dataclasses.is_dataclass(hint):
+        if hasattr(hint, "schema"):
+            return _convert_choice(hint, value, path)
         if isinstance(value, Text):
             names = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(hint))
             raise ConfigError(f"{path}: holds several fields, set one of them: {names}")
@@ -177,6 +193,39 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint in _SCALARS:
         return _convert_scalar(hint, value, path)
     raise TypeError(f"{path}: the config dataclass uses {hint!r}, which has no text form")
+
+
+def _may_be_chosen(hint: Any) -> bool:
+    return any(hasattr(arg, "schema") for arg in (hint, *typing.get_args(hint)))
+
+
+def _convert_choice(hint: Any, value: Any, path: str) -> Any:
+    """A part that a name chooses: `hint(kind, settings)`, whose `schema(kind)` has the fields."""
+    if isinstance(value, hint):
+        return value
+    if isinstance(value, Mapping):
+        fields = dict(value)
+        kind = fields.pop("kind", hint().kind)
+    elif isinstance(value, (str, Text)):
+        kind, fields = value, dict(value.fields) if isinstance(value, Text) else {}
+    else:
+        raise _mistyped(path, hint, value)
+    kind = kind.text if isinstance(kind, Text) else kind
+    # As a run's record has it.
+    fields |= fields.pop("settings", {})
+    try:
+        schema = hint.schema(kind)
+        hints = typing.get_type_hints(schema)
+        known = [field.name for field in dataclasses.fields(schema)]
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"{path}.{name}: no such field of {kind}{_nearest(name, known)}")
+        settings = {n: _convert(hints[n], x, f"{path}.{n}") for n, x in fields.items()}
+        return hint(kind, settings)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _convert_scalar(hint: type, value: Any, path: str) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from jaxsynth.adapters.kinds import AdapterChoice
 from jaxsynth.config import ConfigError, load_config, override, to_dataclass, to_dict
 
 
@@ -151,3 +152,47 @@ def test_load_config_reads_variants_and_names_what_is_wrong(tmp_path):
     (tmp_path / "single.py").write_text("def get_config():\n    return {'a': 1}\n")
     with pytest.raises(ConfigError, match="has no variants, found 'tiny'"):
         load_config(f"{tmp_path / 'single.py'}:tiny")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fine:
+    adapter: AdapterChoice | None = None
+    own: AdapterChoice = dataclasses.field(default_factory=AdapterChoice)
+
+
+def chosen(*assignments, **values):
+    pairs = [tuple(text.split("=")) for text in assignments]
+    return to_dataclass(Fine, override(values, pairs))
+
+
+def test_a_part_chosen_by_name():
+    """`--config.adapter=lokr --config.adapter.rank=3`, in any order."""
+    found = chosen("adapter.rank=3", "adapter=lokr", "own.kind=ia3", "own.targets=to_q,to_k")
+    assert found.adapter == AdapterChoice("lokr", {"rank": 3})
+    assert found.own == AdapterChoice("ia3", {"targets": ("to_q", "to_k")})
+    assert found.adapter.config(targets=("x",), rank=8, alpha=4.0).alpha is None
+    config = found.own.config(targets=("x",), rank=8, alpha=4.0)
+    assert config.targets == ("to_q", "to_k") and config.feedforward == ("ff.net.2",)
+    file = {"adapter": {"kind": "dora", "rank": 3, "alpha": 2}}
+    assert chosen("adapter.rank=5", **file).adapter.settings == {"rank": 5, "alpha": 2.0}
+    # Another kind does not keep the settings of the first.
+    assert chosen("adapter=lora", **file).adapter == AdapterChoice("lora")
+    assert chosen("adapter=none", **file).adapter is None
+    assert chosen("adapter.rank=2", adapter="loha").adapter == AdapterChoice("loha", {"rank": 2})
+    assert to_dataclass(Fine, to_dict(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (("adapter=lorka",), "config.adapter: adapter 'lorka': expected one of lora, dora"),
+        (("adapter=lokr", "adapter.rnk=2"), "config.adapter.rnk: no such field of lokr; did you"),
+        (("adapter=ia3", "adapter.rank=2"), "config.adapter.rank: no such field of ia3"),
+        (("adapter=lokr", "adapter.rank=x"), "config.adapter.rank='x': expected an integer"),
+        (("adapter=lokr", "adapter.rank=0"), "config.adapter: LoKrConfig: rank is 0"),
+        (("adapter=lora", "adapter.init=pisa"), "did you mean 'pissa'"),
+    ],
+)
+def test_a_wrong_choice_is_named(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        chosen(*assignments)

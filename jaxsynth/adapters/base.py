@@ -198,14 +198,31 @@ def with_values(model: T, values: nnx.State) -> T:
 
 def extract(model: nnx.Module) -> AdapterState:
     """The trainable values of `model` and the configuration that its adapters share."""
+    arrays = {path: variable.get_value() for path, variable in trainable_variables(model).items()}
+    if not arrays:
+        raise ValueError("extract: nothing in the network is trainable")
+    return AdapterState(arrays, config_of(model))
+
+
+def config_of(model: nnx.Module) -> Any:
+    """The configuration that the network's adapters share, None where there are none.
+
+    ValueError where they have several.
+    """
     found = [layer for layer in layers(model).values() if isinstance(layer, AdapterLayer)]
     configs = {layer.config for layer in found if layer.config is not None}
     if len(configs) > 1:
         raise ValueError(f"extract: the network holds adapters of {len(configs)} configurations")
-    arrays = {path: variable.get_value() for path, variable in trainable_variables(model).items()}
-    if not arrays:
-        raise ValueError("extract: nothing in the network is trainable")
-    return AdapterState(arrays, configs.pop() if configs else None)
+    return configs.pop() if configs else None
+
+
+def can_merge(model: nnx.Module) -> bool:
+    """Whether all adapters of the network can be merged into its weights."""
+    return all(
+        type(layer).merged is not AdapterLayer.merged
+        for layer in layers(model).values()
+        if isinstance(layer, AdapterLayer)
+    )
 
 
 def load_state(model: T, state: AdapterState) -> T:
@@ -374,6 +391,19 @@ def trainable_variables(model: nnx.Module) -> dict[str, Trainable]:
 
     _map_variables(note, model)
     return dict(sorted(found.items()))
+
+
+def parameters(model: nnx.Module) -> set[str]:
+    """The dotted paths of the network's own parameters that do not train."""
+    found: set[str] = set()
+
+    def note(path: str, variable: nnx.Variable) -> nnx.Variable:
+        if isinstance(variable, nnx.Param):
+            found.add(path)
+        return variable
+
+    _map_variables(note, model)
+    return found
 
 
 def map_layers(function: Callable[[str, nnx.Module], nnx.Module], model: T) -> T:

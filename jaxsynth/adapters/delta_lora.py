@@ -10,7 +10,7 @@ Here W0 stays as it is and that term stands beside it, without a gradient: the f
 the only state, runs stack, and the result is also LoRA of rank 2 r.
 
 `following` is the optimiser that keeps the factors of step K. The paper uses no dropout; its values
-of lambda and K were not found in a source to trust, so both are to be given.
+of lambda and K were not found in a source to trust: lambda is to be given, and K is 0 unless it is.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,10 @@ _KEPT = {"start_A": "lora_A", "start_B": "lora_B"}
 
 @dataclass(frozen=True)
 class DeltaLoRAConfig(UpdateConfig):
-    """What Delta-LoRA wraps, and how: `ratio` is the paper's lambda."""
+    """What Delta-LoRA wraps, and how: `ratio` is the paper's lambda, `start` its K in steps."""
 
     ratio: float | None = None
+    start: int = 0
 
     def __post_init__(self):
         super().__post_init__()

@@ -5,7 +5,7 @@ scales are an Affiner of rank 0 (`affiner`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flax import nnx
@@ -46,10 +46,14 @@ MAKERS: dict[type, Callable[[Any], base.Maker]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A configuration and the fields that its name stands for."""
+    """A configuration and the fields that its name stands for.
 
-    config: Callable[..., Any]
+    `has_places`: it is for certain layers, which its own targets name.
+    """
+
+    config: type[Any]
     options: dict[str, Any]
+    has_places: bool = False
 
     @property
     def fields(self) -> set[str]:
@@ -74,12 +78,19 @@ KINDS = {
     "glora": Kind(GLoRAConfig, {}),
     "oft": Kind(OFTConfig, {}),
     "boft": Kind(OFTConfig, {"butterfly": 2}),
-    "ia3": Kind(IA3Config, {}),
+    "ia3": Kind(IA3Config, {}, has_places=True),
     "full": Kind(FullConfig, {}),
     "affiner": Kind(AffinerConfig, {}),
-    "prefix": Kind(PrefixConfig, {}),
-    "hypernetwork": Kind(HypernetworkConfig, {}),
+    "prefix": Kind(PrefixConfig, {}, has_places=True),
+    "hypernetwork": Kind(HypernetworkConfig, {}, has_places=True),
 }
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of this name; ValueError where there is none."""
+    if name not in KINDS:
+        raise ValueError(f"adapter {name!r}: expected one of {', '.join(KINDS)}")
+    return KINDS[name]
 
 
 def make_config(name: str, **settings: Any) -> Any:
@@ -87,14 +98,47 @@ def make_config(name: str, **settings: Any) -> Any:
 
     ValueError for a name that is no kind, or settings that the kind does not have.
     """
-    if name not in KINDS:
-        raise ValueError(f"adapter {name!r}: expected one of {', '.join(KINDS)}")
-    kind = KINDS[name]
+    kind = kind_of(name)
     if unknown := settings.keys() - kind.fields:
         raise ValueError(
             f"adapter {name}: no setting {sorted(unknown)}, expected some of {sorted(kind.fields)}"
         )
     return kind.config(**kind.options | settings)
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """A kind by name with settings of its own: what a run's `--config.adapter=` is read into.
+
+        --config.adapter=lokr --config.adapter.rank=4
+
+    What it leaves open is for the method to say (`config`).
+    """
+
+    kind: str = "lora"
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        make_config(self.kind, **self.settings)
+
+    @classmethod
+    def schema(cls, kind: str) -> type:
+        """The dataclass whose fields the settings of a kind are."""
+        return kind_of(kind).config
+
+    def config(self, *, targets: tuple[str, ...], **defaults: Any) -> Any:
+        """The configuration: the settings, and the method's `targets` and `defaults`.
+
+        Of `defaults` a kind takes those that it has. An alpha belongs to its rank, and is left out
+        where the rank is another; targets are where the kind has no places of its own.
+        """
+        kind = kind_of(self.kind)
+        if "rank" in self.settings or defaults.get("alpha") == defaults.get("rank"):
+            defaults.pop("alpha", None)
+        if not kind.has_places:
+            defaults["targets"] = targets
+        known = {name: value for name, value in defaults.items() if name in kind.fields}
+        return make_config(self.kind, **known | self.settings)
 
 
 def maker(config: Any) -> base.Maker:

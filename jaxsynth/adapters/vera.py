@@ -47,9 +47,7 @@ class VeRA(UpdateLayer):
     def __init__(self, layer: nnx.Module, config: VeRAConfig, path: str):
         super().__init__(layer, config, path)
         place, rank = self.place, config.rank_at(path)
-        keys = jax.random.split(jax.random.key(config.seed))
-        a = _rows(keys[0], place.rows, rank, fan_in=place.rows)
-        b = _rows(keys[1], place.c_out, rank, fan_in=rank).T
+        a, b = projections(config, rank, place.rows, place.c_out)
         shape_a = (*place.lead, *place.size, place.c_in, rank)
         a = a.reshape(*place.size, place.c_in, rank)
         self.vera_A = base.Constant(jnp.broadcast_to(a, shape_a))
@@ -62,6 +60,12 @@ class VeRA(UpdateLayer):
     def low_rank(self) -> tuple[Array, Array]:
         inner = self.place.spread(self.vera_lambda_d[...], "output")
         return self.vera_A[...] * inner, self.vera_B[...] * self.vera_lambda_b[...][..., None, :]
+
+
+def projections(config: VeRAConfig, rank: int, rows: int, outputs: int) -> tuple[Array, Array]:
+    """The random factors of a kernel: A (rows, rank) and B (rank, outputs)."""
+    keys = jax.random.split(jax.random.key(config.seed))
+    return _rows(keys[0], rows, rank, fan_in=rows), _rows(keys[1], outputs, rank, fan_in=rank).T
 
 
 def _rows(key: jax.Array, count: int, size: int, *, fan_in: int) -> Array:

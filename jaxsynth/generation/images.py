@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, UInt8
 
-from jaxsynth.adapters.base import AdapterState, Trainable, merge, route, stack
+from jaxsynth.adapters.base import AdapterState, Trainable, can_merge, merge, route, stack
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
@@ -98,7 +98,8 @@ class Generator:
         else:
             model = base if adapters is None else attach(base, adapters)
             # 16-bit weights would lose most of a small update to their rounding.
-            if model is not base and pipeline.unet.conv_in.kernel[...].dtype == jnp.float32:
+            wide = pipeline.unet.conv_in.kernel[...].dtype == jnp.float32
+            if model is not base and wide and can_merge(model):
                 model = merge(model)
             self._graphdef, factors, frozen = nnx.split(model, Trainable, ...)
         vae_graphdef, vae = nnx.split(pipeline.vae)

@@ -20,14 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxsynth.adapters.affiner import AffinerConfig, affiner
+from jaxsynth.adapters import kinds
+from jaxsynth.adapters.affiner import AffinerConfig
 from jaxsynth.adapters.base import extract
-from jaxsynth.adapters.lora import LoRAConfig, lora
+from jaxsynth.adapters.kinds import AdapterChoice
+from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.data.conditions import CHANNELS, as_bytes, source_conditions
 from jaxsynth.data.sources import DataConfig, Dataset, load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
@@ -63,35 +66,44 @@ ALL = (
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SHOWN = 4
 
-Build = Callable[[StableDiffusion, int, int, jax.Array], Controlled]
+# The way that a run's `--config.adapter=` means.
+CHOSEN = "adapter"
+
+# Of the pipeline, the condition's channels, the rank, the chosen adapter and a key.
+Build = Callable[[StableDiffusion, int, int, AdapterChoice, jax.Array], Controlled]
 
 
-def _by_adapters(make, targets: tuple[str, ...]) -> Build:
-    def build(pipeline: StableDiffusion, channels: int, rank: int, key: jax.Array) -> Controlled:
-        maker = None if make is None else make(rank, targets)
-        return with_adapters(pipeline, channels, maker, targets, rngs=nnx.Rngs(key))
+def _by_adapters(make: Callable[[int], Any]) -> Build:
+    def build(pipeline, channels, rank, _, key) -> Controlled:
+        return _adapted(pipeline, channels, make(rank), key)
 
     return build
 
 
-def _controlnet(pipeline: StableDiffusion, channels: int, _: int, key: jax.Array) -> Controlled:
+def _adapted(pipeline: StableDiffusion, channels: int, config: Any, key: jax.Array) -> Controlled:
+    maker, targets = (None, ()) if config is None else (kinds.maker(config), config.targets)
+    return with_adapters(pipeline, channels, maker, targets, rngs=nnx.Rngs(key))
+
+
+def _chosen(pipeline, channels, rank, adapter: AdapterChoice, key) -> Controlled:
+    return _adapted(pipeline, channels, adapter.config(targets=ALL, rank=rank), key)
+
+
+def _controlnet(pipeline, channels, _, __, key) -> Controlled:
     return with_controlnet(pipeline, channels, rngs=nnx.Rngs(key))
 
 
-def _affiner(rank: int, targets: tuple[str, ...]):
-    return affiner(AffinerConfig(rank=rank, targets=targets, gate=False))
-
-
-def _lora(rank: int, targets: tuple[str, ...]):
-    return lora(LoRAConfig(rank=rank, targets=targets))
+def _affiner(targets: tuple[str, ...]) -> Build:
+    return _by_adapters(lambda rank: AffinerConfig(rank=rank, targets=targets, gate=False))
 
 
 WAYS: dict[str, tuple[str, Build]] = {
     "controlnet": ("ControlNet", _controlnet),
-    "affiner": ("Affiner (all layers)", _by_adapters(_affiner, ALL)),
-    "affiner_attention": ("Affiner (attention)", _by_adapters(_affiner, ATTENTION)),
-    "lora": ("LoRA (all layers)", _by_adapters(_lora, ALL)),
-    "input": ("new input alone", _by_adapters(None, ())),
+    "affiner": ("Affiner (all layers)", _affiner(ALL)),
+    "affiner_attention": ("Affiner (attention)", _affiner(ATTENTION)),
+    "lora": ("LoRA (all layers)", _by_adapters(lambda rank: LoRAConfig(rank=rank, targets=ALL))),
+    "input": ("new input alone", _by_adapters(lambda _: None)),
+    CHOSEN: ("chosen adapter (all layers)", _chosen),
 }
 
 
@@ -103,7 +115,8 @@ class Config:
     condition (`data.conditions`), whose files lie in `condition_folder` where images do not tell
     it. `ways` are compared at every rate of `rates` (by a way's name, or "adapter" for all but the
     ControlNet) with the first seed, then at the rate of the least validation error with all.
-    `images` are drawn for each.
+    `images` are drawn for each. `adapter` is a kind of adapter on all layers, of this `rank` unless
+    it says so: a further way, named "adapter".
     """
 
     method: str = "controlled"
@@ -111,7 +124,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     kind: str = "edges"
     condition_folder: str = ""
-    ways: tuple[str, ...] = tuple(WAYS)
+    ways: tuple[str, ...] = tuple(name for name in WAYS if name != CHOSEN)
+    adapter: AdapterChoice | None = None
     rank: int = 8
     train: ControlConfig = field(default_factory=ControlConfig)
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -121,6 +135,11 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
     def __post_init__(self):
+        if self.adapter is not None:
+            others = tuple(name for name in self.ways if name != CHOSEN)
+            object.__setattr__(self, "ways", (*others, CHOSEN))
+        elif CHOSEN in self.ways:
+            raise ValueError(f"ways: {CHOSEN!r} is what `adapter` chooses, and it is not set")
         for name, values, known in (
             ("kind", (self.kind,), CHANNELS),
             ("ways", self.ways, WAYS),
@@ -221,11 +240,13 @@ class _Work:
             "images": config.images,
             "generate": config.generate,
             "base": self.pipeline.digest,
+            **({"adapter": config.adapter} if way == CHOSEN else {}),
         }
 
         def build(folder: Path) -> dict:
-            channels = CHANNELS[config.kind]
-            model = WAYS[way][1](self.pipeline, channels, config.rank, jax.random.key(seed))
+            channels, key = CHANNELS[config.kind], jax.random.key(seed)
+            adapter = config.adapter or AdapterChoice()
+            model = WAYS[way][1](self.pipeline, channels, config.rank, adapter, key)
             counts = {
                 "trainable": num_trainable(model),
                 "whole": sum(x.size for x in jax.tree.leaves(nnx.state(self.pipeline.unet))),

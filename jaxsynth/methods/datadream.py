@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsynth.adapters.base import AdapterState, matches
+from jaxsynth.adapters.kinds import AdapterChoice
 from jaxsynth.data.decode import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.sources import DataConfig, Dataset, ImageSource, SourceError, load_dataset
@@ -45,8 +46,14 @@ from jaxsynth.training.text_to_image import (
     finetune,
     finetune_each,
 )
-from jaxsynth.weights.adapters import read_diffusers, write_diffusers
+from jaxsynth.weights.adapters import (
+    DIFFUSERS_WEIGHTS,
+    fits_diffusers,
+    read_diffusers,
+    write_diffusers,
+)
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+from jaxsynth.weights.states import STATE_FILE, read_state, write_state
 
 MODES = ("dset", "cls")
 # Below an adapter's stage: checkpoints and metrics. No class's folder starts with a dot.
@@ -69,7 +76,9 @@ class Config:
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
     storage and compute type of the frozen networks; adapters stay float32. `classes_at_once` bounds
     how many class adapters train together (0: all). `validation_fraction` of the shots is kept from
-    training and chooses the classifier's step; at 0 the last step is taken.
+    training and chooses the classifier's step; at 0 the last step is taken. `adapter`, where it is
+    given, is what the generator learns by (`finetune.adapter`); the classifier's is
+    `classify.adapter`.
     """
 
     method: str = "datadream"
@@ -82,6 +91,7 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     validation_fraction: float = 0.0
     classes_at_once: int = 0
+    adapter: AdapterChoice | None = None
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
@@ -95,6 +105,9 @@ class Config:
             raise ValueError(f"modes: {sorted(unknown)}, expected some of {MODES}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: {self.dtype!r}, expected float32 or bfloat16")
+        if self.adapter is not None:
+            chosen = dataclasses.replace(self.finetune, adapter=self.adapter)
+            object.__setattr__(self, "finetune", chosen)
 
 
 def run(config: Config, workdir: Path) -> Path:
@@ -381,8 +394,15 @@ def _read_shots(drawn: Artifact) -> Shots:
 
 
 def write_adapter(folder: Path, state: AdapterState) -> None:
-    """An adapter over UNet and text encoder as `pytorch_lora_weights.safetensors`."""
+    """An adapter over UNet and text encoder: `pytorch_lora_weights.safetensors` of LoRA and DoRA.
+
+    That is diffusers' file; any other kind is in this package's own, `adapter.safetensors`.
+    """
     if jax.process_index():
+        return
+    if not fits_diffusers(state.config):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_state(folder / STATE_FILE, state)
         return
     parts: dict[str, dict] = {}
     for path, value in state.arrays.items():
@@ -401,7 +421,9 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
 
 def read_adapter(path: Path) -> AdapterState:
     """What `write_adapter` wrote, or another diffusers LoRA file, over both networks."""
-    # The UNet first, as `FinetuneConfig.lora` has it; the file's own order is that of its keys.
+    if path.name == STATE_FILE:
+        return read_state(path)
+    # The UNet first, as `FinetuneConfig` has it; the file's own order is that of its keys.
     states = dict(sorted(read_diffusers(path).items(), reverse=True))
     arrays = {
         f"{component}.{name}": value
@@ -422,7 +444,9 @@ def read_adapter(path: Path) -> AdapterState:
 
 def adapter_files(folder: Path, class_names: Sequence[str]) -> list[Path]:
     """The one file of a `dset` adapter, or the files of a `cls` one in class order."""
-    name = "pytorch_lora_weights.safetensors"
-    if (folder / name).is_file():
-        return [folder / name]
-    return [folder / safe_name(class_name) / name for class_name in class_names]
+    names = (DIFFUSERS_WEIGHTS, STATE_FILE)
+    places = [folder, *(folder / safe_name(class_name) for class_name in class_names)]
+    found = [place / name for place in places for name in names if (place / name).is_file()]
+    if len(found) not in (1, len(class_names)):
+        raise UserError(f"{folder}: {len(found)} adapters, expected 1 or {len(class_names)}")
+    return found

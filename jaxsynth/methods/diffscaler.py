@@ -21,12 +21,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxsynth.adapters.kinds import AdapterChoice
 from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
 from jaxsynth.data.sources import DataConfig
 from jaxsynth.generation.images import GenerateConfig
 from jaxsynth.methods import diffscaler_plan, diffscaler_report
 from jaxsynth.methods.diffscaler_conditions import ConditionTask
-from jaxsynth.methods.diffscaler_recipes import RECIPES
+from jaxsynth.methods.diffscaler_recipes import CHOSEN, RECIPES
 from jaxsynth.methods.diffscaler_stages import Work
 from jaxsynth.models.dit import DiTConfig
 from jaxsynth.quality.metrics import QualityConfig
@@ -78,6 +79,9 @@ class Config:
     mirror images are as good as they are; `draw` names recipes of the study whose images are drawn
     and measured too. `features` is a CLIP's folder, or "inception:PATH" with InceptionV3's weights.
 
+    `adapter` is a kind of adapter on all layers, of rank `lora_rank` unless it says so: a further
+    recipe, named "adapter", and that of the sets.
+
     `conditions` names for data sets the kinds of condition images (`data.conditions`) that
     `sets_recipe` learns to follow, each by a set of parameters of its own, as the sets are;
     `condition_folders` where the files of a kind lie that images do not tell.
@@ -92,13 +96,14 @@ class Config:
     data: dict[str, DataConfig] = field(default_factory=dict)
     mirror: tuple[str, ...] = ()
     study: tuple[str, ...] = ()
-    recipes: tuple[str, ...] = tuple(RECIPES)
+    recipes: tuple[str, ...] = tuple(name for name in RECIPES if name != CHOSEN)
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     rank: int = 8
     lora_rank: int = 9
     train: TrainConfig = field(default_factory=TrainConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
     error_repeats: int = 8
+    adapter: AdapterChoice | None = None
     sets_recipe: str = "affiner_all"
     sets_steps: int = 0
     together: bool = True
@@ -110,6 +115,12 @@ class Config:
     condition_folders: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.adapter is not None:
+            others = tuple(name for name in self.recipes if name != CHOSEN)
+            object.__setattr__(self, "recipes", (*others, CHOSEN))
+            object.__setattr__(self, "sets_recipe", CHOSEN)
+        elif CHOSEN in self.recipes:
+            raise ValueError(f"recipes: {CHOSEN!r} is what `adapter` chooses, and it is not set")
         for name, values, known in (
             ("recipes", self.recipes, RECIPES),
             ("draw", self.draw, self.recipes),

@@ -121,6 +121,7 @@ class ConditionTask:
             "error_repeats": config.error_repeats,
             "base": work.pipeline.digest,
             "dtype": config.dtype,
+            **work.choice(config.sets_recipe),
         }
 
         def build(folder: Path) -> dict:
@@ -146,7 +147,8 @@ class ConditionTask:
         channels = CHANNELS[self.kind] * self.work.vae.config.downscale**2
         return adapted(
             self.work.dit, config.sets_recipe, self.work.rows, rank=config.rank,
-            lora_rank=config.lora_rank, seed=config.seeds[0], condition_channels=channels,
+            lora_rank=config.lora_rank, seed=config.seeds[0], adapter=config.adapter,
+            condition_channels=channels,
         )  # fmt: skip
 
     def _errors(self, model: DiT, plain: DiT) -> dict:

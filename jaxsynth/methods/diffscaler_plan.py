@@ -43,7 +43,8 @@ def plans(config: Config, mesh: Mesh) -> list[Plan]:
     network = network_of(config)
     own = partial(_network, network, config.dtype)
     on_mesh = partial(plan_adapt, schedule=NoiseSchedule.from_config(SCHEDULER), mesh=mesh)
-    ranks = {"rank": config.rank, "lora_rank": config.lora_rank, "seed": 0}
+    ranks = {"rank": config.rank, "lora_rank": config.lora_rank, "seed": 0,
+             "adapter": config.adapter}  # fmt: skip
     made = []
     if not config.base:
         counted = [_counted(data) for data in config.base_data.values()]

@@ -6,15 +6,17 @@ unconditional one. Any of them also learns to follow a condition image (`with_co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
+from jaxsynth.adapters import kinds
 from jaxsynth.adapters.affiner import AffinerConfig, add_affiner
 from jaxsynth.adapters.base import AdapterLayer, layers, mark_trainable, matches
 from jaxsynth.adapters.inputs import extend_input
+from jaxsynth.adapters.kinds import AdapterChoice
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.adapters.table import extend_table
 from jaxsynth.models.dit import DiT
@@ -33,15 +35,31 @@ PLACES: dict[str, tuple[str, ...]] = {
 _DIFFFIT = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
 
 
+# The recipe that a run's `--config.adapter=` means.
+CHOSEN = "adapter"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The ranks of Affiners and LoRA, and the adapter that a run chooses, of LoRA's rank."""
+
+    rank: int
+    lora_rank: int
+    adapter: AdapterChoice = field(default_factory=AdapterChoice)
+
+
+Build = Callable[[DiT, Sizes, jax.Array], DiT]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """`build(extended base, rank, LoRA's rank, key)` gives the network to train.
+    """`build(extended base, sizes, key)` gives the network to train.
 
     `whole` recipes change the base's own weights: nothing is left of it to go back to.
     """
 
     label: str
-    build: Callable[[DiT, int, int, jax.Array], DiT]
+    build: Build
     whole: bool = False
 
 
@@ -53,27 +71,33 @@ def _free(model: DiT, place: str) -> tuple[str, ...]:
     )
 
 
-def _affiner(place: str, **options) -> Callable[[DiT, int, int, jax.Array], DiT]:
-    def build(model: DiT, rank: int, _: int, key: jax.Array) -> DiT:
-        config = AffinerConfig(**{"rank": rank, "targets": _free(model, place)} | options)
+def _affiner(place: str, **options) -> Build:
+    def build(model: DiT, sizes: Sizes, key: jax.Array) -> DiT:
+        config = AffinerConfig(**{"rank": sizes.rank, "targets": _free(model, place)} | options)
         return add_affiner(model, config, rngs=key)
 
     return build
 
 
-def _lora(place: str) -> Callable[[DiT, int, int, jax.Array], DiT]:
-    def build(model: DiT, _: int, rank: int, key: jax.Array) -> DiT:
-        return add_lora(model, LoRAConfig(rank=rank, targets=_free(model, place)), rngs=key)
+def _lora(place: str) -> Build:
+    def build(model: DiT, sizes: Sizes, key: jax.Array) -> DiT:
+        config = LoRAConfig(rank=sizes.lora_rank, targets=_free(model, place))
+        return add_lora(model, config, rngs=key)
 
     return build
 
 
-def _difffit(model: DiT, _: int, __: int, key: jax.Array) -> DiT:
+def _chosen(model: DiT, sizes: Sizes, key: jax.Array) -> DiT:
+    config = sizes.adapter.config(targets=_free(model, "all"), rank=sizes.lora_rank)
+    return kinds.add(model, config, rngs=key)
+
+
+def _difffit(model: DiT, _: Sizes, key: jax.Array) -> DiT:
     config = AffinerConfig(rank=0, targets=_DIFFFIT, scale_side="output", shift=False)
     return mark_trainable(add_affiner(model, config, rngs=key), [".*bias"])
 
 
-def _scratch(model: DiT, _: int, __: int, key: jax.Array) -> DiT:
+def _scratch(model: DiT, _: Sizes, key: jax.Array) -> DiT:
     fresh = DiT(model.config, dtype=model.dtype, rngs=nnx.Rngs(key))
     rows = model.class_embedder.embedding_table.rows.get_value()
     fresh = extend_table(fresh, TABLE, len(rows), start=model.config.null_label)
@@ -94,6 +118,7 @@ RECIPES: dict[str, Recipe] = {
     "affiner_relu": Recipe("Affiner with ReLU (paper)", _affiner("paper", form="relu")),
     "affiner_all": Recipe("Affiner (all)", _affiner("all")),
     "affiner_zero": Recipe("Affiner, zero W_up (all)", _affiner("all", gate=False)),
+    CHOSEN: Recipe("chosen adapter (all)", _chosen),
 }
 
 
@@ -105,6 +130,7 @@ def adapted(
     rank: int,
     lora_rank: int,
     seed: int,
+    adapter: AdapterChoice | None = None,
     condition_channels: int = 0,
 ) -> DiT:
     """The network that recipe `name` trains: `base` with `classes` new labels from `first_label`.
@@ -118,7 +144,8 @@ def adapted(
     extended = extend_table(base, TABLE, classes, start=base.config.null_label)
     if condition_channels:
         extended = with_condition(extended, condition_channels, rngs=key)
-    return RECIPES[name].build(extended, rank, lora_rank, key)
+    sizes = Sizes(rank, lora_rank, AdapterChoice() if adapter is None else adapter)
+    return RECIPES[name].build(extended, sizes, key)
 
 
 def with_condition(

@@ -26,7 +26,7 @@ from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.images import fill_store
 from jaxsynth.generation.routing import routing_differences
 from jaxsynth.methods import diffscaler_report
-from jaxsynth.methods.diffscaler_recipes import RECIPES, adapted, first_label
+from jaxsynth.methods.diffscaler_recipes import CHOSEN, RECIPES, adapted, first_label
 from jaxsynth.models.dit import DiT
 from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.quality.evaluate import compare
@@ -215,6 +215,7 @@ class Work:
             "error_repeats": config.error_repeats,
             "base": self.pipeline.digest,
             "dtype": config.dtype,
+            **self.choice(recipe),
         }
 
         def build(folder: Path) -> dict:
@@ -238,7 +239,11 @@ class Work:
     def _adapted(self, name: str, recipe: str, seed: int, classes: int = 0) -> DiT:
         count = classes or len(self.classes(name))
         ranks = {"rank": self.config.rank, "lora_rank": self.config.lora_rank}
-        return adapted(self.dit, recipe, count, **ranks, seed=seed)
+        return adapted(self.dit, recipe, count, **ranks, seed=seed, adapter=self.config.adapter)
+
+    def choice(self, recipe: str) -> dict:
+        """The adapter among a stage's settings, where it is what the stage trains."""
+        return {"adapter": self.config.adapter} if recipe == CHOSEN else {}
 
     def _scores(self, name: str, model: DiT, recipe: str) -> dict:
         """Errors on what the model learnt and on what the base knew."""
@@ -308,6 +313,7 @@ class Work:
             "together": config.together,
             "base": self.pipeline.digest,
             "dtype": config.dtype,
+            **self.choice(config.sets_recipe),
         }
         names = tuple(config.data)
         groups = [names] if config.together else [(name,) for name in names]

@@ -24,7 +24,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from jaxsynth.adapters.base import Trainable, seed_dropout, stack, unstack
+from jaxsynth.adapters import learning
+from jaxsynth.adapters.base import Trainable, config_of, seed_dropout, stack, unstack
 from jaxsynth.data.conditions import as_bytes, as_fractions, space_to_depth
 from jaxsynth.data.sources import ImageSource
 from jaxsynth.diffusion.learned_range import learned_range_loss
@@ -268,11 +269,16 @@ def make_loss(
 
 
 def make_step(
-    graphdef: Any, schedule: NoiseSchedule, config: TrainConfig, null_label: int, mesh=None
+    graphdef: Any,
+    schedule: NoiseSchedule,
+    config: TrainConfig,
+    null_label: int,
+    mesh: Mesh | None = None,
+    adapter: Any = None,
 ) -> tuple[optax.GradientTransformation, StepFn]:
     """The optimiser, and `step(state, frozen, data)` of `config.steps_per_call` updates.
 
-    `data` is what `draw_batch` draws from.
+    `data` is what `draw_batch` draws from, `adapter` the configuration of what learns.
     """
     optim = OptimConfig(
         learning_rate=config.learning_rate,
@@ -282,9 +288,10 @@ def make_step(
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
-    tx = make_optimizer(optim)
+    tx = learning.optimiser(adapter, make_optimizer(optim), config.steps)
+    loss = make_loss(graphdef, schedule, config, null_label, mesh)
     step = make_train_step(
-        make_loss(graphdef, schedule, config, null_label, mesh),
+        learning.penalised(loss, adapter),
         tx,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay or None,
@@ -385,7 +392,9 @@ def _adapt(
     if mesh is not None and not together:
         check_rows(config, mesh)
     null = models[0].config.null_label
-    tx, step = make_step(graphdef, schedule, config, null, None if together else mesh)
+    tx, step = make_step(
+        graphdef, schedule, config, null, None if together else mesh, config_of(models[0])
+    )
     order_key, key = jax.random.split(jax.random.key(seed))
     ema = bool(config.ema_decay)
     data["key"] = jnp.stack([order_key] * len(models))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from jaxsynth.adapters import kinds, learning
 from jaxsynth.adapters.base import Trainable, extract, seed_dropout
-from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.data.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.mixing import mix_batch, one_hot
 from jaxsynth.data.pipeline import eval_batches, mixed_batches, real_count, train_batches
@@ -34,9 +35,10 @@ from jaxsynth.training.loop import fit
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
 from jaxsynth.training.step import init_state, make_train_step
-from jaxsynth.weights.adapters import attach, read_peft, write_peft
+from jaxsynth.weights.adapters import attach
 from jaxsynth.weights.files import read_json, write_json
 from jaxsynth.weights.hf import Clip
+from jaxsynth.weights.states import STATE_FILE, read_state, write_state
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class ClassifyConfig:
     per data set unpublished; 50 is what followers use (ProtoAug). An epoch is as many images as the
     synthetic set holds, whatever the mode, so that every mode takes the same number of steps;
     `steps` overrides it. `real_fraction` is the share of real images in a batch of both kinds.
+    `adapter` is what learns: LoRA, or any other kind, of which `rank`, `alpha` and `dropout` are
+    the defaults.
     """
 
     rank: int = 16
@@ -67,6 +71,16 @@ class ClassifyConfig:
     augment: Augment = field(default_factory=Augment)
     num_workers: int = 0
     checkpoint_every: int = 500
+    adapter: kinds.AdapterChoice = field(default_factory=kinds.AdapterChoice)
+
+    def __post_init__(self):
+        self.adapter_config()
+
+    def adapter_config(self) -> Any:
+        """The adapter on both towers."""
+        return self.adapter.config(
+            targets=self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout
+        )
 
     def num_steps(self, images: int) -> int:
         """Updates where the synthetic set holds `images`."""
@@ -103,15 +117,9 @@ def train_classifier(
     if real is None and synthetic is None:
         raise ValueError("train_classifier: neither real nor synthetic images")
     key = jax.random.key(seed)
-    lora = LoRAConfig(
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        targets=config.targets,
-        init="kaiming",
-    )
+    adapter = config.adapter_config()
     init_key, step_key = jax.random.split(key)
-    model = add_lora(clip.model, lora, rngs=init_key)
+    model = kinds.add(clip.model, adapter, rngs=init_key)
     graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
     ids = jnp.asarray(clip.tokenizer(list(prompts)))
     both = real is not None and synthetic is not None
@@ -168,7 +176,7 @@ def train_classifier(
         weight_decay=config.weight_decay,
         clip_norm=0.0,
     )
-    tx = make_optimizer(optim)
+    tx = learning.optimiser(adapter, make_optimizer(optim), steps)
     state = init_state(trainable, tx, step_key)
     place, placed = None, frozen
     if mesh is not None:
@@ -198,7 +206,9 @@ def train_classifier(
             state,
             (placed, ids),
             batches,
-            make_train_step(loss, tx, learning_rate=make_schedule(optim)),
+            make_train_step(
+                learning.penalised(loss, adapter), tx, learning_rate=make_schedule(optim)
+            ),
             steps=steps,
             place=place,
             checkpoint=checkpoint,
@@ -225,14 +235,14 @@ class _Best:
         # A resumed run looks again at steps it had seen: the same result is no better.
         better = not known or accuracy > known["accuracy"]
         if better and jax.process_index() == 0:
-            write_peft(self._folder, extract(model))
+            write_state(self._folder / STATE_FILE, extract(model))
             write_json(self._folder / "best.json", {"step": step, "accuracy": accuracy})
         return {"accuracy": accuracy}
 
     def model(self, base: CLIPModel) -> CLIPModel:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("best adapter written")
-        return attach(base, read_peft(self._folder))
+        return attach(base, read_state(self._folder / STATE_FILE))
 
 
 def predict(

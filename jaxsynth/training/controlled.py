@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxsynth.adapters import base
+from jaxsynth.adapters import base, learning
 from jaxsynth.adapters.base import Trainable, mark_trainable, seed_dropout
 from jaxsynth.adapters.inputs import extend_input
 from jaxsynth.data.augment import DiffusionTransform
@@ -283,10 +283,11 @@ def finetune_controlled(
     """
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
-    tx = make_optimizer(config.optim())
+    adapter = base.config_of(model)
+    tx = learning.optimiser(adapter, make_optimizer(config.optim()), config.steps)
     order_key, key = jax.random.split(jax.random.key(seed))
     step = make_train_step(
-        make_loss(graphdef, schedule, config, mesh),
+        learning.penalised(make_loss(graphdef, schedule, config, mesh), adapter),
         tx,
         accumulate=config.accumulate,
         learning_rate=make_schedule(config.optim()),

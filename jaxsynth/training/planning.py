@@ -22,7 +22,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jaxsynth.adapters.base import Trainable
+from jaxsynth.adapters.base import Trainable, config_of
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.dit import DiT
 from jaxsynth.report.tables import Table
@@ -79,7 +79,9 @@ def plan_adapt(
     model = nnx.eval_shape(make)
     graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
     null = model.config.null_label
-    tx, step = class_conditional.make_step(graphdef, schedule, config, null, None if sets else mesh)
+    tx, step = class_conditional.make_step(
+        graphdef, schedule, config, null, None if sets else mesh, config_of(model)
+    )
     init = partial(init_state, tx=tx, ema=bool(config.ema_decay))
     state = jax.eval_shape(lambda values: init(values, key=jax.random.key(0)), trainable)
     data = jax.eval_shape(lambda: _no_latents(model, config, images, views))

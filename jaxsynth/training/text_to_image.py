@@ -7,9 +7,10 @@ and their images, so all classes train in one compiled program around one frozen
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
+from jaxsynth.adapters import kinds, learning
 from jaxsynth.adapters.base import AdapterState, Trainable, extract, seed_dropout, unstack
-from jaxsynth.adapters.lora import LoRAConfig, add_lora
 from jaxsynth.data.augment import DiffusionTransform
 from jaxsynth.data.sources import ImageSource
 from jaxsynth.diffusion.losses import diffusion_loss
@@ -58,6 +59,10 @@ class FinetuneConfig:
     `crops_per_image` crops of each image that is not square are encoded beforehand and one drawn
     per step, since the VAE is frozen; a square image has one crop only. `min_steps` gives very few
     shots more epochs, and `steps` overrides both.
+
+    `adapter` is what learns: LoRA as in the paper, or any other kind, of which `rank`, `alpha` and
+    `dropout` are the defaults. It goes on `unet_targets` and `text_targets`, unless it has targets
+    of its own.
     """
 
     epochs: int = 200
@@ -80,20 +85,21 @@ class FinetuneConfig:
     accumulate: int = 1
     remat: bool = False
     checkpoint_every: int = 1000
+    adapter: kinds.AdapterChoice = field(default_factory=kinds.AdapterChoice)
+
+    def __post_init__(self):
+        self.adapter_config()
 
     def num_steps(self, images: int) -> int:
         """Updates for a training set of `images`."""
         return self.steps or max(self.epochs * -(-images // self.batch_size), self.min_steps)
 
-    def lora(self) -> LoRAConfig:
+    def adapter_config(self) -> Any:
         """The adapter over both networks; no `text_targets` leaves the text encoder frozen."""
-        return LoRAConfig(
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            targets=(*self.unet_targets, *self.text_targets),
-            init="gaussian",
-        )
+        defaults = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        if self.adapter.kind in ("lora", "dora", "rslora"):
+            defaults["init"] = "gaussian"
+        return self.adapter.config(targets=(*self.unet_targets, *self.text_targets), **defaults)
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ def _decode(vae: AutoencoderKL, latents: Array) -> Array:
 def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
     """The pipeline's networks with fresh adapters; the base weights are shared, not copied."""
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
-    return add_lora(model, config.lora(), rngs=key)
+    return kinds.add(model, config.adapter_config(), rngs=key)
 
 
 def epoch_rows(key: Array, step: Array, count: int, batch_size: int) -> Int[Array, " b"]:
@@ -228,8 +234,7 @@ def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: M
             rows = NamedSharding(mesh, sharding.BATCH)
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
         model = nnx.merge(graphdef, trainable, frozen)
-        if config.dropout:
-            model = seed_dropout(model, jax.random.fold_in(key, 4))
+        model = seed_dropout(model, jax.random.fold_in(key, 4))
         x0, noise, t = draw(batch, key, schedule)
         noisy = add_noise(schedule, x0, noise, t)
         output = denoise(model, noisy, t, batch)
@@ -302,7 +307,8 @@ def _finetune(
         eps=config.eps,
         clip_norm=config.clip_norm,
     )
-    tx = make_optimizer(optim)
+    adapter = config.adapter_config()
+    tx = learning.optimiser(adapter, make_optimizer(optim), steps)
     numbers = jnp.arange(first, first + len(sets))
     init_keys, order_keys, step_keys = jax.vmap(
         lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3),
@@ -317,7 +323,7 @@ def _finetune(
         "mean": np.stack([examples.mean for examples in sets]),
         "std": np.stack([examples.std for examples in sets]),
         "order": order_keys,
-        **_texts(pipeline, sets, cache=not config.text_targets),
+        **_texts(pipeline, sets, cache=not jax.tree.leaves(dict(trainables).get("text_encoder"))),
     }
 
     def batch_of(step: Array, data: dict) -> dict:
@@ -327,8 +333,9 @@ def _finetune(
             batch["text"] = data["states"][data["state"][rows]]
         return batch
 
+    loss = make_loss(graphdef, schedule, config, None if together else mesh)
     step = make_train_step(
-        make_loss(graphdef, schedule, config, None if together else mesh),
+        learning.penalised(loss, adapter),
         tx,
         accumulate=config.accumulate,
         learning_rate=make_schedule(optim),

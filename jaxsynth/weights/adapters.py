@@ -1,6 +1,7 @@
-"""Adapter files: LoRA and DoRA states to and from peft's folder and diffusers' single file.
+"""Adapter files: states to and from peft's folder and diffusers' single file.
 
-- peft: `adapter_config.json` and `adapter_model.safetensors`, one network a folder.
+- peft: `adapter_config.json` and `adapter_model.safetensors`, one network a folder. LoRA and DoRA
+  are here, with biases trained beside them (BitFit); all other kinds in `peft_kinds`.
 - diffusers: `pytorch_lora_weights.safetensors`, several networks ("unet", "text_encoder") by
   prefix, their configurations in the metadata.
 
@@ -11,6 +12,7 @@ same state.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -22,10 +24,18 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters import kinds
-from jaxsynth.adapters.base import AdapterState, inject, load_state, matches
+from jaxsynth.adapters.base import (
+    AdapterState,
+    inject,
+    load_state,
+    mark_trainable,
+    matches,
+    parameters,
+    trainable_variables,
+)
 from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.errors import UserError
-from jaxsynth.weights import files, names
+from jaxsynth.weights import factors, files, peft_kinds, peft_settings
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -34,6 +44,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 _PEFT_PREFIX = "base_model.model."
+_PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 _METADATA = "lora_adapter_metadata"
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer")
 
@@ -46,6 +57,8 @@ _FACTORS = {
     ".lora_linear_layer.up.weight": "lora_B",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
 }
 # diffusers before 0.20: the attention processors held the adapters.
 _LEGACY = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
@@ -56,25 +69,12 @@ _OTHER_KINDS = {
     "IA3": r"\.ia3_",
     "AdaLoRA": r"\.lora_E$",
     "OFT": r"\.(oft_R|oft_blocks|boft_R|boft_s)",
-    "LoRA embedding": r"\.lora_embedding_[AB]$",
     "LoCon (Tucker)": r"\.lora_mid\.",
     "kohya-format": r"\.(lora_down|lora_up)\.weight$",
 }
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
-# Fields of peft's LoraConfig that do not change what an adapter computes once it is trained.
-_IRRELEVANT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-}
 # Initialisations that leave the base weights as they are; others (pissa, olora, ...) change them.
 _INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian", "orthogonal": "kaiming"}
 
@@ -82,50 +82,130 @@ _INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian", "orthogonal
 def attach(model: Model, state: AdapterState) -> Model:
     """A copy of `model` with the adapter of `state` wrapped around its targets and filled in.
 
-    Raises UserError where the targets and the state's keys, or any two shapes, do not agree.
+    Parameters of the network's own that the state holds (biases) are `Trainable` in it. Raises
+    UserError where the targets and the state's keys, or any two shapes, do not agree.
     """
-    make = kinds.maker(state.config)
-    # The initial values are all replaced: any key will do.
     try:
-        adapted = inject(model, make, targets=state.config.targets, rngs=nnx.Rngs(0))
+        adapted = model
+        if state.config is not None:
+            # The initial values are all replaced: any key will do.
+            make = kinds.maker(state.config)
+            adapted = inject(model, make, targets=state.config.targets, rngs=nnx.Rngs(0))
+        own = (state.arrays.keys() & parameters(adapted)) - trainable_variables(adapted).keys()
+        if own:
+            adapted = mark_trainable(adapted, [f"^{re.escape(name)}$" for name in sorted(own)])
         return load_state(adapted, state)
     except (TypeError, ValueError) as error:
         raise UserError(f"the adapter does not fit this network: {error}") from error
 
 
-def read_peft(folder: str | Path) -> AdapterState:
-    """The LoRA state of a peft folder.
+def read_peft(
+    folder: str | Path, model: nnx.Module | None = None, *, targets: Collection[str] = ()
+) -> AdapterState:
+    """The state of a peft folder.
 
-    Raises UserError for a missing file, another kind of adapter, a setting that is not implemented,
-    an unknown key, a factor without its partner, or a rank other than the configuration's.
+    `model`, the network that it is for, is needed where a file does not tell all: convolutions with
+    flattened factors (LoHa, LoKr, AdaLoRA), and VeRA, which is read as LoRA unless its projections
+    are those that we draw. `targets` are needed for prompts and prefixes, whose places no file
+    tells.
+
+    Raises UserError for a missing file, a kind or a setting that is not implemented, an unknown
+    key, a key of another kind, a factor without its partner, or a rank other than the
+    configuration's.
     """
     folder = Path(folder)
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; expected a peft adapter folder")
-    config = _config_from_peft(files.read_json(folder / PEFT_CONFIG), folder / PEFT_CONFIG)
+    where = folder / PEFT_CONFIG
+    fields = files.read_json(where)
     source = folder / PEFT_WEIGHTS
     tensors, _ = _read_safetensors(source)
-    _refuse_other_kinds(tensors, source)
+    kind = fields.get("peft_type", "LORA")
+    is_prompt = kind in ("PROMPT_TUNING", "PREFIX_TUNING")
+    if kind == "LORA":
+        _refuse_other_kinds(tensors, source)
     found = {}
     for key, value in tensors.items():
-        if not key.startswith(_PEFT_PREFIX):
-            raise UserError(f"{source}: key {key} does not start with {_PEFT_PREFIX!r}")
-        found[_parse(key, key.removeprefix(_PEFT_PREFIX), source)] = value
-    return AdapterState(_arrays(found, config, source), config)
+        # VeRA's projections, and prompts, belong to no layer.
+        start = "base_model." if key in _PROJECTIONS else "" if is_prompt else _PEFT_PREFIX
+        if not key.startswith(start):
+            raise UserError(f"{source}: key {key} does not start with {start!r}")
+        found[key.removeprefix(start)] = value
+    biases = _take_biases(found, fields, where)
+    if kind == "LORA":
+        pairs = {_parse(f"{_PEFT_PREFIX}{key}", key, source): x for key, x in found.items()}
+        config = _config_from_peft(fields, where)
+        state = AdapterState(_arrays(pairs, config, source), config)
+    else:
+        fields = {name: value for name, value in fields.items() if name != "bias"}
+        state = peft_kinds.from_peft(fields, found, source, model, targets)
+    return AdapterState({**state.arrays, **biases}, state.config)
 
 
-def write_peft(folder: str | Path, state: AdapterState, *, base_model: str | None = None) -> None:
-    """Writes a LoRA state as a peft folder; `base_model` is the id or path of its base network."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{_PEFT_PREFIX}{path}{_peft_name(factor)}": value
-        for (path, factor), value in _torch_tensors(state).items()
+def _take_biases(
+    tensors: dict[str, np.ndarray], fields: dict[str, Any], source: Path
+) -> dict[str, jnp.ndarray]:
+    """The biases that were trained beside an adapter, taken out of `tensors`."""
+    setting = fields.get("bias", "none")
+    allowed = ("none", "all", peft_settings.BIASES.get(fields.get("peft_type", "LORA"), "none"))
+    if setting not in allowed:
+        raise UserError(f"{source}: bias is {setting!r}, expected one of {allowed}")
+    keys = [key for key in tensors if key.endswith(".bias")]
+    if bool(keys) != (setting != "none"):
+        raise UserError(f"{source}: bias is {setting!r}, and the weights hold {len(keys)} biases")
+    return {
+        key.replace(".base_layer.bias", ".bias"): jnp.asarray(tensors.pop(key), jnp.float32)
+        for key in keys
     }
-    fields = {**_config_to_peft(state.config), "base_model_name_or_path": base_model}
+
+
+def write_peft(
+    folder: str | Path,
+    state: AdapterState,
+    *,
+    model: nnx.Module | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Writes a state as a peft folder; `base_model` is the id or path of its base network.
+
+    Biases in the state are written as peft's `bias="all"` (or "lora_only" where all are of adapted
+    layers). `model`, the network, plain or adapted, tells which layers are convolutions ((IA)^3,
+    OFT) and their sizes (VeRA). Raises ValueError naming what peft has no form for.
+    """
+    folder = Path(folder)
+    if state.config is None:
+        raise TypeError("peft's folders are of adapters: expected the state of one, found NoneType")
+    biases = {name: x for name, x in state.arrays.items() if name.endswith(".bias")}
+    own = AdapterState({n: x for n, x in state.arrays.items() if n not in biases}, state.config)
+    shared: dict[str, np.ndarray] = {}
+    if isinstance(state.config, LoRAConfig):
+        fields = _config_to_peft(state.config)
+        tensors = {
+            f"{path}{_peft_name(factor)}": value
+            for (path, factor), value in _torch_tensors(own).items()
+        }
+    else:
+        fields, tensors, shared = peft_kinds.to_peft(own, model)
+    wrapped = {name.rpartition(".")[0] for name in own.arrays}
+    if biases:
+        kind = fields["peft_type"]
+        if kind not in peft_settings.BIASES:
+            raise ValueError(f"{sorted(biases)[0]}: peft trains no biases beside {kind}")
+        only = all(name.removesuffix(".bias") in wrapped for name in biases)
+        fields["bias"] = peft_settings.BIASES[kind] if only else "all"
+    for name, value in biases.items():
+        path = name.removesuffix(".bias")
+        end = "base_layer.bias" if path in wrapped else "bias"
+        tensors[f"{path}.{end}"] = np.asarray(value)
+    start = "" if "prompt_embeddings" in shared else "base_model."
+    named = {f"{_PEFT_PREFIX}{name}": value for name, value in tensors.items()}
+    named |= {f"{start}{name}": value for name, value in shared.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     # The configuration comes last: a folder that has it is complete.
-    _write(folder / PEFT_WEIGHTS, files.to_bytes(_wide(tensors), {"format": "pt"}))
+    _write(folder / PEFT_WEIGHTS, files.to_bytes(_wide(named), {"format": "pt"}))
+    plain = {"auto_mapping": None, "inference_mode": True, "task_type": None}
+    fields = {**plain, **fields, "base_model_name_or_path": base_model}
     files.write_json(folder / PEFT_CONFIG, fields)
 
 
@@ -162,16 +242,26 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
         found[component][pair] = value
 
     states = {}
-    for component, factors in found.items():
+    for component, pairs in found.items():
         own = {
             name.removeprefix(f"{component}."): value
             for name, value in fields.items()
             if name.startswith(f"{component}.")
         }
         where = f"{source} ({component})"
-        config = _config_from_peft(own, where) if own else _inferred_config(factors, where)
-        states[component] = AdapterState(_arrays(factors, config, where), config)
+        config = _config_from_peft(own, where) if own else _inferred_config(pairs, where)
+        states[component] = AdapterState(_arrays(pairs, config, where), config)
     return states
+
+
+def fits_diffusers(config: Any) -> bool:
+    """Whether diffusers and peft have a LoRA file for adapters of this configuration."""
+    return (
+        isinstance(config, LoRAConfig)
+        and config.decompose != "input"
+        and config.init not in ("pissa", "olora")
+        and not config.use_tucker
+    )
 
 
 def write_diffusers(target: str | Path, states: dict[str, AdapterState]) -> None:
@@ -228,7 +318,9 @@ def _diffusers_names(component: str, paths: Collection[str]) -> dict[str, tuple[
 
 
 def _peft_name(factor: str) -> str:
-    return ".lora_magnitude_vector" if factor == "magnitude" else f".{factor}.weight"
+    if factor == "magnitude":
+        return ".lora_magnitude_vector"
+    return f".{factor}" if factor.startswith("lora_embedding_") else f".{factor}.weight"
 
 
 def _parse(key: str, name: str, source: Path) -> tuple[str, str]:
@@ -260,16 +352,17 @@ def _arrays(found: dict[tuple[str, str], np.ndarray], config: LoRAConfig, source
         raise UserError(f"{source}: holds no LoRA factors")
     arrays = {}
     for path in sorted({path for path, _ in found}):
-        for factor in ("lora_A", "lora_B"):
+        pair = [f"{'lora_embedding_' if _is_table(path, found) else 'lora_'}{end}" for end in "AB"]
+        for factor in pair:
             if (path, factor) not in found:
                 raise UserError(f"{source}: {path} has no {factor}")
-        down, up = found[path, "lora_A"], found[path, "lora_B"]
+        down, up = (found[path, factor] for factor in pair)
         rank = config.rank_at(path)
         if (
-            down.ndim not in (2, 4)
+            down.ndim not in (2, 3, 4, 5)
             or up.ndim != down.ndim
             or (down.shape[0], up.shape[1]) != (rank, rank)
-            or up.shape[2:] not in ((), (1, 1))
+            or math.prod(up.shape[2:]) != 1
         ):
             raise UserError(
                 f"{source}: {path} has factors of shapes {down.shape} and {up.shape}, expected "
@@ -278,8 +371,8 @@ def _arrays(found: dict[tuple[str, str], np.ndarray], config: LoRAConfig, source
             )
         if not any(matches(target, path) for target in config.targets):
             raise UserError(f"{source}: {path} is not among the targets {config.targets}")
-        for factor, value in (("lora_A", down), ("lora_B", up)):
-            arrays[f"{path}.{factor}"] = jnp.asarray(names.from_hf("kernel", value), jnp.float32)
+        for factor, value in zip(pair, (down, up), strict=True):
+            arrays[f"{path}.{factor}"] = jnp.asarray(factors.from_torch(factor, value), jnp.float32)
         magnitude = found.get((path, "magnitude"))
         if (magnitude is None) == (config.decompose == "output"):
             expected = "one" if magnitude is None else "none"
@@ -297,6 +390,10 @@ def _arrays(found: dict[tuple[str, str], np.ndarray], config: LoRAConfig, source
     return arrays
 
 
+def _is_table(path: str, found: dict[tuple[str, str], np.ndarray]) -> bool:
+    return (path, "lora_embedding_A") in found or (path, "lora_embedding_B") in found
+
+
 def _torch_tensors(state: AdapterState) -> dict[tuple[str, str], np.ndarray]:
     """The factors in torch's layout, float32, by (path, factor)."""
     config = state.config
@@ -311,16 +408,19 @@ def _torch_tensors(state: AdapterState) -> dict[tuple[str, str], np.ndarray]:
         path, _, factor = key.rpartition(".")
         value = np.asarray(value, np.float32)
         if factor == "magnitude":
-            axes = state.arrays[f"{path}.lora_A"].ndim - 2
+            axes = (
+                state.arrays[f"{path}.lora_A"].ndim - 2 if f"{path}.lora_A" in state.arrays else 0
+            )
             tensors[path, factor] = value.reshape(1, -1, *(1,) * axes) if axes else value
             continue
-        if factor not in ("lora_A", "lora_B"):
+        if factor not in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
             raise ValueError(f"{key}: a LoRA file holds lora_A and lora_B, not {factor}")
-        if value.ndim not in (2, 4):
+        if value.ndim < 2 or (factor.endswith("_B") and math.prod(value.shape[:-2]) != 1):
             raise ValueError(
-                f"{key} has shape {value.shape}: expected 2 or 4 axes (unstack a stacked state)"
+                f"{key} has shape {value.shape}: expected a matrix, or one pointwise convolution "
+                "(unstack a stacked state)"
             )
-        tensors[path, factor] = names.to_hf("kernel", value)
+        tensors[path, factor] = factors.to_torch(factor, value)
     # What the reader would refuse must not be written.
     _arrays(tensors, config, "adapter state")
     return tensors
@@ -328,73 +428,43 @@ def _torch_tensors(state: AdapterState) -> dict[tuple[str, str], np.ndarray]:
 
 def _config_from_peft(fields: dict[str, Any], source: Any) -> LoRAConfig:
     """A LoRAConfig from peft's fields; a setting that is not implemented is an error."""
-    fields = dict(fields)
-    kind = fields.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise UserError(f"{source}: peft_type is {kind}, expected LORA")
-    targets = fields.pop("target_modules", None)
-    if not targets:
-        raise UserError(f"{source}: target_modules is {targets!r}, expected names or a pattern")
-    init = fields.pop("init_lora_weights", True)
-    if init not in _INITS:
-        raise UserError(f"{source}: init_lora_weights {init!r}, expected one of {list(_INITS)}")
-    bias = fields.pop("bias", "none")
-    if bias != "none":
-        raise UserError(f"{source}: bias is {bias!r}, expected 'none'")
-    rank = fields.pop("r", 8)
+    taken = peft_settings.Fields(fields, source)
+    taken.take("bias")
+    init = taken.expect("init_lora_weights", tuple(_INITS))
     try:
         config = LoRAConfig(
-            rank=rank,
-            alpha=fields.pop("lora_alpha", 8) or rank,
-            dropout=fields.pop("lora_dropout", 0.0),
-            # A string is a pattern for the whole path, a listed name may be the end of one.
-            targets=(f"^(?:{targets})$",) if isinstance(targets, str) else tuple(targets),
-            use_rslora=fields.pop("use_rslora", False),
-            decompose="output" if fields.pop("use_dora", False) else "none",
+            **peft_settings.ranked(taken, "lora_alpha"),
+            dropout=taken.take("lora_dropout", 0.0),
+            use_rslora=taken.take("use_rslora", False),
+            decompose="output" if taken.take("use_dora", False) else "none",
             init=_INITS[init],
-            rank_pattern=fields.pop("rank_pattern", None) or {},
-            alpha_pattern=fields.pop("alpha_pattern", None) or {},
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
-    for name, value in fields.items():
-        if value and name not in _IRRELEVANT:
-            raise UserError(f"{source}: {name} is {value!r}, which is not implemented")
+    taken.finish()
     return config
 
 
 def _config_to_peft(config: LoRAConfig) -> dict[str, Any]:
     """The fields of peft's LoraConfig that its readers need."""
     return {
-        "alpha_pattern": {name: _number(value) for name, value in config.alpha_pattern.items()},
+        **peft_settings.patterns(config),
         "auto_mapping": None,
         "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True if config.init == "kaiming" else config.init,
-        "lora_alpha": _number(config.rank if config.alpha is None else config.alpha),
+        "lora_alpha": peft_settings.number(config.rank if config.alpha is None else config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": config.rank,
-        "rank_pattern": dict(config.rank_pattern),
-        "target_modules": _peft_targets(config.targets),
+        "target_modules": peft_settings.targets_of(config.targets),
         "task_type": None,
         "use_dora": config.decompose == "output",
         "use_rslora": config.use_rslora,
     }
-
-
-def _peft_targets(targets: tuple[str, ...]) -> list[str] | str:
-    """peft takes a list of names, or one pattern for the whole path."""
-    plain = [target for target in targets if re.fullmatch(r"[\w.]+", target)]
-    if len(plain) == len(targets):
-        return plain
-    return "|".join(
-        rf"(?:.*\.)?{re.escape(target)}" if target in plain else f"(?:{target})"
-        for target in targets
-    )
 
 
 def _inferred_config(factors: dict[tuple[str, str], np.ndarray], source: str) -> LoRAConfig:
@@ -415,11 +485,6 @@ def _inferred_config(factors: dict[tuple[str, str], np.ndarray], source: str) ->
         alpha_pattern=dict(others),
         decompose="output" if any(f == "magnitude" for _, f in factors) else "none",
     )
-
-
-def _number(value: float) -> int | float:
-    """Whole numbers as integers, as peft writes them."""
-    return int(value) if float(value).is_integer() else float(value)
 
 
 def _json(fields: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ Here a factor is laid out like a kernel of NNX, (*window, in, out); there like a
 the outputs' part is transposed.
 """
 
+import math
+
 import numpy as np
 
 # Parts that a window makes matrices (rank, in * window) of.
@@ -35,3 +37,18 @@ def from_torch(
     if factor in _FLAT and window and not tucker:
         value = value.reshape(len(value), -1, *window)
     return np.ascontiguousarray(value.transpose((*range(2, value.ndim), 1, 0)))
+
+
+def upper_blocks(upper: np.ndarray) -> np.ndarray:
+    """Matrices (..., b, b) with these values (..., b (b - 1) / 2) above the diagonal, else zero."""
+    upper = np.asarray(upper)
+    size = round((1 + math.sqrt(1 + 8 * upper.shape[-1])) / 2)
+    blocks = np.zeros((*upper.shape[:-1], size, size), upper.dtype)
+    blocks[(..., *np.triu_indices(size, 1))] = upper
+    return blocks
+
+
+def upper_values(blocks: np.ndarray) -> np.ndarray:
+    """What matrices (..., b, b) have above the diagonal: (..., b (b - 1) / 2)."""
+    blocks = np.asarray(blocks)
+    return blocks[(..., *np.triu_indices(blocks.shape[-1], 1))]

@@ -17,6 +17,7 @@ from jaxsynth.adapters.kinds import MAKERS
 from jaxsynth.errors import UserError
 from jaxsynth.weights import files
 
+STATE_FILE = "adapter.safetensors"
 _FORMAT = "jaxsynth.adapter"
 _NO_CONFIG = type(None).__name__
 _CONFIGS = {cls.__name__: cls for cls in MAKERS}

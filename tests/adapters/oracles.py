@@ -1,7 +1,6 @@
 """A convolution and a linear layer in NNX and in torch, wrapped by us and by peft or LyCORIS."""
 
 import functools
-import math
 
 import jax
 import numpy as np
@@ -61,15 +60,6 @@ def _random(shape) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
-def upper_blocks(upper: np.ndarray) -> np.ndarray:
-    """Matrices (..., b, b) with these values (..., b (b - 1) / 2) above the diagonal, else zero."""
-    upper = np.asarray(upper)
-    size = round((1 + math.sqrt(1 + 8 * upper.shape[-1])) / 2)
-    blocks = np.zeros((*upper.shape[:-1], size, size), upper.dtype)
-    blocks[(..., *np.triu_indices(size, 1))] = upper
-    return blocks
-
-
 def images() -> np.ndarray:
     return _random(SHAPE)
 
@@ -112,7 +102,7 @@ def check(
         path, _, factor = name.rpartition(".")
         value = np.asarray(value)
         if factor in ("oft_R", "boft_R") and like.shape[-1] == like.shape[-2] > 1:
-            value = upper_blocks(value)
+            value = factors.upper_blocks(value)
         else:
             value = factors.to_torch(factor, value, tucker=path in tucker)
         return value.reshape(like.shape) * scales.get(factor, 1.0) ** power

@@ -14,9 +14,12 @@ import pytest
 from PIL import Image
 
 from jaxsynth import cli
+from jaxsynth.adapters.base import AdapterState
+from jaxsynth.adapters.lokr import LoKrConfig
+from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.data.store import ImageStore
 from jaxsynth.errors import UserError
-from jaxsynth.methods.datadream import Config, read_adapter, write_adapter
+from jaxsynth.methods.datadream import Config, adapter_files, read_adapter, write_adapter
 from jaxsynth.training.artifact import MANIFEST, load_artifact
 from jaxsynth.weights.adapters import read_diffusers, write_diffusers
 
@@ -41,7 +44,15 @@ def arguments(base, workdir, *more):
     )
 
 
-DIGITS = (*SMALL, "--config.data.class_names=1,4,7")
+# Of kinds that the file does not name; the default is LoRA (below, and in test_text_to_image).
+DIGITS = (
+    *SMALL,
+    "--config.data.class_names=1,4,7",
+    "--config.adapter=lokr",
+    "--config.adapter.rank=1",
+    "--config.adapter.factor=2",
+    "--config.classify.adapter=dora",
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +128,17 @@ def test_the_generated_sets(finished):
     assert {e.adapter for e in sets["prompt-seed0"].entries} == {""}
     assert len({e.adapter for e in sets["shots2-seed0/dset"].entries}) == 1
     assert len({e.adapter for e in sets["shots2-seed0/cls"].entries}) == 3
-    first = finished / "shots2-seed0/cls/adapter/1/pytorch_lora_weights.safetensors"
-    assert set(read_adapter(first).config.targets) == {"to_q", "to_out.0", "q_proj"}
+    files = adapter_files(finished / "shots2-seed0/cls/adapter", ("1", "4", "7"))
+    assert [file.relative_to(finished).as_posix() for file in files] == [
+        f"shots2-seed0/cls/adapter/{name}/adapter.safetensors" for name in "147"
+    ]
+    first, second, _ = map(read_adapter, files)
+    assert type(first.config) is LoKrConfig and (first.config.rank, first.config.factor) == (1, 2)
+    assert set(first.config.targets) == {"to_q", "to_out.0", "q_proj"}
+    assert {name.split(".")[0] for name in first.arrays} == {"unet", "text_encoder"}
+    learnt = [name for name in first.arrays if name.endswith(("lokr_w2", "lokr_w2_b"))]
+    assert learnt and all(np.any(first.arrays[name] != 0) for name in learnt)
+    assert all(np.any(first.arrays[name] != second.arrays[name]) for name in learnt)
 
 
 def test_the_same_command_again_skips_every_stage(finished, base_folder, command):
@@ -309,17 +329,30 @@ def test_bad_input_is_one_clear_line(mistake, base_folder, photos, tmp_path, com
     assert heavy == []
 
 
-def test_adapters_of_different_settings_are_not_mixed(finished, tmp_path):
-    path = finished / "shots2-seed0/dset/adapter/pytorch_lora_weights.safetensors"
+def test_adapters_of_different_settings_are_not_mixed(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{path}.lora_{end}": rng.standard_normal(shape, np.float32)
+        for path in ("unet.mid_block.to_q", "text_encoder.text_model.q_proj")
+        for end, shape in (("A", (4, 2)), ("B", (2, 6)))
+    }
+    state = AdapterState(arrays, LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "q_proj")))
+    write_adapter(tmp_path, state)
+    (path,) = adapter_files(tmp_path, ("1", "4"))
+    assert path.name == "pytorch_lora_weights.safetensors"
+    again = read_adapter(path)
+    assert again.config == state.config and again.arrays.keys() == arrays.keys()
+    write_adapter(tmp_path / "again", again)
+    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     states = read_diffusers(path)
     other = dataclasses.replace(states["unet"].config, alpha=99.0)
     states["unet"] = dataclasses.replace(states["unet"], config=other)
     write_diffusers(tmp_path / "other.safetensors", states)
     with pytest.raises(UserError, match="adapters of different settings"):
         read_adapter(tmp_path / "other.safetensors")
-    again = read_adapter(path)
-    write_adapter(tmp_path, again)
-    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    (tmp_path / "again" / path.name).unlink()
+    with pytest.raises(UserError, match="0 adapters, expected 1 or 2"):
+        adapter_files(tmp_path / "again", ("1", "4"))
 
 
 @pytest.mark.parametrize(
