@@ -95,8 +95,9 @@ class Preprocessing:
             ]
             for old, new in zip(before, self.resized(*before), strict=True)
         )
-        rows = jnp.einsum("rh,bhwk->brwk", down, images)
-        return jnp.clip(jnp.einsum("cw,brwk->brck", across, rows), 0, 1)
+        # PIL resizes rows first, and what overshoots is cut off before the columns.
+        rows = jnp.clip(jnp.einsum("cw,bhwk->bhck", across, images), 0, 1)
+        return jnp.clip(jnp.einsum("rh,bhck->brck", down, rows), 0, 1)
 
     def _corner(self, size: int) -> int:
         return round((size - self.image_size) / 2)
