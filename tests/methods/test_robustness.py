@@ -26,7 +26,7 @@ def test_a_run_ends_with_a_page_and_does_nothing_twice(tmp_path, capsys):
     )
     assert figures["accuracy"]["low"] <= figures["accuracy"]["value"] <= figures["accuracy"]["high"]
     # Both protocols made something of the same answers, and they are not the same.
-    paper = found["changed"]["original"]
+    paper = found["models"]["paper"]["original"]
     assert paper.keys() < figures.keys() and paper["ECE"] != figures["ECE"]
     text = page.read_text()
     assert figures["BG-Gap"]["text"] in text and "negative entropy" in text
