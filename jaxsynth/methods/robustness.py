@@ -1,13 +1,15 @@
 """How robust classifiers are: one table of figures with intervals, and paired differences.
 
-Each model is a CLIP, as it is, with an adapter (of a DataDream run's classifier, say), or trained
-here on drawn pictures. All are asked about the same sets, drawn (`data.cues`) or published ones
-(`robustness_sets`): pictures as they are, shifted, of no class, under attack, corrupted, in
-uncommon contexts, with conflicting cues, on other backgrounds. Stages: a model's training, where it
-is trained here; its answers; the figures of all of them. The figures are made from the answers
-alone, so they are made again without a model, in both modes.
+Each model is a checkpoint with a head (`weights.classifiers`), or a CLIP: as it is, with an adapter
+(of a DataDream run's classifier, say), or trained here on drawn pictures. All are asked about the
+same sets, drawn (`data.cues`) or published ones (`robustness_sets`): pictures as they are, shifted,
+of no class, under attack, corrupted, in uncommon contexts, with conflicting cues, on other
+backgrounds. Stages: a model's training, where it is trained here; its answers; the figures of all
+of them. The figures are made from the answers alone, so they are made again without a model, in
+both modes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from jax.tree_util import Partial
 
 from jaxsynth.adapters.base import extract
 from jaxsynth.data.decode import square
+from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.rendered import SHAPES
 from jaxsynth.errors import UsageError, UserError
 from jaxsynth.methods.robustness_report import report
@@ -29,7 +32,9 @@ from jaxsynth.robustness.corrupted import Corruptions, by_severity
 from jaxsynth.training.artifact import Artifact, run_stage, write_json
 from jaxsynth.training.classifier import ClassifyConfig, of_pixels, train_classifier
 from jaxsynth.weights.adapters import attach, read_peft, write_peft
+from jaxsynth.weights.classifiers import Classifier, load_classifier
 from jaxsynth.weights.hf import Clip, load_clip
+from jaxsynth.weights.preprocessing import named_preprocessing
 
 VARIANTS = ("", *bias_sets.VARIANTS)
 # Drawn from other random numbers than the pictures that models are asked about.
@@ -38,13 +43,22 @@ _TRAINING_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A classifier: `clip` (a folder, hub id or "tiny/clip") by the prompts of the classes.
+    """A classifier: a checkpoint with a head of its own, or a CLIP by the prompts of the classes.
 
-    adapter: a peft folder around it. train_on: "", or the drawn set that adapters are trained on
-    here, "original" or "mixed_rand" backgrounds. At most one of the two.
+    checkpoint: a folder, hub id or file that `load_classifier` takes (ViT, DeiT, ResNet, ConvNeXt,
+    Swin, DINOv2, MAE). head: a file with its linear head, where it has none. preprocessing: where
+    it tells none, "imagenet" or a preprocessor_config.json.
+    clip: a folder, hub id or "tiny/clip". templates: "" for the run's template, "imagenet7", or a
+    file with one a line, over which a class's text is averaged. adapter: a peft folder around it.
+    train_on: "", or the drawn set that adapters are trained on here, "original" or "mixed_rand"
+    backgrounds. At most one of the two.
     """
 
+    checkpoint: str = ""
+    head: str = ""
+    preprocessing: str = ""
     clip: str = "tiny/clip"
+    templates: str = ""
     adapter: str = ""
     train_on: str = ""
 
@@ -53,6 +67,12 @@ class ModelConfig:
             raise ValueError(f"train_on: expected one of {VARIANTS}, found {self.train_on!r}")
         if self.adapter and self.train_on:
             raise ValueError("adapter and train_on: expected one of them at most")
+        if self.checkpoint:
+            for name in ("templates", "adapter", "train_on"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: of a CLIP, but this model is a checkpoint")
+        elif self.head or self.preprocessing:
+            raise ValueError("head and preprocessing: of a checkpoint, but there is none")
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,18 @@ class _Work:
                 raise UsageError(f"config.models: {name!r}: expected a plain name")
         folder.mkdir(parents=True, exist_ok=True)
         self._clips: dict[str, Clip] = {}
+        self._classifiers: dict[ModelConfig, Classifier] = {}
+
+    def classifier(self, name: str) -> Classifier:
+        """A model's checkpoint; UserError where its classes are not those of the sets."""
+        model = self.config.models[name]
+        if model not in self._classifiers:
+            given = named_preprocessing(model.preprocessing) if model.preprocessing else None
+            found = load_classifier(model.checkpoint, model.head or None, preprocess=given)
+            self._classifiers[model] = found
+        found = self._classifiers[model]
+        check_classes(f"config.models.{name}: {model.checkpoint}", found, self.loaded.words)
+        return found
 
     def clip(self, name: str) -> Clip:
         path = self.config.models[name].clip
@@ -157,8 +189,7 @@ class _Work:
         config, model = self.config, self.config.models[name]
         inputs = {"training": self._train(name)} if model.train_on else {}
         settings = {
-            "clip": self.clip(name).digest,
-            "adapter": model.adapter,
+            **self._identity(name),
             **{
                 key: getattr(config, key)
                 for key in (
@@ -193,14 +224,31 @@ class _Work:
             f"answers of {name}", self.folder / name / "answers", settings, inputs, build
         )
 
+    def _identity(self, name: str) -> dict:
+        """What tells a model from another, for the manifest."""
+        model = self.config.models[name]
+        if model.checkpoint:
+            found = self.classifier(name)
+            return {"checkpoint": found.digest, "preprocessing": found.preprocessing}
+        found = {"clip": self.clip(name).digest, "adapter": model.adapter}
+        if model.templates:
+            found["templates"] = read_templates(model.templates)
+        return found
+
     def _predict(self, name: str, training: Artifact | None) -> tuple[Partial, Preprocess]:
         """Pixels in [0, 1] to logits, and what makes images of any size the model's."""
+        given = self.config.models[name]
+        if given.checkpoint:
+            classifier = self.classifier(name)
+            return classifier.predict, classifier.preprocessing.host
         clip = self.clip(name)
         model: CLIPModel = clip.model
-        folder = self.config.models[name].adapter or (training and training.path / "adapter")
+        folder = given.adapter or (training and training.path / "adapter")
         if folder:
             model = attach(model, read_peft(folder))
-        return of_pixels(clip, model, self.prompts), partial(square, size=clip.image_size)
+        templates = read_templates(given.templates) if given.templates else (self.config.template,)
+        predict = of_pixels(clip, model, self.loaded.words, templates)
+        return predict, partial(square, size=clip.image_size)
 
     def _train(self, name: str) -> Artifact:
         config, on = self.config, self.config.models[name].train_on
@@ -234,6 +282,24 @@ class _Work:
 
         return run_stage(
             f"training of {name}", self.folder / name / "training", settings, {}, build
+        )
+
+
+def check_classes(where: str, classifier: Classifier, words: Sequence[str]) -> None:
+    """UserError where a checkpoint's classes are others than the sets', or in another order."""
+    names, count = classifier.class_names, classifier.num_classes
+    if count != len(words):
+        own = f" ({', '.join(names[:3])}, ...)" if names else ""
+        raise UserError(
+            f"{where} tells {count} classes apart{own}, but the sets have {len(words)} "
+            f"({', '.join(words[:3])}, ...): labels are places among the model's classes"
+        )
+    mine, theirs = ([name.casefold() for name in each] for each in (names, words))
+    if mine != theirs and sorted(mine) == sorted(theirs):
+        place = next(i for i in range(count) if mine[i] != theirs[i])
+        raise UserError(
+            f"{where} has the sets' classes in another order: class {place} is {names[place]!r}, "
+            f"in the sets it is {words[place]!r}"
         )
 
 

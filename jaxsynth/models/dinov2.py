@@ -19,7 +19,12 @@ from jaxsynth.models import layers, vit
 from jaxsynth.models.fields import known_fields, square_sizes, unused_fields
 from jaxsynth.models.resize import resize_matrix, torch_cubic_matrix
 
-_UNUSED = unused_fields("apply_layernorm layerscale_value reshape_hidden_states use_mask_token")
+_UNUSED = unused_fields(
+    """
+    apply_layernorm interpolate_antialias interpolate_offset layerscale_value reshape_hidden_states
+    use_mask_token
+    """
+)
 _TYPES = ("dinov2", "dinov2_with_registers")
 # Class tokens that a head reads, by how many hidden sizes wide it is.
 HEAD_LAYERS = {1: 0, 2: 1, 5: 4}

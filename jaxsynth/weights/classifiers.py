@@ -125,22 +125,35 @@ def load_classifier(
 
 
 def save_classifier(classifier: Classifier, folder: str | os.PathLike) -> None:
-    """Write a folder that `load_classifier` and, where it has the network, transformers load."""
+    """Write a folder that `load_classifier` and transformers load.
+
+    ValueError for a network that transformers does not have: DeiT III's layer scale, a head without
+    bias, one that reads other tokens of DINOv2.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = classifier.model.config
     fields = dataclasses.asdict(config)
-    for own in ("num_labels", "distilled", "layer_scale", "head_layers", "head_bias"):
-        default = {"head_bias": True, "head_layers": 1}.get(own, False)
-        value = fields.pop(own, default)
-        if own not in ("num_labels", "distilled") and value != default:
-            raise ValueError(f"save_classifier: transformers' {config.model_type} has no {own}")
-    kind = _ARCHITECTURES[config.model_type] + (
-        _DISTILLED if getattr(config, "distilled", False) else _WITH_HEAD
-    )
-    names = classifier.class_names or tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    files.write_tensors(folder / files.TRANSFORMERS_WEIGHTS, to_file(classifier.model))
+    for name, usual in (("layer_scale", False), ("head_bias", True), ("head_layers", 1)):
+        if fields.pop(name, usual) != usual:
+            raise ValueError(
+                f"save_classifier: transformers' {config.model_type} has no {name} other than "
+                f"{usual}"
+            )
+    count, distilled = fields.pop("num_labels"), fields.pop("distilled", False)
+    # MAE's encoder with a head is a ViT.
+    fields["model_type"] = "vit" if config.model_type == "vit_mae" else config.model_type
+    if config.model_type == "convnext":
+        fields["num_stages"] = len(config.depths)
+    kind = _ARCHITECTURES[fields["model_type"]] + (_DISTILLED if distilled else _WITH_HEAD)
+    names = classifier.class_names or tuple(f"LABEL_{i}" for i in range(count))
     labels = {str(i): name for i, name in enumerate(names)}
+    tensors = to_file(classifier.model)
+    for key in [key for key in tensors if key.endswith("running_mean")]:
+        # How many batches torch's batch norm has seen.
+        counter = key.removesuffix("running_mean") + "num_batches_tracked"
+        tensors[counter] = np.zeros((), np.int64)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_tensors(folder / files.TRANSFORMERS_WEIGHTS, tensors)
     files.write_json(
         folder / "config.json", {"architectures": [kind], "id2label": labels, **fields}
     )
@@ -157,7 +170,6 @@ _ARCHITECTURES = {
     "resnet": "ResNet",
     "swin": "Swin",
     "vit": "ViT",
-    "vit_mae": "ViT",
 }
 
 

@@ -201,10 +201,10 @@ def test_a_file_of_a_resnet_tells_its_shape(tmp_path):
         load_classifier(path, preprocess=preprocessing.IMAGENET)
 
 
-@pytest.mark.parametrize(("times", "taken"), [(1, 0), (2, 1), (5, 4)])
+@pytest.mark.parametrize(("times", "taken"), [(1, 0), (5, 4)])
 def test_a_dinov2_heads_width_says_what_it_reads(times, taken, tmp_path):
-    """The class token; and the mean patch; or four layers' class tokens and the mean patch."""
-    config = transformers.Dinov2Config(**{**VIT, "num_hidden_layers": 5, "hidden_size": 6})
+    """The class token; or four layers' class tokens and the mean patch. Two are transformers'."""
+    config = transformers.Dinov2Config(**{**VIT, "num_hidden_layers": 4, "hidden_size": 6})
     module = randomise(transformers.Dinov2Model(config))
     module.save_pretrained(tmp_path)
     write_preprocessing(tmp_path, 16)
@@ -260,20 +260,32 @@ def test_predict_can_be_attacked(folder_of):
     assert np.abs(np.asarray(moved) - images).max() == pytest.approx(0.1, rel=1e-3)
 
 
-def test_what_was_saved_is_read_the_same_here_and_by_transformers(folder_of, tmp_path):
-    folder, module, images = folder_of("ViT")
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_saved_is_read_the_same_here_and_by_transformers(name, folder_of, tmp_path):
+    folder, module, images = folder_of(name)
     names = ("cat", "dog", "bird", "car", "LABEL_4")
     classifier = dataclasses.replace(load_classifier(folder), class_names=names)
     save_classifier(classifier, tmp_path)
     again = load_classifier(tmp_path)
     assert (again.class_names, again.preprocessing) == (names, classifier.preprocessing)
-    np.testing.assert_array_equal(jit(again, images), jit(classifier, images))
-    peer, found = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
-    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert relative_error(logits_of(peer, images), logits_of(module, images)) < 1e-6
+    assert again.model.config == classifier.model.config
+    peer, found = type(module).from_pretrained(tmp_path, output_loading_info=True)
+    # transformers gives every DINOv2 the token of masked patches, which no classifier reads.
+    missing = {key for key in found["missing_keys"] if not key.endswith("mask_token")}
+    assert not missing and not found["unexpected_keys"] and not found["mismatched_keys"]
+    assert relative_error(logits_of(peer.eval(), images), logits_of(module, images)) < 1e-6
     assert peer.config.id2label[1] == "dog"
+
+
+def test_what_transformers_does_not_have_is_not_saved(tmp_path):
+    for name, field in (
+        ("deit3_small_patch16_224", "layer_scale"),
+        ("vit_small_patch14_dinov2", "head_layers"),
+    ):
+        write_timm(tmp_path, name)
+        with pytest.raises(ValueError, match=f"has no {field} other than"):
+            save_classifier(load_classifier(tmp_path), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_keys_too_many_and_too_few_are_all_named(folder_of, tmp_path):
