@@ -4,21 +4,34 @@
 
 `tiny` asks the shipped CLIP as it is, and after training on drawn shapes on their own backgrounds
 and on any background. The first learns the backgrounds, and its BG-Gap, CB_k and the accuracy on
-mixed backgrounds show it; within five minutes on two cores. A CLIP of your own, or the shipped one
+mixed backgrounds show it; within six minutes on two cores. A CLIP of your own, or the shipped one
 with a peft adapter (a classifier's `best`, where it kept shots for validation), is one more model:
 
     --config.models.mine.clip=FOLDER --config.models.mine.adapter=FOLDER
 
-Variants: `tiny`; `full` with AutoAttack and more pictures; `smoke`, a few pictures and steps, for
-the tests. `--config.mode=paper` follows the published code, faults included.
+Variants: `tiny`, with the ten corruptions of the study; `full` with AutoAttack, all corruptions and
+more pictures; `smoke`, a few pictures and steps, for the tests; `imagenet`, a CLIP on published
+sets in folders (`jaxsynth.data.robustness_sets` says how they are laid out):
+
+    jaxsynth run --config=configs/robustness.py:imagenet --workdir=runs/imagenet \\
+        --config.sets.clean.path=imagenet/val --config.sets.classes=imagenet_class_index.json \\
+        --config.sets.shifted.R.source=folder --config.sets.shifted.R.path=imagenet-r \\
+        --config.sets.ood.textures.source=folder --config.sets.ood.textures.path=dtd/images \\
+        --config.sets.context.source=folder --config.sets.context.path=focus
+
+Images that are corrupted already (`sets.corrupted`: ImageNet-C, or CIFAR-10-C with `cifar10`) go
+with `--config.corruptions.names=()`, and `count` takes so many images of a set. With
+`--config.mode=paper` the published code's figures come first, faults included; the page has both.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
-    if arg not in ("tiny", "full", "smoke"):
-        raise ValueError(f"variant {arg!r}, expected tiny, full or smoke")
+    if arg not in ("tiny", "full", "smoke", "imagenet"):
+        raise ValueError(f"variant {arg!r}, expected tiny, full, smoke or imagenet")
+    if arg == "imagenet":
+        return _imagenet()
     smoke, full = arg == "smoke", arg == "full"
     models = {
         "zero-shot": {"clip": "tiny/clip"},
@@ -32,6 +45,11 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "per_class": 2 if smoke else 100 if full else 24,
             "train_per_class": 2 if smoke else 64,
             "autoattack": full,
+            "corruptions": {
+                "names": ("contrast", "fog_3d") if smoke else ("all",) if full else ("paper",),
+                "severities": (1, 5) if smoke else (1, 2, 3, 4, 5),
+            },
+            "baseline": "original" if smoke else "zero-shot",
             "resamples": 100 if smoke else 2000,
             "batch_size": 16 if smoke else 64,
             "classify": {
@@ -41,5 +59,17 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "learning_rate": 1e-3,
                 "mix_probability": 0.0,
             },
+        }
+    )
+
+
+def _imagenet() -> ConfigDict:
+    return ConfigDict(
+        {
+            "method": "robustness",
+            "models": {"clip": {"clip": "openai/clip-vit-base-patch16"}},
+            "sets": {"clean": {"source": "folder"}},
+            "corruptions": {"names": ("imagenet_c",), "released": True},
+            "baseline": "alexnet",
         }
     )

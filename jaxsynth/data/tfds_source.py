@@ -108,6 +108,24 @@ def _check(builder) -> tuple[str, ...]:
     return tuple(names)
 
 
+def load_split(config: DataConfig, split: str) -> tuple[ImageSource, tuple[str, ...]]:
+    """One split of a data set, labelled, and its class names."""
+    builder = _prepared_builder(config)
+    names = _check(builder)
+    _check_split(builder, config.name, "split", split)
+    source = TfdsSource(builder, split, config.image_size)
+    if (source.labels < 0).any():
+        raise SourceError(f"split: the labels of {config.name} {split} are not public")
+    return source, names
+
+
+def _check_split(builder, name: str, field: str, split: str) -> None:
+    splits = sorted(builder.info.splits)
+    # A slice such as train[:80%] is TFDS's to check.
+    if split.split("[")[0] not in splits:
+        raise SourceError(f"{field}: {name} has no split {split!r}; found {splits}")
+
+
 def load_tfds(config: DataConfig) -> tuple[tuple[str, ...], ImageSource, ImageSource, str]:
     """Class names, train, test, and where test comes from."""
     builder = _prepared_builder(config)
@@ -115,9 +133,8 @@ def load_tfds(config: DataConfig) -> tuple[tuple[str, ...], ImageSource, ImageSo
     splits = sorted(builder.info.splits)
     for field in ("train_split", "test_split"):
         wanted = getattr(config, field)
-        # A slice such as train[:80%] is TFDS's to check.
-        if wanted and wanted.split("[")[0] not in splits:
-            raise SourceError(f"{field}: {config.name} has no split {wanted!r}; found {splits}")
+        if wanted:
+            _check_split(builder, config.name, field, wanted)
     train = TfdsSource(builder, config.train_split, config.image_size)
     tests = (config.test_split,) if config.test_split else [t for t in TESTS if t in splits]
     if tests:

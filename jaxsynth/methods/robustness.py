@@ -1,35 +1,40 @@
 """How robust classifiers are: one table of figures with intervals, and paired differences.
 
-Each model is a CLIP, as it is, with an adapter (of a DataDream run's classifier, say), or trained
-here on drawn pictures. All are asked about the same drawn sets (`data.cues`): pictures on their own
-background, on others', in uncommon contexts, with conflicting cues, of no class, and under attack.
-Stages: a model's training, where it is trained here; its answers; the figures of all of them. The
-figures are made from the answers alone, so they are made again without a model.
+Each model is a checkpoint with a head (`weights.classifiers`), or a CLIP: as it is, with an adapter
+(of a DataDream run's classifier, say), or trained here on drawn pictures. All are asked about the
+same sets, drawn (`data.cues`) or published ones (`robustness_sets`): pictures as they are, shifted,
+of no class, under attack, corrupted, in uncommon contexts, with conflicting cues, on other
+backgrounds. Stages: a model's training, where it is trained here; its answers; the figures of all
+of them. The figures are made from the answers alone, so they are made again without a model, in
+both modes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 from jax.tree_util import Partial
 
 from jaxsynth.adapters.base import extract
+from jaxsynth.data.decode import square
+from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.rendered import SHAPES
-from jaxsynth.data.sources import DataConfig, load_dataset
 from jaxsynth.errors import UsageError, UserError
-from jaxsynth.methods.pages import stage_details
+from jaxsynth.methods.robustness_report import report
+from jaxsynth.methods.robustness_sets import Loaded, SetsConfig, load_sets
 from jaxsynth.models.clip import CLIPModel
-from jaxsynth.report.page import Section, write_page
-from jaxsynth.report.tables import Table, to_markdown, to_rich
-from jaxsynth.robustness import bias_sets, suite
+from jaxsynth.robustness import bias_sets, figures, suite
+from jaxsynth.robustness.asking import Preprocess
 from jaxsynth.robustness.bootstrap import Interval
+from jaxsynth.robustness.corrupted import Corruptions, by_severity
 from jaxsynth.training.artifact import Artifact, run_stage, write_json
 from jaxsynth.training.classifier import ClassifyConfig, of_pixels, train_classifier
-from jaxsynth.training.console import console
 from jaxsynth.weights.adapters import attach, read_peft, write_peft
-from jaxsynth.weights.files import read_json
+from jaxsynth.weights.classifiers import Classifier, load_classifier
 from jaxsynth.weights.hf import Clip, load_clip
+from jaxsynth.weights.preprocessing import named_preprocessing
 
 VARIANTS = ("", *bias_sets.VARIANTS)
 # Drawn from other random numbers than the pictures that models are asked about.
@@ -38,13 +43,22 @@ _TRAINING_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A classifier of shapes: `clip` (a folder, hub id or "tiny/clip") by its prompts.
+    """A classifier: a checkpoint with a head of its own, or a CLIP by the prompts of the classes.
 
-    adapter: a peft folder around it. train_on: "", or the drawn set that adapters are trained on
-    here, "original" or "mixed_rand" backgrounds. At most one of the two.
+    checkpoint: a folder, hub id or file that `load_classifier` takes (ViT, DeiT, ResNet, ConvNeXt,
+    Swin, DINOv2, MAE). head: a file with its linear head, where it has none. preprocessing: where
+    it tells none, "imagenet" or a preprocessor_config.json.
+    clip: a folder, hub id or "tiny/clip". templates: "" for the run's template, "imagenet7", or a
+    file with one a line, over which a class's text is averaged. adapter: a peft folder around it.
+    train_on: "", or the drawn set that adapters are trained on here, "original" or "mixed_rand"
+    backgrounds. At most one of the two.
     """
 
+    checkpoint: str = ""
+    head: str = ""
+    preprocessing: str = ""
     clip: str = "tiny/clip"
+    templates: str = ""
     adapter: str = ""
     train_on: str = ""
 
@@ -53,21 +67,33 @@ class ModelConfig:
             raise ValueError(f"train_on: expected one of {VARIANTS}, found {self.train_on!r}")
         if self.adapter and self.train_on:
             raise ValueError("adapter and train_on: expected one of them at most")
+        if self.checkpoint:
+            for name in ("templates", "adapter", "train_on"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: of a CLIP, but this model is a checkpoint")
+        elif self.head or self.preprocessing:
+            raise ValueError("head and preprocessing: of a checkpoint, but there is none")
 
 
 @dataclass(frozen=True)
 class Config:
     """One run: every model on every set.
 
-    per_class: pictures a class of each set; the other sets have as many of each of their kinds.
+    sets: what models are asked about, by default drawn pictures: image_size of them, per_class
+    pictures a class of each set (the other sets have as many of each of their kinds).
     train_per_class: pictures a class that a model is trained on here. eps: the attacks' radius in
-    the largest change of a pixel. autoattack: AutoAttack too, which takes far longer. resamples:
-    of the bootstrap. template: a prompt with one {} for the shape.
+    the largest change of a pixel. autoattack: AutoAttack too, which takes far longer. corruptions:
+    those made of the clean images. baseline: what mCE divides by, "alexnet" or one of the models,
+    which the others are then compared with; "" for no mCE. resamples: of the bootstrap. template: a
+    prompt with one {} for the class.
     """
 
     method: str = "robustness"
     models: dict[str, ModelConfig] = field(default_factory=dict)
     mode: str = "corrected"
+    sets: SetsConfig = field(default_factory=SetsConfig)
+    corruptions: Corruptions = field(default_factory=Corruptions)
+    baseline: str = ""
     template: str = "a photo of a {}"
     image_size: int = 32
     per_class: int = 24
@@ -84,6 +110,16 @@ class Config:
             raise ValueError("models: expected at least one")
         if self.mode not in ("corrected", "paper"):
             raise ValueError(f"mode: expected 'corrected' or 'paper', found {self.mode!r}")
+        if self.baseline not in ("", "alexnet", *self.models):
+            raise ValueError(
+                f"baseline: expected alexnet or one of {list(self.models)}, found {self.baseline!r}"
+            )
+        for name, model in self.models.items():
+            if model.train_on and not self.sets.drawn:
+                raise ValueError(
+                    f"models.{name}.train_on: trains on drawn shapes, but sets.clean is "
+                    f"{self.sets.clean.source}"
+                )
         if self.per_class < 1 or self.train_per_class < 1:
             raise ValueError("per_class and train_per_class: expected 1 or more")
 
@@ -95,47 +131,11 @@ def run(config: Config, workdir: Path) -> Path:
     run_stage(
         "figures",
         work.folder / "figures",
-        {"mode": config.mode, "resamples": config.resamples, "seed": config.seed},
+        {key: getattr(config, key) for key in ("mode", "baseline", "resamples", "seed")},
         answers,
         lambda folder: _figures(config, answers, folder),
     )
     return report(work.folder)
-
-
-def report(workdir: Path) -> Path:
-    """Prints the table and writes report.html from the finished stages below `workdir`."""
-    workdir = Path(workdir)
-    found = read_json(workdir / "figures" / "figures.json")
-    mode, other = found["mode"], found["other_mode"]
-    tables = [
-        _table("Figures in per cent, with their 95 % intervals", found["models"][mode]),
-        _table(f"What mode={other} makes of the same answers", found["changed"]),
-    ]
-    if found["differences"]:
-        tables.insert(1, _table("Paired differences in points", found["differences"]))
-    console.print(to_rich(tables[0]))
-    (workdir / "table.md").write_text(to_markdown(tables[0]), "utf-8")
-    faults = "\n".join(f"- {name}: {text}" for name, text in suite.PAPER_FAULTS.items())
-    sections = [
-        Section(
-            "Robustness",
-            "Models are asked about drawn pictures of which every cue is known. An interval is a "
-            "bootstrap's (BCa) over the images; differences are paired, image by image. A figure "
-            "that would divide by nothing is left out.",
-            tables=tables,
-        ),
-        Section(
-            "The published protocol",
-            f"`mode=paper` follows the published code (arXiv 2405.20469) in these:\n\n{faults}",
-        ),
-        Section("How it was made", details=stage_details(workdir)),
-    ]
-    return write_page(
-        workdir / "report.html",
-        "Robustness of classifiers",
-        sections,
-        facts=[("models", ", ".join(found["models"][mode])), ("mode", mode)],
-    )
 
 
 class _Work:
@@ -148,13 +148,25 @@ class _Work:
                 raise UsageError(f"config.models: {name!r}: expected a plain name")
         folder.mkdir(parents=True, exist_ok=True)
         self._clips: dict[str, Clip] = {}
+        self._classifiers: dict[ModelConfig, Classifier] = {}
+
+    def classifier(self, name: str) -> Classifier:
+        """A model's checkpoint; UserError where its classes are not those of the sets."""
+        model = self.config.models[name]
+        if model not in self._classifiers:
+            given = named_preprocessing(model.preprocessing) if model.preprocessing else None
+            found = load_classifier(model.checkpoint, model.head or None, preprocess=given)
+            self._classifiers[model] = found
+        found = self._classifiers[model]
+        check_classes(f"config.models.{name}: {model.checkpoint}", found, self.loaded.words)
+        return found
 
     def clip(self, name: str) -> Clip:
         path = self.config.models[name].clip
         if path not in self._clips:
             self._clips[path] = load_clip(path)
         clip = self._clips[path]
-        if clip.image_size != self.config.image_size:
+        if self.config.sets.drawn and clip.image_size != self.config.image_size:
             raise UserError(
                 f"config.models.{name}: {path} takes {clip.image_size} pixels, "
                 f"config.image_size is {self.config.image_size}"
@@ -163,28 +175,13 @@ class _Work:
 
     @property
     def prompts(self) -> list[str]:
-        return [self.config.template.format(shape) for shape in SHAPES]
+        return [self.config.template.format(word) for word in self.loaded.words]
 
     @cached_property
-    def sets(self) -> suite.Sets:
+    def loaded(self) -> Loaded:
         config = self.config
-        size, seed = config.image_size, config.seed
-        background = bias_sets.drawn_backgrounds(config.per_class, size, seed)
-        # An eighth of the ways to be uncommon, and of the pairs of shape and texture.
-        few = max(1, config.per_class // 8)
-        strange = load_dataset(
-            DataConfig(
-                source="builtin", name="textures", image_size=size, split_seed=seed,
-                images_per_class=2 * config.per_class,
-            )
-        )  # fmt: skip
-        return suite.Sets(
-            clean=background.original,
-            shifted={"mixed_rand": background.mixed_rand},
-            ood={"textures": strange.train},
-            context=bias_sets.drawn_contexts(few, size, seed),
-            conflict=bias_sets.drawn_conflicts(few, size, seed),
-            background=background,
+        return load_sets(
+            config.sets, size=config.image_size, per_class=config.per_class, seed=config.seed
         )
 
     def answers(self, name: str) -> Artifact:
@@ -192,24 +189,32 @@ class _Work:
         config, model = self.config, self.config.models[name]
         inputs = {"training": self._train(name)} if model.train_on else {}
         settings = {
-            "clip": self.clip(name).digest,
-            "adapter": model.adapter,
-            "mode": config.mode,
+            **self._identity(name),
             **{
                 key: getattr(config, key)
-                for key in ("template", "image_size", "per_class", "eps", "autoattack", "seed")
+                for key in (
+                    "template",
+                    "image_size",
+                    "sets",
+                    "per_class",
+                    "eps",
+                    "autoattack",
+                    "corruptions",
+                    "seed",
+                )
             },
         }
 
         def build(folder: Path) -> dict:
-            predict = self._predict(name, inputs.get("training"))
+            predict, preprocess = self._predict(name, inputs.get("training"))
             found = suite.answer(
                 predict,
-                self.sets,
+                self.loaded.sets,
                 jax.random.key(config.seed),
-                attacks=suite.gradient_attacks(config.mode),
+                preprocess=preprocess,
                 eps=config.eps,
                 with_autoattack=config.autoattack,
+                corruptions=config.corruptions,
                 batch_size=config.batch_size,
             )
             suite.save_answers(folder / "answers.npz", found)
@@ -219,13 +224,31 @@ class _Work:
             f"answers of {name}", self.folder / name / "answers", settings, inputs, build
         )
 
-    def _predict(self, name: str, training: Artifact | None) -> Partial:
+    def _identity(self, name: str) -> dict:
+        """What tells a model from another, for the manifest."""
+        model = self.config.models[name]
+        if model.checkpoint:
+            found = self.classifier(name)
+            return {"checkpoint": found.digest, "preprocessing": found.preprocessing}
+        found = {"clip": self.clip(name).digest, "adapter": model.adapter}
+        if model.templates:
+            found["templates"] = read_templates(model.templates)
+        return found
+
+    def _predict(self, name: str, training: Artifact | None) -> tuple[Partial, Preprocess]:
+        """Pixels in [0, 1] to logits, and what makes images of any size the model's."""
+        given = self.config.models[name]
+        if given.checkpoint:
+            classifier = self.classifier(name)
+            return classifier.predict, classifier.preprocessing.host
         clip = self.clip(name)
         model: CLIPModel = clip.model
-        folder = self.config.models[name].adapter or (training and training.path / "adapter")
+        folder = given.adapter or (training and training.path / "adapter")
         if folder:
             model = attach(model, read_peft(folder))
-        return of_pixels(clip, model, self.prompts)
+        templates = read_templates(given.templates) if given.templates else (self.config.template,)
+        predict = of_pixels(clip, model, self.loaded.words, templates)
+        return predict, partial(square, size=clip.image_size)
 
     def _train(self, name: str) -> Artifact:
         config, on = self.config, self.config.models[name].train_on
@@ -262,46 +285,59 @@ class _Work:
         )
 
 
+def check_classes(where: str, classifier: Classifier, words: Sequence[str]) -> None:
+    """UserError where a checkpoint's classes are others than the sets', or in another order."""
+    names, count = classifier.class_names, classifier.num_classes
+    if count != len(words):
+        own = f" ({', '.join(names[:3])}, ...)" if names else ""
+        raise UserError(
+            f"{where} tells {count} classes apart{own}, but the sets have {len(words)} "
+            f"({', '.join(words[:3])}, ...): labels are places among the model's classes"
+        )
+    mine, theirs = ([name.casefold() for name in each] for each in (names, words))
+    if mine != theirs and sorted(mine) == sorted(theirs):
+        place = next(i for i in range(count) if mine[i] != theirs[i])
+        raise UserError(
+            f"{where} has the sets' classes in another order: class {place} is {names[place]!r}, "
+            f"in the sets it is {words[place]!r}"
+        )
+
+
 def _figures(config: Config, artifacts: dict[str, Artifact], folder: Path) -> dict:
-    """Writes figures.json: every model's, in both modes where they differ, and differences."""
+    """Writes figures.json: every model's in both modes, and the models' differences."""
     key = jax.random.key(config.seed)
     answers = {
         name: suite.load_answers(made.path / "answers.npz") for name, made in artifacts.items()
     }
-    other = "paper" if config.mode == "corrected" else "corrected"
+    options = {
+        "baseline": answers.get(config.baseline, config.baseline or None),
+        "resamples": config.resamples,
+    }
     models = {
         mode: {
-            name: _json(suite.measure(found, key, mode=mode, resamples=config.resamples))
+            name: _json(figures.measure(found, key, mode=mode, **options))
             for name, found in answers.items()
         }
-        for mode in (config.mode, other)
+        for mode in ("corrected", "paper")
     }
-    first, *rest = answers
+    against = config.baseline if config.baseline in answers else next(iter(answers))
     differences = {
-        f"{name} less {first}": _json(
-            suite.compare(
-                answers[name], answers[first], key, mode=config.mode, resamples=config.resamples
-            )
+        f"{name} less {against}": _json(
+            figures.compare(found, answers[against], key, mode=config.mode, **options)
         )
-        for name in rest
-    }
-    # Attacks were made in one mode: their answers are the same in the other.
-    changed = {
-        name: {
-            column: figure
-            for column, figure in models[other][name].items()
-            if column.split()[0] in ("ECE", "AUROC", "FPR95")
-        }
-        for name in answers
+        for name, found in answers.items()
+        if name != against
     }
     write_json(
         folder / "figures.json",
         {
             "mode": config.mode,
-            "other_mode": other,
+            "baseline": config.baseline,
             "models": models,
             "differences": differences,
-            "changed": changed,
+            "by_severity": {name: by_severity(found) for name, found in answers.items()},
+            "severities": config.corruptions.severities,
+            "images": figures.counts(answers[against]),
         },
     )
     return {"models": len(answers)}
@@ -311,13 +347,3 @@ def _json(found: dict[str, Interval | None]) -> dict[str, dict | None]:
     return {
         name: None if x is None else {**x.__dict__, "text": x.text()} for name, x in found.items()
     }
-
-
-def _table(caption: str, found: dict[str, dict]) -> Table:
-    """A row for each figure, a column for each model: figures are many."""
-    columns = list(next(iter(found.values())))
-    rows = [
-        [column, *(None if x[column] is None else x[column]["text"] for x in found.values())]
-        for column in columns
-    ]
-    return Table(["figure", *found], rows, caption=caption, better=None)

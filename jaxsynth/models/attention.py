@@ -26,21 +26,22 @@ def attention(
     value: Float[Array, "b k n d"],
     *,
     mask: Bool[Array, "#b #n #q k"] | None = None,
+    bias: Float[Array, "#b #n q k"] | None = None,
     causal: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b q n d"]:
     """Scaled dot-product attention, softmax in float32, scale `1/sqrt(d)`.
 
-    `mask` is True where a query may look; `causal` adds the lower-triangular mask. `implementation`
-    is "einsum" (two products), "chunked" (blocks of queries, so that the score matrix stays in the
-    cache; no forward-mode derivative), "xla" or "cudnn" (`jax.nn.dot_product_attention`), or
-    "auto".
+    `mask` is True where a query may look; `causal` adds the lower-triangular mask; `bias` is added
+    to the scores. `implementation` is "einsum" (two products), "chunked" (blocks of queries, so
+    that the score matrix stays in the cache; no forward-mode derivative, no bias), "xla" or "cudnn"
+    (`jax.nn.dot_product_attention`), or "auto".
     """
     if implementation == "auto":
-        implementation = _choose(query, key, mask)
+        implementation = _choose(query, key, mask, bias)
     if implementation in ("xla", "cudnn"):
         return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=causal, implementation=implementation
+            query, key, value, bias, mask, is_causal=causal, implementation=implementation
         )
     if implementation not in ("einsum", "chunked"):
         raise ValueError(
@@ -54,31 +55,37 @@ def attention(
     # (batch, head, token, dim): each head's product is then one contiguous matrix product.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     blocks = [size for size in _QUERY_CHUNKS if q_len % size == 0]
+    if implementation == "chunked" and bias is not None:
+        raise ValueError("attention implementation 'chunked': takes no bias")
     if implementation == "einsum" or not blocks:
-        out = _einsum_attention(q, k, v, mask)
+        out = _einsum_attention(q, k, v, mask, bias)
     else:
         out = _chunked_attention(q, k, v, mask, blocks[0])
     return jnp.swapaxes(out, 1, 2)
 
 
-def _choose(query: Array, key: Array, mask: Array | None) -> Implementation:
+def _choose(query: Array, key: Array, mask: Array | None, bias: Array | None) -> Implementation:
     """The fastest implementation for these shapes on the default backend."""
     backend = jax.default_backend()
     head_dim = query.shape[-1]
     if backend == "gpu":
         half = query.dtype in (jnp.bfloat16, jnp.float16)
-        if half and mask is None and head_dim % 8 == 0 and head_dim <= 128:
+        if half and mask is None and bias is None and head_dim % 8 == 0 and head_dim <= 128:
             return "cudnn"
         return "xla"
-    if backend == "cpu" and query.shape[1] * key.shape[1] >= _CHUNK_ABOVE:
+    if backend == "cpu" and bias is None and query.shape[1] * key.shape[1] >= _CHUNK_ABOVE:
         return "chunked"
     return "einsum" if backend == "cpu" else "xla"
 
 
-def _einsum_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+def _einsum_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None = None
+) -> Array:
     """Attention over (batch, head, token, dim)."""
     scale = q.shape[-1] ** -0.5
     scores = jnp.einsum("bnqd,bnkd->bnqk", q * scale, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import layers
 from jaxsynth.models.attention import attention
-from jaxsynth.models.fields import known_fields
+from jaxsynth.models.fields import TRANSFORMERS_NOTES, known_fields
 
 # The value that transformers wrote into every CLIP config before its pull request 24773; it means
 # "the highest id of the sequence", as OpenAI's end-of-text token is the last of the vocabulary.
@@ -24,23 +24,6 @@ LEGACY_EOS = 2
 # Statistics of the images that OpenAI trained on, per channel of pixels in [0, 1].
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Fields of a Hugging Face config.json that do not change what these networks compute.
-_IRRELEVANT_NAMES = """
-    add_cross_attention architectures attn_implementation bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label initializer_factor initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p use_bfloat16 use_cache
-"""
-_IRRELEVANT = frozenset(_IRRELEVANT_NAMES.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +52,7 @@ class CLIPTextConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
         """From a text encoder's config.json; an unknown field is a ValueError naming it."""
-        return cls(**known_fields(cls, config, ignored=_IRRELEVANT))
+        return cls(**known_fields(cls, config, ignored=TRANSFORMERS_NOTES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +88,7 @@ class CLIPVisionConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
         """From a vision tower's config.json; an unknown field is a ValueError naming it."""
-        return cls(**known_fields(cls, config, ignored=_IRRELEVANT))
+        return cls(**known_fields(cls, config, ignored=TRANSFORMERS_NOTES))
 
     @property
     def num_patches(self) -> int:
@@ -135,7 +118,7 @@ class CLIPConfig:
             source = override if override is not None else config.pop(name, None)
             config.pop(name, None)
             towers[name] = tower.from_dict(source or {})
-        return cls(**known_fields(cls, config, ignored=_IRRELEVANT), **towers)
+        return cls(**known_fields(cls, config, ignored=TRANSFORMERS_NOTES), **towers)
 
 
 def _check_tower(config: CLIPTextConfig | CLIPVisionConfig) -> None:
@@ -275,16 +258,13 @@ class CLIPVisionEmbeddings(nnx.Module):
         self.class_embedding = nnx.Param(
             jax.random.normal(rngs.params(), (width,), jnp.float32) * width**-0.5
         )
-        self.patch_embedding = nnx.Conv(
+        self.patch_embedding = layers.patch_conv(
             config.num_channels,
             width,
-            (patch, patch),
-            strides=patch,
-            padding="VALID",
+            patch,
             use_bias=False,
-            dtype=dtype,
             kernel_init=nnx.initializers.normal(0.02),
-            conv_general_dilated=_patchify,
+            dtype=dtype,
             rngs=rngs,
         )
         self.position_embedding = _embed(config.num_patches + 1, width, dtype=dtype, rngs=rngs)
@@ -413,13 +393,3 @@ def _norm(config: CLIPTextConfig | CLIPVisionConfig, dtype, rngs: nnx.Rngs) -> n
     return layers.layer_norm(
         config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
     )
-
-
-def _patchify(lhs: Array, rhs: Array, window_strides, padding, **_) -> Array:
-    """A convolution whose stride is its kernel: one matrix product over the flattened patches."""
-    patch, _, channels, width = rhs.shape
-    rows, cols = lhs.shape[1] // patch, lhs.shape[2] // patch
-    cut = lhs[:, : rows * patch, : cols * patch]
-    blocks = cut.reshape(lhs.shape[0], rows, patch, cols, patch, channels)
-    blocks = jnp.swapaxes(blocks, 2, 3).reshape(lhs.shape[0], rows, cols, -1)
-    return blocks @ rhs.reshape(patch * patch * channels, width)

@@ -1,4 +1,4 @@
-"""Reading a diffusers config.json strictly: what a network cannot honour must not pass silently.
+"""Reading a config.json strictly: what a network cannot honour must not pass silently.
 
 A field that changes the computation and that the network does not implement has one allowed value
 (`only`); fields that never change it are named (`ignored`); any other unknown field is an error.
@@ -7,6 +7,23 @@ A field that changes the computation and that the network does not implement has
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
+
+# Fields of transformers' config.json that do not change what a network computes.
+_NOTES = """
+    add_cross_attention architectures attn_implementation bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label initializer_factor initializer_range is_decoder
+    is_encoder_decoder label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache
+"""
+TRANSFORMERS_NOTES = frozenset(_NOTES.split())
 
 
 def known_fields(
@@ -64,3 +81,31 @@ def check_groups(owner: str, groups: int, channels: tuple[int, ...]) -> None:
                 f"{owner}.norm_num_groups: {groups} does not divide {count} of "
                 f"block_out_channels {list(channels)}"
             )
+
+
+def unused_fields(names: str) -> frozenset[str]:
+    """Fields of a classifier's config.json that its forward pass does not read.
+
+    `names` are those of its own, beside transformers' notes, training's rates of dropout, and what
+    describes a backbone's feature maps.
+    """
+    own = f"{_NOT_READ} {names}".split()
+    return (TRANSFORMERS_NOTES | frozenset(own)) - {"model_type"}
+
+
+_NOT_READ = """
+    attention_probs_dropout_prob drop_path_rate hidden_dropout_prob out_features out_indices
+    stage_names
+"""
+
+
+def square_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with 224 for [224, 224] in image_size and patch_size; ValueError if not square."""
+    config = dict(config)
+    for name in ("image_size", "patch_size"):
+        value = config.get(name)
+        if isinstance(value, list | tuple):
+            if len(set(value)) != 1:
+                raise ValueError(f"{name}: {list(value)}, expected a square")
+            config[name] = value[0]
+    return config

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsynth.models.layers import InitKeys, convolve
+from jaxsynth.models.norms import FrozenBatchNorm
 
 FEATURES = 2048
 # The side of the images that the network was trained on, and the least that leaves a pixel.
@@ -23,21 +24,6 @@ IMAGE_SIZE, SMALLEST = 299, 75
 _EPSILON = 1e-3
 
 Pool = Callable[[Array], Array]
-
-
-class BatchNorm(nnx.Module):
-    """Batch normalisation by stored statistics."""
-
-    def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.running_mean = nnx.BatchStat(jnp.zeros(channels))
-        self.running_var = nnx.BatchStat(jnp.ones(channels))
-
-    def __call__(self, x: Array) -> Array:
-        factor = self.scale[...] * jax.lax.rsqrt(self.running_var[...] + _EPSILON)
-        shift = self.bias[...] - self.running_mean[...] * factor
-        return x * factor + shift
 
 
 class ConvNorm(nnx.Module):
@@ -63,7 +49,7 @@ class ConvNorm(nnx.Module):
             conv_general_dilated=convolve,
             rngs=rngs,
         )
-        self.bn = BatchNorm(outputs)
+        self.bn = FrozenBatchNorm(outputs, epsilon=_EPSILON)
 
     def __call__(self, x: Array) -> Array:
         return jax.nn.relu(self.bn(self.conv(x)))

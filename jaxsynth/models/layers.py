@@ -86,6 +86,7 @@ def conv2d(
     *,
     stride: int = 1,
     padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None,
+    groups: int = 1,
     use_bias: bool = True,
     kernel_init: nnx.Initializer = _LECUN,
     dtype: jnp.dtype,
@@ -105,6 +106,7 @@ def conv2d(
         (kernel_size, kernel_size),
         strides=stride,
         padding=padding,
+        feature_group_count=groups,
         use_bias=use_bias,
         kernel_init=kernel_init,
         dtype=dtype,
@@ -176,6 +178,41 @@ def _product_convolve(lhs: Array, rhs: Array, strides: tuple, padding: tuple) ->
     ]
     gathered = jnp.concatenate(windows, axis=-1) if len(windows) > 1 else windows[0]
     return gathered @ rhs.reshape(kh * kw * in_channels, out_channels)
+
+
+def patch_conv(
+    in_channels: int,
+    out_channels: int,
+    patch: int,
+    *,
+    use_bias: bool = True,
+    kernel_init: nnx.Initializer = _LECUN,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A convolution whose stride is its kernel's side; rows and columns left over are cut off."""
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        (patch, patch),
+        strides=patch,
+        padding="VALID",
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        conv_general_dilated=_patchify,
+        rngs=rngs,
+    )
+
+
+def _patchify(lhs: Array, rhs: Array, window_strides, padding, **_) -> Array:
+    """A convolution whose stride is its kernel: one matrix product over the flattened patches."""
+    patch, _, channels, width = rhs.shape
+    rows, cols = lhs.shape[1] // patch, lhs.shape[2] // patch
+    cut = lhs[:, : rows * patch, : cols * patch]
+    blocks = cut.reshape(lhs.shape[0], rows, patch, cols, patch, channels)
+    blocks = jnp.swapaxes(blocks, 2, 3).reshape(lhs.shape[0], rows, cols, -1)
+    return blocks @ rhs.reshape(patch * patch * channels, width)
 
 
 def timestep_embedding(

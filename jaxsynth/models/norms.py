@@ -3,7 +3,8 @@
 Image-to-image networks take their statistics from the images at hand, in training and after it:
 pix2pix runs its batch norm with the test batch's own statistics (Isola et al. 2017, arXiv
 1611.07004, section 3.3), which for one image is instance norm (Ulyanov et al. 2016, arXiv
-1607.08022). So there are no running averages here, and no difference between training and use.
+1607.08022). So `ChannelNorm` keeps no running averages, and is the same in training and in use. The
+classifiers' batch norm is only ever used here: `FrozenBatchNorm` applies what a checkpoint stored.
 """
 
 from typing import Literal
@@ -48,3 +49,19 @@ class ChannelNorm(nnx.Module):
         if self.scale is None or self.bias is None:
             return (centred * factor).astype(self.dtype)
         return (centred * (factor * self.scale[...]) + self.bias[...]).astype(self.dtype)
+
+
+class FrozenBatchNorm(nnx.Module):
+    """Batch normalisation by stored statistics."""
+
+    def __init__(self, channels: int, *, epsilon: float = 1e-5):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.running_mean = nnx.BatchStat(jnp.zeros(channels))
+        self.running_var = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        factor = self.scale[...] * jax.lax.rsqrt(self.running_var[...] + self.epsilon)
+        shift = self.bias[...] - self.running_mean[...] * factor
+        return x * factor.astype(x.dtype) + shift.astype(x.dtype)

@@ -5,7 +5,7 @@
 - ImageNet-9 (Xiao et al. 2021, arXiv 2006.09994): `original/val/00_dog/...`, `mixed_same/val/...`
   and `mixed_rand/val/...`, nine class folders each.
 - FOCUS (Kattakinda and Feizi, ICML 2022): photos and `annotations.db`, an SQLite file with a row of
-  category, time, weather and locations for each.
+  category, time, weather and locations for each; or sorted already, `P0/truck/...` to `P3/...`.
 
 A real set's classes are groups of a model's: `read_class_map` reads them from JSON, as ImageNet-9
 comes with `in_to_in9.json`; FOCUS's are here.
@@ -59,7 +59,10 @@ class Backgrounds:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Images and whether their time, weather and location are uncommon for their class (n, 3)."""
+    """Images and whether their time, weather and location are uncommon for their class (n, 3).
+
+    Of images that were sorted by how many are uncommon, those are the first ones.
+    """
 
     source: ImageSource
     uncommon: Bool[np.ndarray, "n 3"]
@@ -121,6 +124,7 @@ def read_backgrounds(root: Path, image_size: int = 0) -> Backgrounds:
 FOCUS_NAMES = (
     "truck", "car", "plane", "ship", "cat", "dog", "horse", "deer", "frog", "bird",
 )  # fmt: skip
+FOCUS_PARTITIONS = ("P0", "P1", "P2", "P3")
 FOCUS_TIMES = ("day", "night", "none")
 FOCUS_WEATHERS = (
     "cloudy", "foggy", "partly cloudy", "raining", "snowing", "sunny", "none",
@@ -158,11 +162,13 @@ _UNCOMMON_LOCATIONS = {
 
 
 def read_focus(root: Path, image_size: int = 0) -> Contexts:
-    """A FOCUS folder with `annotations.db`.
+    """A FOCUS folder: with `annotations.db`, or sorted into partitions (`read_partitions`).
 
     Its columns are told by what they hold, for their names are not documented. SourceError where no
     table has a path, a category, a time, a weather and locations in each row, or a file is missing.
     """
+    if not (root / "annotations.db").is_file() and (root / FOCUS_PARTITIONS[0]).is_dir():
+        return read_partitions(root, image_size)
     rows = _annotations(root / "annotations.db")
     ids = tuple(path.lstrip("./") for path, *_ in rows)
     for name in ids:
@@ -179,6 +185,33 @@ def read_focus(root: Path, image_size: int = 0) -> Contexts:
     labels = np.array([FOCUS_NAMES.index(category) for _, category, *_ in rows], np.int32)
     return Contexts(
         FileSource(root, ids, labels, image_size), np.array(uncommon, bool), FOCUS_NAMES
+    )
+
+
+def read_partitions(root: Path, image_size: int = 0) -> Contexts:
+    """FOCUS sorted by how many attributes are uncommon: P0 to P3, each with class folders.
+
+    SourceError for a partition that is missing, or a class that is none of FOCUS's.
+    """
+    ids, labels, counts = [], [], []
+    for count, partition in enumerate(FOCUS_PARTITIONS):
+        if not (root / partition).is_dir():
+            raise SourceError(
+                f"{root / partition}: no such folder; expected {', '.join(FOCUS_PARTITIONS)}"
+            )
+        source, names = folder_source(root / partition, None, image_size)
+        strange = [name for name in names if name not in FOCUS_NAMES]
+        if strange:
+            raise SourceError(
+                f"{root / partition}: {strange} are none of FOCUS's classes: {list(FOCUS_NAMES)}"
+            )
+        places = np.array([FOCUS_NAMES.index(name) for name in names], np.int32)
+        ids += [f"{partition}/{name}" for name in source.ids]
+        labels.append(places[source.labels])
+        counts += [count] * len(source)
+    uncommon = np.arange(len(FOCUS_PARTITIONS) - 1) < np.array(counts)[:, None]
+    return Contexts(
+        FileSource(root, tuple(ids), np.concatenate(labels), image_size), uncommon, FOCUS_NAMES
     )
 
 

@@ -31,6 +31,10 @@ Weights = Float[Array, " n"]
 Figure = Callable[[Weights], Float[Array, ""]]
 
 
+class TooFewError(ValueError):
+    """Most resamples of a figure give no number."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A figure with its interval at `level`, its standard error, and the resamples behind them.
@@ -93,7 +97,8 @@ def interval(
 
     `figure` is a `Partial` (as this module's are) or a function; with arrays as a Partial's
     arguments one program serves all figures of a kind. `groups` (n,) numbers the groups whose sizes
-    each resample keeps. ValueError where the figure itself is no number.
+    each resample keeps. ValueError where the figure itself is no number, `TooFewError` where most
+    resamples give none.
     """
     if not 0 < level < 1 or resamples < 100:
         raise ValueError(
@@ -108,7 +113,7 @@ def interval(
     drawn = np.asarray(_resample(figure, key, first, sizes, members, resamples), np.float64)
     defined = drawn[np.isfinite(drawn)]
     if len(defined) < resamples / 2:
-        raise ValueError(
+        raise TooFewError(
             f"interval: {resamples - len(defined)} of {resamples} resamples give no number: too "
             "few images count"
         )

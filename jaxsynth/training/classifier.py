@@ -27,6 +27,7 @@ from jaxsynth.adapters.base import Trainable, extract, seed_dropout
 from jaxsynth.data.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.mixing import mix_batch, one_hot
 from jaxsynth.data.pipeline import eval_batches, mixed_batches, real_count, train_batches
+from jaxsynth.data.prompts import check_template
 from jaxsynth.data.sources import ImageSource
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.training import sharding
@@ -275,12 +276,22 @@ def predict(
     return out
 
 
-def of_pixels(clip: Clip, model: CLIPModel, prompts: Sequence[str]) -> Partial:
+def of_pixels(
+    clip: Clip, model: CLIPModel, names: Sequence[str], templates: Sequence[str] = ("{}",)
+) -> Partial:
     """A function of images (b, h, w, 3) in [0, 1], of the CLIP's size, to float32 logits (b, c).
 
-    The normalisation is inside; `model` is `clip.model` or an adapted copy, its weights arguments.
+    A class's text is the mean of its normalised embeddings in all `templates`, normalised again
+    (Radford et al. 2021, section 3.1.4). The normalisation of pixels is inside; `model` is
+    `clip.model` or an adapted copy, its weights arguments.
     """
-    text = _encode_text(model, jnp.asarray(clip.tokenizer(list(prompts))))
+    texts = [
+        _encode_text(model, jnp.asarray(clip.tokenizer([each.format(x) for x in names])))
+        for each in map(check_template, templates)
+    ]
+    text = sum(texts[1:], texts[0]) / len(texts)
+    if len(texts) > 1:
+        text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
     return Partial(_of_pixels, model, text, jnp.asarray(clip.mean), jnp.asarray(clip.std))
 
 

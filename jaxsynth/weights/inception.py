@@ -8,7 +8,6 @@ other network, except for what a network without classifier and training has no 
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,12 +16,8 @@ from flax import nnx
 
 from jaxsynth.errors import UserError
 from jaxsynth.models.inception import InceptionV3
-from jaxsynth.weights import files
 from jaxsynth.weights.names import from_hf, hf_name, hf_shape
-from jaxsynth.weights.pickled import read_state_dict
-
-PICKLED = (".pth", ".pt")
-SUFFIXES = (".safetensors", *PICKLED)
+from jaxsynth.weights.tensors import SUFFIXES, Tensors
 
 # The classifiers, and a counter that PyTorch's batch norm keeps while training.
 _UNUSED = re.compile(r"(fc|AuxLogits)\..*|.*\.num_batches_tracked")
@@ -40,11 +35,13 @@ def load_inception(path: str | os.PathLike) -> tuple[InceptionV3, str]:
     flat = dict(nnx.to_flat_state(state))
     targets = {hf_name(path): path for path in flat}
     values, digests = {}, {}
-    for key, tensor in _tensors(file):
+    for _, key, read in Tensors([file]).items():
+        if _UNUSED.fullmatch(key):
+            continue
         if key not in targets:
             raise UserError(f"{file}: unknown key {key!r}: the FID's InceptionV3 has no such one")
         path = targets[key]
-        shape = hf_shape(path[-1], flat[path].shape)
+        shape, tensor = hf_shape(path[-1], flat[path].shape), read()
         if tensor.dtype.kind != "f" or tensor.shape != shape:
             raise UserError(
                 f"{file}: {key}: {tensor.dtype} {tensor.shape}, expected floats {shape}"
@@ -77,14 +74,3 @@ def _file(path: Path) -> Path:
         names = ", ".join(file.name for file in found) or "none"
         raise UserError(f"{path}: expected one file of {', '.join(SUFFIXES)}, found {names}")
     return found[0]
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    if file.suffix in PICKLED:
-        tensors = read_state_dict(file)
-        yield from ((key, tensors[key]) for key in tensors if not _UNUSED.fullmatch(key))
-        return
-    with files.opened(file) as handle:
-        for key in handle.keys():  # noqa: SIM118, a safetensors handle is no mapping
-            if not _UNUSED.fullmatch(key):
-                yield key, handle.get_tensor(key)

@@ -1,13 +1,20 @@
 """The suite as a run: a classifier trained, asked and put on one page."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx
 
 from jaxsynth.config import ConfigError, load_config, to_dataclass
+from jaxsynth.data.rendered import SHAPES
 from jaxsynth.errors import UserError
-from jaxsynth.methods.robustness import Config, report, run
+from jaxsynth.methods.robustness import Config, _Work, report, run
+from jaxsynth.models.resnet import ResNetConfig, ResNetForImageClassification
+from jaxsynth.weights.classifiers import Classifier, save_classifier
+from jaxsynth.weights.preprocessing import Preprocessing
 
 CONFIG = Path(__file__).parents[2] / "configs" / "robustness.py"
 
@@ -26,7 +33,7 @@ def test_a_run_ends_with_a_page_and_does_nothing_twice(tmp_path, capsys):
     )
     assert figures["accuracy"]["low"] <= figures["accuracy"]["value"] <= figures["accuracy"]["high"]
     # Both protocols made something of the same answers, and they are not the same.
-    paper = found["changed"]["original"]
+    paper = found["models"]["paper"]["original"]
     assert paper.keys() < figures.keys() and paper["ECE"] != figures["ECE"]
     text = page.read_text()
     assert figures["BG-Gap"]["text"] in text and "negative entropy" in text
@@ -40,5 +47,39 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         smoke(models={"both": {"adapter": "a", "train_on": "original"}})
     with pytest.raises(ConfigError, match="models: expected at least one"):
         smoke(models={})
+    with pytest.raises(ConfigError, match="templates: of a CLIP, but this model is a checkpoint"):
+        smoke(models={"mine": {"checkpoint": "a", "templates": "imagenet7"}}, baseline="")
+    with pytest.raises(ConfigError, match="head and preprocessing: of a checkpoint"):
+        smoke(models={"mine": {"head": "a.pth"}}, baseline="")
     with pytest.raises(UserError, match=r"models\.original: tiny/clip takes 32 pixels, config"):
         run(smoke(image_size=48), tmp_path)
+
+
+def test_a_checkpoint_is_one_more_model(tmp_path):
+    """A residual network on drawn shapes, named by its folder; its classes must be the shapes."""
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=(8,), depths=(1,), layer_type="basic", num_labels=len(SHAPES)
+    )
+    given = Preprocessing(32, 36, False, "bicubic", (0.5,) * 3, (0.25,) * 3)
+    folder = tmp_path / "resnet"
+    work = _Work(smoke(models={"mine": {"checkpoint": str(folder)}}, baseline=""), tmp_path / "run")
+
+    def save(names) -> ResNetForImageClassification:
+        made = dataclasses.replace(config, num_labels=len(names))
+        network = ResNetForImageClassification(made, rngs=nnx.Rngs(0))
+        save_classifier(Classifier(network, given, names), folder)
+        return network
+
+    network = save(SHAPES)
+    predict, preprocess = work._predict("mine", None)
+    image = preprocess(work.loaded.sets.clean[0].image)
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    pixels = image[None].astype(np.float32) / 255
+    np.testing.assert_allclose(predict(pixels), network((pixels - 0.5) / 0.25), atol=1e-5)
+    for names, message in (
+        (("a", "b"), r"models.mine: .*resnet tells 2 classes apart \(a, b, \.\.\.\), but the sets"),
+        (SHAPES[::-1], "has the sets' classes in another order: class 0 is"),
+    ):
+        save(names)
+        with pytest.raises(UserError, match=message):
+            _Work(work.config, tmp_path / "run").answers("mine")

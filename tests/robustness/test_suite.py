@@ -7,9 +7,10 @@ import pytest
 from jax.tree_util import Partial
 
 from jaxsynth.data.cues import hue_of
+from jaxsynth.data.decode import square
 from jaxsynth.data.rendered import SHAPES
-from jaxsynth.data.sources import ArraySource, DataConfig, load_dataset
-from jaxsynth.robustness import bias_sets, suite
+from jaxsynth.data.sources import ArraySource, DataConfig, Record, Subset, load_dataset
+from jaxsynth.robustness import bias_sets, figures, suite
 from jaxsynth.robustness.bootstrap import evaluate
 from jaxsynth.robustness.calibration import expected_calibration_error
 from jaxsynth.robustness.detection import detection
@@ -71,7 +72,7 @@ def some(answers, *parts):
 def test_a_table_needs_the_answers_only(answers, sets, key, tmp_path):
     suite.save_answers(tmp_path / "hue.npz", answers["hue"])
     stored = suite.load_answers(tmp_path / "hue.npz")
-    found = suite.measure(stored, key, resamples=100)
+    found = figures.measure(stored, key, resamples=100)
     assert list(found) == [
         "accuracy", "ECE", "accuracy rand", "ECE rand", "AUROC textures", "FPR95 textures",
         "R_adv FGSM", "R_adv PGD", "CB_1", "CB_2", "CB_3", "shape bias", "IN-9", "BG-Gap",
@@ -92,7 +93,7 @@ def test_a_table_needs_the_answers_only(answers, sets, key, tmp_path):
 
 
 def test_paper_mode_follows_the_published_code(answers):
-    found = suite.figures(answers["hue"], "paper")
+    found = figures.figures(answers["hue"], "paper")
     logits, labels = (answers["hue"][f"clean/{name}"] for name in ("logits", "labels"))
 
     def value(name):
@@ -104,30 +105,38 @@ def test_paper_mode_follows_the_published_code(answers):
     entropy = detection(negative_entropy(logits), other)
     assert value("AUROC textures") == pytest.approx(entropy["auroc"], abs=1e-6)
     assert value("FPR95 textures") == pytest.approx(entropy["fpr95_nearest"], abs=1e-6)
-    assert suite.gradient_attacks("paper")["PGD"].keywords == {"steps": 20, "step_size": 2 / 225}
+    # The attack was made with both steps.
+    published = suite.gradient_attacks()["PGD as published"]
+    assert published.keywords == {"steps": 20, "step_size": 2 / 225}
+    clean = logits.argmax(1) == labels
+    for mode, name in (("paper", "PGD as published"), ("corrected", "PGD")):
+        under = answers["hue"][f"attack/{name}/correct"]
+        found = figures.figures(answers["hue"], mode)
+        assert value("R_adv PGD") == pytest.approx((under & clean).sum() / clean.sum())
+        assert "R_adv PGD as published" not in found
     with pytest.raises(ValueError, match="mode: expected 'corrected' or 'paper', found 'exact'"):
-        suite.figures(answers["hue"], "exact")
+        figures.figures(answers["hue"], "exact")
 
 
 def test_models_compare_on_the_same_images(answers, key):
     one, other = (some(answers[name], "clean", "background") for name in ("hue", "blind"))
-    found = suite.compare(one, other, key, resamples=200)
+    found = figures.compare(one, other, key, resamples=200)
     assert found["accuracy"].value == pytest.approx(1 - 1 / CLASSES)
     assert found["BG-Gap"].value == 1
-    same = suite.compare(one, one, key, resamples=100)
+    same = figures.compare(one, one, key, resamples=100)
     assert all(x.low == x.value == x.high == 0 for x in same.values())
     moved = {**other, "clean/labels": other["clean/labels"][::-1]}
     with pytest.raises(ValueError, match="clean/labels: differs between the models"):
-        suite.compare(one, moved, key)
+        figures.compare(one, moved, key)
     with pytest.raises(ValueError, match=r"background/mixed_rand/correct: not answered by both"):
-        suite.compare(one, some(other, "clean"), key)
+        figures.compare(one, some(other, "clean"), key)
 
 
 def test_a_share_of_nothing_is_none(answers, key):
     wrong = some(answers["blind"], "clean")
     wrong["clean/labels"] = np.zeros_like(wrong["clean/labels"])
     wrong["attack/FGSM/correct"] = np.zeros(len(wrong["clean/labels"]), bool)
-    found = suite.measure(wrong, key, resamples=100)
+    found = figures.measure(wrong, key, resamples=100)
     assert found["R_adv FGSM"] is None and found["accuracy"].value == 0
 
 
@@ -138,5 +147,81 @@ def test_nan_logits_are_named(sets):
     def predict(images):
         return jnp.zeros((len(images), CLASSES)).at[2].set(jnp.nan)
 
-    with pytest.raises(ValueError, match=rf"predict: NaN .* for image {source.ids[2]}"):
+    with pytest.raises(ValueError, match=rf"predict: NaN .* for image {source.ids[2]} of clean"):
         suite.answer(predict, suite.Sets(clean=broken), jax.random.key(0))
+
+
+def test_labels_of_other_classes_are_named(sets, hues, key):
+    source = sets.clean
+    other = ArraySource(source.images[:4], np.array([0, 1, 9, 2]), source.ids[:4])
+    predict = Partial(by_hue, hues)
+    with pytest.raises(ValueError, match="labels of clean: 1 of 4 outside 0 to 7, the first is 9"):
+        suite.answer(predict, suite.Sets(clean=other), key, attacks={})
+    with pytest.raises(ValueError, match="labels of R: 1 of 4 outside 0 to 7"):
+        suite.answer(predict, suite.Sets(clean=source, shifted={"R": other}), key, attacks={})
+    with pytest.raises(ValueError, match="subsets: 'A' is none of the shifted sets"):
+        suite.Sets(clean=source, subsets={"A": [0, 1]})
+
+
+def test_a_set_of_some_classes_is_asked_among_these(sets, hues, key):
+    """Of the mixed backgrounds' images those of two shapes: by hue never right among all classes,
+    but sometimes of the two, and the confidence is that of two classes."""
+    few = np.flatnonzero(np.isin(sets.shifted["rand"].labels, (2, 5)))
+    part = Subset(sets.shifted["rand"], few)
+    predict = Partial(by_hue, hues)
+    asked = suite.Sets(clean=sets.clean, shifted={"R": part}, subsets={"R": [2, 5]})
+    found = suite.answer(predict, asked, key, attacks={})
+    logits = found["shifted/R/logits"]
+    assert logits.shape == (len(few), CLASSES)
+    chosen = np.array([2, 5])[logits[:, [2, 5]].argmax(1)]
+    values = {
+        name: evaluate(x.figure, x.count) for name, x in figures.figures(found, "paper").items()
+    }
+    assert values["accuracy R"] == pytest.approx((chosen == part.labels).mean())
+    expected = expected_calibration_error(
+        logits[:, [2, 5]], np.searchsorted([2, 5], part.labels), bins=20
+    )
+    assert values["ECE R"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_images_of_any_size_are_made_the_models(hues, key):
+    """Each set is read at the model's size; what is not of one size, or range, is named."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (20 + i, 18, 3)).astype(np.uint8) for i in range(3)]
+
+    class Photos:
+        labels, ids = np.arange(3), ("a", "b", "c")
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return Record(images[index], int(self.labels[index]), self.ids[index])
+
+    predict, photos = Partial(by_hue, hues), suite.Sets(clean=Photos())
+    found = suite.answer(predict, photos, key, preprocess=lambda x: square(x, SIZE), attacks={})
+    pixels = np.stack([square(x, SIZE) for x in images]).astype(np.float32) / 255
+    np.testing.assert_allclose(found["clean/logits"], by_hue(hues, pixels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"b: 18x21 pixels, a has 18x20; a model takes images of"):
+        suite.answer(predict, photos, key, attacks={})
+    with pytest.raises(ValueError, match=r"preprocess: a: made float32 values from .* to 25\d"):
+        suite.answer(predict, photos, key, preprocess=lambda x: x.astype(np.float32), attacks={})
+
+
+def test_partitions_of_few_images_print_their_intervals(key):
+    """FOCUS's P3 has 21 images: 15 right of them says little, and the figure says so."""
+    partition = np.repeat([0, 1, 3], [600, 300, 21])
+    right = np.ones(len(partition), bool)
+    right[:60] = right[600:660] = right[-6:] = False
+    answers = {
+        "clean/logits": np.eye(2, dtype=np.float32), "clean/labels": np.arange(2),
+        "context/correct": right, "context/partition": partition,
+    }  # fmt: skip
+    found = figures.measure(answers, key, resamples=500)
+    assert found["CB_3"].value == pytest.approx(15 / 21 / 0.9)
+    assert found["CB_3"].text().startswith("79.4 [") and "CB_2" not in found
+    widths = {k: found[k].high - found[k].low for k in ("CB_1", "CB_3")}
+    assert widths["CB_3"] > 0.3 > 0.2 > widths["CB_1"] > 0
+    assert figures.counts(answers) == {
+        "clean": 2, "context P0": 600, "context P1": 300, "context P3": 21
+    }  # fmt: skip

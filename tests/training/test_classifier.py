@@ -16,7 +16,13 @@ from jaxsynth.data.augment import RECIPES, EvalTransform
 from jaxsynth.data.sources import ArraySource
 from jaxsynth.training import classifier
 from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.classifier import ClassifyConfig, predict, scores, train_classifier
+from jaxsynth.training.classifier import (
+    ClassifyConfig,
+    of_pixels,
+    predict,
+    scores,
+    train_classifier,
+)
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_clip
@@ -88,6 +94,29 @@ def test_zero_shot_logits_are_those_of_transformers(clip, base_folder):
     assert relative_error(found, output.logits_per_image.numpy()) < 1e-4
     on_eight = predict(clip, clip.model, PROMPTS, test, batch_size=5, mesh=make_mesh())
     assert relative_error(on_eight, found) < 1e-5
+
+
+def test_a_text_is_the_mean_over_templates(clip, base_folder):
+    """Each template's embedding is normalised, and their mean again."""
+    names, templates = ("one", "two", "three"), ("a photo of a {}", "{} drawn badly")
+    images = np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
+    found = of_pixels(clip, clip.model, names, templates)(images)
+    peer = transformers.CLIPModel.from_pretrained(base_folder / "clip").eval()
+    pixels = nchw((images - np.float32(clip.mean)) / np.float32(clip.std))
+    with torch.no_grad():
+        texts = []
+        for template in templates:
+            ids = clip.tokenizer([template.format(name) for name in names])
+            output = peer(input_ids=torch.tensor(np.array(ids, np.int64)), pixel_values=pixels)
+            texts.append(output.text_embeds)
+        text = torch.stack(texts).mean(0)
+        text = text / text.norm(dim=-1, keepdim=True)
+        expected = peer.logit_scale.exp() * output.image_embeds @ text.T
+    assert relative_error(found, expected.numpy()) < 1e-4
+    one = of_pixels(clip, clip.model, [templates[0].format(name) for name in names])(images)
+    assert relative_error(one, found) > 1e-3
+    with pytest.raises(ValueError, match=r"expected exactly one \{\} for the class name"):
+        of_pixels(clip, clip.model, names, ("a photo",))
 
 
 @pytest.fixture(scope="module")
