@@ -38,19 +38,22 @@ class AffinerConfig:
 
     `rank` 0 leaves out the low-rank path; `rank_pattern` maps a regular expression for the end of a
     module path to the rank there, as in `UpdateConfig`. `scale_side` is the side of W that `a`
-    scales, with the bias on "output". `gate` False fixes s at 1 and starts W_up at 0, as LoRA does.
+    scales, with the bias on "output". `shift` is for all layers, or names targets as `targets`
+    does. `gate` False fixes s at 1 and starts W_up at 0, as LoRA does.
     """
 
     rank: int = 8
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     form: Form = "merging"
     scale_side: Side = "input"
-    shift: bool = True
+    shift: bool | tuple[str, ...] = True
     gate: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
+        if not isinstance(self.shift, bool):
+            object.__setattr__(self, "shift", tuple(self.shift))
         for pattern, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 0:
                 raise ValueError(f"AffinerConfig: {pattern} is {rank}, expected at least 0")
@@ -62,6 +65,12 @@ class AffinerConfig:
                 raise ValueError(f"AffinerConfig.{name} is {found!r}, expected one of {allowed}")
         if not self.rank and not self.rank_pattern and self.scale_side == "none" and not self.shift:
             raise ValueError("AffinerConfig: rank 0, no scale and no shift leave nothing to train")
+
+    def shift_at(self, path: str) -> bool:
+        """Whether the layer at a dotted path gets a shift."""
+        if isinstance(self.shift, bool):
+            return self.shift
+        return any(base.matches(target, path) for target in self.shift)
 
 
 def affiner(config: AffinerConfig) -> base.Maker:
@@ -106,7 +115,7 @@ class Affiner(base.AdapterLayer):
 
         scaled = {"input": c_in, "output": c_out, "none": 0}[config.scale_side]
         scale = jnp.ones((*lead, scaled)) if scaled else None
-        shift = jnp.zeros((*lead, c_out)) if config.shift else None
+        shift = jnp.zeros((*lead, c_out)) if config.shift_at(path) else None
         down = up = gate = None
         if rank := base.first_match(config.rank_pattern, path, config.rank):
             keys = jax.random.split(key)
