@@ -30,17 +30,17 @@ def _tiny() -> ConfigDict:
             "kind": "segmentation",
             "rank": 4,
             "train": {
-                "steps": 400,
-                "batch_size": 16,
+                "steps": 300,
+                "batch_size": 8,
                 "schedule": "cosine",
                 "warmup_steps": 20,
                 "steps_per_call": 20,
-                "checkpoint_every": 200,
+                "checkpoint_every": 300,
             },
             "rates": {"controlnet": (3e-4, 1e-3), "adapter": (3e-3, 1e-2)},
             "seeds": (0, 1, 2),
-            "images": 64,
-            "generate": {"guidance_scale": 1.5, "num_inference_steps": 25, "batch_size": 32},
+            "images": 48,
+            "generate": {"guidance_scale": 1.5, "num_inference_steps": 20, "batch_size": 48},
         }
     )
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The tests on a fresh machine that has Python >= 3.11 and git: makes .venv, then runs pytest.
+# Without -m it leaves out the slow ones: whole runs of a method, and runs that are killed or spread
+# over several processes. `-m slow` runs those.
 #
 #   launch/test.sh [PYTEST ARGUMENTS]             environment variables: launch/environment.sh
 set -euo pipefail
@@ -7,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare requirements-test.txt
 cd "$repository"
 # A process for each core, up to four: more would each compile the same programs again.
-exec "$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile "$@"
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not slow" "$@"

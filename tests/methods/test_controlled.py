@@ -17,6 +17,8 @@ from jaxsynth.training.artifact import MANIFEST
 from jaxsynth.weights.hf import load_pipeline
 from jaxsynth.weights.states import read_state
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "controlled.py"
 
 

@@ -19,6 +19,8 @@ from jaxsynth.training.class_conditional import Latents
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.dit import load_dit
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "diffscaler.py"
 SMALL = (
     "--config.recipes=full,affiner_zero",

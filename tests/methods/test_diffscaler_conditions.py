@@ -26,6 +26,8 @@ from jaxsynth.weights.hf import load_pipeline
 from jaxsynth.weights.states import read_state, write_state
 from tests.methods.small_base import random_network
 
+pytestmark = pytest.mark.slow
+
 DIT = DiTConfig(
     num_attention_heads=2,
     attention_head_dim=8,

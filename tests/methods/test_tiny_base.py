@@ -13,6 +13,8 @@ from PIL import Image
 from jaxsynth import cli
 from jaxsynth.weights.hf import load_clip, load_pipeline
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny_base.py"
 CLASSES = ("airplane", "cat", "dog", "frog", "horse", "truck")
 SMALL = (

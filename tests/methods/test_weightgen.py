@@ -16,6 +16,8 @@ from jaxsynth.methods.weightgen_scores import INITS
 from jaxsynth.training.artifact import MANIFEST, load_artifact
 from jaxsynth.training.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).parent.parent.parent / "configs" / "weightgen.py"
 STAGES = ("base", "collection", "generators/x0 on ridge", "levers", "comparison")
 
