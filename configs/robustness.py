@@ -9,6 +9,11 @@ with a peft adapter (a classifier's `best`, where it kept shots for validation),
 
     --config.models.mine.clip=FOLDER --config.models.mine.adapter=FOLDER
 
+So is a checkpoint in transformers' or timm's layout, with its head's file if it has none inside
+(DINOv2, MAE), whose classes are those of the sets:
+
+    --config.models.mine.checkpoint=FOLDER --config.models.mine.head=FILE
+
 Variants: `tiny`, with the ten corruptions of the study; `full` with AutoAttack, all corruptions and
 more pictures; `smoke`, a few pictures and steps, for the tests; `imagenet`, a CLIP on published
 sets in folders (`jaxsynth.data.robustness_sets` says how they are laid out):

@@ -101,27 +101,27 @@ def load_classifier(
     head: str | os.PathLike | None = None,
     *,
     preprocess: Preprocessing | None = None,
-    dtype: Any = jnp.float32,
 ) -> Classifier:
     """A classifier from a folder, a hub id, or a file of a ResNet's weights in torchvision's names.
 
     head: a .safetensors, .pth or .pt file with a linear layer (`weight`, `bias`), before which a
     batch norm's `running_mean` and `running_var` may stand; it takes the place of the checkpoint's
     own. Its width says what it reads of DINOv2. preprocess: takes the place of the checkpoint's
-    own, or of what it lacks. UserError naming the file for unknown or missing keys (all of them), a
-    shape or config field that does not fit, or preprocessing that is nowhere told.
+    own, or of what it lacks. Weights are float32. UserError naming the file for unknown or missing
+    keys (all of them), a shape or config field that does not fit, or preprocessing that is nowhere
+    told.
     """
     given = Path(path).expanduser()
     linear = None if head is None else LinearHead.read(Path(head).expanduser())
     if given.is_file():
-        return _from_file(given, linear, preprocess, dtype)
+        return _from_file(given, linear, preprocess)
     folder = resolve(path)
     config_path = folder / "config.json"
     config = read_json(config_path)
     weights = Tensors(_weight_files(folder))
     if "architecture" in config:
-        return _from_timm(config_path, config, weights, linear, preprocess, dtype)
-    return _from_transformers(config_path, config, weights, linear, preprocess, dtype)
+        return _from_timm(config_path, config, weights, linear, preprocess)
+    return _from_transformers(config_path, config, weights, linear, preprocess)
 
 
 def save_classifier(classifier: Classifier, folder: str | os.PathLike) -> None:
@@ -187,7 +187,6 @@ def _from_transformers(
     weights: Tensors,
     head: LinearHead | None,
     preprocess: Preprocessing | None,
-    dtype: Any,
 ) -> Classifier:
     kind = config.get("model_type")
     if kind not in _NETWORKS:
@@ -209,7 +208,7 @@ def _from_transformers(
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     made = _with_head(made, head, path)
-    model = _fill(describe(network, made, dtype), weights, _renamer(made, head), head, dtype)
+    model = _fill(describe(network, made), weights, _renamer(made, head), head)
     own_path = path.parent / preprocessing.PREPROCESSOR
     if preprocess is None:
         if not own_path.is_file():
@@ -227,7 +226,6 @@ def _from_timm(
     weights: Tensors,
     head: LinearHead | None,
     preprocess: Preprocessing | None,
-    dtype: Any,
 ) -> Classifier:
     # Files before timm 0.9 have its fields at the top.
     pretrained = {**config, **config.get("pretrained_cfg", {})}
@@ -238,11 +236,10 @@ def _from_timm(
         # timm's classifiers read the class token alone.
         made = dataclasses.replace(made, head_layers=0)
     model = _fill(
-        describe(found.network, made, dtype),
+        describe(found.network, made),
         weights,
         _without_head(found.rename) if head else found.rename,
         head,
-        dtype,
         padded=found.padded,
     )
     preprocess = preprocess or preprocessing.from_timm(path, pretrained)
@@ -252,9 +249,7 @@ def _from_timm(
     return _made(model, preprocess, tuple(names or ()), path.parent, weights, head)
 
 
-def _from_file(
-    path: Path, head: LinearHead | None, preprocess: Preprocessing | None, dtype: Any
-) -> Classifier:
+def _from_file(path: Path, head: LinearHead | None, preprocess: Preprocessing | None) -> Classifier:
     """A ResNet whose shape its tensors tell."""
     if preprocess is None:
         raise UserError(
@@ -266,7 +261,7 @@ def _from_file(
     config = _resnet_shape(path, shapes)
     made = _with_head(config, head, path)
     rename = _without_head(timm.rename_resnet) if head else timm.rename_resnet
-    model = _fill(describe(ResNetForImageClassification, made, dtype), weights, rename, head, dtype)
+    model = _fill(describe(ResNetForImageClassification, made), weights, rename, head)
     return _made(model, preprocess, (), path, weights, head)
 
 
@@ -352,7 +347,6 @@ def _fill(
     weights: Tensors,
     rename: timm.Rename,
     head: LinearHead | None,
-    dtype: Any,
     *,
     padded: str = "",
 ) -> nnx.Module:
@@ -369,7 +363,7 @@ def _fill(
         kinds = (("unexpected", unexpected), ("missing", missing))
         told = "; ".join(f"{kind} {_listed(keys)}" for kind, keys in kinds if keys)
         raise UserError(f"{weights.where}: does not fit the network: {told}")
-    filling = Filling(abstract, dtype)
+    filling = Filling(abstract, jnp.float32)
     for path, key, read in weights.items():
         for number, name in enumerate(names[key]):
             count, pad = len(names[key]), key == padded
