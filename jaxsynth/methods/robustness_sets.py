@@ -115,9 +115,9 @@ def load_sets(config: SetsConfig, *, size: int, per_class: int, seed: int) -> Lo
         shifted[name], _, classes = _labelled(one, space, f"shifted.{name}")
         if len(classes) < len(space.names):
             subsets[name] = classes.tolist()
-    context = _bias(config.context, bias_sets.read_focus)
-    conflict = _bias(config.conflict, bias_sets.read_conflicts)
-    background = _bias(config.background, bias_sets.read_backgrounds)
+    context = _bias(config.context, "context", bias_sets.read_focus)
+    conflict = _bias(config.conflict, "conflict", bias_sets.read_conflicts)
+    background = _bias(config.background, "background", bias_sets.read_backgrounds)
     maps = {
         name: _class_map(name, getattr(config, name), found.names, space)
         for name, found in (
@@ -128,7 +128,7 @@ def load_sets(config: SetsConfig, *, size: int, per_class: int, seed: int) -> Lo
     sets = Sets(
         clean=clean,
         shifted=shifted,
-        ood={name: _unlabelled(one) for name, one in config.ood.items()},
+        ood={name: _unlabelled(one, f"ood.{name}") for name, one in config.ood.items()},
         context=context,
         conflict=conflict,
         background=background,
@@ -187,22 +187,22 @@ def _labelled(
     return published.evenly(source, one.count), space, classes
 
 
-def _unlabelled(one: SetConfig) -> ImageSource:
+def _unlabelled(one: SetConfig, what: str) -> ImageSource:
     if one.source == "tfds":
         source, _ = load_split(_of_tfds(one), one.split)
     elif one.source == "folder":
         files = _path(one.files) if one.files else None
         source = published.read_images(one.folder, files=files)
     else:
-        raise SourceError(f"sets.ood: {one}: expected a source: folder or tfds")
+        raise SourceError(f"sets.{what}: expected a source: folder or tfds")
     return published.evenly(source, one.count)
 
 
-def _bias(one: SetConfig, read):
+def _bias(one: SetConfig, what: str, read):
     if not one.source:
         return None
     if one.source != "folder":
-        raise SourceError(f"sets: a bias set of source {one.source!r}, expected folder")
+        raise SourceError(f"sets.{what}: source {one.source!r}, expected folder")
     return read(one.folder)
 
 
