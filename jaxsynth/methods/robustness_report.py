@@ -27,9 +27,8 @@ def report(workdir: Path) -> Path:
         Section(
             "Robustness",
             "An interval is a bootstrap's (BCa) over the images, of one run with one seed: it "
-            "tells what other images would change, not other trainings. One without width means "
-            "that the images all agree, and that of n of them up to 3/n might still not. A figure "
-            "that would divide by nothing is left out.",
+            "tells what other images would change, not other trainings. Where all images agree it "
+            "is Clopper and Pearson's. A figure that would divide by nothing is left out.",
             tables=[main, _counts(found["images"])],
         )
     ]

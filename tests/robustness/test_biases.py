@@ -155,7 +155,7 @@ class TestShapeBias:
             found[name] = shape_bias(
                 decisions, shapes, textures, conflicts.names, key, resamples=200
             )
-        assert found["texture"].overall.value == found["texture"].overall.high == 0
+        assert found["texture"].overall.value == 0 < found["texture"].overall.high < 0.1
         assert found["texture"].accuracy["texture"].value == 1
         assert found["shape"].overall.value == 1
         assert found["shape"].accuracy["shape"].value > 0.9
