@@ -8,7 +8,7 @@ them and the image's, and its severities share their random numbers: neither the
 corruptions nor the batch changes a picture.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -204,16 +204,21 @@ def _robustness(means: Mapping[str, np.ndarray], names, clean: np.ndarray) -> Fi
     return ratio(np.mean([means[name] for name in names], axis=0), clean)
 
 
+def check_alexnet(names: Collection[str]) -> None:
+    """ValueError where `names` lack some corruption of those that AlexNet's errors are means of."""
+    missing = [name for name in TEST_CORRUPTIONS if name not in names]
+    if missing:
+        raise ValueError(
+            f"mCE: AlexNet's errors are for all of ImageNet-C, missing {', '.join(missing)}; ask "
+            "about imagenet_c, or name a model as the baseline"
+        )
+
+
 def _errors(cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline):
     """mCE and its relative form, fractions of the baseline's."""
     names = [name for name in TEST_CORRUPTIONS if name in cells]
     if baseline == "alexnet":
-        missing = [name for name in TEST_CORRUPTIONS if name not in cells]
-        if missing:
-            raise ValueError(
-                f"mCE: AlexNet's errors are for all of ImageNet-C, missing {', '.join(missing)}; "
-                "ask about imagenet_c, or name a model as the baseline"
-            )
+        check_alexnet(cells)
         errors = np.array([ALEXNET_ERRORS[name] for name in names]) / 100
         rises = errors - ALEXNET_CLEAN_ERROR / 100
         below, rising = (np.repeat(x[:, None], len(clean), axis=1) for x in (errors, rises))

@@ -60,5 +60,5 @@ def every(root: Path) -> dict:
         "ood": {"strange": folder("strange", count=2)},
         "conflict": folder("cues"),
         "background": folder("in9"),
-        "corrupted": folder("c"),
+        "corrupted": {"c": folder("c")},
     }

@@ -56,6 +56,10 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         smoke(sets={"clean": {"source": "folder"}})
     with pytest.raises(ConfigError, match="corruptions: names: 'hail': expected all, paper"):
         smoke(corruptions={"names": ("hail",)})
+    with pytest.raises(
+        ValueError, match="AlexNet's errors are for all of ImageNet-C, missing gaus"
+    ):
+        run(smoke(models={"clip": {}}, baseline="alexnet"), tmp_path)
     with pytest.raises(UserError, match=r"models\.original: tiny/clip takes 32 pixels, config"):
         run(smoke(image_size=48), tmp_path)
 

@@ -68,8 +68,12 @@ def test_what_does_not_fit_is_named(published, tmp_path):
         load(**{**sets, "ood": {"N": {}}})
     with pytest.raises(SourceError, match="source 'cifar10', expected folder"):
         load(**{**sets, "conflict": {"source": "cifar10", "path": "a"}})
-    with pytest.raises(SourceError, match=r"sets\.corrupted: source 'tfds', expected folder"):
-        load(**{**sets, "corrupted": {"source": "tfds"}})
+    with pytest.raises(SourceError, match=r"sets\.corrupted\.c: source 'tfds', expected folder"):
+        load(**{**sets, "corrupted": {"c": {"source": "tfds"}}})
+    with pytest.raises(SourceError, match=r"sets\.corrupted\.d: \['snow'\] are in a set before"):
+        load(**{**sets, "corrupted": {**sets["corrupted"], "d": sets["corrupted"]["c"]}})
+    with pytest.raises(SourceError, match=r"no corruption 'fog'; found \['snow'\]"):
+        load(**{**sets, "corrupted": {"c": {**sets["corrupted"]["c"], "kinds": ["fog"]}}})
     write(tmp_path / "hexagon" / "1.png")
     other = {**FOLDER, "path": str(tmp_path)}
     with pytest.raises(SourceError, match=r"1 of 1 classes are none of the model's 8 .*'hexagon'"):
