@@ -214,11 +214,16 @@ def check_alexnet(names: Collection[str]) -> None:
         )
 
 
-def _errors(cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline):
+def _errors(
+    cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline
+) -> dict[str, Figure]:
     """mCE and its relative form, fractions of the baseline's."""
     names = [name for name in TEST_CORRUPTIONS if name in cells]
     if baseline == "alexnet":
         check_alexnet(cells)
+    if not names:
+        return {}
+    if baseline == "alexnet":
         errors = np.array([ALEXNET_ERRORS[name] for name in names]) / 100
         rises = errors - ALEXNET_CLEAN_ERROR / 100
         below, rising = (np.repeat(x[:, None], len(clean), axis=1) for x in (errors, rises))
@@ -228,10 +233,8 @@ def _errors(cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline)
             if name not in theirs or theirs[name].shape != cells[name].shape:
                 raise ValueError(f"mCE: the baseline was not asked about the same {name}")
         base = baseline["clean/logits"].argmax(1) == baseline["clean/labels"]
-        below = np.stack([1 - theirs[name].mean(0) for name in names]) if names else None
-        rising = None if below is None else below - (1 - base)
-    if not names:
-        return {}
+        below = np.stack([1 - theirs[name].mean(0) for name in names])
+        rising = below - (1 - base)
     above = np.stack([1 - cells[name].mean(0) for name in names])
     return {
         "mCE": _mean_quotient(above, below),
