@@ -81,10 +81,19 @@ examples:
   jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8 --fsdp=4 --config.train.batch_size=64
 """
 _CONVERT_EPILOG = """\
-formats of an adapter:
+formats of an adapter, all of which are read too:
   peft         a folder with adapter_config.json and adapter_model.safetensors; one such folder
                for each network when there are several
-  diffusers    pytorch_lora_weights.safetensors, for pipeline.load_lora_weights
+  diffusers    pytorch_lora_weights.safetensors, for pipeline.load_lora_weights; LoRA and DoRA, and
+               other low-rank kinds (LoHa, LoKr, VeRA, ...) as the LoRA that they are
+  kohya        one .safetensors of LoRA, other low-rank kinds as the LoRA that they are
+  lycoris      one .safetensors of LoRA, DoRA, LoHa, LoKr, GLoRA, (IA)^3 or full differences
+  comfyui      the same in ComfyUI's spelling, DoRA for the norms by which it divides
+  a1111        a hypernetwork's .pt
+  jaxsynth     adapter.safetensors, any kind, as `jaxsynth run` writes what is no LoRA
+
+  All but peft and diffusers to each other and to jaxsynth need --base, the Stable Diffusion that
+  the adapter is for: its layers' names and sizes. What a file leaves open is said.
 
 formats of an image store:
   imagefolder  a folder per class, for torchvision and Hugging Face datasets
@@ -294,7 +303,7 @@ def convert(args: argparse.Namespace) -> None:
     from jaxsynth.convert import convert
     from jaxsynth.training.console import console
 
-    console.print(convert(args.source, args.target, args.to), markup=False)
+    console.print(convert(args.source, args.target, args.to, args.base), markup=False)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -550,12 +559,15 @@ def _convert_parser(verbs) -> argparse.ArgumentParser:
         help="write an adapter or an image store in another tool's format",
         description="Write an adapter or an image store in another tool's format. What SRC is, is "
         "seen from its files.",
-        usage="jaxsynth convert SRC DST --to=FORMAT",
+        usage="jaxsynth convert SRC DST --to=FORMAT [--base=FOLDER]",
         epilog=_CONVERT_EPILOG,
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="what to read")
     parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
+    parser.add_argument(
+        "--base", default="", metavar="FOLDER", help="an adapter's base: a folder, hub id or tiny"
+    )
     parser.set_defaults(call=convert)
     return parser
 

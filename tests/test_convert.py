@@ -1,13 +1,19 @@
 """`jaxsynth convert` through the command: both kinds of source, and what it refuses."""
 
+import jax
 import numpy as np
 import pytest
 
 from jaxsynth import cli
+from jaxsynth.adapters import base, kinds
 from jaxsynth.adapters.base import AdapterState
 from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.data.store import Entry, StoreWriter
-from jaxsynth.weights.adapters import read_diffusers, read_peft, write_peft
+from jaxsynth.training.text_to_image import TextToImage
+from jaxsynth.weights.adapters import attach, read_diffusers, read_peft, write_peft
+from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.states import read_state, write_state
+from tests.adapters.nets import scrambled
 
 
 def adapter(*paths: str) -> AdapterState:
@@ -86,3 +92,86 @@ def test_refusals_name_what_is_wrong(tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     assert cli.main(["convert", str(tmp_path / "empty"), str(tmp_path / "y"), "--to=peft"]) == 1
     assert "is nothing this command knows: expected store.json" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def states(base_folder):
+    """A LoKr and a DoRA of both networks, none of whose values are where they started."""
+    pipeline = load_pipeline(base_folder)
+    model = TextToImage(pipeline.unet, pipeline.text_encoder)
+    found = {}
+    for kind, settings in (("lokr", {"rank": 1, "factor": 2, "alpha": 3}), ("dora", {"rank": 2})):
+        config = kinds.make_config(kind, targets=("conv_in", "to_v", "q_proj"), **settings)
+        state = base.extract(kinds.add(model, config, rngs=jax.random.key(0)))
+        moved = scrambled(state, 1).arrays
+        arrays = {key: value + 0.3 * moved[key] for key, value in state.arrays.items()}
+        found[kind] = AdapterState(arrays, state.config)
+    return model, found
+
+
+def kernels(model, state):
+    """The merged kernels of the adapted layers."""
+    merged = base.layers(base.merge(attach(model, state)))
+    names = {name.rpartition(".")[0] for name in state.arrays}
+    return {name: np.asarray(merged[name].kernel[...]) for name in sorted(names)}
+
+
+def run(*argv):
+    return cli.main(["convert", *map(str, argv)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "through", "says"),
+    [
+        ("lokr", "lycoris", ""),
+        ("lokr", "comfyui", ""),
+        ("lokr", "peft", ""),
+        ("lokr", "kohya", "unet: LoKr as LoRA of rank"),
+        ("lokr", "diffusers", "text_encoder: LoKr as LoRA of rank"),
+        ("dora", "lycoris", ""),
+        ("dora", "comfyui", "for the base's norms, by which ComfyUI divides"),
+        ("dora", "diffusers", ""),
+    ],
+)
+def test_any_format_is_what_was_trained(states, base_folder, tmp_path, capfd, kind, through, says):
+    model, found = states
+    expected = kernels(model, found[kind])
+    write_state(tmp_path / "in" / "adapter.safetensors", found[kind])
+    name = "there" if through == "peft" else "there.safetensors"
+    based = f"--base={base_folder}"
+    assert run(tmp_path / "in", tmp_path / name, f"--to={through}", based) == 0
+    assert says in capfd.readouterr().out
+    assert run(tmp_path / name, tmp_path / "back.safetensors", "--to=jaxsynth", based) == 0
+    out = capfd.readouterr().out
+    if through in ("lycoris", "comfyui") and kind == "dora":
+        side = "for the base's norms, as" if through == "comfyui" else "are of outputs, by their"
+        assert f"DoRA's magnitudes {'are ' if through == 'comfyui' else ''}{side}" in out
+    back = kernels(model, read_state(tmp_path / "back.safetensors"))
+    assert back.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(back[name], value, atol=5e-6 * np.abs(value).max())
+    if through not in ("peft", "diffusers"):
+        assert run(tmp_path / "there.safetensors", tmp_path / "x", "--to=peft") == 1
+        assert "say which by --base=FOLDER" in capfd.readouterr().err
+
+
+def test_hypernetworks_and_what_has_no_form(base_folder, tmp_path, capfd):
+    unet = load_pipeline(base_folder).unet
+    config = kinds.make_config("hypernetwork", activation="tanh")
+    state = base.extract(kinds.add(unet, config, rngs=jax.random.key(0)))
+    write_state(tmp_path / "in.safetensors", state)
+    based = f"--base={base_folder}"
+    assert run(tmp_path / "in.safetensors", tmp_path / "net.pt", "--to=a1111", based) == 0
+    assert run(tmp_path / "net.pt", tmp_path / "back.safetensors", "--to=jaxsynth", based) == 0
+    back = read_state(tmp_path / "back.safetensors").arrays
+    for name, value in state.arrays.items():
+        np.testing.assert_array_equal(back[f"unet.{name}"], value)
+    capfd.readouterr()
+    for to, message in (
+        ("peft", "peft has no Hypernetwork, only LORA, LOHA"),
+        ("lycoris", "a hypernetwork layer has no form in LyCORIS' files"),
+        ("diffusers", "a hypernetwork layer adds no kernel, and is no LoRA"),
+    ):
+        assert run(tmp_path / "in.safetensors", tmp_path / "x", f"--to={to}", based) == 1
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "x").exists()

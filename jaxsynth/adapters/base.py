@@ -181,7 +181,7 @@ def unmerge(merged: T, adapted: T) -> T:
             return plain[path]
         names = layer.merged()
         found = {name: getattr(plain[path], name)[...] for name in names}
-        return _replaced(layer, base=with_params(layer.base, layer.unmerged(found)))
+        return with_attributes(layer, base=with_params(layer.base, layer.unmerged(found)))
 
     return map_layers(unfold, adapted)
 
@@ -261,7 +261,7 @@ def with_scale(model: T, scale: float | Float[Array, ""]) -> T:
     def rescale(_: str, layer: nnx.Module) -> nnx.Module:
         if not isinstance(layer, AdapterLayer):
             return layer
-        return _replaced(layer, strength=nnx.static(value) if static else nnx.data(value))
+        return with_attributes(layer, strength=nnx.static(value) if static else nnx.data(value))
 
     return map_layers(rescale, model)
 
@@ -277,7 +277,7 @@ def seed_dropout(model: T, key: Key[Array, ""]) -> T:
     def seed(path: str, layer: nnx.Module) -> nnx.Module:
         if not isinstance(layer, AdapterLayer) or not layer.drops:
             return layer
-        return _replaced(layer, dropout_key=nnx.data(key_of(key, path)))
+        return with_attributes(layer, dropout_key=nnx.data(key_of(key, path)))
 
     return map_layers(seed, model)
 
@@ -458,7 +458,7 @@ def _is_layer(node: Any) -> bool:
     )
 
 
-def _replaced(module: T, **attributes: Any) -> T:
+def with_attributes(module: T, **attributes: Any) -> T:
     """A shallow copy of `module` with other attributes; its Variables are the same objects."""
     # Only modules and Variables are kept whole: NNX's record of the trace that an object belongs to
     # must be a new one, or attributes could not be set inside jit.
@@ -490,7 +490,7 @@ def with_params(layer: T, values: dict[str, Array | None]) -> T:
             )
         if name == "bias" and (old is None) != (value is None):
             changed["use_bias"] = value is not None
-    return _replaced(layer, **changed)
+    return with_attributes(layer, **changed)
 
 
 def without_bias(outputs: Array, layer: nnx.Module) -> Array:

@@ -6,7 +6,7 @@ on the inputs of an attention's to_k and to_v. There one pair of networks, for k
 serves all layers of the same width; here each layer has its own copy, so that it is an adapter like
 any other, and `shared` is the optimiser that keeps the copies equal. (Without it every layer learns
 its own, which the file format cannot say.) The last layer starts at zero, so that an untrained
-network is its base; A1111 starts it normal.
+network is its base (but for a sigmoid's 1/2 at the output); A1111 starts it normal.
 """
 
 import itertools
@@ -38,13 +38,15 @@ class HypernetworkConfig:
     """What a network stands before, and its form.
 
     `structure` are the widths of its layers as multiples of the inputs', first and last 1;
-    `activation` stands after all but the last layer, and before it a LayerNorm on request.
+    `activation` stands after all but the last layer (`activate_output`: after it too), and then, on
+    request, a LayerNorm after every layer.
     """
 
     targets: tuple[str, ...] = ("to_k", "to_v")
     structure: tuple[float, ...] = (1, 2, 1)
     activation: Literal["linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid"] = "linear"
     layer_norm: bool = False
+    activate_output: bool = False
     deviation: float = 0.01
     dropout: float = 0.0
 
@@ -95,7 +97,7 @@ class Hypernetwork(base.AdapterLayer):
             drawn = config.deviation * jax.random.normal(jax.random.fold_in(key, i), (c_in, c_out))
             drawn = jnp.zeros_like(drawn) if i == self.depth - 1 else drawn
             values = {"kernel": drawn, "bias": jnp.zeros(c_out)}
-            if config.layer_norm and i < self.depth - 1:
+            if config.layer_norm:
                 values |= {"norm": jnp.ones(c_out), "shift": jnp.zeros(c_out)}
             for name, value in values.items():
                 value = jnp.broadcast_to(value, (*lead, *value.shape))
@@ -113,13 +115,13 @@ class Hypernetwork(base.AdapterLayer):
         for i in range(self.depth):
             kernel, bias = (getattr(self, f"{name}_{i}")[...] for name in ("kernel", "bias"))
             hidden = hidden @ kernel + bias
-            if i == self.depth - 1:
-                break
-            hidden = _ACTIVATIONS[self.config.activation](hidden)
+            last = i == self.depth - 1
+            if not last or self.config.activate_output:
+                hidden = _ACTIVATIONS[self.config.activation](hidden)
             if self.config.layer_norm:
                 hidden = jax.nn.standardize(hidden, epsilon=1e-5)
                 hidden = hidden * getattr(self, f"norm_{i}")[...] + getattr(self, f"shift_{i}")[...]
-            hidden = self.drop(hidden)
+            hidden = hidden if last else self.drop(hidden)
         return hidden
 
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsynth.adapters.base import AdapterState, matches
+from jaxsynth.adapters.base import AdapterState
 from jaxsynth.adapters.kinds import AdapterChoice
 from jaxsynth.data.decode import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
@@ -52,6 +52,7 @@ from jaxsynth.weights.adapters import (
     read_diffusers,
     write_diffusers,
 )
+from jaxsynth.weights.components import join_networks, split_networks
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
 from jaxsynth.weights.states import STATE_FILE, read_state, write_state
 
@@ -404,19 +405,7 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_state(folder / STATE_FILE, state)
         return
-    parts: dict[str, dict] = {}
-    for path, value in state.arrays.items():
-        component, rest = path.split(".", 1)
-        parts.setdefault(component, {})[rest] = value
-    states = {}
-    for component, arrays in parts.items():
-        targets = tuple(
-            target
-            for target in state.config.targets
-            if any(matches(target, path.rpartition(".")[0]) for path in arrays)
-        )
-        states[component] = AdapterState(arrays, dataclasses.replace(state.config, targets=targets))
-    write_diffusers(folder, states)
+    write_diffusers(folder, split_networks(state))
 
 
 def read_adapter(path: Path) -> AdapterState:
@@ -425,21 +414,10 @@ def read_adapter(path: Path) -> AdapterState:
         return read_state(path)
     # The UNet first, as `FinetuneConfig` has it; the file's own order is that of its keys.
     states = dict(sorted(read_diffusers(path).items(), reverse=True))
-    arrays = {
-        f"{component}.{name}": value
-        for component, state in states.items()
-        for name, value in state.arrays.items()
-    }
-    configs = {c: dataclasses.replace(s.config, targets=()) for c, s in states.items()}
-    first, *others = configs
-    for other in others:
-        if configs[other] != configs[first]:
-            raise UserError(
-                f"{path}: {first} and {other} have adapters of different settings: "
-                f"{configs[first]} and {configs[other]}"
-            )
-    targets = dict.fromkeys(target for s in states.values() for target in s.config.targets)
-    return AdapterState(arrays, dataclasses.replace(configs[first], targets=tuple(targets)))
+    try:
+        return join_networks(states)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def adapter_files(folder: Path, class_names: Sequence[str]) -> list[Path]:

@@ -36,6 +36,7 @@ from jaxsynth.adapters.base import (
 from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.errors import UserError
 from jaxsynth.weights import factors, files, peft_kinds, peft_settings
+from jaxsynth.weights.components import COMPONENTS
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -46,7 +47,6 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 _METADATA = "lora_adapter_metadata"
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer")
 
 _FACTORS = {
     ".lora_A.weight": "lora_A",
@@ -226,15 +226,15 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
         fields = json.loads(metadata.get(_METADATA, "{}"))
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: metadata {_METADATA} is not JSON: {error}") from None
-    prefixed = any(key.split(".")[0] in _COMPONENTS for key in tensors)
+    prefixed = any(key.split(".")[0] in COMPONENTS for key in tensors)
     if not prefixed:
         fields = {f"unet.{name}": value for name, value in fields.items()}
 
     found: dict[str, dict[tuple[str, str], np.ndarray]] = {}
     for key, value in tensors.items():
         component, rest = key.split(".", 1) if prefixed else ("unet", key)
-        if component not in _COMPONENTS:
-            raise UserError(f"{source}: key {key} starts with none of the components {_COMPONENTS}")
+        if component not in COMPONENTS:
+            raise UserError(f"{source}: key {key} starts with none of the components {COMPONENTS}")
         name, factor = _parse(key, rest, source)
         pair = (_component_path(component, name), factor)
         if pair in found.setdefault(component, {}):
@@ -271,8 +271,8 @@ def write_diffusers(target: str | Path, states: dict[str, AdapterState]) -> None
     """
     tensors, fields = {}, {}
     for component, state in states.items():
-        if component not in _COMPONENTS:
-            raise ValueError(f"component {component!r}: expected one of {_COMPONENTS}")
+        if component not in COMPONENTS:
+            raise ValueError(f"component {component!r}: expected one of {COMPONENTS}")
         factors = {
             (_component_path(component, path), factor): value
             for (path, factor), value in _torch_tensors(state).items()

@@ -17,9 +17,9 @@ import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,12 @@ from jaxsynth.weights import factors, files
 # The prefixes of a pipeline's networks; LyCORIS' own, for any module, is "lycoris".
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lycoris")
 
+T = TypeVar("T", bound=nnx.Module)
+
 _OURS = {
+    # peft's spelling, which ComfyUI reads too; LyCORIS' own, which is written, comes last.
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
     "lora_down.weight": "lora_A",
     "lora_up.weight": "lora_B",
     "lora_mid.weight": "lora_mid",
@@ -71,25 +76,55 @@ def write_lycoris(
     target: str | Path, adapted: nnx.Module, *, prefix: str = "lora_unet", dtype: Any = np.float32
 ) -> None:
     """Writes the adapters of a network; ValueError naming one that LyCORIS has no file for."""
-    if prefix not in PREFIXES:
-        raise ValueError(f"prefix {prefix!r}: expected one of {PREFIXES}")
+    write_networks(target, {prefix: adapted}, dtype=dtype)
+
+
+def write_networks(
+    target: str | Path, adapted: Mapping[str, nnx.Module], *, dtype: Any = np.float32
+) -> None:
+    """Writes the adapters of several networks, by prefix, as one file."""
     tensors: dict[str, np.ndarray] = {}
+    for prefix, model in adapted.items():
+        if prefix not in PREFIXES:
+            raise ValueError(f"prefix {prefix!r}: expected one of {PREFIXES}")
+        names = {path: f"{prefix}_{path.replace('.', '_')}" for path in base.layers(model)}
+        tensors |= tensors_of(model, names)
+    save(target, tensors, dtype=dtype)
+
+
+def save(
+    target: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: Any = np.float32,
+) -> None:
+    """Writes tensors as one file, through a temporary one."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    cast = {name: np.asarray(value, dtype) for name, value in tensors.items()}
+    with files.replacing(target) as temporary:
+        temporary.write_bytes(files.to_bytes(cast, {"format": "pt", **(metadata or {})}))
+
+
+def tensors_of(adapted: nnx.Module, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The tensors of a network's adapters as "<name>.<factor>", `names` by layers' paths.
+
+    ValueError naming an adapter that LyCORIS has no form for.
+    """
     found = [(p, x) for p, x in base.layers(adapted).items() if isinstance(x, base.AdapterLayer)]
     if not found:
         raise ValueError("write_lycoris: the network holds no adapters")
+    tensors = {}
     for path, layer in found:
         if type(layer.config) not in set(_SIGNS.values()):
             raise ValueError(f"{path}: a {layer.kind} layer has no form in LyCORIS' files")
-        name = f"{prefix}_{path.replace('.', '_')}"
         for suffix, value in _tensors(path, layer).items():
-            tensors[f"{name}.{suffix}"] = np.asarray(value, dtype)
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(target) as temporary:
-        temporary.write_bytes(files.to_bytes(tensors, {"format": "pt"}))
+            tensors[f"{names[path]}.{suffix}"] = value
+    return tensors
 
 
-def read_lycoris(source: str | Path, model: nnx.Module, *, prefix: str = "lora_unet") -> Any:
+def read_lycoris(source: str | Path, model: T, *, prefix: str = "lora_unet") -> T:
     """A copy of the plain network `model` with the adapters of a file around its layers.
 
     Raises UserError naming the file and a key that fits no layer, a layer whose factors are not one
@@ -98,21 +133,35 @@ def read_lycoris(source: str | Path, model: nnx.Module, *, prefix: str = "lora_u
     source = Path(source)
     if not source.is_file():
         raise UserError(f"{source}: no such file; expected an adapter of LyCORIS or kohya")
+    names = {f"{prefix}_{path.replace('.', '_')}": path for path in base.layers(model)}
+    return fill(load(source)[0], model, names, source)
+
+
+def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A file's tensors and metadata."""
     with files.opened(source) as handle:
         tensors = {key: np.asarray(handle.get_tensor(key)) for key in sorted(handle.keys())}
+        return tensors, handle.metadata() or {}
+
+
+def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], source: Any) -> T:
+    """A copy of `model` with adapters of these tensors, whose names of layers are `modules`.
+
+    Raises UserError as `read_lycoris`.
+    """
     layers = base.layers(model)
-    modules = {f"{prefix}_{path.replace('.', '_')}": path for path in layers}
-    if len(modules) < len(layers):
+    if len(set(modules.values())) < len(layers):
         raise UserError(f"{source}: two layers of the network have one name in such a file")
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, value in tensors.items():
-        module, _, suffix = key.partition(".")
-        if module not in modules:
-            others = sorted({name.partition(".")[0] for name in tensors})[:3]
+        module = next((key[:at] for at in _dots(key) if key[:at] in modules), None)
+        if module is None:
+            others = sorted({name[: next(_dots(name))] for name in tensors})[:3]
             raise UserError(
                 f"{source}: key {key} names no layer of the network, whose layers are called "
                 f"{sorted(modules)[0]}, ...; the file's {others}"
             )
+        suffix = key[len(module) + 1 :]
         factor = suffix if suffix in ("alpha", "on_input") else _ours(suffix)
         if factor is None:
             raise UserError(f"{source}: key {key} is of no kind known here")
@@ -136,6 +185,42 @@ def read_lycoris(source: str | Path, model: nnx.Module, *, prefix: str = "lora_u
         return base.load_state(adapted, dataclasses.replace(state, config=config))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def conventions(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """What these tensors leave open, and how they are read: a line for each convention."""
+    ends = {key.rpartition(".")[2] for key in tensors} | {
+        ".".join(key.split(".")[-2:]) for key in tensors
+    }
+    alphas = {key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")}
+    ranked = {
+        key[: -len(end)]
+        for key in tensors
+        for end in (".lora_down.weight", ".lora_A.weight", ".hada_w1_b", ".lokr_w2_b")
+        if key.endswith(end)
+    }
+    notes = []
+    if lacking := len(ranked - alphas):
+        notes.append(f"{lacking} of {len(ranked)} layers have no alpha: read as alpha = rank")
+    if {"lokr_w1", "lokr_w2"} <= ends:
+        notes.append("LoKr of two whole factors: alpha does not count, as in LyCORIS")
+    scales = [value for key, value in tensors.items() if key.endswith(".dora_scale")]
+    if scales:
+        side = "outputs" if _on_output(scales) else "inputs"
+        notes.append(
+            f"DoRA's magnitudes are of {side}, by their shapes, and divided by the norm of the "
+            "changed weight"
+        )
+    return notes
+
+
+def _dots(key: str) -> Iterator[int]:
+    return (at for at, letter in enumerate(key) if letter == ".")
+
+
+def _on_output(scales: Iterable[np.ndarray]) -> bool:
+    """Whether magnitudes are of outputs: (out, 1, ...) and not (1, in, ...)."""
+    return all(scale.shape[0] > 1 or scale.size == 1 for scale in scales)
 
 
 def _shapes(model: nnx.Module, config: Any) -> dict[str, tuple[int, ...]]:
@@ -243,8 +328,8 @@ def _configs(found: dict[str, dict[str, np.ndarray]], source: Path) -> Iterator[
     }
     scales = [own["magnitude"] for own in found.values() if "magnitude" in own]
     if scales:
-        on_output = all(scale.shape[0] > 1 or scale.size == 1 for scale in scales)
-        options |= {"decompose": "output" if on_output else "input", "detach_norm": False}
+        side = "output" if _on_output(scales) else "input"
+        options |= {"decompose": side, "detach_norm": False}
     if cls is not GLoRAConfig:
         options["use_tucker"] = any(
             name in own for own in found.values() for name in ("lora_mid", "hada_t1", "lokr_t2")

@@ -86,6 +86,21 @@ def read_state_dict(
         raise UserError(f"{path}: cut short or damaged: {error}") from None
 
 
+def read_nested(path: str | os.PathLike) -> dict[Any, Any]:
+    """The dict of a file with all that is in it: dicts, lists, numbers, texts, and arrays.
+
+    Of the archives that PyTorch writes since 1.6. UserError as for `read_state_dict`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Archive(path, archive).read_nested()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(f"{path}: cut short, damaged or no PyTorch file: {error}") from None
+
+
 class _Reader:
     """One opened file; how it is laid out is for `_unpickled` and `_bytes` to know."""
 
@@ -96,6 +111,24 @@ class _Reader:
     def read(self, nested: Sequence[str]) -> dict[str, np.ndarray]:
         tensors = self._state_dict(self._unpickled(), nested)
         return {key: self._array(key, tensor) for key, tensor in tensors.items()}
+
+    def read_nested(self) -> dict[Any, Any]:
+        content = self._unpickled()
+        if not isinstance(content, dict):
+            raise UserError(f"{self._path}: holds a {type(content).__name__}, expected a dict")
+        return self._filled(content, "")
+
+    def _filled(self, value: Any, where: str) -> Any:
+        """`value` with the tensors in it read."""
+        if isinstance(value, _Tensor):
+            return self._array(where, value)
+        if isinstance(value, dict):
+            return {key: self._filled(item, f"{where}.{key}") for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._filled(x, f"{where}.{i}") for i, x in enumerate(value))
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise UserError(f"{self._path}: {where[1:]} is a {type(value).__name__}, no plain data")
 
     def _unpickled(self) -> Any:
         raise NotImplementedError

@@ -38,6 +38,12 @@ def write_state(path: Path, state: AdapterState) -> None:
         temporary.write_bytes(data)
 
 
+def is_state(path: Path) -> bool:
+    """Whether a safetensors file is of this format."""
+    with files.opened(path) as handle:
+        return (handle.metadata() or {}).get("format") == _FORMAT
+
+
 def read_state(path: Path) -> AdapterState:
     """Read what `write_state` wrote; UserError naming the file for anything else."""
     if not path.is_file():

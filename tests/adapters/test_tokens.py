@@ -57,9 +57,12 @@ def test_a_prefix_of_a_table_is_a_prompt():
     np.testing.assert_array_equal(found[:, 2:], table(jnp.array([[1, 2, 3]])))
 
 
-def test_a_hypernetwork_changes_what_keys_and_values_are_made_of(layer, inputs):
+@pytest.mark.parametrize("output", [False, True])
+def test_a_hypernetwork_changes_what_keys_and_values_are_made_of(layer, inputs, output):
     x, context = inputs
-    config = HypernetworkConfig(structure=(1, 1.5, 2, 1), activation="relu", layer_norm=True)
+    config = HypernetworkConfig(
+        structure=(1, 1.5, 2, 1), activation="relu", layer_norm=True, activate_output=output
+    )
     model = kinds.add(layer, config, rngs=nnx.Rngs(1))
     np.testing.assert_allclose(model(x, context), layer(x, context), atol=1e-6)
     state = scrambled(base.extract(model), 1)
@@ -71,11 +74,10 @@ def test_a_hypernetwork_changes_what_keys_and_values_are_made_of(layer, inputs):
         hidden = np.asarray(context, np.float64)
         for i in range(3):
             hidden = hidden @ own[f"kernel_{i}"] + own[f"bias_{i}"]
-            if i < 2:
-                hidden = np.maximum(hidden, 0)
-                mean, variance = hidden.mean(-1, keepdims=True), hidden.var(-1, keepdims=True)
-                hidden = (hidden - mean) / np.sqrt(variance + 1e-5)
-                hidden = hidden * own[f"norm_{i}"] + own[f"shift_{i}"]
+            hidden = np.maximum(hidden, 0) if i < 2 or output else hidden
+            mean, variance = hidden.mean(-1, keepdims=True), hidden.var(-1, keepdims=True)
+            hidden = (hidden - mean) / np.sqrt(variance + 1e-5)
+            hidden = hidden * own[f"norm_{i}"] + own[f"shift_{i}"]
         return jnp.asarray(context + 0.7 * hidden, jnp.float32)
 
     k, v = layer.to_k(changed("to_k")), layer.to_v(changed("to_v"))

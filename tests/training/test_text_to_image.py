@@ -10,12 +10,13 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxsynth.adapters import kinds
 from jaxsynth.adapters.base import extract
 from jaxsynth.data.sources import ArraySource
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.images import GenerateConfig, Generator, image_keys
-from jaxsynth.methods.datadream import read_adapter, write_adapter
+from jaxsynth.methods.datadream import adapter_files, read_adapter, write_adapter
 from jaxsynth.training import sharding, text_to_image
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
@@ -327,3 +328,26 @@ def test_diffusers_draws_the_same_image_with_the_adapter(pipeline, strong, peer)
     assert np.abs(theirs - ours).max() <= 1
     plain = Generator(pipeline, PROMPTS, config, seed=7)(np.array([1, 2]), np.array([0, 4]))
     assert np.abs(theirs - plain).max() > 20
+
+
+SETTINGS = {
+    "adalora": {"target_rank": 1},
+    "delta_lora": {"ratio": 0.5},
+    "oft": {"block_size": 4},
+    "boft": {"block_size": 2},
+    "ia3": {"targets": ("to_v", "to_out.0"), "feedforward": ("to_out.0",)},
+}
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_any_kind_is_made_written_and_attached_again(pipeline, tmp_path, kind):
+    choice = kinds.AdapterChoice(kind, SETTINGS.get(kind, {}))
+    targets = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_v",)
+    config = dataclasses.replace(CONFIG, adapter=choice, unet_targets=targets, text_targets=())
+    state = extract(text_to_image.adapted(pipeline, config, jax.random.key(0)))
+    write_adapter(tmp_path, state)
+    (path,) = adapter_files(tmp_path, ("a", "b"))
+    assert path.name.startswith("pytorch") == (kind in ("lora", "dora", "rslora"))
+    found = read_adapter(path)
+    model = text_to_image.TextToImage(pipeline.unet, pipeline.text_encoder)
+    same(extract(attach(model, found)), state)
