@@ -112,6 +112,8 @@ benchmarks:
   routing         drawing a batch that mixes three sets of Affiners, and the same with one set;
                   both sides are ours
   adapters        one update of DoRA, LoHa or LoKr, and the same of LoRA; both sides are ours
+  attacks         PGD of 20 steps; --peer=foolbox or torchattacks
+  corruptions     ImageNet-C's 19 corruptions; --peer=imagecorruptions
 
 cases of train-step and generate:
   tiny            the shipped 32x32 base; batches of 8 (train-step) or 20 images (generate)
@@ -125,6 +127,11 @@ cases of dit-train-step and routing:
 cases of adapters, rank 8:
   "dit-s2 dora" ...     on the linear layers of DiT-S/2
   "sd-shaped dora" ...  on the linear layers and convolutions of that UNet
+
+cases of attacks, 32x32 pixels:
+  mlp, resnet20   classifiers, 256 and 32 images
+  convolutions    those of resnet20 and nothing else
+cases of corruptions: "all 19", or one by name; 8 images of 224x224, severity 3
 
 environment:
   XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,\
@@ -307,7 +314,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """`jaxsynth bench`: times our programs, and torch's beside them."""
+    """`jaxsynth bench`: times our programs, and others' beside them."""
     from jaxsynth.bench.run import run
     from jaxsynth.training.console import console
 
@@ -575,15 +582,24 @@ def _convert_parser(verbs) -> argparse.ArgumentParser:
 def _bench_parser(verbs) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "bench",
-        help="time training and sampling, side by side with torch's",
-        description="Time training steps or sampling, side by side with diffusers and peft.",
-        usage="jaxsynth bench BENCHMARK [--peer=torch] [CASE ...]",
+        help="time what the library does, side by side with others",
+        description="Time training, sampling, attacks or corruptions, side by side with others.",
+        usage="jaxsynth bench BENCHMARK [--peer=PEER] [CASE ...]",
         epilog=_BENCH_EPILOG,
     )
-    names = ("train-step", "generate", "dit-train-step", "routing", "adapters")
+    names = (
+        "train-step",
+        "generate",
+        "dit-train-step",
+        "routing",
+        "adapters",
+        "attacks",
+        "corruptions",
+    )
+    peers = ("torch", "foolbox", "torchattacks", "imagecorruptions")
     parser.add_argument("name", metavar="BENCHMARK", choices=names, help="what is timed, see below")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
-    parser.add_argument("--peer", choices=("torch",), default="", help="whom to compare with")
+    parser.add_argument("--peer", choices=peers, default="", help="whom to compare with")
     parser.add_argument("--reps", type=int, default=5, metavar="N", help="measurements (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.set_defaults(call=bench)

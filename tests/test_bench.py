@@ -12,7 +12,15 @@ import pytest
 from rich.console import Console
 
 from jaxsynth.adapters.base import layers
-from jaxsynth.bench import adapters, dit_train_step, generate, routing, train_step
+from jaxsynth.bench import (
+    adapters,
+    attacks,
+    corruptions,
+    dit_train_step,
+    generate,
+    routing,
+    train_step,
+)
 from jaxsynth.bench import run as bench
 from jaxsynth.bench.timing import Timing, Watch, alternate, busy_seconds, cores
 from jaxsynth.diffusion.learned_range import variational_bound
@@ -68,6 +76,50 @@ def test_both_sides_compute_the_same(name, cases, tmp_path):
     figures = json.loads(path.read_text())
     assert figures["rows"][-1]["peer"]["seconds"] and "torch" in figures["versions"]
     assert "Largest difference of the two sides' results: " in out.file.getvalue()
+
+
+def test_foolbox_finds_the_same_images():
+    pytest.importorskip("foolbox")
+    out = printer()
+    (row,) = bench.run("attacks", peer="foolbox", cases=("mlp",), reps=1, shortest=0.0, console=out)
+    assert row.difference < 1e-3 and row.ratio > 0
+    # The gradient to an image, and the hidden layers on the way.
+    assert 32 * 32 * 3 * 4 <= row.memory < 10 * 32 * 32 * 3 * 4
+    assert "foolbox" in out.file.getvalue()
+
+
+@pytest.mark.parametrize("case", attacks.CASES, ids=lambda case: case.name)
+def test_torch_has_the_same_classifier(case):
+    torch = pytest.importorskip("torch")
+    from jaxsynth.bench.torch_classifiers import torch_network
+
+    ours = attacks.build(replace(case, images=2))
+    with torch.no_grad():
+        images = torch.from_numpy(ours.images).permute(0, 3, 1, 2)
+        expected = torch_network(ours)(images).numpy()
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(ours.predict(ours.images), expected, atol=2e-4)
+
+
+def test_corruptions_are_compared_where_they_are_the_same():
+    case = corruptions.CorruptionCase("two", ("contrast", "shot_noise"), images=2)
+    ours = corruptions.build(case)
+    found = [ours.step()]
+
+    class Peer:
+        level = 1
+
+        def corrupt(self, name, image):
+            moved = found[0][name][0] * 255 + self.level
+            return np.floor(moved).astype(np.uint8)
+
+    assert corruptions.compare(ours, found, Peer()) < 1e-6
+    Peer.level = 3
+    assert corruptions.compare(ours, found, Peer()) > 1.5 / 255
+    alone = corruptions.build(replace(case, corruptions=("shot_noise",)))
+    assert corruptions.compare(alone, found, Peer()) is None
+    # At least the images that come out.
+    assert 224 * 224 * 3 * 4 <= ours.memory < 10 * 224 * 224 * 3 * 4
 
 
 def test_gradients_are_compared_one_by_one():
@@ -129,9 +181,9 @@ ROW = bench.Row(
 )
 
 
-def shown(rows, name="train-step") -> str:
+def shown(rows, name="train-step", peer="torch") -> str:
     out = printer()
-    bench._show(out, name, rows)
+    bench._show(out, name, rows, peer)
     return out.file.getvalue()
 
 
@@ -156,12 +208,23 @@ def test_the_table_fits_a_pipe_of_80_columns():
     assert second.split()[:5] == ["10", "adapters,", "batch", "8", "each"]
     assert " ".join(second.split()[5:]) == "6.7 images/s 3.3 images/s 2.00-2.09"
     assert note == "Largest difference of the two sides' results: 2e-05"
-    routed = shown([replace(ROW, detail="48 images, 3 sets, 5 steps")], "routing").splitlines()
+    routed = shown([replace(ROW, detail="48 images, 3 sets, 5 steps")], "routing", "").splitlines()
     assert max(map(len, routed)) <= 80 and "…" not in "".join(routed)
     assert routed[3].split() == ["case", "call", "mixed", "one", "set", "overhead"]
     assert routed[5].endswith("-50.0%") and routed[6].endswith("-52 to -50%")
-    one_side = shown([replace(ROW, peer=None, difference=None)]).splitlines()
+    one_side = shown([replace(ROW, peer=None, difference=None)], peer="").splitlines()
     assert one_side[0] == "bench train-step: median of 3 measurements" and len(one_side) == 7
+
+
+def test_the_table_shows_memory_and_what_is_not_compared():
+    row = replace(ROW, case="glass_blur", detail="16 images", memory=2_610_000, difference=None)
+    lines = shown([row, replace(row, case="contrast", difference=0.0)], "corruptions", "peer")
+    lines = lines.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split() == ["first", "call"]
+    assert lines[3].split() == ["case", "memory", "jaxsynth", "peer", "ratio"]
+    assert lines[6].split()[:4] == ["16", "images", "2.6", "MB"]
+    assert "Not the same by intent, so only their speed is compared: glass_blur" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -223,16 +286,24 @@ def test_ratio_is_that_of_medians_and_pairs_are_kept():
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match=r"no case 'big', expected tiny, tiny-cls, sd-shaped"):
         bench.run("generate", cases=("big",), console=printer())
+    with pytest.raises(UsageError, match="--peer=torch, expected foolbox or torchattacks"):
+        bench.run("attacks", peer="torch", console=printer())
     with pytest.raises(UsageError, match="--reps is 0"):
         bench.run("train-step", reps=0, console=printer())
 
 
 def test_a_missing_peer_says_what_to_install():
     code = (
-        "import sys; sys.modules['peft'] = None\n"
+        "import importlib, sys\n"
         "from jaxsynth.errors import UserError\n"
-        "try:\n    import jaxsynth.bench.torch_peer\n"
-        "except UserError as error:\n    print(error)\n"
+        "for module, missing in (('torch', 'peft'), ('foolbox', 'foolbox'),\n"
+        "        ('torchattacks', 'torchattacks'), ('imagecorruptions', 'cv2')):\n"
+        "    sys.modules[missing] = None\n"
+        "    try:\n        importlib.import_module(f'jaxsynth.bench.{module}_peer')\n"
+        "    except UserError as error:\n        print(error)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "peft is not installed (pip install" in found.stdout
+    for line, package in zip(
+        found.stdout.splitlines(), ("peft", "foolbox", "torchattacks", "cv2"), strict=True
+    ):
+        assert f"{package} is not installed (pip install" in line

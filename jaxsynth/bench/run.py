@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,15 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from jaxsynth.bench import adapters, dit_train_step, generate, routing, train_step
+from jaxsynth.bench import (
+    adapters,
+    attacks,
+    corruptions,
+    dit_train_step,
+    generate,
+    routing,
+    train_step,
+)
 from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
 from jaxsynth.errors import UsageError
 from jaxsynth.training.artifact import versions, write_json
@@ -26,53 +34,87 @@ TOLERANCE = 1e-3
 # the cores' time that other processes had, and half the range of a side's measurements.
 MOST_OTHERS = 0.1
 MOST_SPREAD = 0.3
+# Whose versions head the table.
+SHOWN = (
+    "jax",
+    "torch",
+    "diffusers",
+    "peft",
+    "foolbox",
+    "torchattacks",
+    "imagecorruptions",
+    "scikit-image",
+)
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """What is timed: our side, and another that does the same.
 
-    `build(case)` gives our side, whose `step()` does the work and waits for it; `connect(ours)` the
-    other, and `call(ours, other)` what it does in `step`'s place. `compare(ours, found, other)` is
-    the difference of both sides' results, `found` those of our first two steps. `names` head the
-    sides' columns. Where the other is our own it is always timed, and counts as what ours costs
-    more than it.
+    `build(case)` gives our side, whose `step()` does the work and waits for it, and which may say
+    in `memory` how many bytes that takes an image. `connect(ours, peer)` gives the other, and
+    `call(ours, other)` what it does in `step`'s place. `compare(ours, found, other)` is the
+    difference of both sides' results, `found` those of our first two steps, or None where they are
+    not meant to be the same. `peers` are those that the other can be, timed on request. Without any
+    the other is our own: `names` head the sides' columns, it is always timed, and it counts as what
+    ours costs more than it.
     """
 
     cases: Sequence[Any]
     build: Callable[[Any], Any]
-    connect: Callable[[Any], Any]
-    compare: Callable[[Any, list, Any], float]
+    connect: Callable[[Any, str], Any]
+    compare: Callable[[Any, list, Any], float | None]
     call: Callable[[Any, Any], Callable[[], object]]
-    names: tuple[str, str] = ("jaxsynth", "torch")
-
-    @property
-    def of_peer(self) -> bool:
-        """Whether the other side is a peer's, timed on request, and not our own."""
-        return self.names[1] == "torch"
+    peers: tuple[str, ...] = ()
+    names: tuple[str, str] = ("jaxsynth", "")
 
 
-def _benchmark(module: ModuleType, **more: Any) -> Benchmark:
+def _of_peers(module: ModuleType, *peers: str) -> Benchmark:
+    """A module whose `connect` is told which of several peers."""
     parts = (module.CASES, module.build, module.connect, module.compare, module.peer_call)
-    return Benchmark(*parts, **more)
+    return Benchmark(*parts, peers=peers)
+
+
+def _of_torch(module: ModuleType) -> Benchmark:
+    return replace(_of_peers(module, "torch"), connect=lambda ours, _: module.connect(ours))
+
+
+def _of_ours(module: ModuleType, *names: str) -> Benchmark:
+    return replace(_of_torch(module), peers=(), names=names)
 
 
 BENCHES = {
-    "train-step": _benchmark(train_step),
-    "generate": _benchmark(generate),
-    "dit-train-step": _benchmark(dit_train_step),
-    "routing": _benchmark(routing, names=("mixed", "one set")),
-    "adapters": _benchmark(adapters, names=("kind", "LoRA")),
+    "train-step": _of_torch(train_step),
+    "generate": _of_torch(generate),
+    "dit-train-step": _of_torch(dit_train_step),
+    "routing": _of_ours(routing, "mixed", "one set"),
+    "adapters": _of_ours(adapters, "kind", "LoRA"),
+    "attacks": _of_peers(attacks, "foolbox", "torchattacks"),
+    "corruptions": _of_peers(corruptions, "imagecorruptions"),
 }
+
+
+def _prepare(peer: str) -> dict[str, str]:
+    """Imports a peer, gives it its cores, and returns the versions; UserError if it is missing."""
+    if peer == "foolbox":
+        from jaxsynth.bench import foolbox_peer as module
+    elif peer == "torchattacks":
+        from jaxsynth.bench import torchattacks_peer as module
+    elif peer == "imagecorruptions":
+        from jaxsynth.bench import imagecorruptions_peer as module
+    else:
+        from jaxsynth.bench import torch_peer as module
+    return module.prepare()
 
 
 @dataclass(frozen=True)
 class Row:
     """One case.
 
-    `images` are those of a call, `first` the seconds of our first call, compilation included, and
-    `difference` that of both sides' results (relative for losses). `others` is the share of the
-    cores' time that other processes had during the measurements, None where it is unknown.
+    `images` are those of a call, `first` the seconds of our first call, compilation included,
+    `memory` our bytes an image besides the arguments if known, and `difference` that of both sides'
+    results (relative for losses). `others` is the share of the cores' time that other processes had
+    during the measurements, None where it is unknown.
     """
 
     case: str
@@ -83,6 +125,7 @@ class Row:
     peer: Timing | None = None
     difference: float | None = None
     others: float | None = None
+    memory: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -125,9 +168,9 @@ def run(
 ) -> list[Row]:
     """Time the cases (all by default) of the benchmark `name` and print them as a table.
 
-    `peer` "" times our side alone (or both, where both are ours); "torch" also torch's, after
-    checking that it computes the same. Where the machine was busy with something else meanwhile, no
-    ratio is printed or written.
+    `peer` "" times our side alone (or both, where both are ours); one of the benchmark's peers also
+    that one's, after checking that it computes the same. Where the machine was busy with something
+    else meanwhile, no ratio is printed or written.
     """
     bench = BENCHES[name]
     known = {case.name: case for case in bench.cases}
@@ -135,23 +178,22 @@ def run(
         raise UsageError(f"bench {name}: no case {unknown[0]!r}, expected {', '.join(known)}")
     if reps < 1:
         raise UsageError(f"bench {name}: --reps is {reps}, expected at least 1")
-    if peer and not bench.of_peer:
+    if peer and not bench.peers:
         raise UsageError(f"bench {name}: compares two of our own programs, and takes no --peer")
-    compared = bool(peer) or not bench.of_peer
+    if peer and peer not in bench.peers:
+        raise UsageError(f"bench {name}: --peer={peer}, expected {' or '.join(bench.peers)}")
     record = environment()
     if peer:
-        from jaxsynth.bench import torch_peer
-
-        record["versions"] |= torch_peer.prepare()
+        record["versions"] |= _prepare(peer)
     for line in _header(record):
         console.print(line, markup=False)
     rows = []
     for case in [known[case] for case in cases or known]:
         with console.status(f"{name}: {case.name}"):
-            rows.append(measure(name, case, compared=compared, reps=reps, shortest=shortest))
+            rows.append(measure(name, case, peer=peer, reps=reps, shortest=shortest))
         # A case's networks are large; the next one's must not stand beside them.
         gc.collect()
-    _show(console, name, rows)
+    _show(console, name, rows, peer)
     if json is not None:
         record |= {"bench": name, "peer": peer, "reps": reps}
         record["rows"] = [_figures(row) for row in rows]
@@ -159,8 +201,8 @@ def run(
     return rows
 
 
-def measure(name: str, case: Any, *, compared: bool, reps: int, shortest: float) -> Row:
-    """One case's row; `compared` also times the other side."""
+def measure(name: str, case: Any, *, peer: str, reps: int, shortest: float) -> Row:
+    """One case's row, with the other side's times if there is a `peer` or it is our own."""
     bench = BENCHES[name]
     ours = bench.build(case)
     began = time.perf_counter()
@@ -170,13 +212,14 @@ def measure(name: str, case: Any, *, compared: bool, reps: int, shortest: float)
         "detail": case.detail,
         "images": case.images,
         "first": time.perf_counter() - began,
+        "memory": getattr(ours, "memory", None),
     }
     found.append(ours.step())
     calls = {"ours": ours.step}
-    if compared:
-        other = bench.connect(ours)
+    if peer or not bench.peers:
+        other = bench.connect(ours, peer)
         difference = bench.compare(ours, found, other)
-        if not difference < TOLERANCE:
+        if difference is not None and not difference < TOLERANCE:
             raise RuntimeError(
                 f"bench {name}, {case.name}: the two sides' results differ by {difference:.2g}, "
                 f"expected less than {TOLERANCE}; nothing was timed"
@@ -210,7 +253,7 @@ def _processor() -> str:
 
 def _header(record: dict[str, Any]) -> list[str]:
     found = record["versions"]
-    names = [name for name in ("jax", "torch", "diffusers", "peft") if name in found]
+    names = [name for name in SHOWN if name in found]
     lines = [
         f"{record['device']}, {record['processor']}, cores: {record['cores']}, float32",
         ", ".join(f"{name} {found[name]}" for name in names),
@@ -218,31 +261,35 @@ def _header(record: dict[str, Any]) -> list[str]:
     return lines + ([f"XLA_FLAGS={record['xla_flags']}"] if record["xla_flags"] else [])
 
 
-def _show(console: Console, name: str, rows: Sequence[Row]) -> None:
+def _show(console: Console, name: str, rows: Sequence[Row], peer: str) -> None:
     """Prints the table; 80 columns are enough for it, and all there are in a pipe."""
     title = f"bench {name}: median of {len(rows[0].ours.seconds)} measurements"
     if rows[0].peer is not None:
         title += ", taken in turn"
     # Lines that are too long go on in the next: those of a run's console do not.
     console.print(title, "", sep="\n", markup=False, soft_wrap=False)
-    console.print(_table(BENCHES[name], rows), soft_wrap=False)
+    console.print(_table(BENCHES[name], rows, peer), soft_wrap=False)
     for line in _notes(rows):
         console.print(line, markup=False, soft_wrap=False)
 
 
-def _table(bench: Benchmark, rows: Sequence[Row]) -> Table:
+def _table(bench: Benchmark, rows: Sequence[Row], peer: str) -> Table:
     """Two lines a case: milliseconds a call (median, +- half the range), and images a second."""
     table = Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("case", no_wrap=True)
-    columns = ["first\ncall", bench.names[0]]
+    measured = any(row.memory is not None for row in rows)
+    columns = ["first call\nmemory" if measured else "first\ncall", bench.names[0]]
     if rows[0].peer is not None:
-        columns += [bench.names[1], "ratio" if bench.of_peer else "overhead"]
+        columns += [peer, "ratio"] if peer else [bench.names[1], "overhead"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = [f"{row.case}\n  {row.detail}", f"{row.first:.1f} s", _cell(row, row.ours)]
+        first = f"{row.first:.1f} s"
+        if row.memory is not None:
+            first += f"\n{_short(row.memory / 1e6)} MB"
+        cells = [f"{row.case}\n  {row.detail}", first, _cell(row, row.ours)]
         if row.peer is not None:
-            found = _ratio(row) if bench.of_peer else _overhead(row)
+            found = _ratio(row) if peer else _overhead(row)
             cells += [_cell(row, row.peer), "busy" if row.disturbed else found]
         table.add_row(*cells)
     return table
@@ -275,6 +322,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     lines = []
     if differences:
         lines.append(f"Largest difference of the two sides' results: {max(differences):.0e}")
+    if any(row.memory is not None for row in rows):
+        lines.append("Memory: outputs and temporaries of our largest program, an image")
+    if alone := [row.case for row in rows if row.peer is not None and row.difference is None]:
+        lines.append(f"Not the same by intent, so only their speed is compared: {', '.join(alone)}")
     for row in rows:
         if row.disturbed and row.peer is not None:
             lines.append(f"{row.case}: not compared, {row.disturbed}; run it on an idle machine")

@@ -31,6 +31,7 @@ from jaxsynth.robustness.corruption_jpeg import (
     to_planes,
 )
 from jaxsynth.robustness.corruption_noise import photons
+from jaxsynth.robustness.cpu import normal, uniform
 
 _LAYERS = 8
 # Apertures are the severity plus these; which of the layers' edges is in focus.
@@ -170,7 +171,7 @@ def shading_from_depth(depth: Float[Array, "h w"]) -> Float[Array, "h w"]:
 def draw_noise(key: Array, shape: tuple[int, ...]) -> Noise:
     """Noise of a camera."""
     first, second = jax.random.split(key)
-    return Noise(jax.random.uniform(first, shape), jax.random.normal(second, shape))
+    return Noise(uniform(first, shape), normal(second, shape))
 
 
 def low_light(image, depth, noise: Noise, severity: int) -> Float[Array, "h w 3"]:
@@ -289,9 +290,9 @@ def bit_error(image, depth, damage: Damage, severity: int) -> Float[Array, "h w 
         planes, (of_luma, of_chroma, of_chroma), damage.hits, damage.bits, strict=True
     ):
         coefficients = to_coefficients(plane, table)
-        means = coefficients[..., 0, 0]
+        means = coefficients[0, 0]
         steps = jnp.diff(means, axis=1, prepend=0)
         steps = jnp.where(hits < share, steps ^ (1 << bits), steps)
-        coefficients = coefficients.at[..., 0, 0].set(jnp.cumsum(steps, axis=1))
-        damaged.append(from_coefficients(coefficients * table))
+        coefficients = coefficients.at[0, 0].set(jnp.cumsum(steps, axis=1))
+        damaged.append(from_coefficients(coefficients, table))
     return from_planes(*damaged, image.shape[:2])

@@ -10,14 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.robustness.corruption_filters import (
+    blur_along,
     clipped_zoom,
     correlate,
     filter_matrix,
     gaussian_blur,
     gaussian_taps,
-    motion_kernel,
     size_ratio,
 )
+from jaxsynth.robustness.cpu import settled, uniform
 
 GAUSSIAN_SIGMAS = (1, 2, 3, 4, 6)
 # Radius of the disk, sigma of its own blur.
@@ -62,7 +63,7 @@ def draw_glass_blur(key: Array, shape: tuple[int, ...]) -> Float[Array, "2 passe
 
     Those near the edge have some too, and do not move.
     """
-    return jax.random.uniform(key, (2, max(passes for *_, passes in GLASS), *shape[:2]))
+    return uniform(key, (2, max(passes for *_, passes in GLASS), *shape[:2]))
 
 
 def glass_blur(
@@ -81,22 +82,26 @@ def glass_blur(
     sigma, far, passes = _glass(image.shape, severity)
     height, width = image.shape[:2]
     # An area of one colour keeps it: its sum may round to just below.
-    pixels = jnp.floor(gaussian_blur(image, sigma) * 255 + 1e-3).reshape(height * width, 3)
-    rows, columns = np.indices((height, width))
-    # The generator's ranges, from size - far down to far + 1.
-    inside = np.ones((height, width), bool)
-    for axis, place in ((0, rows), (1, columns)):
-        inside &= (place > far) & (place <= image.shape[axis] - far)
-    own = rows * width + columns
+    pixels = settled(jnp.floor(gaussian_blur(image, sigma) * 255 + 1e-3)).reshape(-1, 3)
+    rows, columns = np.indices((height, width), np.int32)
+
+    def inside(row: Array, column: Array) -> Array:
+        # The generator's ranges, from size - far down to far + 1.
+        within = (row > far) & (row <= height - far)
+        return within & (column > far) & (column <= width - far)
+
+    movable = inside(rows, columns)
     # Whole numbers from -far to far - 1.
     moves = jnp.floor(noise * (2 * far)).astype(jnp.int32) - far
+    taken = None
     for number in range(passes):
-        down = jnp.where(inside, moves[1, number], 0)
-        right = jnp.where(inside, moves[0, number], 0)
-        source = own + down * width + right
-        taken_before = jnp.asarray(inside).ravel()[source] & (source > own)
-        pixels = pixels[_chase(source.ravel(), ~taken_before.ravel())]
-    again = gaussian_blur(pixels.reshape(height, width, 3) / 255, sigma)
+        right, down = (jnp.where(movable, move, 0) for move in moves[:, number])
+        offset = down * width + right
+        taken_before = inside(rows + down, columns + right) & (offset > 0)
+        source = (rows * width + columns + offset).ravel()
+        last = _chase(settled(jnp.where(taken_before.ravel(), source, ~source)))
+        taken = last if taken is None else taken[last]
+    again = gaussian_blur(settled(pixels[taken]).reshape(image.shape) / 255, sigma)
     return jnp.clip(again, 0, 1)
 
 
@@ -106,14 +111,13 @@ def _glass(shape: tuple[int, ...], severity: int) -> tuple[float, int, int]:
     return sigma * ratio, max(1, round(far * ratio)), passes
 
 
-def _chase(source: Int[Array, " n"], done: Array) -> Int[Array, " n"]:
-    """Where each chain of pointers ends."""
+def _chase(source: Int[Array, " n"]) -> Int[Array, " n"]:
+    """Where each chain of pointers ends: at one that is given as ~place, and so is negative."""
 
-    def follow(state):
-        source, done = state
-        return jnp.where(done, source, source[source]), done | done[source]
+    def follow(source):
+        return jnp.where(source < 0, source, source[source])
 
-    return jax.lax.while_loop(lambda state: ~state[1].all(), follow, (source, done))[0]
+    return ~jax.lax.while_loop(lambda source: (source >= 0).any(), follow, source)
 
 
 def draw_motion_blur(key: Array, shape: tuple[int, ...]) -> Float[Array, ""]:
@@ -127,8 +131,7 @@ def motion_blur(
     """ImageMagick's motion blur, the edge repeated; not rounded to 8 bits."""
     ratio = size_ratio(image.shape)
     radius, sigma = MOTION[severity - 1]
-    kernel = motion_kernel(angle, radius * ratio, sigma * ratio)
-    return jnp.clip(correlate(image, kernel, "nearest"), 0, 1)
+    return jnp.clip(blur_along(image, angle, radius * ratio, sigma * ratio), 0, 1)
 
 
 def zoom_blur(image: Float[Array, "h w 3"], noise: None, severity: int) -> Float[Array, "h w 3"]:

@@ -13,13 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsynth.robustness.corruption_filters import (
-    along_height,
-    along_width,
     gaussian_blur,
     sample,
     size_ratio,
 )
 from jaxsynth.robustness.corruption_jpeg import jpeg
+from jaxsynth.robustness.cpu import settled, uniform
 
 BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Factor and addend of the saturation.
@@ -84,34 +83,50 @@ def jpeg_compression(
 
 def pixelate(image: Float[Array, "h w 3"], noise: None, severity: int) -> Float[Array, "h w 3"]:
     """Made smaller and larger again with Pillow's box filter, in 8 bits."""
-    image = jnp.round(image * 255)
-    full = image.shape[:2]
-    small = [int(length * PIXELS[severity - 1]) for length in full]
+    image, full = jnp.round(image * 255), image.shape[:2]
+    small = tuple(int(length * PIXELS[severity - 1]) for length in full)
     for before, after in ((full, small), (small, full)):
-        rows, columns = (_box_matrix(*lengths) for lengths in zip(before, after, strict=True))
+        image = image.reshape(before[0], -1)
         # Pillow rounds after each of the two directions, along the width first.
-        image = jnp.floor(along_width(columns, image) + 0.5)
-        image = jnp.floor(along_height(rows, image) + 0.5)
-    return image / 255
+        places, weights = _box_places(before[1], after[1])
+        places = (3 * places[..., None] + np.arange(3)).reshape(len(places), -1)
+        terms = (
+            image[:, place] * weight
+            for place, weight in zip(places, weights.repeat(3, 1), strict=True)
+        )
+        image = settled(jnp.floor(sum(terms) + 0.5))
+        places, weights = _box_places(before[0], after[0])
+        terms = (
+            image[place] * weight[:, None] for place, weight in zip(places, weights, strict=True)
+        )
+        image = settled(jnp.floor(sum(terms) + 0.5))
+    return image.reshape(*full, 3) / 255
 
 
 @lru_cache(maxsize=64)
-def _box_matrix(before: int, after: int) -> Float[np.ndarray, "after before"]:
-    """Means over the pixels whose middles lie within half an output pixel (or half a pixel)."""
+def _box_places(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
+    """(places, weights), each (terms, after): output i is the sum of weights at these places.
+
+    Means over the pixels whose middles lie within half an output pixel (or half a pixel).
+    """
     scale = before / after
-    middle = (np.arange(after)[:, None] + 0.5) * scale
-    distance = (np.arange(before) + 0.5 - middle) / max(scale, 1)
+    middle = (np.arange(after) + 0.5) * scale
+    reach = max(scale, 1) / 2
+    # Each term's pixel, the first of which may lie just outside.
+    places = np.floor(middle - reach).astype(int) + np.arange(int(2 * reach) + 2)[:, None]
+    distance = (places + 0.5 - middle) / (2 * reach)
     near = (distance > -0.5) & (distance <= 0.5)
-    return (near / near.sum(1, keepdims=True)).astype(np.float32)
+    near &= (places >= 0) & (places < before)
+    used = near.any(1)
+    weights = (near / near.sum(0)).astype(np.float32)
+    return places[used].clip(0, before - 1), weights[used]
 
 
 def draw_elastic_transform(key: Array, shape: tuple[int, ...]) -> Elastic:
     """Noise for the corners and for the two displacements."""
     keys = jax.random.split(key, 3)
     shapes = (3, 2), shape[:2], shape[:2]
-    return Elastic(
-        *(jax.random.uniform(one, size, minval=-1) for one, size in zip(keys, shapes, strict=True))
-    )
+    return Elastic(*(uniform(one, size, minval=-1) for one, size in zip(keys, shapes, strict=True)))
 
 
 def elastic_transform(
@@ -126,9 +141,9 @@ def elastic_transform(
     strength, smooth, jitter = (unit * part for part in ELASTIC[severity - 1])
     rows, columns = (axis.astype(np.float32) for axis in np.indices((height, width)))
     y, x = _affine_source(rows, columns, jitter * draws.corners)
-    image = sample(image, y, x, "mirror")
+    image = settled(sample(image, y, x, "mirror"))
     right, down = (
-        strength * gaussian_blur(noise, smooth, truncate=3, mode="reflect")
+        strength * settled(gaussian_blur(noise, smooth, truncate=3, mode="reflect"))
         for noise in (draws.right, draws.down)
     )
     return jnp.clip(sample(image, rows + down, columns + right, "reflect"), 0, 1)

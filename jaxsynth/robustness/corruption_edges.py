@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxsynth.robustness.cpu import settled
+
 # tan(22.5 degrees) in units of 2^-15, as OpenCV's Canny rounds it.
 _TAN_22 = round(np.tan(np.pi / 8) * 2**15)
 # Costs of a step to the side, a diagonal, a knight's move: OpenCV's for 5 x 5 (Borgefors 1986).
@@ -67,30 +69,33 @@ def _grown(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
 def chamfer(edges: Bool[Array, "h w"], farthest: float) -> Float[Array, "h w"]:
     """Distance to the nearest edge pixel in steps of 5 x 5, at most `farthest`.
 
-    A shortest path is so many steps one way and so many a neighbouring way. Steps of 1, 2, 4, ...
-    times each way, each taken or not, make every such path of up to `farthest` pixels.
+    A shortest path is so many steps one way and so many a neighbouring way. Two rounds of steps of
+    1, 2, 4, ... times each way, each round with one of them or none, make every such path of up to
+    `farthest` pixels.
     """
-    distance = jnp.where(edges, 0, jnp.float32(farthest))
     side, diagonal, knight = _STEPS
     moves = ((0, 1, side), (1, 0, side), (1, 1, diagonal), (1, 2, knight), (2, 1, knight))
     ways = sorted({(y * up, x * left, cost) for y, x, cost in moves for up, left in _SIGNS})
-    lengths = [2**power for power in range(int(np.log2(max(farthest, 1))) + 1)]
-    steps = [(length * y, length * x) for length in lengths for y, x, _ in ways]
-    costs = [length * cost for length in lengths for _, _, cost in ways]
-    reach = 2 * lengths[-1]
+    powers = int(np.log2(max(farthest, 1))) + 1
+    reach = 2 * 2 ** (powers - 1)
 
-    def step(number, distance):
-        around = jnp.pad(distance, reach, constant_values=farthest)
-        start = reach + jnp.asarray(steps)[number]
-        beside = jax.lax.dynamic_slice(around, start, distance.shape)
-        return jnp.minimum(distance, beside + jnp.asarray(costs, jnp.float32)[number])
+    def take(number, distance):
+        length = 1 << number // 2
+        around = settled(jnp.pad(distance, reach, constant_values=farthest))
+        for y, x, cost in ways:
+            start = reach + length * y, reach + length * x
+            beside = jax.lax.dynamic_slice(around, start, distance.shape)
+            distance = jnp.minimum(distance, beside + length * np.float32(cost))
+        return distance
 
-    return jax.lax.fori_loop(0, len(steps), step, distance)
+    start = jnp.where(edges, 0, jnp.float32(farthest))
+    return jax.lax.fori_loop(0, 2 * powers, take, start)
 
 
 def equalise(level: Float[Array, "h w"], most: int) -> Float[Array, "h w"]:
     """Histogram equalisation of whole numbers 0 to `most` to 0 to 255; the lowest becomes 0."""
-    below = (level[..., None] <= jnp.arange(most + 1)).sum((0, 1))
+    # In one sum for all of them the sums' last axis would be short, and each a plain loop.
+    below = jax.lax.map(lambda number: (level <= number).sum(), jnp.arange(most + 1))
     lowest = jnp.take(below, level.min().astype(jnp.int32))
     rest = level.size - lowest
     table = jnp.round((below - lowest) * (255 / jnp.maximum(rest, 1)).astype(jnp.float32))

@@ -1,9 +1,11 @@
 """Filters and resampling of one image, with the edge rules of the libraries ImageNet-C was made by.
 
 What is known before the pixels are, a Gaussian's taps or where a zoom samples, is made by NumPy
-once and becomes constants of the program. A separable filter is two products with a band matrix,
-which holds the edge rule too; any other filter goes through the Fourier transform. Both are fast on
-a CPU and on an accelerator, and neither needs a gather.
+once and becomes constants of the program. A separable filter is a sum of shifted images, or two
+products with its band matrix where there are many taps; a motion blur is such a sum along its line;
+any other filter goes through the Fourier transform.
+
+Shifts are of (h, w c) and not of (h, w, c): a CPU's vector units want a long last axis.
 
 Edge rules, in SciPy's names: "nearest" repeats the edge pixel (aaa|abcd), "reflect" mirrors between
 pixels (cba|abcd), "mirror" on the edge pixel (dcb|abcd), which OpenCV calls reflect-101.
@@ -18,8 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.fft import next_fast_len
 
+from jaxsynth.robustness.cpu import settled, uniform
+
 # The size whose parameters are published; others get them in proportion.
 REFERENCE_SIZE = 224
+# Of so many taps and more, products with the dense matrix are faster than shifts.
+_MOST_SHIFTS = 96
 
 
 def size_ratio(shape: tuple[int, ...]) -> float:
@@ -77,8 +83,44 @@ def gaussian_blur(
     image: Float[Array, "h w ..."], sigma: float, *, truncate: float = 4, mode: str = "nearest"
 ) -> Float[Array, "h w ..."]:
     """Gaussian blur of `sigma` pixels, cut off at `truncate` sigma."""
-    rows, columns = (gaussian_matrix(length, sigma, truncate, mode) for length in image.shape[:2])
-    return along_width(columns, along_height(rows, image))
+    height, width = image.shape[:2]
+    rows, columns = (gaussian_matrix(length, sigma, truncate, mode) for length in (height, width))
+    radius = int(truncate * sigma + 0.5)
+    if not 1 <= radius <= min(_MOST_SHIFTS, height, width) // 2:
+        return along_width(columns, along_height(rows, image))
+    taps = gaussian_taps(sigma, radius).astype(np.float32)
+    flat = image.reshape(height, -1)
+    # To the right a pixel's neighbour is as many places away as it has channels.
+    channels = flat.shape[1] // width
+    blurred = settled(_shifted_sum(taps, rows, flat, axis=0, step=1))
+    return _shifted_sum(taps, columns, blurred, axis=1, step=channels).reshape(image.shape)
+
+
+def _shifted_sum(
+    taps: Float[np.ndarray, " taps"],
+    matrix: Float[np.ndarray, "n n"],
+    image: Float[Array, "h k"],
+    *,
+    axis: int,
+    step: int,
+) -> Float[Array, "h k"]:
+    """The product with the taps' band matrix along an axis, for neighbours `step` places apart.
+
+    Rows of the matrix differ near its ends only: those few are products, the rest a sum of slices.
+    """
+    radius, length = len(taps) // 2, image.shape[axis] // step
+
+    def part(start: int, stop: int) -> Array:
+        return jax.lax.slice_in_dim(image, start * step, stop * step, axis=axis)
+
+    inner = length - 2 * radius
+    middle = sum(tap * part(place, place + inner) for place, tap in enumerate(taps))
+    own = np.eye(step, dtype=np.float32)
+    first = np.kron(matrix[:radius, : 2 * radius], own)
+    last = np.kron(matrix[-radius:, -2 * radius :], own)
+    product = along_height if axis == 0 else along_width
+    before, after = product(first, part(0, 2 * radius)), product(last, part(inner, length))
+    return jnp.concatenate([before, middle, after], axis)
 
 
 def mean_filter(layer: Float[Array, "h w"]) -> Float[Array, "h w"]:
@@ -112,23 +154,38 @@ def correlate(
     return full[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
 
 
-def motion_kernel(
-    angle: Float[Array, ""], radius: float, sigma: float
-) -> Float[Array, "side side"]:
+def blur_along(
+    image: Float[Array, "h w ..."], angle: Float[Array, ""], radius: float, sigma: float
+) -> Float[Array, "h w ..."]:
     """ImageMagick's MotionBlur: half a Gaussian from the pixel on along `angle` (degrees).
 
     Weights exp(-i^2 / 2 sigma^2) at i = 0 to 2 ceil(radius), each at the nearest whole pixel (read
-    in ImageMagick's `MotionBlurImage`, by its Go port KarpelesLab/mblur).
+    in ImageMagick's `MotionBlurImage`, by its Go port KarpelesLab/mblur). The edge is repeated.
     """
     reach = 2 * int(np.ceil(radius))
     steps = np.arange(reach + 1)
     weights = np.exp(-0.5 * np.square(steps / sigma))
+    weights = (weights / weights.sum()).astype(np.float32)
     turn = jnp.deg2rad(angle)
     right, down = (
         jnp.ceil(steps * part - 0.5).astype(jnp.int32) for part in (jnp.cos(turn), jnp.sin(turn))
     )
-    kernel = jnp.zeros((2 * reach + 1,) * 2, jnp.float32)
-    return kernel.at[reach + down, reach + right].add((weights / weights.sum()).astype(np.float32))
+    height, width = image.shape[:2]
+    around = _repeat_edge(image, reach)
+    channels = around.shape[1] // (width + 2 * reach)
+    shape = height, width * channels
+    blurred = sum(
+        weight * jax.lax.dynamic_slice(around, (reach + y, (reach + x) * channels), shape)
+        for weight, y, x in zip(weights, down, right, strict=True)
+    )
+    return blurred.reshape(image.shape)
+
+
+def _repeat_edge(image: Float[Array, "h w ..."], reach: int) -> Float[Array, "a b"]:
+    """(h + 2 reach, (w + 2 reach) c)."""
+    edges = ((reach, reach), (reach, reach), *((0, 0) for _ in image.shape[2:]))
+    around = jnp.pad(image, edges, mode="edge")
+    return around.reshape(len(around), -1)
 
 
 def zoom_places(
@@ -176,7 +233,7 @@ def sample(
 def draw_plasma(key: Array, shape: tuple[int, ...]) -> Float[Array, " points"]:
     """Uniform noise in [-1, 1] for a `plasma` of a power of two not below `shape`'s sides."""
     side = 1 << (max(shape[:2]) - 1).bit_length()
-    return jax.random.uniform(key, (side * side - 1,), minval=-1)
+    return uniform(key, (side * side - 1,), minval=-1)
 
 
 def plasma(noise: Float[Array, " points"], decay: float) -> Float[Array, "side side"]:

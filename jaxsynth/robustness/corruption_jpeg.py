@@ -8,9 +8,12 @@ All of it is in whole numbers, rounded where libjpeg rounds: its slow but accura
 (Loeffler, Ligtenberg and Moschytz 1989) with 13 bits of fraction too. So the picture is Pillow's.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxsynth.robustness.cpu import settled
 
 # ITU-T T.81, tables K.1 and K.2.
 _LUMA = np.int32(
@@ -59,7 +62,7 @@ def jpeg(image: Float[Array, "h w 3"], quality: int) -> Float[Array, "h w 3"]:
     of_luma, of_chroma = quantisation_tables(quality)
     planes = to_planes(jnp.round(image * 255).astype(jnp.int32))
     luma, blue, red = (
-        from_coefficients(to_coefficients(plane, table) * table)
+        from_coefficients(to_coefficients(plane, table), table)
         for plane, table in zip(planes, (of_luma, of_chroma, of_chroma), strict=True)
     )
     return from_planes(luma, blue, red, (height, width))
@@ -98,26 +101,35 @@ def from_planes(
 
 def to_coefficients(
     plane: Int[Array, "a b"], steps: Int[np.ndarray, "8 8"]
-) -> Int[Array, "rows columns 8 8"]:
-    """The quantised cosine coefficients of each block, as (frequency down, frequency right)."""
+) -> Int[Array, "8 8 rows columns"]:
+    """The quantised cosine coefficients of each block, as (frequency right, frequency down).
+
+    `steps` as tables are written, (down, right).
+    """
     rows, columns = plane.shape[0] // 8, plane.shape[1] // 8
-    blocks = (plane - 128).reshape(rows, 8, columns, 8).swapaxes(1, 2)
-    found = _forward(_forward(blocks, 3, -_PASS_BITS), 2, _PASS_BITS)
+    # Blocks last, so that a transform is a few operations on long rows.
+    blocks = (plane - 128).reshape(rows, 8, columns, 8).transpose(3, 1, 0, 2)
+    blocks = settled(_forward(settled(blocks), 0, -_PASS_BITS))
+    blocks = settled(_forward(blocks, 1, _PASS_BITS))
     # The transform leaves a factor of 8.
-    size = (jnp.abs(found) + 4 * steps) // (8 * steps)
-    return jnp.sign(found) * size
+    steps = steps.T[..., None, None]
+    return jnp.sign(blocks) * ((jnp.abs(blocks) + 4 * steps) // (8 * steps))
 
 
-def from_coefficients(coefficients: Int[Array, "rows columns 8 8"]) -> Int[Array, "a b"]:
-    """The plane of coefficients that were multiplied by their steps again."""
-    rows, columns = coefficients.shape[:2]
-    blocks = _inverse(_inverse(coefficients, 2, -_PASS_BITS), 3, _PASS_BITS + 3)
-    return jnp.clip(blocks.swapaxes(1, 2).reshape(8 * rows, 8 * columns) + 128, 0, 255)
+def from_coefficients(
+    coefficients: Int[Array, "8 8 rows columns"], steps: Int[np.ndarray, "8 8"]
+) -> Int[Array, "a b"]:
+    """The plane of quantised coefficients."""
+    rows, columns = coefficients.shape[2:]
+    blocks = settled(coefficients * steps.T[..., None, None])
+    blocks = settled(_inverse(blocks, 1, -_PASS_BITS))
+    blocks = settled(_inverse(blocks, 0, _PASS_BITS + 3))
+    return jnp.clip(blocks.transpose(2, 1, 3, 0).reshape(8 * rows, 8 * columns) + 128, 0, 255)
 
 
 def _forward(blocks: Array, axis: int, shift: int) -> Array:
     """The cosine transform along an axis, then right by `shift` bits (left for a negative one)."""
-    part = [jnp.take(blocks, place, axis) for place in range(8)]
+    part = _split(blocks, axis)
     sums = [part[place] + part[7 - place] for place in range(4)]
     outer, inner = sums[0] + sums[3], sums[1] + sums[2]
     outer_less, inner_less = sums[0] - sums[3], sums[1] - sums[2]
@@ -135,7 +147,7 @@ def _forward(blocks: Array, axis: int, shift: int) -> Array:
 
 def _inverse(blocks: Array, axis: int, shift: int) -> Array:
     """The inverse along an axis, then right by `shift` bits (left for a negative one)."""
-    part = [jnp.take(blocks, place, axis) for place in range(8)]
+    part = _split(blocks, axis)
     turned = (part[2] + part[6]) * _C6
     low, high = turned - part[6] * _C2_AND_C6, turned + part[2] * _C2_LESS_C6
     total, less = (part[0] + part[4]) << _BITS, (part[0] - part[4]) << _BITS
@@ -145,6 +157,10 @@ def _inverse(blocks: Array, axis: int, shift: int) -> Array:
     found = [even[place] + odd[place] for place in range(4)]
     found += [even[place] - odd[place] for place in reversed(range(4))]
     return jnp.stack([_descale(one, _BITS + shift) for one in found], axis)
+
+
+def _split(blocks: Array, axis: int) -> list[Array]:
+    return [jax.lax.index_in_dim(blocks, place, axis, keepdims=False) for place in range(8)]
 
 
 def _odd(part: list[Array]) -> tuple[Array, Array, Array, Array]:

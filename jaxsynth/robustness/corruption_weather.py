@@ -13,15 +13,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.robustness.corruption_edges import canny, chamfer, equalise
 from jaxsynth.robustness.corruption_filters import (
+    blur_along,
     clipped_zoom,
-    correlate,
     draw_plasma,
     gaussian_blur,
     mean_filter,
-    motion_kernel,
     plasma,
     size_ratio,
 )
+from jaxsynth.robustness.cpu import normal, settled, uniform
 
 # How much fog, and by what its cloud's wobble is divided from level to level.
 FOG = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))
@@ -90,7 +90,7 @@ def draw_frost(key: Array, shape: tuple[int, ...]) -> Frost:
         jax.random.randint(keys[0], (), 0, most),
         jax.random.randint(keys[1], (2,), 0, most),
         draw_plasma(keys[2], shape),
-        jax.random.uniform(keys[3], (_NEEDLES, *shape[:2])),
+        uniform(keys[3], (_NEEDLES, *shape[:2])),
         jax.random.uniform(keys[4], (_NEEDLES,), maxval=180),
     )
 
@@ -119,11 +119,14 @@ def frost(
 
 
 # The procedural frost is ours, and so are its numbers: directions of the crystals, the share of
-# pixels one starts from, their radius and sigma at 224 pixels, the colour, and how a cloud and the
-# crystals add up.
+# pixels one starts from, after how many pixels (of 224) it has faded to 1/e, the colour, and how a
+# cloud and the crystals add up.
 _NEEDLES = 4
 _SEED_SHARE = 0.01
-_NEEDLE = (20, 12)
+_NEEDLE_FADES = 12
+# A needle is made of steps of 1 to 5 and of 11 and 22 pixels, the same on either side: any of -27
+# to 27 is a sum of one of each.
+_NEEDLE_STEPS = ((1, 2, 3, 4, 5), (11, 22))
 _ICE = np.float32([0.86, 0.94, 1.0])
 _BASE, _OF_CLOUD, _OF_NEEDLES = 0.15, 0.45, 0.6
 
@@ -131,27 +134,38 @@ _BASE, _OF_CLOUD, _OF_NEEDLES = 0.15, 0.45, 0.6
 def frost_texture(draws: Frost) -> Float[Array, "h w 3"]:
     """Ice on a pane: a cloud of thin ice with bright needles along a few directions."""
     height, width = draws.seeds.shape[1:]
-    ratio = size_ratio((height, width))
     # As bright as its seed is rare, so that needles differ.
     seeds = jnp.maximum(draws.seeds - (1 - _SEED_SHARE), 0) / _SEED_SHARE
-    radius, sigma = (max(1, length * ratio) for length in _NEEDLE)
-    needles = jnp.zeros((height, width), jnp.float32)
-    for layer, angle in zip(seeds, draws.angles, strict=True):
-        kernel = motion_kernel(angle, radius, sigma)
-        both_ways = kernel + kernel[::-1, ::-1]
-        needles = jnp.maximum(needles, correlate(layer, both_ways, "nearest"))
-    needles = needles / jnp.maximum(needles.max(), 1e-6)
-    cloud = plasma(draws.cloud, 2)[:height, :width]
-    ice = _BASE + _OF_CLOUD * cloud + _OF_NEEDLES * needles
+    needles = jax.lax.map(lambda draws: _grow_needles(*draws), (seeds, draws.angles)).max(0)
+    cloud = settled(plasma(draws.cloud, 2)[:height, :width])
+    ice = _BASE + _OF_CLOUD * cloud + _OF_NEEDLES * settled(needles)
     return jnp.clip(ice, 0, 1)[..., None] * _ICE
+
+
+def _grow_needles(layer: Float[Array, "h w"], angle: Float[Array, ""]) -> Float[Array, "h w"]:
+    """Each seed grown both ways along `angle` (degrees), fading."""
+    ratio = size_ratio(layer.shape)
+    turn = jnp.deg2rad(angle)
+    for steps in _NEEDLE_STEPS:
+        lengths = sorted({max(1, round(step * ratio)) for step in steps})
+        reach = lengths[-1]
+        around = settled(jnp.pad(layer, reach))
+        for far in lengths:
+            down, right = (
+                jnp.round(far * part).astype(jnp.int32) for part in (jnp.sin(turn), jnp.cos(turn))
+            )
+            faded = np.float32(np.exp(-far / (_NEEDLE_FADES * ratio)))
+            for way in (-1, 1):
+                start = reach + way * down, reach + way * right
+                moved = jax.lax.dynamic_slice(around, start, layer.shape)
+                layer = jnp.maximum(layer, faded * moved)
+    return layer
 
 
 def draw_snow(key: Array, shape: tuple[int, ...]) -> Snow:
     """Flakes and their direction, -135 to -45 degrees."""
     flakes, angle = jax.random.split(key)
-    return Snow(
-        jax.random.normal(flakes, shape[:2]), jax.random.uniform(angle, minval=-135, maxval=-45)
-    )
+    return Snow(normal(flakes, shape[:2]), jax.random.uniform(angle, minval=-135, maxval=-45))
 
 
 def snow(image: Float[Array, "h w 3"], draws: Snow, severity: int) -> Float[Array, "h w 3"]:
@@ -160,8 +174,7 @@ def snow(image: Float[Array, "h w 3"], draws: Snow, severity: int) -> Float[Arra
     ratio = size_ratio(image.shape)
     layer = clipped_zoom(mean + deviation * draws.flakes, max(1, zoom * ratio))
     layer = jnp.floor(jnp.clip(jnp.where(layer < least, 0, layer), 0, 1) * 255) / 255
-    kernel = motion_kernel(draws.angle, radius * ratio, sigma * ratio)
-    layer = correlate(layer, kernel, "nearest")[..., None]
+    layer = settled(blur_along(layer, draws.angle, radius * ratio, sigma * ratio))[..., None]
     white = jnp.maximum(image, (image @ _GREY)[..., None] * 1.5 + 0.5)
     image = weight * image + (1 - weight) * white
     return jnp.clip(image + layer + layer[::-1, ::-1], 0, 1)
@@ -169,7 +182,7 @@ def snow(image: Float[Array, "h w 3"], draws: Snow, severity: int) -> Float[Arra
 
 def draw_spatter(key: Array, shape: tuple[int, ...]) -> Float[Array, "h w"]:
     """Standard normal noise, one number a pixel."""
-    return jax.random.normal(key, shape[:2])
+    return normal(key, shape[:2])
 
 
 def spatter(
@@ -192,11 +205,11 @@ def spatter(
 def water_relief(layer: Float[Array, "h w"], farthest: float) -> Float[Array, "h w"]:
     """How light is a drop, 0 to 255: an embossed distance to the nearest edge of a drop."""
     distance = chamfer(canny(layer, *_EDGES), farthest)
-    level = equalise(jnp.floor(mean_filter(distance)), int(np.ceil(farthest)))
+    level = settled(equalise(jnp.floor(mean_filter(distance)), int(np.ceil(farthest))))
     around = jnp.pad(level, 1, mode="reflect")
     height, width = level.shape
     embossed = sum(
         int(weight) * around[row : row + height, column : column + width]
         for (row, column), weight in np.ndenumerate(_EMBOSS)
     )
-    return jnp.round(mean_filter(jnp.clip(embossed, 0, 255)))
+    return jnp.round(mean_filter(settled(jnp.clip(embossed, 0, 255))))

@@ -135,6 +135,16 @@ def corrupt_3d(
     return _corrupt_3d(images, depth, draws, shading, name, severity, released)
 
 
+def program_memory(name: str, shape: tuple[int, ...], severity: int) -> int:
+    """Bytes that one of the 19 takes for images of a `shape` besides them and its randomness."""
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    draws = jax.eval_shape(
+        lambda key: _draws(key, 0, CORRUPTIONS[name].draw, shape), jax.random.key(0)
+    )
+    found = _corrupt.lower(images, draws, None, name, severity, False).compile().memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+
 def to_released(image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
     """An image in [0, 1] cut to 8 bits and saved as JPEG, as the released set is."""
     # Cutting what was 8 bits before must not lose a level to rounding.
@@ -155,9 +165,12 @@ def _corrupt(images, draws, textures, name, severity, released):
     more = {} if textures is None else {"textures": textures}
 
     def one(image, draws):
-        found = CORRUPTIONS[name].apply(image, draws, severity, **more)
+        found = CORRUPTIONS[name].apply(jnp.clip(image, 0, 1), draws, severity, **more)
         return to_released(found) if released else found
 
+    if jax.default_backend() == "cpu":
+        # One after the other, so that what is between an image's operations stays in the cache.
+        return jax.lax.map(lambda parts: one(*parts), (images, draws))
     return jax.vmap(one)(images, draws)
 
 
@@ -165,6 +178,7 @@ def _corrupt(images, draws, textures, name, severity, released):
 def _corrupt_3d(images, depth, draws, shading, name, severity, released):
     def one(image, depth, draws, shading):
         more = {} if shading is None else {"shading": shading}
+        image = jnp.clip(image, 0, 1)
         found = CORRUPTIONS_3D[name].apply(image, depth, draws, severity, **more)
         return to_released(found) if released else found
 
@@ -182,7 +196,7 @@ def _checked(name: str, known: dict[str, Corruption], images: Any, severity: int
             f"images: expected three channels and sides of {LEAST_SIZE} pixels or more, found "
             f"shape {images.shape}"
         )
-    return jnp.clip(images, 0, 1)
+    return images
 
 
 def _checked_textures(name: str, textures: Any, shape: tuple[int, ...]) -> Array:
