@@ -24,9 +24,14 @@ sets in folders (`jaxsynth.data.robustness_sets` says how they are laid out):
         --config.sets.ood.textures.source=folder --config.sets.ood.textures.path=dtd/images \\
         --config.sets.context.source=folder --config.sets.context.path=focus
 
-Images that are corrupted already (`sets.corrupted`: ImageNet-C, or CIFAR-10-C with `cifar10`) go
-with `--config.corruptions.names=()`, and `count` takes so many images of a set. With
-`--config.mode=paper` the published code's figures come first, faults included; the page has both.
+ImageNet-C's own pictures instead of those made here, and 3DCC's, and a tenth of the clean images:
+
+        --config.corruptions.names=() --config.sets.clean.count=5000 \\
+        --config.sets.corrupted.c.source=folder --config.sets.corrupted.c.path=imagenet-c \\
+        --config.sets.corrupted.3d.source=folder --config.sets.corrupted.3d.path=imagenet-3dcc
+
+With `--config.mode=paper` the published code's figures come first, faults included; the page has
+both modes.
 """
 
 from ml_collections import ConfigDict

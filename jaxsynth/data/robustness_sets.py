@@ -69,34 +69,24 @@ class LabelSpace:
 def read_label_space(path: Path) -> LabelSpace:
     """Classes in their order from a file.
 
-    JSON: a list of names, or Keras's and torchvision's `imagenet_class_index.json`, {"0":
-    ["n01440764", "tench"], ...}. Text: a name a line; a WordNet id may be followed by its words.
+    JSON: as Keras's `imagenet_class_index.json`, {"0": ["n01440764", "tench"], ...}. Text: a name a
+    line; a WordNet id may be followed by its words.
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such file; expected the model's classes")
     if path.suffix == ".json":
         found = read_json(path)
-        if isinstance(found, dict):
-            keys = [str(place) for place in range(len(found))]
-            if set(found) != set(keys) or not all(_pair(value) for value in found.values()):
-                raise SourceError(
-                    f"{path}: expected a list of names, or "
-                    '{"0": [id, words], ...} with every number once'
-                )
-            names, words = zip(*(found[key] for key in keys), strict=True)
-            return LabelSpace(tuple(names), _different(words, names))
-        if not found or not all(isinstance(name, str) for name in found):
-            raise SourceError(f"{path}: expected a list of names")
-        return LabelSpace(tuple(found), tuple(found))
+        keys = [str(place) for place in range(len(found))]
+        if not found or set(found) != set(keys) or not all(map(_pair, found.values())):
+            raise SourceError(f'{path}: expected {{"0": [id, words], ...}} with every number once')
+        names, words = zip(*(found[key] for key in keys), strict=True)
+        return LabelSpace(tuple(names), _in_words(words, names))
     lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     if not lines:
         raise SourceError(f"{path}: holds no class")
     if all(_WORDNET.match(line) for line in lines):
         names = tuple(line.split()[0] for line in lines)
-        # Of several words for a class the first.
-        rest = [line.partition(" ")[2].split(",")[0].strip() for line in lines]
-        words = [one or name for one, name in zip(rest, names, strict=True)]
-        return LabelSpace(names, _different(words, names))
+        return LabelSpace(names, _in_words([line.partition(" ")[2] for line in lines], names))
     return LabelSpace(tuple(lines), tuple(lines))
 
 
@@ -104,8 +94,10 @@ def _pair(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value)
 
 
-def _different(words: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(word.replace("_", " ") or name for word, name in zip(words, names, strict=True))
+def _in_words(words: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Of several words for a class the first; the name where there is none."""
+    first = (word.split(",")[0].strip().replace("_", " ") for word in words)
+    return tuple(word or name for word, name in zip(first, names, strict=True))
 
 
 def read_labelled(

@@ -28,7 +28,7 @@ from jaxsynth.models.clip import CLIPModel
 from jaxsynth.robustness import bias_sets, figures, suite
 from jaxsynth.robustness.asking import Preprocess
 from jaxsynth.robustness.bootstrap import Interval
-from jaxsynth.robustness.corrupted import Corruptions, by_severity
+from jaxsynth.robustness.corrupted import Corruptions, by_severity, check_alexnet
 from jaxsynth.training.artifact import Artifact, run_stage, write_json
 from jaxsynth.training.classifier import ClassifyConfig, of_pixels, train_classifier
 from jaxsynth.weights.adapters import attach, read_peft, write_peft
@@ -206,6 +206,9 @@ class _Work:
         }
 
         def build(folder: Path) -> dict:
+            asked = {*config.corruptions.asked, *self.loaded.sets.corrupted}
+            if config.baseline == "alexnet" and asked:
+                check_alexnet(asked)
             predict, preprocess = self._predict(name, inputs.get("training"))
             found = suite.answer(
                 predict,

@@ -32,8 +32,9 @@ class SetConfig:
     path: its folder; TFDS's data directory. name, split: of TFDS. labels: for class folders "",
     for images side by side the file of their classes. files: a list of those to take of images of
     no class. depth: a folder of depth maps of the clean images (grey, white is near), for 3D
-    corruptions. class_map: JSON of the model's classes that are each of a bias set's. count: so
-    many images, evenly spread; 0 takes all.
+    corruptions. class_map: JSON of the model's classes that are each of a bias set's. kinds: of a
+    set that comes corrupted the corruptions to take; () takes all there are. count: so many images,
+    evenly spread; 0 takes all.
     """
 
     source: str = ""
@@ -44,6 +45,7 @@ class SetConfig:
     files: str = ""
     depth: str = ""
     class_map: str = ""
+    kinds: tuple[str, ...] = ()
     count: int = 0
 
     def __post_init__(self):
@@ -70,7 +72,7 @@ class SetsConfig:
     context: SetConfig = field(default_factory=SetConfig)
     conflict: SetConfig = field(default_factory=SetConfig)
     background: SetConfig = field(default_factory=SetConfig)
-    corrupted: SetConfig = field(default_factory=SetConfig)
+    corrupted: dict[str, SetConfig] = field(default_factory=dict)
     classes: str = ""
 
     def __post_init__(self):
@@ -80,7 +82,8 @@ class SetsConfig:
             others = {
                 **{f"shifted.{name}": one for name, one in self.shifted.items()},
                 **{f"ood.{name}": one for name, one in self.ood.items()},
-                **{k: getattr(self, k) for k in ("context", "conflict", "background", "corrupted")},
+                **{f"corrupted.{name}": one for name, one in self.corrupted.items()},
+                **{k: getattr(self, k) for k in ("context", "conflict", "background")},
             }
             for name, one in others.items():
                 if one.source not in ("", "drawn"):
@@ -115,9 +118,9 @@ def load_sets(config: SetsConfig, *, size: int, per_class: int, seed: int) -> Lo
         shifted[name], _, classes = _labelled(one, space, f"shifted.{name}")
         if len(classes) < len(space.names):
             subsets[name] = classes.tolist()
-    context = _bias(config.context, bias_sets.read_focus)
-    conflict = _bias(config.conflict, bias_sets.read_conflicts)
-    background = _bias(config.background, bias_sets.read_backgrounds)
+    context = _bias(config.context, "context", bias_sets.read_focus)
+    conflict = _bias(config.conflict, "conflict", bias_sets.read_conflicts)
+    background = _bias(config.background, "background", bias_sets.read_backgrounds)
     maps = {
         name: _class_map(name, getattr(config, name), found.names, space)
         for name, found in (
@@ -128,7 +131,7 @@ def load_sets(config: SetsConfig, *, size: int, per_class: int, seed: int) -> Lo
     sets = Sets(
         clean=clean,
         shifted=shifted,
-        ood={name: _unlabelled(one) for name, one in config.ood.items()},
+        ood={name: _unlabelled(one, f"ood.{name}") for name, one in config.ood.items()},
         context=context,
         conflict=conflict,
         background=background,
@@ -187,22 +190,22 @@ def _labelled(
     return published.evenly(source, one.count), space, classes
 
 
-def _unlabelled(one: SetConfig) -> ImageSource:
+def _unlabelled(one: SetConfig, what: str) -> ImageSource:
     if one.source == "tfds":
         source, _ = load_split(_of_tfds(one), one.split)
     elif one.source == "folder":
         files = _path(one.files) if one.files else None
         source = published.read_images(one.folder, files=files)
     else:
-        raise SourceError(f"sets.ood: {one}: expected a source: folder or tfds")
+        raise SourceError(f"sets.{what}: expected a source: folder or tfds")
     return published.evenly(source, one.count)
 
 
-def _bias(one: SetConfig, read):
+def _bias(one: SetConfig, what: str, read):
     if not one.source:
         return None
     if one.source != "folder":
-        raise SourceError(f"sets: a bias set of source {one.source!r}, expected folder")
+        raise SourceError(f"sets.{what}: source {one.source!r}, expected folder")
     return read(one.folder)
 
 
@@ -220,16 +223,25 @@ def _class_map(name: str, one: SetConfig, names, space: LabelSpace):
     )
 
 
-def _corrupted(one: SetConfig, clean: ImageSource, space: LabelSpace):
-    if not one.source:
-        return {}
-    if one.source == "cifar10":
-        return published.read_cifar10_c(one.folder, clean, space)
-    if one.source != "folder":
-        raise SourceError(
-            f"sets.corrupted: source {one.source!r}, expected folder (ImageNet-C's) or cifar10"
-        )
-    return published.read_imagenet_c(one.folder, clean, space)
+def _corrupted(
+    sets: dict[str, SetConfig], clean: ImageSource, space: LabelSpace
+) -> dict[str, list[ImageSource]]:
+    found = {}
+    for name, one in sets.items():
+        if one.source == "cifar10":
+            read = published.read_cifar10_c(one.folder, clean, space, one.kinds)
+        elif one.source == "folder":
+            read = published.read_imagenet_c(one.folder, clean, space, one.kinds)
+        else:
+            raise SourceError(
+                f"sets.corrupted.{name}: source {one.source!r}, expected folder (as ImageNet-C) or "
+                "cifar10"
+            )
+        twice = sorted(set(found) & set(read))
+        if twice:
+            raise SourceError(f"sets.corrupted.{name}: {twice} are in a set before it too")
+        found |= read
+    return found
 
 
 def _of_tfds(one: SetConfig) -> DataConfig:

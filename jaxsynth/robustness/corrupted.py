@@ -8,7 +8,7 @@ them and the image's, and its severities share their random numbers: neither the
 corruptions nor the batch changes a picture.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -204,16 +204,26 @@ def _robustness(means: Mapping[str, np.ndarray], names, clean: np.ndarray) -> Fi
     return ratio(np.mean([means[name] for name in names], axis=0), clean)
 
 
-def _errors(cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline):
+def check_alexnet(names: Collection[str]) -> None:
+    """ValueError where `names` lack some corruption of those that AlexNet's errors are means of."""
+    missing = [name for name in TEST_CORRUPTIONS if name not in names]
+    if missing:
+        raise ValueError(
+            f"mCE: AlexNet's errors are for all of ImageNet-C, missing {', '.join(missing)}; ask "
+            "about imagenet_c, or name a model as the baseline"
+        )
+
+
+def _errors(
+    cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline
+) -> dict[str, Figure]:
     """mCE and its relative form, fractions of the baseline's."""
     names = [name for name in TEST_CORRUPTIONS if name in cells]
     if baseline == "alexnet":
-        missing = [name for name in TEST_CORRUPTIONS if name not in cells]
-        if missing:
-            raise ValueError(
-                f"mCE: AlexNet's errors are for all of ImageNet-C, missing {', '.join(missing)}; "
-                "ask about imagenet_c, or name a model as the baseline"
-            )
+        check_alexnet(cells)
+    if not names:
+        return {}
+    if baseline == "alexnet":
         errors = np.array([ALEXNET_ERRORS[name] for name in names]) / 100
         rises = errors - ALEXNET_CLEAN_ERROR / 100
         below, rising = (np.repeat(x[:, None], len(clean), axis=1) for x in (errors, rises))
@@ -223,10 +233,8 @@ def _errors(cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline)
             if name not in theirs or theirs[name].shape != cells[name].shape:
                 raise ValueError(f"mCE: the baseline was not asked about the same {name}")
         base = baseline["clean/logits"].argmax(1) == baseline["clean/labels"]
-        below = np.stack([1 - theirs[name].mean(0) for name in names]) if names else None
-        rising = None if below is None else below - (1 - base)
-    if not names:
-        return {}
+        below = np.stack([1 - theirs[name].mean(0) for name in names])
+        rising = below - (1 - base)
     above = np.stack([1 - cells[name].mean(0) for name in names])
     return {
         "mCE": _mean_quotient(above, below),

@@ -2,11 +2,13 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jaxsynth.data.sources import DataConfig, SourceError, load_dataset
+from jaxsynth.methods.robustness_sets import SetConfig, SetsConfig, load_sets
 
 BUILDER = '''
 import io
@@ -94,6 +96,31 @@ def test_slices_subsets_and_batches(prepared):
     assert set(data.train.labels) == {0} and len(data.train) + len(data.test) == 6
     batch = next(train_batches(data.train, 2, 0))
     assert (batch["image"][:, 0, 0, 1] == 1).all() and not np.any(batch["label"])
+
+
+def test_a_split_is_a_set_of_a_robustness_run(prepared, tmp_path):
+    """Its classes are the model's, in whatever order the model has them."""
+    (tmp_path / "classes.txt").write_text("GreenFrog\nyellow hen\nred_fox\n")
+    one = SetConfig("tfds", name="colour_animals", path=prepared)
+    train = SetConfig("tfds", name="colour_animals", path=prepared, split="train", count=5)
+    config = SetsConfig(
+        classes=str(tmp_path / "classes.txt"), clean=one, shifted={"R": train}, ood={"N": one}
+    )
+    sets = load_sets(config, size=32, per_class=1, seed=0).sets
+    for source, count in ((sets.clean, 6), (sets.shifted["R"], 5)):
+        found = [source[i] for i in range(len(source))]
+        assert len(found) == count
+        assert [r.label for r in found] == list(source.labels)
+        assert all(r.label == (2, 0)[r.image[0, 0, 1]] for r in found)
+    assert sets.subsets == {"R": [0, 2]} and len(sets.ood["N"]) == 6
+    # Without a file the data set's classes are the model's.
+    alone = load_sets(SetsConfig(clean=one), size=32, per_class=1, seed=0)
+    assert alone.words == ("red_fox", "GreenFrog")
+    (tmp_path / "classes.txt").write_text("hen\ncow\n")
+    with pytest.raises(SourceError, match="clean: colour_animals: 2 of 2 classes are none of the"):
+        load_sets(config, size=32, per_class=1, seed=0)
+    with pytest.raises(SourceError, match=r"split: colour_animals has no split 'dev'; found"):
+        load_sets(SetsConfig(clean=replace(one, split="dev")), size=32, per_class=1, seed=0)
 
 
 def test_errors(prepared, tmp_path):

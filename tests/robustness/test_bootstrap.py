@@ -97,8 +97,27 @@ def test_intervals_hold_the_truth_as_often_as_they_say(key):
 
 
 def test_what_cannot_vary_has_no_width(key):
-    found = interval(mean(np.ones(COUNT)), COUNT, key)
-    assert found.value == found.low == found.high == 1 and found.error == 0
+    found = interval(mean(np.full(COUNT, 0.5)), COUNT, key)
+    assert found.value == found.low == found.high == 0.5 and found.error == 0
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_images_that_all_agree_are_clopper_and_pearsons(key, right):
+    """Of 21 images of a group; resamples would all be alike, and say nothing of the others."""
+    groups = np.repeat([0, 1], [COUNT - 21, 21])
+    values = np.where(groups, right, np.arange(COUNT) % 2)
+    expected = stats.binomtest(21 * right, 21).proportion_ci(0.95, "exact")
+    found = interval(mean(values, groups == 1), COUNT, key, groups=groups, resamples=100)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.value == right and found.high - found.low > 0.15
+    share = mean(values, groups == 0)
+    over = interval(quotient(mean(values, groups == 1), share), COUNT, key, resamples=100)
+    half = values[groups == 0].mean()
+    assert (over.low, over.high) == pytest.approx((expected.low / half, expected.high / half))
+    # A ratio of images that are right without and with an attack.
+    clean = groups == 1
+    under = interval(ratio(clean * right, clean), COUNT, key, resamples=100)
+    assert (under.low, under.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_a_figure_that_is_no_number_is_refused(key):

@@ -208,6 +208,19 @@ def test_images_of_any_size_are_made_the_models(hues, key):
         suite.answer(predict, photos, key, preprocess=lambda x: x.astype(np.float32), attacks={})
 
 
+def test_attacks_do_not_depend_on_how_images_are_cut(answers, sets, hues):
+    """Of batches of one image, 16 are in memory at once: the 24 are attacked in two parts."""
+    one = suite.answer(
+        Partial(by_hue, hues), suite.Sets(clean=sets.clean), jax.random.key(0), eps=EPS,
+        batch_size=1, with_autoattack=True,
+    )  # fmt: skip
+    for name in suite.gradient_attacks():
+        expected = answers["hue"][f"attack/{name}/correct"]
+        np.testing.assert_array_equal(one[f"attack/{name}/correct"], expected)
+    # The worst case over attacks of which each is stronger than PGD.
+    assert not (one["attack/AutoAttack/correct"] & ~one["attack/PGD/correct"]).any()
+
+
 def test_partitions_of_few_images_print_their_intervals(key):
     """FOCUS's P3 has 21 images: 15 right of them says little, and the figure says so."""
     partition = np.repeat([0, 1, 3], [600, 300, 21])
