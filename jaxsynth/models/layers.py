@@ -5,7 +5,7 @@ NNX's defaults differ from torch's in ways that parity tests catch late: the fas
 instead of 1e-5, and GELU is the tanh form. These constructors fix each once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -118,24 +118,27 @@ def conv2d(
 def convolve(lhs: Array, rhs: Array, window_strides, padding, **kwargs) -> Array:
     """`lax.conv_general_dilated` for NHWC, as one matrix product where that is faster.
 
-    On CPU only, by shape; see `_prefers_product`. Everything else is XLA's convolution.
+    On CPU only, by shape; see `_prefers_product`. A convolution of each channel on its own is a sum
+    of shifted images there. Everything else is XLA's convolution.
     """
     if jax.default_backend() == "cpu" and _is_plain(lhs, kwargs):
         strides, pads = tuple(window_strides), tuple(padding)
-        if _prefers_product(lhs.shape, rhs.shape, strides, pads):
+        groups = kwargs.get("feature_group_count", 1)
+        if groups == 1 and _prefers_product(lhs.shape, rhs.shape, strides, pads):
             return _product_convolve(lhs, rhs, strides, pads)
+        # Padded so that the size stays, as gradients are such convolutions too.
+        same = all(pad == (k // 2, k // 2) for pad, k in zip(pads, rhs.shape[:2], strict=True))
+        odd = all(k % 2 for k in rhs.shape[:2])
+        channels = lhs.shape[-1] == rhs.shape[-1]
+        if groups == lhs.shape[-1] > 1 and channels and same and odd and strides == (1, 1):
+            return _depthwise(lhs, rhs)
     return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
 
 
 def _is_plain(lhs: Array, kwargs: dict) -> bool:
-    """Whether this is a 2-D convolution without dilation, groups or a chosen precision."""
+    """Whether this is a 2-D convolution without dilation or a chosen precision."""
     dilations = (*(kwargs.get("lhs_dilation") or ()), *(kwargs.get("rhs_dilation") or ()))
-    return (
-        lhs.ndim == 4
-        and all(d == 1 for d in dilations)
-        and kwargs.get("feature_group_count", 1) == 1
-        and kwargs.get("precision") is None
-    )
+    return lhs.ndim == 4 and all(d == 1 for d in dilations) and kwargs.get("precision") is None
 
 
 def _output_size(size: int, kernel: int, stride: int, pad: tuple[int, int]) -> int:
@@ -178,6 +181,39 @@ def _product_convolve(lhs: Array, rhs: Array, strides: tuple, padding: tuple) ->
     ]
     gathered = jnp.concatenate(windows, axis=-1) if len(windows) > 1 else windows[0]
     return gathered @ rhs.reshape(kh * kw * in_channels, out_channels)
+
+
+@jax.custom_vjp
+def _depthwise(lhs: Array, rhs: Array) -> Array:
+    """Each channel's own convolution of the same size, as a sum of shifted images.
+
+    XLA's on CPU is a plain loop: 171 / 13 ms for 7x7 over (4, 56, 56, 128), 60 / 10 ms over
+    (4, 14, 14, 512). The input's gradient is the same with the kernel turned around, which the
+    derivative of the sum is not: 96 ms, of images that are padded again for every shift.
+    """
+    return sum(shifted * rhs[i, j, 0] for i, j, shifted in _shifts(lhs, rhs))
+
+
+def _depthwise_forward(lhs: Array, rhs: Array):
+    return _depthwise(lhs, rhs), (lhs, rhs)
+
+
+def _depthwise_backward(residuals, gradient: Array):
+    lhs, rhs = residuals
+    kernel = [(shifted * gradient).sum((0, 1, 2)) for _, _, shifted in _shifts(lhs, rhs)]
+    return _depthwise(gradient, rhs[::-1, ::-1]), jnp.stack(kernel).reshape(rhs.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _shifts(lhs: Array, rhs: Array) -> Iterator[tuple[int, int, Array]]:
+    """(row, column, the part of `lhs` that this place of the kernel multiplies)."""
+    rows, columns = rhs.shape[:2]
+    padded = jnp.pad(lhs, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
+    for i in range(rows):
+        for j in range(columns):
+            yield i, j, padded[:, i : i + lhs.shape[1], j : j + lhs.shape[2]]
 
 
 def patch_conv(

@@ -8,6 +8,7 @@ import pytest
 from jaxsynth.data import prompts
 from jaxsynth.data.sources import DataConfig, SourceError, load_dataset, select_classes
 from jaxsynth.data.splits import few_shot, load_shots
+from jaxsynth.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,22 @@ def test_prompts(digits):
 def test_display_names(name, readable):
     assert prompts.display_name(name) == readable
     assert prompts.display_name(name, raw=True) == name
+
+
+def test_templates_come_by_name_or_from_a_file(tmp_path):
+    assert len(prompts.read_templates("imagenet7")) == 7
+    path = tmp_path / "templates.txt"
+    path.write_text("a photo of a {}\n\nart of the {}, old\n")
+    assert prompts.read_templates(str(path)) == ("a photo of a {}", "art of the {}, old")
+    for text, message in (
+        ("", "templates.txt: holds no template"),
+        ("a photo\n", "templates.txt: template 'a photo': expected exactly one"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            prompts.read_templates(str(path))
+    with pytest.raises(UserError, match="no such file, and not 'imagenet7'"):
+        prompts.read_templates("other")
 
 
 def test_names_and_template_from_the_config():

@@ -46,6 +46,27 @@ def test_same_as_torch(implementation, masking):
     assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("implementation", ["auto", "einsum", "xla"])
+def test_a_bias_is_added_to_the_scores(implementation):
+    """Also under vmap, as windows of images share their bias; blocks of queries take none."""
+    query, key, value = arrays(6, 6)
+    bias = np.random.default_rng(1).normal(size=(1, 3, 6, 6)).astype(np.float32)
+    q, k, v = (torch.from_numpy(x).transpose(1, 2) for x in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.from_numpy(bias).expand(2, -1, -1, -1)
+    )
+
+    def one(*qkv):
+        return attention(*qkv, bias=jnp.asarray(bias), implementation=implementation)
+
+    given = [jnp.asarray(x) for x in (query, key, value)]
+    expected = expected.transpose(1, 2).numpy()
+    assert relative_error(one(*given), expected) < 1e-5
+    assert relative_error(jax.vmap(one)(*(x[:, None] for x in given))[:, 0], expected) < 1e-5
+    with pytest.raises(ValueError, match="takes no bias"):
+        attention(*given, bias=jnp.asarray(bias), implementation="chunked")
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_long_sequences_are_chunked_with_the_same_gradient(masked):
     query, key, value = arrays(1024, 1024, dim=4)

@@ -40,6 +40,27 @@ def test_convolution_routes_agree(shape, kernel, stride, padding, product):
         assert relative_error(one, other) < 1e-5
 
 
+@pytest.mark.parametrize(("shape", "kernel"), [((2, 5, 9, 4), (7, 7)), ((1, 6, 6, 3), (3, 5))])
+def test_a_channels_own_convolution_is_a_sum_of_shifts(shape, kernel, monkeypatch):
+    rng = np.random.default_rng(0)
+    lhs = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    rhs = jnp.asarray(rng.normal(size=(*kernel, 1, shape[-1])), jnp.float32)
+    padding = tuple((k // 2, k // 2) for k in kernel)
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": shape[-1]}
+
+    def loss(function):
+        return lambda lhs, rhs: jnp.square(function(lhs, rhs, (1, 1), padding, **numbers)).sum()
+
+    expected = jax.value_and_grad(loss(jax.lax.conv_general_dilated), (0, 1))(lhs, rhs)
+    taken = []
+    shifts = layers._depthwise
+    monkeypatch.setattr(layers, "_depthwise", lambda *args: taken.append(1) or shifts(*args))
+    actual = jax.value_and_grad(loss(layers.convolve), (0, 1))(lhs, rhs)
+    assert taken
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
 def test_norms_keep_their_precision_far_from_zero():
     """The fast variance E[x^2] - E[x]^2 is off by percents here."""
     x = (50 + 0.1 * np.random.default_rng(0).normal(size=(2, 4, 4, 16))).astype(np.float32)
