@@ -118,7 +118,7 @@ RECIPES: dict[str, Recipe] = {
     "affiner_relu": Recipe("Affiner with ReLU (paper)", _affiner("paper", form="relu")),
     "affiner_all": Recipe("Affiner (all)", _affiner("all")),
     "affiner_zero": Recipe("Affiner, zero W_up (all)", _affiner("all", gate=False)),
-    CHOSEN: Recipe("chosen adapter (all)", _chosen),
+    CHOSEN: Recipe("chosen adapter", _chosen),
 }
 
 
