@@ -9,6 +9,8 @@ Variants:
   (`--config.data.source=folder --config.data.path=photos/`).
 - `sd21`: Stable Diffusion 2.1 at 512 pixels with ControlNet's own settings, on a TPU or GPU.
 - `smoke`: every stage in a few steps, for the tests.
+
+Any kind of adapter on all layers is a further way: `--config.adapter=lokr --config.adapter.rank=4`.
 """
 
 from ml_collections import ConfigDict

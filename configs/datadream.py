@@ -13,6 +13,9 @@ Variants:
   class folders (`--config.data.path=photos/`) or a TFDS data set. On a TPU or GPU.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
+The generator learns by LoRA, as published, or by any other kind of adapter:
+`--config.adapter=lokr --config.adapter.rank=4`; the classifier's is `--config.classify.adapter=`.
+
 The number of classifier epochs per data set is not published; 50 is what followers use.
 """
 

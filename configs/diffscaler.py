@@ -17,6 +17,9 @@ Variants:
   on one core.
 - `smoke`: every stage of `tiny` in a few steps, on a base of its own, for the tests.
 
+Any kind of adapter on all layers is a further recipe, and that of the sets:
+`--config.adapter=lokr --config.adapter.rank=4`.
+
 The paper publishes neither rank nor rates, steps or batch: those of `xl2` are Diff-Tuning's for the
 same transfer (24,000 steps, batch 32, rate 1e-4) and a rank of 8.
 """

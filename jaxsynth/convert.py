@@ -187,11 +187,10 @@ def _by_prefix(tensors: Mapping[str, Any], source: Path) -> dict[str, dict[str, 
 
 def _kohya_names(component: str, model: Any) -> dict[str, str]:
     """The paths of a network's layers by their flattened names, the original code's too."""
-    from jaxsynth.adapters.base import layers
-    from jaxsynth.weights import comfyui
+    from jaxsynth.weights import comfyui, lycoris
 
     prefix = _PREFIXES[component]
-    names = {f"{prefix}_{path.replace('.', '_')}": path for path in layers(model)}
+    names = {f"{prefix}_{path.replace('.', '_')}": path for path in lycoris.layer_paths(model)}
     if component == "unet":
         for path, name in comfyui.names_of(component, model).items():
             flat = name.removeprefix("diffusion_model.").replace(".", "_")

@@ -103,7 +103,7 @@ WAYS: dict[str, tuple[str, Build]] = {
     "affiner_attention": ("Affiner (attention)", _affiner(ATTENTION)),
     "lora": ("LoRA (all layers)", _by_adapters(lambda rank: LoRAConfig(rank=rank, targets=ALL))),
     "input": ("new input alone", _by_adapters(lambda _: None)),
-    CHOSEN: ("chosen adapter (all layers)", _chosen),
+    CHOSEN: ("chosen adapter", _chosen),
 }
 
 

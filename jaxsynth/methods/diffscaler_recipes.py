@@ -135,7 +135,7 @@ RECIPES: dict[str, Recipe] = {
         "Affiner, ranks by layer (all)",
         _affiner("all", ranked=True, gate=False, scale_side="none", shift=_ENDS),
     ),
-    CHOSEN: Recipe("chosen adapter (all)", _chosen),
+    CHOSEN: Recipe("chosen adapter", _chosen),
 }
 
 

@@ -80,7 +80,7 @@ def names_of(component: str, model: Any) -> dict[str, str]:
 
     The text encoder of Stable Diffusion 1 is its "clip_l", that of 2 its "clip_h".
     """
-    paths = list(base.layers(model))
+    paths = lycoris.layer_paths(model)
     if component == "unet":
         return {path: f"{_UNET}{original_name(path, model)}" for path in paths}
     if component != "text_encoder":
@@ -131,7 +131,7 @@ def read_comfyui(
         if component not in networks:
             raise UserError(f"{source}: holds adapters of {component}, which the base lacks")
         model = networks[component]
-        paths = list(base.layers(model))
+        paths = lycoris.layer_paths(model)
         if component == "unet":
             names = {f"{_UNET}{path}": path for path in paths}
             names |= {name: path for path, name in names_of("unet", model).items()}

@@ -133,8 +133,18 @@ def read_lycoris(source: str | Path, model: T, *, prefix: str = "lora_unet") -> 
     source = Path(source)
     if not source.is_file():
         raise UserError(f"{source}: no such file; expected an adapter of LyCORIS or kohya")
-    names = {f"{prefix}_{path.replace('.', '_')}": path for path in base.layers(model)}
+    names = {f"{prefix}_{path.replace('.', '_')}": path for path in layer_paths(model)}
     return fill(load(source)[0], model, names, source)
+
+
+def layer_paths(model: nnx.Module) -> list[str]:
+    """The paths of the layers that hold anything; an empty list of modules does not."""
+    return [
+        path
+        for path, layer in base.layers(model).items()
+        if isinstance(layer, base.AdapterLayer)
+        or any(isinstance(value, nnx.Variable) for value in vars(layer).values())
+    ]
 
 
 def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -150,7 +160,7 @@ def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], s
     Raises UserError as `read_lycoris`.
     """
     layers = base.layers(model)
-    if len(set(modules.values())) < len(layers):
+    if len(set(modules.values())) < len(layer_paths(model)):
         raise UserError(f"{source}: two layers of the network have one name in such a file")
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, value in tensors.items():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsynth.adapters import base
+from jaxsynth.adapters import base, kinds
 from jaxsynth.adapters.affiner import AffinerConfig
-from jaxsynth.adapters.combine import combine
+from jaxsynth.adapters.combine import combine, dirichlet
 from jaxsynth.adapters.table import extend_table
-from tests.adapters.nets import Net
+from tests.adapters.nets import Net, scrambled
+from tests.adapters.oracles import Pair
 from tests.adapters.test_base import with_affiner, with_lora
 
 
@@ -33,6 +34,31 @@ def test_kernels_are_weighted_sums(net):
     old = net.down.kernel[...]
     changes = [base.merge(model).down.kernel[...] - old for model in (first, second)]
     np.testing.assert_allclose(found, old + 0.3 * changes[0] + 0.6 * changes[1], atol=1e-6)
+
+
+def test_kinds_are_mixed_by_sum_average_and_at_random():
+    """Sums, averages and Dirichlet mixtures of what three kinds change."""
+    net = Pair(rngs=nnx.Rngs(0))
+    models = []
+    for seed, kind in enumerate(("lokr", "dora", "ia3")):
+        settings = {} if kind == "ia3" else {"rank": 2}
+        config = kinds.make_config(kind, targets=("conv", "linear"), **settings)
+        model = kinds.add(net, config, rngs=jax.random.key(seed))
+        state = base.extract(model)
+        moved = scrambled(state, seed).arrays
+        arrays = {name: value + moved[name] for name, value in state.arrays.items()}
+        models.append(base.load_state(model, base.AdapterState(arrays, config)))
+    kernels = [base.layers(base.merge(model))["linear"].kernel[...] for model in models]
+    old = net.linear.kernel[...]
+    random = [float(weight) for weight in dirichlet(jax.random.key(1), 3, 0.5)]
+    assert abs(sum(random) - 1) < 1e-6 and min(random) >= 0
+    assert random != [float(weight) for weight in dirichlet(jax.random.key(2), 3, 0.5)]
+    for weights in ([1.0] * 3, [1 / 3] * 3, random):
+        found = combine(net, models, weights).linear.kernel[...]
+        changes = sum(w * (kernel - old) for w, kernel in zip(weights, kernels, strict=True))
+        np.testing.assert_allclose(found, old + changes, atol=1e-5)
+    with pytest.raises(ValueError, match="count 3 and concentration 0"):
+        dirichlet(jax.random.key(0), 3, 0)
 
 
 def test_a_bias_that_only_one_adapter_adds(net):

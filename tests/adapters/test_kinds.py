@@ -43,6 +43,8 @@ TABLE = {
 UNMERGEABLE = ("prefix", "hypernetwork")
 # Kinds that a seed or the base gives something else than zero to start with.
 STARTS_ELSEWHERE = ("prefix",)
+# To what share the loss falls; (IA)^3 and rotations have few ways to go.
+FALLS: dict[str, float] = {}
 COUNT = 3
 IMAGES = np.random.default_rng(1).standard_normal((COUNT, 2, 4, 5, 4), np.float32)
 
@@ -144,6 +146,8 @@ def test_a_kind_obeys_the_algebra(name, tmp_path):
             base.merge(own.model)
     else:
         kernels = [nnx.state(layer) for layer in base.layers(net()).values()]
+        # Merged it is the base's own program, and as fast.
+        assert nnx.split(base.merge(own.model))[0] == nnx.split(net())[0]
         for off_params, kernel in zip(off["params"], kernels, strict=True):
             jax.tree.map(np.testing.assert_array_equal, off_params, kernel)
         half = own.run(states[0], scale=0.4)
@@ -169,20 +173,24 @@ def test_a_kind_obeys_the_algebra(name, tmp_path):
                 bound = 3e-5 * max(1.0, np.abs(other).max())
                 np.testing.assert_allclose(one[row], other, atol=bound)
 
-    # It learns a tiny batch, by steps against the sign of the gradient.
+    # It over-fits a tiny batch, by steps against the sign of the gradient, around a frozen base.
     trainable = own.start
-    for _ in range(20):
+    for step in range(60):
         result = own.run(trainable)
+        rate = np.float32(0.03 * (1 - step / 60))
         trainable = jax.tree.map(
-            lambda p, g: jnp.asarray(p - np.float32(0.03) * np.sign(g)), trainable, result["grads"]
+            lambda p, g, rate=rate: jnp.asarray(p - rate * np.sign(g)), trainable, result["grads"]
         )
-    assert result["loss"] < 0.9 * start["loss"]
+    assert result["loss"] < FALLS.get(name, 0.6) * start["loss"]
+    trained = nnx.merge(own.graphdef, trainable, own.frozen)
+    bases = [getattr(layer, "base", layer) for layer in base.layers(trained).values()]
+    for one, other in zip(bases, base.layers(net()).values(), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(other))
 
     # Swapping values or strength compiles nothing.
     assert own.single._cache_size() == 1
 
     # Its state survives a file, with the configuration it was made from.
-    trained = nnx.merge(own.graphdef, trainable, own.frozen)
     path = tmp_path / "state.safetensors"
     write_state(path, base.extract(trained))
     state = read_state(path)

@@ -30,6 +30,12 @@ CASES = {
         {"weight_decompose": True, "wd_on_out": False},
     ),
     "rslora": (LoRAConfig(**OURS, use_rslora=True), LoConModule, {"rs_lora": True}),
+    "loha": (LoHaConfig(**OURS), LohaModule, {}),
+    "lokr-both": (
+        LoKrConfig(**KRON, decompose_both=True),
+        LokrModule,
+        {"factor": 2, "decompose_both": True},
+    ),
     "loha-tucker": (
         LoHaConfig(**OURS, use_tucker=True),
         LohaModule,

@@ -12,11 +12,12 @@ import torch
 from flax import nnx
 from peft.optimizers import create_loraplus_optimizer
 
-from jaxsynth.adapters import base, kinds
+from jaxsynth.adapters import base, kinds, learning
 from jaxsynth.adapters.adalora import AdaLoRAConfig, budgeted, orthogonality
 from jaxsynth.adapters.delta_lora import DeltaLoRAConfig, following
 from jaxsynth.adapters.hypernetwork import HypernetworkConfig, shared
 from jaxsynth.adapters.lora import LoRAConfig, lora_plus
+from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.weights import factors
 from tests.adapters import oracles
 from tests.adapters.nets import scrambled
@@ -235,3 +236,57 @@ def test_copies_of_a_hypernetwork_stay_equal():
 
 def flatten(trainable, graphdef, frozen) -> dict:
     return base.extract(nnx.merge(graphdef, trainable, frozen)).arrays
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("adalora", {"target_rank": 1}), ("delta_lora", {"ratio": 0.5, "start": 2}), ("lokr", {})],
+)
+def test_training_side_by_side_and_resumed_from_a_checkpoint(tmp_path, kind, settings):
+    """With the kind's own optimiser and loss: stacked as separate, resumed as uninterrupted."""
+    config = kinds.make_config(kind, rank=2, alpha=5, targets=TARGETS, **settings)
+    net = oracles.Pair(rngs=nnx.Rngs(0))
+    models = [kinds.add(net, config, rngs=jax.random.key(seed)) for seed in range(2)]
+    graphdef, _, frozen = nnx.split(models[0], base.Trainable, ...)
+    starts = [nnx.state(model, base.Trainable) for model in models]
+    tx = learning.optimiser(config, optax.adam(3e-2), 6)
+
+    def loss(trainable):
+        return ((nnx.merge(graphdef, trainable, frozen)(oracles.images()) - 1) ** 2).mean(), {}
+
+    loss = learning.penalised(loss, config)
+
+    def step(state):
+        grads = jax.grad(lambda t: loss(t)[0])(state[0])
+        updates, opt_state = tx.update(grads, state[1], state[0])
+        return optax.apply_updates(state[0], updates), opt_state
+
+    one, many = jax.jit(step), jax.jit(jax.vmap(step))
+
+    def run(function, state, steps):
+        for _ in range(steps):
+            state = function(state)
+        return state
+
+    halves = [run(one, (start, tx.init(start)), 3) for start in starts]
+    apart = [run(one, state, 3) for state in halves]
+    together = base.stack(starts)
+    together = run(many, (together, jax.vmap(tx.init)(together)), 6)
+    for number, state in enumerate(apart):
+        for found, expected in zip(
+            jax.tree.leaves(together[0]), jax.tree.leaves(state[0]), strict=True
+        ):
+            np.testing.assert_allclose(found[number], expected, atol=2e-4)
+    # A pruned rank of AdaLoRA is exactly gone, and W has moved with Delta-LoRA's factors.
+    arrays = flatten(apart[0][0], graphdef, frozen)
+    if kind == "adalora":
+        assert sum(int((arrays[f"{name}.lora_E"] == 0).sum()) for name in TARGETS) == 2
+    if kind == "delta_lora":
+        assert np.any(arrays["conv.start_B"] != 0)
+
+    with Checkpoints(tmp_path, every=1, keep=1, identity={"kind": kind}) as checkpoints:
+        checkpoints.save(3, halves[0])
+    with Checkpoints(tmp_path, every=1, keep=1, identity={"kind": kind}) as checkpoints:
+        restored, _ = checkpoints.restore((starts[0], tx.init(starts[0])))
+    again = run(one, restored, 3)
+    jax.tree.map(np.testing.assert_array_equal, again, apart[0])

@@ -12,6 +12,7 @@ from PIL import Image
 from jaxsynth import cli
 from jaxsynth.adapters.affiner import Affiner
 from jaxsynth.adapters.base import AdapterLayer, layers
+from jaxsynth.adapters.kinds import AdapterChoice
 from jaxsynth.methods.controlled import WAYS, best, compared
 from jaxsynth.training.artifact import MANIFEST
 from jaxsynth.weights.hf import load_pipeline
@@ -29,7 +30,9 @@ def arguments(base, workdir, *more) -> list[str]:
         f"--workdir={workdir}",
         f"--config.base={base}",
         "--config.data.image_size=8",
-        "--config.ways=controlnet,input",
+        "--config.ways=controlnet",
+        "--config.adapter=ia3",
+        "--config.adapter.targets=to_k,to_v",
         *more,
     ]
 
@@ -52,8 +55,8 @@ def finished(base_folder, tmp_path_factory, settings) -> Path:
 
 def test_every_way_is_trained_drawn_and_reported(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert [result["way"] for result in results] == ["controlnet", "input"]
-    net, adapters = results
+    assert [result["way"] for result in results] == ["adapter", "controlnet"]
+    adapters, net = results
     assert 0 < adapters["trainable"] < net["trainable"] < net["whole"] == adapters["whole"]
     for result in results:
         assert all(0 < result[key] < 3 for key in ("validation", "own", "another", "none"))
@@ -65,7 +68,7 @@ def test_every_way_is_trained_drawn_and_reported(finished):
     # Another image's condition is another input, which even four steps have made to matter.
     assert adapters["own"] != adapters["another"] and adapters["own"] != adapters["none"]
     page = (finished / "report.html").read_text()
-    assert "Ways to follow segmentation" in page and "new input alone" in page
+    assert "Ways to follow segmentation" in page and "chosen adapter" in page
     assert "| ControlNet" in (finished / "table.md").read_text()
 
 
@@ -99,8 +102,17 @@ def test_settings_that_cannot_be_are_refused(
 
 def test_adapters_go_into_every_layer(base_folder):
     pipeline = load_pipeline(base_folder)
-    for way, wrapped in (("affiner", Affiner), ("lora", AdapterLayer), ("input", AdapterLayer)):
-        model = nnx.eval_shape(lambda way=way: WAYS[way][1](pipeline, 3, 1, jax.random.key(0)))
+    ways = {
+        "affiner": Affiner,
+        "lora": AdapterLayer,
+        "adapter": AdapterLayer,
+        "input": AdapterLayer,
+    }
+    choice = AdapterChoice("lokr", {"factor": 2})
+    for way, wrapped in ways.items():
+        model = nnx.eval_shape(
+            lambda way=way: WAYS[way][1](pipeline, 3, 1, choice, jax.random.key(0))
+        )
         kinds = {path: type(layer) for path, layer in layers(model.unet).items()}
         own = {path for path, kind in kinds.items() if issubclass(kind, AdapterLayer)}
         if way == "input":

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jaxsynth import cli
+from jaxsynth.adapters.base import extract
+from jaxsynth.adapters.lokr import LoKrConfig
 from jaxsynth.config import load_config, override, to_dataclass
 from jaxsynth.data.store import ImageStore
 from jaxsynth.errors import UserError
@@ -102,6 +104,19 @@ def configured(*more: str) -> Config:
     values = load_config(f"{CONFIG}:smoke")
     assignments = [x.removeprefix("--config.").split("=", 1) for x in (*SMALL, *more)]
     return to_dataclass(Config, override(values, [(name, value) for name, value in assignments]))
+
+
+def test_any_kind_of_adapter_is_a_recipe_and_that_of_the_sets(finished, tmp_path):
+    chosen = ("--config.adapter=lokr", "--config.adapter.factor=2", "--config.lora_rank=3")
+    config = configured(f"--config.base={finished / 'base'}", *chosen)
+    assert config.recipes == ("full", "affiner_zero", "adapter")
+    assert config.sets_recipe == "adapter" and config.rates_of("adapter") == (1e-2,)
+    model = Work(config, tmp_path)._adapted("digits", "adapter", 0, classes=3)
+    state = extract(model)
+    assert type(state.config) is LoKrConfig and (state.config.rank, state.config.factor) == (3, 2)
+    assert {name.split(".")[-1] for name in state.arrays} >= {"lokr_w1", "rows"}
+    with pytest.raises(ValueError, match="'adapter' is what `adapter` chooses"):
+        configured("--config.recipes=adapter")
 
 
 def test_a_base_that_knows_more_finds_its_classes_by_name(finished, tmp_path):
