@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from jaxsynth.adapters.base import (
     freeze,
     load_state,
     mark_trainable,
+    with_values,
 )
 from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.data.concepts import Concept
@@ -31,7 +33,6 @@ from jaxsynth.models.pix2pix import Pix2Pix, Pix2PixConfig
 from jaxsynth.training.gan import (
     GANConfig,
     Generator,
-    Model,
     Pairs,
     adapted,
     edit_images,
@@ -45,6 +46,7 @@ from jaxsynth.training.weight_generator import TextReader
 from jaxsynth.weights.states import read_state, write_state
 
 # Concepts whose edited photos are kept in memory.
+T = TypeVar("T", bound=nnx.Module)
 _KEPT = 256
 _GENERATOR, _DISCRIMINATOR = "generator.safetensors", "discriminator.safetensors"
 
@@ -242,12 +244,10 @@ def _size(model: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model)))
 
 
-def _read(plain: Model, path: Path) -> Model:
+def _read(plain: T, path: Path) -> T:
     """A network of this shape with the values of a file, frozen."""
     try:
         loaded = load_state(mark_trainable(plain), read_state(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    graphdef, state = nnx.split(plain)
-    leaves = jax.tree.leaves(nnx.state(loaded))
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+    return with_values(plain, nnx.state(loaded))
