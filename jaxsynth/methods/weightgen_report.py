@@ -30,6 +30,11 @@ from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.training.artifact import MANIFEST, write_json
 from jaxsynth.training.console import console
 
+# What curves hold: its title, factor and digits.
+MEASURES = {
+    "l1": ("Held-out L1 x 1000", 1000, 1),
+    "fd": ("Frechet distance in CLIP's features", 1, 1),
+}
 RIVALS = ("scratch", "default", "mean", "nearest", "noise", "ridge")
 
 
@@ -49,7 +54,8 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
 def curves_of(result: dict[str, Any], name: str) -> Curves:
     """The curves from one kind of initial weights in one seed's comparison."""
     found = result["inits"][name]
-    return Curves(tuple(found["steps"]), found["l1"], found["prepare"], found["step"])
+    steps = tuple(found["steps"])
+    return Curves(steps, found["l1"], found["prepare"], found["step"], found["fd"])
 
 
 def write(workdir: Path) -> Path:
@@ -86,25 +92,26 @@ def write(workdir: Path) -> Path:
     )
 
 
-def errors_table(results: Sequence[dict], names: Sequence[str]) -> Table:
-    """The held-out L1 after each measured step, mean over the unseen concepts."""
+def errors_table(results: Sequence[dict], names: Sequence[str], measure: str = "l1") -> Table:
+    """A measure (of `MEASURES`) after each measured step, mean over the unseen concepts."""
     steps = curves_of(results[0], "default").steps
+    title, scale, digits = MEASURES[measure]
     body = []
     for name in names:
         curves = [curves_of(result, name) for result in results]
         if curves[0].steps != steps:  # another network, measured at steps of its own
             continue
-        means = np.stack([own.l1.mean(0) for own in curves])
+        means = np.stack([getattr(own, measure).mean(0) for own in curves])
         body.append([INITS[name], *(Measure(tuple(column.tolist())) for column in means.T)])
     rules = [row for row, line in enumerate(body) if line[0] in _firsts()]
     return Table(
         ["Initial weights", *map(str, steps)],
         body,
-        caption=f"Held-out L1 x 1000 after so many steps, mean over {len(results[0]['unseen'])} "
-        f"unseen concepts{_spread(results)}",
+        caption=f"{title} after so many steps, mean over {len(results[0]['unseen'])} unseen "
+        f"concepts{_spread(results)}",
         better="lower",
-        scale=1000,
-        digits=1,
+        scale=scale,
+        digits=digits,
         rules=rules,
     )
 
@@ -118,27 +125,31 @@ def _spread(results: Sequence[dict]) -> str:
     return f", mean ± standard deviation of {len(results)} seeds" if len(results) > 1 else ""
 
 
+def _mean_curve(results: Sequence[dict], name: str, measure: str) -> tuple[tuple, np.ndarray]:
+    """Steps, and a measure over all seeds and concepts."""
+    own = [curves_of(result, name) for result in results]
+    return own[0].steps, np.mean([getattr(c, measure).mean(0) for c in own], axis=0)
+
+
 def _errors(workdir: Path, results: Sequence[dict], names: Sequence[str]) -> Section:
-    curves = {}
-    for name in names:
-        own = [curves_of(result, name) for result in results]
-        curves[INITS[name]] = (own[0].steps, np.mean([c.l1.mean(0) for c in own], axis=0))
-    scratch = [curves_of(result, "scratch") for result in results]
     most = max(curves_of(results[0], "default").steps)
-    line = ", ".join(
-        f"{value:.1f} after {step}"
-        for step, value in zip(
-            scratch[0].steps, 1000 * np.mean([c.l1.mean(0) for c in scratch], axis=0), strict=True
-        )
-    )
-    shown = {
-        label: tuple(zip(*[(s, v) for s, v in zip(*both, strict=True) if s <= most], strict=True))
-        for label, both in curves.items()
-    }
-    path = plot_curves(
-        workdir / "curves.png", shown, xlabel="steps", ylabel="held-out L1", smooth=0
-    )
-    pictures = [Picture(path, "Held-out L1 against steps of fine-tuning, mean over concepts.")]
+    measures = [m for m in MEASURES if results[0]["inits"]["default"][m] is not None]
+    pictures, lines = [], []
+    for measure in measures:
+        title, scale, digits = MEASURES[measure]
+        curves = {INITS[name]: _mean_curve(results, name, measure) for name in names}
+        shown = {
+            label: tuple(zip(*[(s, v) for s, v in zip(*c, strict=True) if s <= most], strict=True))
+            for label, c in curves.items()
+        }
+        path = plot_curves(
+            workdir / f"{measure}.png", shown, xlabel="steps", ylabel=title,
+            smooth=0,
+        )  # fmt: skip
+        pictures.append(Picture(path, f"{title} against steps of fine-tuning, mean over concepts."))
+        steps, values = curves[INITS["scratch"]]
+        found = (f"{scale * v:.{digits}f} after {s}" for s, v in zip(steps, values, strict=True))
+        lines.append(f"{title}: {', '.join(found)}.")
     grids = sorted(workdir.glob("seed*/comparison/samples.png"))
     pictures += [
         Picture(grid, "Unseen concepts, on held-out photos.", pixelated=True) for grid in grids[:1]
@@ -146,9 +157,10 @@ def _errors(workdir: Path, results: Sequence[dict], names: Sequence[str]) -> Sec
     return Section(
         "Unseen concepts",
         "Every kind of initial weights is fine-tuned in the same way on photos edited by a concept "
-        "that nothing was trained on, and its L1 to the true edit measured on other photos. "
-        f"Training pix2pix from scratch is another network with steps of its own: {line}.",
-        tables=[errors_table(results, names)],
+        "that nothing was trained on, and its L1 to the true edit measured on other photos, as is "
+        "the Frechet distance to them in the features of the shipped CLIP. Training pix2pix from "
+        "scratch is another network with steps of its own. " + " ".join(lines),
+        tables=[errors_table(results, names, measure) for measure in measures],
         images=pictures,
     )
 
@@ -241,13 +253,12 @@ def levers_table(results: Sequence[dict]) -> Table:
             [
                 name,
                 *(Measure(tuple(column)) for column in errors),
-                f"{np.mean([one['error'] for one in found]):.3f}",
                 f"{np.mean([one['replaced'] for one in found]):.0%}",
                 f"{chosen} of {len(results)}" if chosen else "",
             ]
         )
     return Table(
-        ["Settings", *(f"L1 at {step}" for step in steps), "weights", "replaced", "chosen"],
+        ["Settings", *(f"L1 at {step}" for step in steps), "replaced", "chosen"],
         body,
         caption=f"Validation concepts: L1 x 1000{_spread(results)}",
         better="lower",
@@ -260,28 +271,25 @@ def _tried(results: Sequence[dict]) -> Section:
     return Section(
         "What was tried",
         "Settings of the generator, and the plain predictors beside them, compared on concepts "
-        "that are neither trained on nor reported above. `weights` is the mean squared error of "
-        "the weights, relative to that of the mean LoRA (1: no better). `replaced` is the share of "
-        "concepts at which the guard of the norms took the fallback instead.",
+        "that are neither trained on nor reported above. `replaced` is the share of concepts at "
+        "which the guard of the norms took the fallback instead.",
         tables=[levers_table(results)],
     )
 
 
 def _honesty(results: Sequence[dict], names: Sequence[str]) -> Section:
-    body = []
+    body, keys = [], ("nearest_train", "norm_low", "norm_high")
     for name in names:
         found = [result["weights"][name] for result in results if name in result["weights"]]
         if found:
-            keys = ("error", "nearest_train", "norm_low", "norm_high")
             body.append([INITS[name], *(Measure(tuple(f[key] for f in found)) for key in keys)])
     trained = [result["weights"]["trained"] for result in results]
-    keys = ("error", "nearest_train", "norm_low", "norm_high")
-    body.append(["trained LoRA", *(Measure(tuple(f[key] for f in trained)) for key in keys)])
+    body.append(["the collection's", *(Measure(tuple(f[key] for f in trained)) for key in keys)])
     table = Table(
-        ["Weights", "error", "to nearest", "least norm", "largest norm"],
+        ["Weights", "to nearest", "least norm", "largest norm"],
         body,
-        caption="Error to the trained LoRA, and distance to the nearest LoRA of the collection, "
-        "both relative to the mean LoRA's error; norms of layers over those of the collection"
+        caption="Squared distance to the nearest LoRA of the collection (of its own: the nearest "
+        "other), over the mean LoRA's to all; norms of layers over those of the collection"
         f"{_spread(results)}",
         better=None,
         digits=3,

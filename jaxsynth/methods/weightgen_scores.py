@@ -33,16 +33,19 @@ class Curves:
     """The held-out L1 `l1[c][s]` of concept c after `steps[s]` steps, from one kind of weights.
 
     `prepare` is the seconds that making one concept's initial weights took, `step` those of one
-    training step.
+    training step. `fd[c][s]` is the Frechet distance, where it was measured.
     """
 
     steps: tuple[int, ...]
     l1: Float[np.ndarray, "c s"]
     prepare: float
     step: float
+    fd: Float[np.ndarray, "c s"] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "l1", np.asarray(self.l1, float))
+        fd = None if self.fd is None else np.asarray(self.fd, float)
+        object.__setattr__(self, "fd", fd if fd is not None and fd.size else None)
         if self.l1.ndim != 2 or self.l1.shape[1] != len(self.steps):
             raise ValueError(f"Curves: {self.l1.shape} errors at {len(self.steps)} steps")
 

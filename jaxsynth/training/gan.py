@@ -12,9 +12,12 @@ LoRAs of very many edits, which all train in one program from one shared start (
 
 Only the low-rank path differs between concepts. Under `jax.vmap` over the stacked factors the
 base's convolutions therefore see all concepts' images as one batch, and the low-rank path is
-batched matrix products (`adapters.convolution`). One discriminator, told the text, serves all: one
-for each concept needs convolutions mapped over kernels, which cost a third more of the whole step
-as matrix products and dozens of times more as XLA's grouped convolutions.
+batched matrix products (`adapters.convolution`). Many different weights do nearly the same, so
+concepts trained apart end where their texts do not say; with `shared` features of the texts each
+adapter is a sum of parts that concepts have in common and of one of its own, which leaves the fit
+as it is and makes the weights follow from the texts (`mixture`). One discriminator, told the text,
+serves all: one for each concept needs convolutions mapped over kernels, which cost a third more of
+the whole step as matrix products and dozens of times more as XLA's grouped convolutions.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,6 +60,7 @@ from jaxsynth.weights.tokenizer import Tokenizer
 
 Generator = E2GAN | Pix2Pix
 LOSSES = ("lsgan", "vanilla")
+SCHEDULES = ("constant", "cosine")
 
 # What LoRA wraps in E2GAN, as published: all but the residual blocks.
 E2GAN_TARGETS = (
@@ -76,7 +80,8 @@ class GANConfig:
     """How a generator and its discriminator train; the defaults are pix2pix's.
 
     `batch_size` counts images, for each concept where many train together. `loss` is "vanilla"
-    (cross entropy) or "lsgan" (least squares, Mao et al. 2016, arXiv 1611.04076).
+    (cross entropy) or "lsgan" (least squares, Mao et al. 2016, arXiv 1611.04076). `schedule` is
+    that of both rates: "constant", or falling to 0 as a "cosine" over `steps`.
     """
 
     steps: int = 20_000
@@ -94,8 +99,11 @@ class GANConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}, expected one of {', '.join(LOSSES)}")
+        for name, known in (("loss", LOSSES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -259,10 +267,16 @@ def training_data(pairs: Pairs) -> dict[str, Array]:
 
 def optimizers(config: GANConfig) -> dict[str, optax.GradientTransformation]:
     """Adam for each of the two networks."""
-    rates = {"generator": config.learning_rate, "discriminator": config.discriminator_rate}
-    if config.schedule == "cosine":
-        rates = {name: optax.cosine_decay_schedule(rate, config.steps) for name, rate in rates.items()}
-    return {name: optax.adam(rate, b1=config.b1, b2=config.b2) for name, rate in rates.items()}
+
+    def adam(rate: float) -> optax.GradientTransformation:
+        falls = config.schedule == "cosine"
+        rates = optax.cosine_decay_schedule(rate, config.steps) if falls else rate
+        return optax.adam(rates, b1=config.b1, b2=config.b2)
+
+    return {
+        "generator": adam(config.learning_rate),
+        "discriminator": adam(config.discriminator_rate),
+    }
 
 
 def init_gan(
@@ -284,7 +298,8 @@ def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
     """`step(state, frozen, data) -> (state, metrics)`: the discriminator moves, then the generator.
 
     `frozen` is the generator's; `data` is `training_data`'s. Losses of stacked generators are
-    summed, so each gets the gradient of its own alone; their metrics have an axis of C.
+    summed, so each gets the gradient of its own alone; their metrics have an axis of C. With a
+    "mix" in `data` the generator's state holds the parts that `mixed` adds up.
     """
     tx = optimizers(config)
     norm = jax.vmap(optax.tree.norm) if networks.stacked else optax.tree.norm
@@ -299,6 +314,8 @@ def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
         before = state.trainable
 
         def of_generator(trainable):
+            if "mix" in data:
+                trainable = mixed(data["mix"], trainable)
             return networks.fakes(trainable, frozen, source, batch["states"])
 
         fake, pull_back = jax.vjp(of_generator, before["generator"])
@@ -339,6 +356,27 @@ def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
         return new, metrics
 
     return step
+
+
+def mixture(
+    features: Float[np.ndarray, "c f"] | None, count: int, own: float = 0.3, *, multiple: int = 1
+) -> Float[np.ndarray, "c p"]:
+    """How much of each of p parts is in each adapter: all of one for all, its features' of those of
+    its text, and `own` of one of its own.
+
+    Each part learns at the same rate, so what features explain is learnt as theirs. Without
+    features every adapter is its own. Parts of nothing fill their number up to a `multiple`.
+    """
+    if features is None:
+        return np.eye(count, dtype=np.float32)
+    parts = [np.ones((count, 1)), np.asarray(features), own * np.eye(count)]
+    fill = -sum(part.shape[1] for part in parts) % multiple
+    return np.concatenate([*parts, np.zeros((count, fill))], axis=1).astype(np.float32)
+
+
+def mixed(mix: Float[Array, "c p"], parts: Any) -> Any:
+    """The adapters, stacked, from their stacked parts."""
+    return jax.tree.map(lambda x: jnp.tensordot(mix.astype(x.dtype), x, axes=1), parts)
 
 
 def _moved(tx: optax.GradientTransformation, grads: Any, state: TrainState, name: str):
@@ -393,22 +431,27 @@ def train_together(
     seed: int,
     checkpoints: int = 1,
     every: int = 0,
+    shared: Float[np.ndarray, "c f"] | None = None,
+    own: float = 0.3,
     mesh: Mesh | None = None,
     description: str = "train all concepts",
 ) -> list[list[AdapterState]]:
     """The adapters of every concept of `pairs`: `[concept][k]`, the last `checkpoints` of each.
 
     `generator` is the base with the adapters (`adapted`) that all concepts start from, and the
-    checkpoints are `every` steps apart, the last one at the end. Resumes from `folder`. On a mesh
-    the concepts lie along "data"; where their number is not divisible by it, the last one is
+    checkpoints are `every` steps apart, the last one at the end. `shared` are features of the
+    concepts' texts: adapters then are sums of parts, as `mixture` says. Resumes from `folder`. On a
+    mesh the concepts lie along "data"; where their number is not divisible by it, the last one is
     trained more than once.
 
     Raises:
         ValueError: there are not so many steps.
     """
     count = len(pairs)
-    if mesh is not None:
-        pairs = pairs.select([*range(count), *[count - 1] * (-count % mesh.shape["data"])])
+    rows = list(range(count))
+    devices = 1 if mesh is None else mesh.shape["data"]
+    rows += [count - 1] * (-count % devices)
+    pairs = pairs.select(rows)
     kept = [config.steps - k * every for k in reversed(range(checkpoints))]
     if kept[0] < 1 or (checkpoints > 1 and every < 1):
         raise ValueError(
@@ -416,8 +459,15 @@ def train_together(
         )
     graphdef, trainable, frozen = nnx.split(generator, Trainable, ...)
     graph_d, trainable_d = nnx.split(mark_trainable(discriminator))
-    state = init_gan(stack([trainable] * len(pairs)), trainable_d, config, jax.random.key(seed))
+    features = None if shared is None else np.asarray(shared)[rows]
+    mix = mixture(features, len(pairs), own, multiple=devices)
+    parts = stack([trainable] * mix.shape[1])
     data = training_data(pairs)
+    if shared is not None:
+        # What all have in common starts where the adapters do, the rest from nothing.
+        parts = jax.tree.map(lambda x: x.at[1:].set(0), parts)
+        data["mix"] = jnp.asarray(mix)
+    state = init_gan(parts, trainable_d, config, jax.random.key(seed))
     placed = frozen
     if mesh is not None:
         state, data = place_together(state, data, mesh)
@@ -426,7 +476,8 @@ def train_together(
     step = make_step(networks, config, partial(draw_each, count=config.batch_size))
 
     def state_of(values: Any) -> AdapterState:
-        return extract(nnx.merge(graphdef, values, frozen))
+        whole = values if shared is None else mixed(jnp.asarray(mix), values)
+        return extract(nnx.merge(graphdef, whole, frozen))
 
     late = folder / "late"
     late.mkdir(parents=True, exist_ok=True)
