@@ -306,9 +306,9 @@ class _Seed:
             write_json(folder / "levers.json", to_json(table))
             return {"chosen": chosen}
 
-        settings = {"levers_at": config.levers_at, "few_steps": config.few_steps,
-                    "tune": config.editor.tune, "pairs": config.editor.pairs,
-                    "seed": self.seed}  # fmt: skip
+        settings = {"concepts": self.prompts("validation"), "levers_at": config.levers_at,
+                    "few_steps": config.few_steps, "tune": config.editor.tune,
+                    "pairs": config.editor.pairs, "seed": self.seed}  # fmt: skip
         return run_stage(f"seed {self.seed}: levers", self.folder / "levers", settings, made, build)
 
     def _ways(self, variant: Variant) -> list[tuple[str, dict[str, Any]]]:
@@ -331,9 +331,10 @@ class _Seed:
         return run_stage(
             f"seed {self.seed}: comparison",
             self.folder / "comparison",
-            {"tune": self.config.editor.tune, "at": self.config.editor.tune_at,
-             "scratch": self.config.editor.scratch, "scratch_at": self.config.editor.scratch_at,
-             "pairs": self.config.editor.pairs, "noise": self.config.noise, "seed": self.seed},
+            {"concepts": self.prompts("unseen"), "tune": self.config.editor.tune,
+             "at": self.config.editor.tune_at, "scratch": self.config.editor.scratch,
+             "scratch_at": self.config.editor.scratch_at, "pairs": self.config.editor.pairs,
+             "noise": self.config.noise, "seed": self.seed},
             {"levers": levers, "collection": self.collection},
             lambda folder: self._compare(folder, read_json(levers.path / "levers.json")),
         )  # fmt: skip

@@ -114,7 +114,8 @@ class Config:
                 f"checkpoints {self.checkpoints} and few_steps {self.few_steps}, expected at least "
                 "1 and 2"
             )
-
+        if self.editor.pairs > self.photos:
+            raise ValueError(f"editor.pairs is {self.editor.pairs} of {self.photos} photos")
         for name, variant in self.generators.items():
             if variant.canonical != "none" and not self.editor.train_down:
                 raise ValueError(

@@ -165,34 +165,61 @@ def _errors(workdir: Path, results: Sequence[dict], names: Sequence[str]) -> Sec
     )
 
 
-def speed(results: Sequence[dict], name: str, targets: str) -> list[Reached]:
-    """How fast one kind of weights gets to the quality named `targets`, in each seed."""
-    return [reached(curves_of(result, name), result["targets"][targets]) for result in results]
+def speed(results: Sequence[dict], name: str, targets: str) -> Reached:
+    """How fast one kind of weights gets to the quality named `targets`."""
+    curves = [curves_of(result, name) for result in results]
+    return reached(curves, [result["targets"][targets] for result in results])
 
 
 def speed_table(results: Sequence[dict], names: Sequence[str], targets: str) -> Table:
     """Steps and seconds to a quality; "never" where most concepts do not reach it."""
-    reference = _mean([one.seconds for one in speed(results, targets, targets)])
+    reference = speed(results, targets, targets).seconds
     body = []
     for name in names:
         found = speed(results, name, targets)
-        seconds = _mean([one.seconds for one in found])
         body.append(
             [
                 INITS[name],
-                f"{np.mean([one.share for one in found]):.0%}",
-                _or_never(_mean([one.steps for one in found]), "{:.0f}"),
+                f"{found.share:.0%}",
+                _or_never(found.steps, "{:.0f}"),
                 f"{np.mean([r['inits'][name]['prepare'] for r in results]):.3f}",
                 f"{1000 * np.mean([r['inits'][name]['step'] for r in results]):.1f}",
-                _or_never(seconds, "{:.2f}"),
-                _ratio(reference, seconds),
+                _or_never(found.seconds, "{:.2f}"),
+                _ratio(reference, found.seconds),
             ]
         )
     return Table(
         ["Initial weights", "reach it", "steps", "s to make", "ms a step", "seconds", "speed"],
         body,
-        caption=f"To the quality that {INITS[targets]} ends with, medians over unseen concepts"
-        f"{_spread(results)}",
+        caption=f"To the quality that {INITS[targets]} ends with, medians over the unseen concepts "
+        f"of {len(results)} seeds",
+        better=None,
+    )
+
+
+def ratios_table(results: Sequence[dict], names: Sequence[str]) -> Table:
+    """How many times as fast as training from scratch each kind of weights gets to what that has
+    after each measured number of steps; scratch is given the time of those steps."""
+    names = [name for name in names if name not in ("scratch", *CONTROLS)]
+    scratch = [curves_of(result, "scratch") for result in results]
+    body = []
+    for place, steps in enumerate(scratch[0].steps):
+        if not steps:
+            continue
+        line: list[str] = [
+            str(steps),
+            f"{1000 * _mean([c.l1[:, place].mean() for c in scratch]):.1f}",
+        ]
+        for name in names:
+            curves = [curves_of(result, name) for result in results]
+            fast = reached(curves, [own.l1[:, place].tolist() for own in scratch]).seconds
+            line.append(_ratio(_mean([c.seconds(steps) for c in scratch]), fast) or "never")
+        body.append(line)
+    return Table(
+        ["Steps of scratch", "L1 x 1000", *(INITS[name] for name in names)],
+        body,
+        caption="Seconds of so many steps of pix2pix from scratch over the seconds to the same "
+        f"quality, medians over the unseen concepts of {len(results)} seeds",
         better=None,
     )
 
@@ -204,7 +231,10 @@ def _speed(results: Sequence[dict], names: Sequence[str]) -> Section:
         "after all its steps. Seconds are those of making the initial weights (text encoder, "
         "denoiser and predictor, compiled before) and of the steps, without measuring and without "
         "compilation. `never` says that fewer than half of the concepts got there.",
-        tables=[speed_table(results, names, target) for target in ("scratch", "default")],
+        tables=[
+            *(speed_table(results, names, target) for target in ("scratch", "default")),
+            ratios_table(results, names),
+        ],
     )
 
 
@@ -223,8 +253,7 @@ def sentences(results: Sequence[dict], names: Sequence[str]) -> list[str]:
                 continue
             found = duel([curves_of(result, own) for result in results], others)
             lines.append(verdict(INITS[own], INITS[rival], found))
-        fast = _mean([one.seconds for one in speed(results, own, "scratch")])
-        slow = _mean([one.seconds for one in speed(results, "scratch", "scratch")])
+        fast, slow = (speed(results, name, "scratch").seconds for name in (own, "scratch"))
         if math.isfinite(fast):
             word = "at least" if slow / fast >= 15 else "less than"
             lines.append(
@@ -317,9 +346,7 @@ def _costs(results: Sequence[dict]) -> Section:
         if own not in results[0]["inits"]:
             continue
         for rival in ("scratch", "default"):
-            fast, slow = (
-                _mean([one.seconds for one in speed(results, name, rival)]) for name in (own, rival)
-            )
+            fast, slow = (speed(results, name, rival).seconds for name in (own, rival))
             count = repaid_after(spent, fast, slow)
             said = (
                 f"after {count:,.0f} concepts" if math.isfinite(count) else "never: it is no faster"

@@ -72,11 +72,14 @@ class Reached:
     seconds: float
 
 
-def reached(curves: Curves, targets: Sequence[float]) -> Reached:
-    """Over all concepts: one that does not reach its target counts as infinite."""
-    steps = curves.steps_to(targets)
+def reached(curves: Sequence[Curves], targets: Sequence[Sequence[float]]) -> Reached:
+    """Over the concepts of all seeds: one that does not reach its target counts as infinite."""
+    steps: list[float] = []
+    for own, wanted in zip(curves, targets, strict=True):
+        steps += own.steps_to(wanted)
     middle = float(np.sort(steps)[len(steps) // 2])
-    return Reached(float(np.isfinite(steps).mean()), middle, curves.seconds(middle))
+    seconds = float(np.mean([own.seconds(middle) for own in curves]))
+    return Reached(float(np.isfinite(steps).mean()), middle, seconds)
 
 
 @dataclass(frozen=True)
