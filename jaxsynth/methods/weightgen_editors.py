@@ -258,7 +258,7 @@ class Editors:
 
     @cached_property
     def _clip(self) -> FeatureExtractor:
-        return clip_extractor()
+        return clip_extractor(batch_size=min(64, len(self.held_out)))
 
     def draw(
         self, folder: Path, rows: Sequence[int], states: Sequence[AdapterState]

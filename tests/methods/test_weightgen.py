@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -133,13 +134,13 @@ def test_what_is_described_is_relative_to_the_collection(work):
 
 def test_programs_are_planned_from_shapes():
     config = to_dataclass(weightgen.Config, load_config(f"{FILE}:smoke"))
-    plans = weightgen.plan(config, make_mesh(data=2, fsdp=2, tensor=2))
+    plans = weightgen.plan(config, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4]))
     names = [one.name for one in plans]
     assert names == [
         "base", "6 LoRAs", "one fine-tuning", "generator x0 on ridge",
         "weights of one concept, x0 on ridge",
     ]  # fmt: skip
-    assert all(one.devices == 8 and one.flops > 0 and one.bytes > 0 for one in plans)
+    assert all(one.devices == 4 and one.flops > 0 and one.bytes > 0 for one in plans)
     base, together, tuned = plans[:3]
     # Six LoRAs of batches of two see three times as many photos as one of four would.
     assert together.flops > 3 * tuned.flops and base.frozen < together.frozen
