@@ -436,7 +436,7 @@ class _Seed:
             [source[i], target[i], *(pictures[key][i] for key in shown)] for i in range(len(rows))
         ]
         names = [self.everything[row].prompt for row in rows]
-        headings = ["photo", "edited", "default", "nearest", "ridge", "generated"]
+        headings = ["photo", "edited", "default", "nearest", "ridge", "1 step"]
         write_grid(folder / "samples.png", lines, names, headings=headings)
 
 

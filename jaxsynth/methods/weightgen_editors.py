@@ -263,8 +263,8 @@ class Editors:
     def draw(
         self, folder: Path, rows: Sequence[int], states: Sequence[AdapterState]
     ) -> UInt8[np.ndarray, "c h w 3"]:
-        """The first held-out photo as each concept's state edits it."""
-        photo, made = self.held_out[:1], []
+        """The held-out photo of most contrast as each concept's state edits it."""
+        photo, made = self.held_out[[self._shown]], []
         for row, state in zip(rows, states, strict=True):
             model = load_state(self.adapted(folder), state)
             made.append(edit_images(model, photo, self.texts[0][row, 0])[0])
@@ -273,7 +273,11 @@ class Editors:
     def examples(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """That photo, and what each concept should make of it."""
         pairs = self.pairs(rows, held_out=True)
-        return np.stack([pairs.source[0]] * len(rows)), pairs.target[:, 0]
+        return np.stack([pairs.source[self._shown]] * len(rows)), pairs.target[:, self._shown]
+
+    @property
+    def _shown(self) -> int:
+        return int(np.argmax(self.held_out.std((1, 2, 3))))
 
     def _error(self, model: Generator, row: int) -> float:
         return held_out_error(model, self.pairs([row], held_out=True))

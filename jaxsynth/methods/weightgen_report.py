@@ -86,7 +86,7 @@ def write(workdir: Path) -> Path:
         subtitle="Initial weights made from a text, and what they have to beat.",
         facts=[
             ("concepts learnt from", str(first["sizes"]["concepts"])),
-            ("unseen concepts", f"{len(first['unseen'])} x {len(results)} seeds"),
+            ("unseen concepts", f"{len(first['unseen'])}, {_seeds(results)}"),
             ("weights of an adapter", f"{first['sizes']['values']:,}"),
         ],
     )
@@ -131,23 +131,27 @@ def _mean_curve(results: Sequence[dict], name: str, measure: str) -> tuple[tuple
     return own[0].steps, np.mean([getattr(c, measure).mean(0) for c in own], axis=0)
 
 
+def _seeds(results: Sequence[dict]) -> str:
+    return "one seed" if len(results) == 1 else f"{len(results)} seeds"
+
+
 def _errors(workdir: Path, results: Sequence[dict], names: Sequence[str]) -> Section:
-    most = max(curves_of(results[0], "default").steps)
     measures = [m for m in MEASURES if results[0]["inits"]["default"][m] is not None]
     pictures, lines = [], []
     for measure in measures:
         title, scale, digits = MEASURES[measure]
         curves = {INITS[name]: _mean_curve(results, name, measure) for name in names}
+        steps, values = curves.pop(INITS["scratch"])
         shown = {
-            label: tuple(zip(*[(s, v) for s, v in zip(*c, strict=True) if s <= most], strict=True))
-            for label, c in curves.items()
+            label: (at, scale * found)
+            for label, (at, found) in curves.items()
+            if label not in (INITS["noise"], INITS["random"])  # a plot has seven colours
         }
         path = plot_curves(
             workdir / f"{measure}.png", shown, xlabel="steps", ylabel=title,
             smooth=0,
         )  # fmt: skip
         pictures.append(Picture(path, f"{title} against steps of fine-tuning, mean over concepts."))
-        steps, values = curves[INITS["scratch"]]
         found = (f"{scale * v:.{digits}f} after {s}" for s, v in zip(steps, values, strict=True))
         lines.append(f"{title}: {', '.join(found)}.")
     grids = sorted(workdir.glob("seed*/comparison/samples.png"))
@@ -192,7 +196,7 @@ def speed_table(results: Sequence[dict], names: Sequence[str], targets: str) -> 
         ["Initial weights", "reach it", "steps", "s to make", "ms a step", "seconds", "speed"],
         body,
         caption=f"To the quality that {INITS[targets]} ends with, medians over the unseen concepts "
-        f"of {len(results)} seeds",
+        f"of {_seeds(results)}",
         better=None,
     )
 
@@ -200,7 +204,7 @@ def speed_table(results: Sequence[dict], names: Sequence[str], targets: str) -> 
 def ratios_table(results: Sequence[dict], names: Sequence[str]) -> Table:
     """How many times as fast as training from scratch each kind of weights gets to what that has
     after each measured number of steps; scratch is given the time of those steps."""
-    names = [name for name in names if name not in ("scratch", *CONTROLS)]
+    names = [name for name in names if name not in ("scratch", "noise", *CONTROLS)]
     scratch = [curves_of(result, "scratch") for result in results]
     body = []
     for place, steps in enumerate(scratch[0].steps):
@@ -219,7 +223,7 @@ def ratios_table(results: Sequence[dict], names: Sequence[str]) -> Table:
         ["Steps of scratch", "L1 x 1000", *(INITS[name] for name in names)],
         body,
         caption="Seconds of so many steps of pix2pix from scratch over the seconds to the same "
-        f"quality, medians over the unseen concepts of {len(results)} seeds",
+        f"quality, medians over the unseen concepts of {_seeds(results)}",
         better=None,
     )
 
