@@ -43,9 +43,9 @@ from jaxsynth.training.gan import (
     encode_texts,
     l1_error,
     train_base,
-    train_together,
 )
 from jaxsynth.training.gan_finetune import Curve, fine_tune
+from jaxsynth.training.gan_together import train_together
 from jaxsynth.training.weight_generator import TextReader
 from jaxsynth.training.weight_rivals import word_counts, words
 from jaxsynth.weights.states import read_state, write_state
@@ -65,9 +65,9 @@ class EditorConfig:
     Held-out errors are measured after `tune_at` and `scratch_at` steps; the LoRAs' checkpoints are
     `every` steps apart. `group` LoRAs train together, 0: all. With `share` "words" a LoRA is the
     sum of a part for all, one for each word of its prompt that other prompts have too, and `own` of
-    its own (`training.gan.mixture`). Without `train_down` every LoRA keeps the A of the shared
-    start and trains B alone: a layer's change is then linear in what is trained, so a mean or a
-    prediction of weights is one of changes. `pairs` is how many photos of a single concept
+    its own (`training.gan_together.mixture`). Without `train_down` every LoRA keeps the A of the
+    shared start and trains B alone: a layer's change is then linear in what is trained, so a mean
+    or a prediction of weights is one of changes. `pairs` is how many photos of a single concept
     fine-tuning and training from scratch have, 0: all. Widths of texts follow from the text
     encoder.
     """

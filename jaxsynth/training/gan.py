@@ -1,4 +1,4 @@
-"""Training image-to-image GANs: one network on many edits, and a LoRA for each of many edits.
+"""Training image-to-image GANs: their step, and one network that learns many edits.
 
 The objective is pix2pix's (Isola et al. 2017, arXiv 1611.07004): a discriminator judges pairs of
 images, and the generator is also held to its target by L1,
@@ -8,16 +8,7 @@ images, and the generator is also held to its target by L1,
 
 as in the authors' PyTorch code: first D moves, then G against the new D. E2GAN's base learns
 several edits by their texts (`train_base`); "denoised neural weights" (arXiv 2407.11966) then needs
-LoRAs of very many edits, which all train in one program from one shared start (`train_together`).
-
-Only the low-rank path differs between concepts. Under `jax.vmap` over the stacked factors the
-base's convolutions therefore see all concepts' images as one batch, and the low-rank path is
-batched matrix products (`adapters.convolution`). Many different weights do nearly the same, so
-concepts trained apart end where their texts do not say; with `shared` features of the texts each
-adapter is a sum of parts that concepts have in common and of one of its own, which leaves the fit
-as it is and makes the weights follow from the texts (`mixture`). One discriminator, told the text,
-serves all: one for each concept needs convolutions mapped over kernels, which cost a third more of
-the whole step as matrix products and dozens of times more as XLA's grouped convolutions.
+LoRAs of very many edits (`gan_together`).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,16 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
 
 from jaxsynth.adapters.base import (
-    AdapterState,
     Trainable,
-    extract,
     mark_trainable,
-    stack,
-    unstack,
     with_values,
 )
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
@@ -50,12 +36,10 @@ from jaxsynth.models.clip import CLIPTextModel, CLIPTextTransformer
 from jaxsynth.models.e2gan import E2GAN
 from jaxsynth.models.patchgan import PatchGAN
 from jaxsynth.models.pix2pix import Pix2Pix
-from jaxsynth.training import sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.step import StepFn, TrainState
-from jaxsynth.weights.states import read_state, write_state
 from jaxsynth.weights.tokenizer import Tokenizer
 
 Generator = E2GAN | Pix2Pix
@@ -358,22 +342,6 @@ def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
     return step
 
 
-def mixture(
-    features: Float[np.ndarray, "c f"] | None, count: int, own: float = 0.3, *, multiple: int = 1
-) -> Float[np.ndarray, "c p"]:
-    """How much of each of p parts is in each adapter: all of one for all, its features' of those of
-    its text, and `own` of one of its own.
-
-    Each part learns at the same rate, so what features explain is learnt as theirs. Without
-    features every adapter is its own. Parts of nothing fill their number up to a `multiple`.
-    """
-    if features is None:
-        return np.eye(count, dtype=np.float32)
-    parts = [np.ones((count, 1)), np.asarray(features), own * np.eye(count)]
-    fill = -sum(part.shape[1] for part in parts) % multiple
-    return np.concatenate([*parts, np.zeros((count, fill))], axis=1).astype(np.float32)
-
-
 def mixed(mix: Float[Array, "c p"], parts: Any) -> Any:
     """The adapters, stacked, from their stacked parts."""
     return jax.tree.map(lambda x: jnp.tensordot(mix.astype(x.dtype), x, axes=1), parts)
@@ -414,110 +382,23 @@ def train_base(
     state = init_gan(trainable_g, trainable_d, config, jax.random.key(seed))
     draw = partial(draw_mixed, count=config.batch_size)
     step = make_step(Networks(graph_g, graph_d), config, draw)
-    state = _fit(state, frozen, training_data(pairs), step, config, folder, description)
+    state = fit_gan(state, frozen, training_data(pairs), step, config, folder, description)
     return (
         with_values(generator, state.trainable["generator"]),
         with_values(discriminator, state.trainable["discriminator"]),
     )
 
 
-def train_together(
-    generator: E2GAN,
-    discriminator: PatchGAN,
-    pairs: Pairs,
+def fit_gan(
+    state: TrainState,
+    frozen: Any,
+    data: dict[str, Array],
+    step: StepFn,
     config: GANConfig,
     folder: Path,
-    *,
-    seed: int,
-    checkpoints: int = 1,
-    every: int = 0,
-    shared: Float[np.ndarray, "c f"] | None = None,
-    own: float = 0.3,
-    mesh: Mesh | None = None,
-    description: str = "train all concepts",
-) -> list[list[AdapterState]]:
-    """The adapters of every concept of `pairs`: `[concept][k]`, the last `checkpoints` of each.
-
-    `generator` is the base with the adapters (`adapted`) that all concepts start from, and the
-    checkpoints are `every` steps apart, the last one at the end. `shared` are features of the
-    concepts' texts: adapters then are sums of parts, as `mixture` says. Resumes from `folder`. On a
-    mesh the concepts lie along "data"; where their number is not divisible by it, the last one is
-    trained more than once.
-
-    Raises:
-        ValueError: there are not so many steps.
-    """
-    count = len(pairs)
-    rows = list(range(count))
-    devices = 1 if mesh is None else mesh.shape["data"]
-    rows += [count - 1] * (-count % devices)
-    pairs = pairs.select(rows)
-    kept = [config.steps - k * every for k in reversed(range(checkpoints))]
-    if kept[0] < 1 or (checkpoints > 1 and every < 1):
-        raise ValueError(
-            f"{checkpoints} checkpoints every {every} steps, of a training of {config.steps} steps"
-        )
-    graphdef, trainable, frozen = nnx.split(generator, Trainable, ...)
-    graph_d, trainable_d = nnx.split(mark_trainable(discriminator))
-    features = None if shared is None else np.asarray(shared)[rows]
-    mix = mixture(features, len(pairs), own, multiple=devices)
-    parts = stack([trainable] * mix.shape[1])
-    data = training_data(pairs)
-    if shared is not None:
-        # What all have in common starts where the adapters do, the rest from nothing.
-        parts = jax.tree.map(lambda x: x.at[1:].set(0), parts)
-        data["mix"] = jnp.asarray(mix)
-    state = init_gan(parts, trainable_d, config, jax.random.key(seed))
-    placed = frozen
-    if mesh is not None:
-        state, data = place_together(state, data, mesh)
-        placed = sharding.replicate(frozen, mesh)
-    networks = Networks(graphdef, graph_d, stacked=True)
-    step = make_step(networks, config, partial(draw_each, count=config.batch_size))
-
-    def state_of(values: Any) -> AdapterState:
-        whole = values if shared is None else mixed(jnp.asarray(mix), values)
-        return extract(nnx.merge(graphdef, whole, frozen))
-
-    late = folder / "late"
-    late.mkdir(parents=True, exist_ok=True)
-    for at in kept:
-        path = late / f"{at}.safetensors"
-        if not path.exists():
-            part = replace(config, steps=at)
-            state = _fit(state, placed, data, step, part, folder, description)
-            write_state(path, state_of(sharding.gather(state.trainable["generator"])))
-    found = [unstack(read_state(late / f"{at}.safetensors"))[:count] for at in kept]
-    return [list(states) for states in zip(*found, strict=True)]
-
-
-def place_together(
-    state: TrainState, data: dict[str, Array], mesh: Mesh
-) -> tuple[TrainState, dict[str, Array]]:
-    """Adapters and their pairs along "data"; the discriminator and the photos on every device."""
-
-    def along(tree: Any) -> Any:
-        def place(leaf: Array) -> Array:  # the optimiser counts its steps once for all
-            return (sharding.shard_stack if leaf.ndim else sharding.replicate)(leaf, mesh)
-
-        return jax.tree.map(place, tree)
-
-    def both(trees: dict[str, Any]) -> dict[str, Any]:
-        judge = sharding.replicate(trees["discriminator"], mesh)
-        return {"generator": along(trees["generator"]), "discriminator": judge}
-
-    whole = partial(sharding.replicate, mesh=mesh)
-    state = replace(
-        state,
-        step=whole(state.step),
-        trainable=both(state.trainable),
-        opt_state=both(state.opt_state),
-        key=whole(state.key),
-    )
-    return state, {k: whole(x) if k == "source" else along(x) for k, x in data.items()}
-
-
-def _fit(state, frozen, data, step, config, folder, description) -> TrainState:
+    description: str,
+) -> TrainState:
+    """The state after `config.steps`; resumes from `folder`."""
     with (
         Checkpoints(
             folder / "checkpoints", every=config.checkpoint_every, keep=1, identity={}

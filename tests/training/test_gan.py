@@ -32,12 +32,11 @@ from jaxsynth.training.gan import (
     make_pairs,
     make_step,
     mixed,
-    mixture,
     train_base,
-    train_together,
     training_data,
 )
 from jaxsynth.training.gan_finetune import Curve, fine_tune
+from jaxsynth.training.gan_together import mixture, train_together
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_pipeline
 
