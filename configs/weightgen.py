@@ -12,7 +12,8 @@ Variants:
 - `factors`: `tiny` with both factors of every LoRA trained, nothing in common, as published, and
   taken as they are, as balanced ones or as those next to the first concept's.
 - `full`: the published size: 256 pixels, 7.06 million parameters, blocks of 256, 1000 concepts of a
-  file or a language model, photos of a folder. On GPUs or TPUs.
+  file or a language model, photos of a folder, edited procedurally or, with `edits.kind=diffusion`
+  and `edits.model`, by an InstructPix2Pix model. On GPUs or TPUs, over all devices.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
 The paper gives neither the widths of its networks nor rates, steps, batch or the number of
@@ -182,6 +183,7 @@ def _full() -> ConfigDict:
     )
     config.rank = 4
     config.checkpoints, config.block = 8, 256
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     train = {
         "steps": 100_000, "batch_size": 2048, "learning_rate": 1e-4, "warmup_steps": 1000,
         "ema_decay": 0.9999,
