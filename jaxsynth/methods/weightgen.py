@@ -37,7 +37,14 @@ from jaxsynth.methods import weightgen_plan, weightgen_report
 from jaxsynth.methods.weightgen_config import Config, Variant
 from jaxsynth.methods.weightgen_editors import Editors
 from jaxsynth.methods.weightgen_edits import Edits
-from jaxsynth.methods.weightgen_scores import CONTROLS, GENERATED, Curves
+from jaxsynth.methods.weightgen_scores import (
+    CONTROLS,
+    GENERATED,
+    Curves,
+    described,
+    trained,
+    unexplained,
+)
 from jaxsynth.report.grids import write_grid
 from jaxsynth.training.artifact import Artifact, run_stage, to_json, write_json
 from jaxsynth.training.planning import Plan
@@ -47,7 +54,6 @@ from jaxsynth.training.weight_generator import (
     Rivals,
     TextReader,
     WeightGenerator,
-    group_norms,
     load_generator,
     save_generator,
     train_generator,
@@ -265,7 +271,11 @@ class _Seed:
             )  # fmt: skip
             save_generator(made, folder)
             size = sum(x.size for x in jax.tree.leaves(made.model))
-            return {"parameters": size, "features": rivals.features}
+            return {
+                "parameters": size,
+                "features": rivals.features,
+                "ridge_left_out": unexplained(rivals.left_out("ridge"), rivals),
+            }
 
         return run_stage(
             f"seed {self.seed}: generator {name}",
@@ -458,35 +468,6 @@ def _record(curves: Curves, seconds: float, replaced: int) -> dict[str, Any]:
         "step": curves.step,
         "replaced": replaced,
     }
-
-
-def described(blocks: Float[np.ndarray, "m n v"], rivals: Rivals) -> dict[str, float]:
-    """The squared distance to the nearest LoRA of the collection, arrays weighted alike and over
-    the mean LoRA's to all of them, and the least and largest of the layers' relative norms."""
-    own, learnt = rivals.scaled(blocks), rivals.scaled(rivals.blocks)
-    closest = [np.square(learnt - row).sum(1).min() for row in own]
-    typical = group_norms(rivals.blocks, rivals.layout).mean(0)
-    ratios = group_norms(blocks, rivals.layout) / np.maximum(typical, 1e-12)
-    return {
-        "nearest_train": float(np.mean(closest) / _spread(learnt)),
-        "norm_low": float(ratios.min()),
-        "norm_high": float(ratios.max()),
-    }
-
-
-def trained(rivals: Rivals) -> dict[str, float]:
-    """The same of the collection's own LoRAs, each to the nearest of the others."""
-    learnt = rivals.scaled(rivals.blocks)
-    closest = [
-        np.square(np.delete(learnt, row, axis=0) - own).sum(1).min()
-        for row, own in enumerate(learnt)
-    ]
-    nearest = float(np.mean(closest) / _spread(learnt))
-    return described(rivals.blocks, rivals) | {"nearest_train": nearest}
-
-
-def _spread(values: Float[np.ndarray, "c values"]) -> float:
-    return float(np.square(values - values.mean(0)).sum(1).mean())
 
 
 def _seconds(make: Callable[[list[str]], Any], texts: list[str], repeats: int = 3) -> float:

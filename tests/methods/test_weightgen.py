@@ -11,9 +11,9 @@ import pytest
 from jaxsynth import cli
 from jaxsynth.config import load_config, to_dataclass
 from jaxsynth.methods import weightgen
-from jaxsynth.methods.weightgen import _Seed, described, trained
+from jaxsynth.methods.weightgen import _Seed
 from jaxsynth.methods.weightgen_report import sentences
-from jaxsynth.methods.weightgen_scores import INITS
+from jaxsynth.methods.weightgen_scores import INITS, described, trained, unexplained
 from jaxsynth.training.artifact import MANIFEST, load_artifact
 from jaxsynth.training.sharding import make_mesh
 
@@ -130,6 +130,10 @@ def test_what_is_described_is_relative_to_the_collection(work):
     mean = described(rivals.mean[None], rivals)
     assert 0 < mean["nearest_train"] <= 1
     assert trained(rivals)["nearest_train"] > 0
+    every = np.repeat(rivals.mean[None], len(rivals.blocks), axis=0)
+    assert unexplained(every, rivals) == pytest.approx(1, abs=1e-4)
+    counts = work.generator("x0 on ridge").counts
+    assert counts["ridge_left_out"] == pytest.approx(unexplained(rivals.left_out("ridge"), rivals))
 
 
 def test_programs_are_planned_from_shapes():
