@@ -3,15 +3,17 @@
     jaxsynth run --config=configs/weightgen.py:tiny --workdir=runs/weightgen
 
 Variants:
-- `tiny`: 24-pixel squares of two real photos, procedurally edited; an editor of tens of thousands
-  of parameters, LoRAs of 64 concepts (of which the second factor alone is trained), generators in
-  four settings, 8 unseen concepts, one seed; within 20 minutes on two CPU cores.
-- `study`: the same with more concepts, more settings (residual, normalisation) and three seeds;
-  hours.
-- `factors`: `tiny` with both factors of every LoRA trained, as published, and taken as they are, as
-  balanced ones or as those next to the first concept's.
+- `tiny`: 16-pixel squares of two real photos, procedurally edited; an editor of 111,491 parameters,
+  LoRAs of 128 concepts with parts in common by the words of their texts (of which the second factor
+  alone is trained), generators in three settings, 8 unseen concepts with 16 pairs of images each,
+  one seed; within 20 minutes on two CPU cores.
+- `study`: the same with more unseen concepts, more settings (prediction, residual, normalisation)
+  and three seeds.
+- `factors`: `tiny` with both factors of every LoRA trained, nothing in common, as published, and
+  taken as they are, as balanced ones or as those next to the first concept's.
 - `full`: the published size: 256 pixels, 7.06 million parameters, blocks of 256, 1000 concepts of a
-  file or a language model, photos of a folder. On GPUs or TPUs.
+  file or a language model, photos of a folder, edited procedurally or, with `edits.kind=diffusion`
+  and `edits.model`, by an InstructPix2Pix model. On GPUs or TPUs, over all devices.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
 The paper gives neither the widths of its networks nor rates, steps, batch or the number of
@@ -38,25 +40,28 @@ def _gan(steps: int, batch_size: int, **more) -> dict:
     return {"steps": steps, "batch_size": batch_size, "loss": "lsgan", **more}
 
 
-def _generator(prediction: str, residual: str, *, t: int = -1, canonical: str = "none") -> dict:
+def _generator(
+    prediction: str, residual: str, *, steps: int = 400, t: int = -1, canonical: str = "none"
+) -> dict:
     """A small denoiser of blocks of 64 weights."""
     return {
         "t": t,
         "canonical": canonical,
         "generator": {
             "network": {
-                "patch_size": 8,
-                "block_out_channels": (32, 48, 64),
-                "attention_head_dim": 16,
+                "patch_size": 16,
+                "block_out_channels": (64, 96),
+                "attention_head_dim": 32,
                 "norm_num_groups": 8,
             },
             "train": {
-                "steps": 1000,
-                "batch_size": 64,
+                "steps": steps,
+                "batch_size": 128,
                 "learning_rate": 2e-3,
                 "warmup_steps": 50,
                 "steps_per_call": 50,
                 "prediction_type": prediction,
+                "noise_bias": 3.0 if t < 0 else 0.0,
             },
             "per": "array",
             "residual": residual,
@@ -70,32 +75,33 @@ def _tiny() -> ConfigDict:
             "method": "weightgen",
             "text": "tiny",
             "data": {
-                "source": "builtin", "name": "patches", "image_size": 24, "images_per_class": 128,
+                "source": "builtin", "name": "patches", "image_size": 16, "images_per_class": 128,
                 "test_fraction": 0.25,
             },
             "photos": 256,
             "held_out": 32,
-            "concepts": {"train": 64, "validation": 6, "unseen": 8, "base": 8},
+            "concepts": {"train": 128, "validation": 6, "unseen": 8, "base": 16},
             "editor": {
-                "generator": {"widths": (12, 24), "kernel_size": 3, "num_attention_heads": 2},
+                "generator": {"widths": (16, 32), "kernel_size": 3, "num_attention_heads": 2},
                 "discriminator": {"ndf": 12, "n_layers": 2, "norm": "instance"},
                 "pix2pix": {"num_downs": 3, "ngf": 12, "norm": "instance", "dropout": 0.0},
-                "base": _gan(1500, 8, learning_rate=2e-3, discriminator_rate=2e-4),
-                "together": _gan(300, 2, learning_rate=3e-3),
-                "tune": _gan(100, 4, learning_rate=3e-3),
-                "scratch": _gan(400, 4, learning_rate=2e-3),
+                "base": _gan(3000, 8, learning_rate=2e-3, schedule="cosine"),
+                "together": _gan(300, 2, learning_rate=1e-2, schedule="cosine"),
+                "tune": _gan(100, 4, learning_rate=1e-2),
+                "scratch": _gan(800, 4, learning_rate=2e-3),
                 "every": 20,
+                "share": "words",
                 "train_down": False,
+                "pairs": 16,
                 "tune_at": (0, 5, 10, 20, 50, 100),
-                "scratch_at": (0, 50, 100, 200, 400),
+                "scratch_at": (0, 50, 100, 200, 400, 800),
             },
-            "rank": 2,
-            "checkpoints": 3,
+            "rank": 8,
+            "checkpoints": 2,
             "block": 64,
             "generators": {
-                "noise at 500": _generator("epsilon", "none", t=500),
-                "x0": _generator("sample", "none"),
-                "v": _generator("v_prediction", "none"),
+                "noise at 500": _generator("epsilon", "mean", t=500),
+                "x0": _generator("sample", "mean", steps=800),
                 "x0 on ridge": _generator("sample", "ridge"),
             },
             "few_steps": 4,
@@ -107,11 +113,11 @@ def _tiny() -> ConfigDict:
 
 def _study() -> ConfigDict:
     config = _tiny()
-    config.concepts.train = 128
     config.concepts.unseen = 16
+    config.generators["v"] = ConfigDict(_generator("v_prediction", "mean", steps=800))
     config.generators["x0 on nearest"] = ConfigDict(_generator("sample", "nearest"))
     for per in ("group", "value"):
-        config.generators[f"x0, per {per}"] = ConfigDict(_generator("sample", "none"))
+        config.generators[f"x0, per {per}"] = ConfigDict(_generator("sample", "mean"))
         config.generators[f"x0, per {per}"].generator.per = per
     config.seeds = (0, 1, 2)
     return config
@@ -119,7 +125,7 @@ def _study() -> ConfigDict:
 
 def _factors() -> ConfigDict:
     config = _tiny()
-    config.editor.train_down = True
+    config.editor.train_down, config.editor.share = True, "none"
     config.generators = ConfigDict(
         {f"x0, {kind}": _generator("sample", "none", canonical=kind)
          for kind in ("none", "svd", "aligned")}
@@ -137,18 +143,19 @@ def _smoke() -> ConfigDict:
     config.data.images_per_class = 8
     config.photos, config.held_out = 8, 4
     config.concepts = ConfigDict({"train": 6, "validation": 2, "unseen": 2, "base": 2})
-    config.editor.generator.widths = (4, 8)
+    config.editor.generator.widths = (4,)
     config.editor.discriminator.ndf, config.editor.discriminator.n_layers = 4, 1
     config.editor.pix2pix.num_downs, config.editor.pix2pix.ngf = 2, 4
     for name in ("base", "together", "tune", "scratch"):
         config.editor[name].steps, config.editor[name].batch_size = 4, 2
     config.editor.every, config.checkpoints = 1, 2
+    config.editor.pairs, config.rank = 4, 2
     config.editor.tune_at, config.editor.scratch_at = (0, 2, 4), (0, 4)
     config.generators = ConfigDict(
         {"x0 on ridge": _generator("sample", "ridge", canonical="aligned")}
     )
     generator = config.generators["x0 on ridge"].generator
-    generator.network.block_out_channels = (16, 16)
+    generator.network.block_out_channels, generator.network.attention_head_dim = (16, 16), 16
     generator.train.steps = generator.train.steps_per_call = 2
     config.levers_at, config.few_steps = (0, 2), 2
     return config
@@ -176,6 +183,7 @@ def _full() -> ConfigDict:
     )
     config.rank = 4
     config.checkpoints, config.block = 8, 256
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     train = {
         "steps": 100_000, "batch_size": 2048, "learning_rate": 1e-4, "warmup_steps": 1000,
         "ema_decay": 0.9999,

@@ -183,15 +183,22 @@ def split_concepts(
 ) -> tuple[list[Concept], list[Concept]]:
     """So many concepts to learn from, and so many others to be judged on, drawn by `seed`.
 
-    UserError if there are not as many.
+    The others are combinations of what is learnt: those come first whose every word is in a prompt
+    of the former. UserError if there are not as many.
     """
     if min(train, unseen) < 1 or train + unseen > len(concepts):
         raise UserError(
             f"concepts: {train} to train on and {unseen} unseen ones, of {len(concepts)}"
         )
     order = np.random.default_rng(seed).permutation(len(concepts))
-    chosen = [concepts[i] for i in order[: train + unseen]]
-    return chosen[:train], chosen[train:]
+    learnt, rest = ([concepts[i] for i in part] for part in (order[:train], order[train:]))
+    known = {word for concept in learnt for word in _words(concept)}
+    rest.sort(key=lambda concept: not _words(concept) <= known)
+    return learnt, rest[:unseen]
+
+
+def _words(concept: Concept) -> set[str]:
+    return set(re.findall(r"\w+", concept.prompt.lower()))
 
 
 def save_concepts(path: str | Path, concepts: Sequence[Concept]) -> None:

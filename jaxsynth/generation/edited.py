@@ -9,6 +9,7 @@ learn from.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -76,32 +77,9 @@ def edit_images(
         config.sampler or pipeline.scheduler_config, schedule, config.num_inference_steps
     )
     shape = (height // downscale, width // downscale, channels)
-    (unet_graph, unet_state), (vae_graph, vae_state) = (
-        nnx.split(pipeline.unet),
-        nnx.split(pipeline.vae),
-    )
-
-    @jax.jit
-    def draw(unet_state, vae_state, keys, pixels, text, empty):
-        vae = nnx.merge(vae_graph, vae_state)
-        seen = vae.encode(pixels.astype(jnp.float32) / 127.5 - 1).mean
-
-        def denoise(x: Array, t: Array, given: tuple[Array, Array]) -> Array:
-            states, image = given
-            noisy = jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
-            return nnx.merge(unet_graph, unet_state)(noisy, t, states)
-
-        guided = nested(
-            denoise,
-            (config.image_guidance_scale, config.guidance_scale),
-            ((empty, jnp.zeros_like(seen)), (empty, seen), (text, seen)),
-        )
-        latents = sample(guided, initial_noise(keys, shape, sampler), sampler, keys=keys)
-        made = vae.decode(latents / vae.config.scaling_factor).astype(jnp.float32)
-        return jnp.round(jnp.clip(made / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-    encode = jax.jit(lambda model, ids: model(ids).last_hidden_state)
-    empty = encode(pipeline.text_encoder, pipeline.tokenizer([config.negative_prompt]))
+    networks = (*nnx.split(pipeline.unet), *nnx.split(pipeline.vae))
+    scales = (config.image_guidance_scale, config.guidance_scale)
+    empty = _encode(pipeline.text_encoder, pipeline.tokenizer([config.negative_prompt]))
     ids = pipeline.tokenizer(list(prompts))
     made = []
     for start in range(0, len(images), config.batch_size):
@@ -109,7 +87,32 @@ def edit_images(
         end = min(start + config.batch_size, len(images))
         rows = np.resize(np.arange(start, end), config.batch_size)
         keys = image_keys(seed, np.zeros_like(rows), rows)
-        text = encode(pipeline.text_encoder, ids[rows])
-        found = draw(unet_state, vae_state, keys, images[rows], text, empty)
+        text = _encode(pipeline.text_encoder, ids[rows])
+        found = _draw(*networks, sampler, keys, images[rows], text, empty, scales, shape)
         made.append(np.asarray(found)[: end - start])
     return np.concatenate(made)
+
+
+@jax.jit
+def _encode(encoder: nnx.Module, ids: Array) -> Array:
+    return encoder(ids).last_hidden_state
+
+
+@partial(jax.jit, static_argnames=("unet_graph", "vae_graph", "scales", "shape"))
+def _draw(
+    unet_graph, unet_state, vae_graph, vae_state, sampler, keys, pixels, text, empty, scales, shape
+) -> UInt8[Array, "b h w 3"]:
+    """One batch; the program is kept for the next call's images of this size."""
+    vae = nnx.merge(vae_graph, vae_state)
+    seen = vae.encode(pixels.astype(jnp.float32) / 127.5 - 1).mean
+
+    def denoise(x: Array, t: Array, given: tuple[Array, Array]) -> Array:
+        states, image = given
+        noisy = jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
+        return nnx.merge(unet_graph, unet_state)(noisy, t, states)
+
+    conditions = ((empty, jnp.zeros_like(seen)), (empty, seen), (text, seen))
+    guided = nested(denoise, scales, conditions)
+    latents = sample(guided, initial_noise(keys, shape, sampler), sampler, keys=keys)
+    made = vae.decode(latents / vae.config.scaling_factor).astype(jnp.float32)
+    return jnp.round(jnp.clip(made / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

@@ -9,7 +9,7 @@ nearest one with noise.
 Below the run's folder, for each seed, which also decides what is unseen:
 
     seed<k>/base                the editor, trained on some of the concepts
-    seed<k>/collection          LoRAs of all concepts as blocks, those of unseen ones apart
+    seed<k>/collection          LoRAs of the training concepts, as blocks
     seed<k>/generators/<name>   a generator of weights for each of `generators`
     seed<k>/levers              what each of them is worth on validation concepts
     seed<k>/comparison          curves from every kind of initial weights
@@ -36,16 +36,24 @@ from jaxsynth.data.sources import load_dataset
 from jaxsynth.methods import weightgen_plan, weightgen_report
 from jaxsynth.methods.weightgen_config import Config, Variant
 from jaxsynth.methods.weightgen_editors import Editors
-from jaxsynth.methods.weightgen_scores import CONTROLS, GENERATED, Curves
+from jaxsynth.methods.weightgen_edits import Edits
+from jaxsynth.methods.weightgen_scores import (
+    CONTROLS,
+    GENERATED,
+    Curves,
+    described,
+    trained,
+    unexplained,
+)
 from jaxsynth.report.grids import write_grid
 from jaxsynth.training.artifact import Artifact, run_stage, to_json, write_json
 from jaxsynth.training.planning import Plan
+from jaxsynth.training.sharding import make_mesh
 from jaxsynth.training.weight_generator import (
     Generated,
     Rivals,
     TextReader,
     WeightGenerator,
-    group_norms,
     load_generator,
     save_generator,
     train_generator,
@@ -123,6 +131,11 @@ class _Seed:
         return TextReader(pipeline.text_encoder, pipeline.tokenizer)
 
     @cached_property
+    def edits(self) -> Edits:
+        """What makes the pairs of images."""
+        return Edits(self.config.edits, self.folder / "edited", seed=self.seed)
+
+    @cached_property
     def editors(self) -> Editors:
         """The networks and their data."""
         dataset = load_dataset(self.config.data)
@@ -138,8 +151,14 @@ class _Seed:
             photos.append(np.stack([source[int(i)].image for i in order]))
         return Editors(
             self.config.editor, self.config.lora, self.read, self.everything, *photos,
-            seed=self.seed,
+            self.edits, seed=self.seed,
         )  # fmt: skip
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        """None on one device, where a mesh would change nothing."""
+        sizes = dataclasses.asdict(self.config.mesh)
+        return None if set(sizes.values()) == {1} else make_mesh(**sizes)
 
     @cached_property
     def base(self) -> Artifact:
@@ -152,7 +171,8 @@ class _Seed:
             self.folder / "base",
             {"data": config.data, "photos": config.photos, "text": config.text,
              "concepts": [c.prompt for c in self.everything[:count]],
-             "networks": networks, "train": editor.base, "seed": self.seed},
+             "edits": self.edits.identity, "networks": networks, "train": editor.base,
+             "seed": self.seed},
             {},
             lambda folder: self.editors.train_base(folder, count),
             unlisted=(f"{TRAINING}/*",),
@@ -165,52 +185,50 @@ class _Seed:
 
     @cached_property
     def collection(self) -> Artifact:
-        """LoRAs of all concepts from one start; those of unseen ones are for judging only."""
-        config = self.config
+        """LoRAs of the training concepts, from one start."""
+        config, concepts = self.config, self.concepts["train"]
 
         def build(folder: Path) -> dict:
             base = self.base
             states, errors = self.editors.train_together(
-                base.path, folder / TRAINING, keep=config.checkpoints
-            )
-            texts = [concept.texts for concept in self.everything]
-            families = [concept.family for concept in self.everything]
-            whole = WeightCollection.of(states, texts, families, self.layout, base.digest)
-            split = len(self.concepts["train"])
-            write_collection(folder / "collection.safetensors", whole.subset(range(split)))
-            rest = range(split, len(whole))
-            write_collection(folder / "truth.safetensors", whole.subset(rest))
+                base.path, self.rows("train"), folder / TRAINING, keep=config.checkpoints,
+                mesh=self.mesh,
+            )  # fmt: skip
+            texts = [concept.texts for concept in concepts]
+            families = [concept.family for concept in concepts]
+            found = WeightCollection.of(states, texts, families, self.layout, base.digest)
+            if not jax.process_index():
+                write_collection(folder / "collection.safetensors", found)
             return {
-                "concepts": split,
+                "concepts": len(concepts),
                 "checkpoints": config.checkpoints,
                 "blocks": self.layout.num_blocks,
                 "values": self.layout.num_values,
-                "l1": float(np.mean(errors[:split])),
-                "share": split / len(whole),
+                "l1": float(np.mean(errors)),
             }
 
         return run_stage(
             f"seed {self.seed}: collection",
             self.folder / "collection",
-            {"concepts": [c.prompt for c in self.everything], "lora": config.lora,
+            {"concepts": [c.prompt for c in concepts], "lora": config.lora,
              "every": config.editor.every, "group": config.editor.group,
-             "train_down": config.editor.train_down,
-             "train": config.editor.together, "checkpoints": config.checkpoints,
-             "block": config.block, "seed": self.seed},
+             "train_down": config.editor.train_down, "share": config.editor.share,
+             "own": config.editor.own, "train": config.editor.together,
+             "checkpoints": config.checkpoints, "block": config.block, "seed": self.seed},
             {"base": self.base},
             build,
             unlisted=(f"{TRAINING}/*",),
         )  # fmt: skip
 
-    def _read(self, name: str, kind: str) -> WeightCollection:
-        path = self.collection.path / f"{name}.safetensors"
+    def _read(self, kind: str) -> WeightCollection:
+        path = self.collection.path / "collection.safetensors"
         found = read_collection(path, self.layout, self.base.digest)
         return found if kind == "none" else self._canonical(found, kind)
 
     def _canonical(self, found: WeightCollection, kind: str) -> WeightCollection:
         """The same LoRAs in other factors."""
         layout = self.layout
-        first = jnp.asarray(self._read("collection", "none").blocks[0, -1])
+        first = jnp.asarray(self._read("none").blocks[0, -1])
         reference = canonical(layout.from_blocks(first)) if kind == "aligned" else None
 
         @jax.jit
@@ -225,7 +243,7 @@ class _Seed:
     def rivals(self, kind: str) -> Rivals:
         """The plain predictors over the training concepts, in one choice of factors."""
         if kind not in self._rivals:
-            self._rivals[kind] = Rivals(self._read("collection", kind), self.read)
+            self._rivals[kind] = Rivals(self._read(kind), self.read)
         return self._rivals[kind]
 
     @cached_property
@@ -249,11 +267,15 @@ class _Seed:
             rivals = self.rivals(variant.canonical)
             made = train_generator(
                 rivals.collection, self.read, variant.generator, folder / TRAINING,
-                seed=self.seed, rivals=rivals, description=name,
+                seed=self.seed, rivals=rivals, mesh=self.mesh, description=name,
             )  # fmt: skip
             save_generator(made, folder)
             size = sum(x.size for x in jax.tree.leaves(made.model))
-            return {"parameters": size, "features": rivals.features}
+            return {
+                "parameters": size,
+                "features": rivals.features,
+                "ridge_left_out": unexplained(rivals.left_out("ridge"), rivals),
+            }
 
         return run_stage(
             f"seed {self.seed}: generator {name}",
@@ -282,22 +304,21 @@ class _Seed:
             texts, found = self.prompts("validation"), {}
             plain = self.rivals("none")
             for kind in ("mean", "nearest", "ridge"):
-                blocks = plain.predict(kind, texts)
-                found[kind] = self._judged(blocks, "none")
+                found[kind] = self._judged(plain.predict(kind, texts))
             for name, variant in config.generators.items():
                 for label, how in self._ways(variant):
                     one = self.load(name)(texts, seed=self.seed, **how)
-                    found[f"{name}, {label}"] = self._judged(
-                        one.blocks, variant.canonical, float(one.replaced.mean())
-                    )
+                    replaced = float(one.replaced.mean())
+                    found[f"{name}, {label}"] = self._judged(one.blocks, replaced)
             own = {key: value for key, value in found.items() if ", " in key}
             chosen = min(own, key=lambda key: np.mean(own[key]["l1"]))
             table = {"steps": list(config.levers_at), "variants": found, "chosen": chosen}
             write_json(folder / "levers.json", to_json(table))
             return {"chosen": chosen}
 
-        settings = {"levers_at": config.levers_at, "few_steps": config.few_steps,
-                    "tune": config.editor.tune, "seed": self.seed}  # fmt: skip
+        settings = {"concepts": self.prompts("validation"), "levers_at": config.levers_at,
+                    "few_steps": config.few_steps, "tune": config.editor.tune,
+                    "pairs": config.editor.pairs, "seed": self.seed}  # fmt: skip
         return run_stage(f"seed {self.seed}: levers", self.folder / "levers", settings, made, build)
 
     def _ways(self, variant: Variant) -> list[tuple[str, dict[str, Any]]]:
@@ -305,16 +326,11 @@ class _Seed:
         t = None if variant.t < 0 else variant.t
         return [("one step", {"t": t}), ("few steps", {"steps": self.config.few_steps})]
 
-    def _judged(self, blocks: np.ndarray, kind: str, replaced: float = 0.0) -> dict:
-        truth = self._read("truth", kind).blocks[: len(blocks)].mean(1)
+    def _judged(self, blocks: np.ndarray, replaced: float = 0.0) -> dict:
         curves = self.editors.tune(
             self.base.path, self.rows("validation"), self._states(blocks), self.config.levers_at
         )
-        return {
-            "l1": curves.l1.mean(0),
-            "error": relative_error(blocks, truth, self.rivals(kind)),
-            "replaced": replaced,
-        }
+        return {"l1": curves.l1.mean(0), "replaced": replaced}
 
     def _states(self, blocks: Float[np.ndarray, "m n v"]) -> list[AdapterState]:
         return [self.layout.from_blocks(jnp.asarray(own)) for own in blocks]
@@ -325,8 +341,9 @@ class _Seed:
         return run_stage(
             f"seed {self.seed}: comparison",
             self.folder / "comparison",
-            {"tune": self.config.editor.tune, "at": self.config.editor.tune_at,
-             "scratch": self.config.editor.scratch, "scratch_at": self.config.editor.scratch_at,
+            {"concepts": self.prompts("unseen"), "tune": self.config.editor.tune,
+             "at": self.config.editor.tune_at, "scratch": self.config.editor.scratch,
+             "scratch_at": self.config.editor.scratch_at, "pairs": self.config.editor.pairs,
              "noise": self.config.noise, "seed": self.seed},
             {"levers": levers, "collection": self.collection},
             lambda folder: self._compare(folder, read_json(levers.path / "levers.json")),
@@ -358,26 +375,22 @@ class _Seed:
         inits, pictures = {}, {}
         for key, one in made.items():
             states = self._states(one.blocks)
-            curves = editors.tune(base, rows, states, self.config.editor.tune_at)
+            curves = editors.tune(base, rows, states, self.config.editor.tune_at, fd=True)
             inits[key] = _record(curves, one.seconds, one.replaced)
             pictures[key] = editors.draw(base, rows[:PICTURES], states[:PICTURES])
         # All LoRAs are trained by one program: what their steps' times differ by is the machine's.
         step = float(np.median([one["step"] for one in inits.values()]))
         inits = {key: one | {"step": step} for key, one in inits.items()}
-        inits["scratch"] = _record(editors.scratch(rows), 0.0, 0)
+        inits["scratch"] = _record(editors.scratch(rows, fd=True), 0.0, 0)
         return inits, pictures
 
     def _described(self, made: dict[str, "_Made"], kind: str) -> dict[str, dict[str, float]]:
         """Where the weights lie, each in the factors that they are made in."""
-        found, truth = {}, {}
-        for own in {kind, "none"}:
-            whole = self._read("truth", own).blocks[-len(self.concepts["unseen"]) :]
-            truth[own] = whole.mean(1)
-        for key, one in made.items():
-            own = kind if key in (*GENERATED, *CONTROLS) else "none"
-            found[key] = described(one.blocks, truth[own], self.rivals(own))
-        found["trained"] = described(truth["none"], truth["none"], self.rivals("none"))
-        return found
+        own = (*GENERATED, *CONTROLS)
+        return {
+            key: described(one.blocks, self.rivals(kind if key in own else "none"))
+            for key, one in made.items()
+        } | {"trained": trained(self.rivals("none"))}
 
     def _initial(
         self, generator: WeightGenerator, variant: Variant, texts: list[str]
@@ -419,11 +432,9 @@ class _Seed:
         return found
 
     def _costs(self, name: str) -> dict[str, float]:
-        collection = self.collection
         return {
             "base": self.base.manifest["seconds"],
-            # Validation and unseen concepts were trained beside, for judging.
-            "collection": collection.manifest["seconds"] * collection.counts["share"],
+            "collection": self.collection.manifest["seconds"],
             "generator": self.generator(name).manifest["seconds"],
         }
 
@@ -435,7 +446,7 @@ class _Seed:
             [source[i], target[i], *(pictures[key][i] for key in shown)] for i in range(len(rows))
         ]
         names = [self.everything[row].prompt for row in rows]
-        headings = ["photo", "edited", "default", "nearest", "ridge", "generated"]
+        headings = ["photo", "edited", "default", "nearest", "ridge", "1 step"]
         write_grid(folder / "samples.png", lines, names, headings=headings)
 
 
@@ -452,36 +463,10 @@ def _record(curves: Curves, seconds: float, replaced: int) -> dict[str, Any]:
     return {
         "steps": list(curves.steps),
         "l1": curves.l1,
+        "fd": curves.fd,
         "prepare": seconds,
         "step": curves.step,
         "replaced": replaced,
-    }
-
-
-def relative_error(
-    blocks: Float[np.ndarray, "m n v"], truth: Float[np.ndarray, "m n v"], rivals: Rivals
-) -> float:
-    """The squared distance to the trained weights, arrays weighted alike, over the mean LoRA's."""
-    return float(_distance(blocks, truth, rivals) / _distance(rivals.mean[None], truth, rivals))
-
-
-def _distance(blocks: np.ndarray, truth: np.ndarray, rivals: Rivals) -> float:
-    return float(np.square(rivals.scaled(blocks) - rivals.scaled(truth)).sum(1).mean())
-
-
-def described(
-    blocks: Float[np.ndarray, "m n v"], truth: Float[np.ndarray, "m n v"], rivals: Rivals
-) -> dict[str, float]:
-    """Error, distance to the nearest LoRA of the collection, and the layers' norms, relative."""
-    own, learnt = rivals.scaled(blocks), rivals.scaled(rivals.blocks)
-    closest = np.square(own[:, None] - learnt[None]).sum(-1).min(1)
-    typical = group_norms(rivals.blocks, rivals.layout).mean(0)
-    ratios = group_norms(blocks, rivals.layout) / np.maximum(typical, 1e-12)
-    return {
-        "error": relative_error(blocks, truth, rivals),
-        "nearest_train": float(closest.mean() / _distance(rivals.mean[None], truth, rivals)),
-        "norm_low": float(ratios.min()),
-        "norm_high": float(ratios.max()),
     }
 
 

@@ -15,7 +15,9 @@ from jaxsynth.data.concepts import (
     read_concepts,
 )
 from jaxsynth.data.sources import DataConfig
+from jaxsynth.methods.datadream import MeshConfig
 from jaxsynth.methods.weightgen_editors import EditorConfig
+from jaxsynth.methods.weightgen_edits import EditsConfig
 from jaxsynth.training.gan import E2GAN_TARGETS
 from jaxsynth.training.weight_generator import GeneratorConfig
 
@@ -82,7 +84,8 @@ class Config:
     `checkpoints` is K, how many late states of each LoRA are kept; `block` the values in a block.
     `generators` are compared on validation concepts by the mean L1 after `levers_at` steps, and
     the best is the one that the comparison reports. `noise` is the standard deviation of the noise
-    on the nearest concept's LoRA, relative to each weight's spread over the concepts.
+    on the nearest concept's LoRA, relative to each weight's spread over the concepts. `mesh` is
+    what the collection (its concepts over "data") and the generators train on.
     """
 
     method: str = "weightgen"
@@ -91,6 +94,7 @@ class Config:
     photos: int = 256
     held_out: int = 32
     concepts: ConceptConfig = field(default_factory=ConceptConfig)
+    edits: EditsConfig = field(default_factory=EditsConfig)
     editor: EditorConfig = field(default_factory=EditorConfig)
     rank: int = 4
     checkpoints: int = 4
@@ -100,6 +104,7 @@ class Config:
     levers_at: tuple[int, ...] = (0, 5, 20)
     noise: float = 0.3
     seeds: tuple[int, ...] = (0,)
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
     def __post_init__(self):
         if not self.generators or not self.seeds or not self.levers_at:
@@ -109,7 +114,8 @@ class Config:
                 f"checkpoints {self.checkpoints} and few_steps {self.few_steps}, expected at least "
                 "1 and 2"
             )
-
+        if self.editor.pairs > self.photos:
+            raise ValueError(f"editor.pairs is {self.editor.pairs} of {self.photos} photos")
         for name, variant in self.generators.items():
             if variant.canonical != "none" and not self.editor.train_down:
                 raise ValueError(

@@ -4,15 +4,18 @@ It puts `training.gan` together for the stages of `weightgen`, which then speak 
 number only.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import UInt8
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
 
 from jaxsynth.adapters.base import (
     AdapterState,
@@ -20,32 +23,37 @@ from jaxsynth.adapters.base import (
     freeze,
     load_state,
     mark_trainable,
+    with_values,
 )
 from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.data.concepts import Concept
 from jaxsynth.errors import UserError
+from jaxsynth.methods.weightgen_edits import Edits
 from jaxsynth.methods.weightgen_scores import Curves
 from jaxsynth.models.e2gan import E2GAN, E2GANConfig
 from jaxsynth.models.patchgan import PatchGAN, PatchGANConfig
 from jaxsynth.models.pix2pix import Pix2Pix, Pix2PixConfig
+from jaxsynth.quality.features import FeatureExtractor, clip_extractor
 from jaxsynth.training.gan import (
     GANConfig,
     Generator,
-    Model,
     Pairs,
     adapted,
     edit_images,
     encode_texts,
     l1_error,
     train_base,
-    train_together,
 )
 from jaxsynth.training.gan_finetune import Curve, fine_tune
+from jaxsynth.training.gan_together import train_together
 from jaxsynth.training.weight_generator import TextReader
+from jaxsynth.training.weight_rivals import word_counts, words
 from jaxsynth.weights.states import read_state, write_state
 
 # Concepts whose edited photos are kept in memory.
+T = TypeVar("T", bound=nnx.Module)
 _KEPT = 256
+SHARED = ("none", "words")
 _GENERATOR, _DISCRIMINATOR = "generator.safetensors", "discriminator.safetensors"
 
 
@@ -55,10 +63,13 @@ class EditorConfig:
     pix2pix from scratch.
 
     Held-out errors are measured after `tune_at` and `scratch_at` steps; the LoRAs' checkpoints are
-    `every` steps apart. `group` LoRAs train together, 0: all. Without `train_down` every LoRA keeps
-    the A of the shared start and trains B alone: a layer's change is then linear in what is
-    trained, so a mean or a prediction of weights is one of changes. Widths of texts follow from the
-    text encoder.
+    `every` steps apart. `group` LoRAs train together, 0: all. With `share` "words" a LoRA is the
+    sum of a part for all, one for each word of its prompt that other prompts have too, and `own` of
+    its own (`training.gan_together.mixture`). Without `train_down` every LoRA keeps the A of the
+    shared start and trains B alone: a layer's change is then linear in what is trained, so a mean
+    or a prediction of weights is one of changes. `pairs` is how many photos of a single concept
+    fine-tuning and training from scratch have, 0: all. Widths of texts follow from the text
+    encoder.
     """
 
     generator: E2GANConfig = field(default_factory=E2GANConfig)
@@ -70,7 +81,10 @@ class EditorConfig:
     scratch: GANConfig = field(default_factory=GANConfig)
     every: int = 50
     group: int = 0
+    share: Literal["none", "words"] = "none"
+    own: float = 0.3
     train_down: bool = True
+    pairs: int = 0
     tune_at: tuple[int, ...] = (0, 5, 10, 20, 50, 100, 200)
     scratch_at: tuple[int, ...] = (0, 100, 400)
 
@@ -79,6 +93,12 @@ class EditorConfig:
             steps = getattr(self, name)
             if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0:
                 raise ValueError(f"{name} is {steps}, expected rising numbers of steps")
+        if self.share not in SHARED:
+            raise ValueError(f"share is {self.share!r}, expected one of {', '.join(SHARED)}")
+        if self.share != "none" and self.group:
+            raise ValueError(
+                f"group is {self.group}, but with share {self.share!r} all train together"
+            )
 
 
 class Editors:
@@ -92,10 +112,11 @@ class Editors:
         concepts: Sequence[Concept],
         photos: UInt8[np.ndarray, "n h w 3"],
         held_out: UInt8[np.ndarray, "m h w 3"],
+        edits: Edits,
         *,
         seed: int,
     ):
-        self.lora, self.seed = lora, seed
+        self.lora, self.edits, self.seed = lora, edits, seed
         self.config = with_text_width(config, read.encoder.config.hidden_size)
         self.concepts, self.photos, self.held_out = list(concepts), photos, held_out
         self.texts = encode_texts(read.encoder, read.tokenizer, [c.texts for c in concepts])
@@ -109,7 +130,7 @@ class Editors:
         return Pairs(source, targets, *(x[list(rows)] for x in self.texts))
 
     def _edit(self, row: int, held_out: bool) -> UInt8[np.ndarray, "n h w 3"]:
-        return self.concepts[row].apply(self.held_out if held_out else self.photos)
+        return self.edits(self.concepts[row], self.held_out if held_out else self.photos)
 
     def train_base(self, folder: Path, count: int) -> dict:
         """Trains the base on the first concepts and writes both networks; returns its held-out L1.
@@ -153,34 +174,61 @@ class Editors:
         return extract(self.adapted(folder))
 
     def train_together(
-        self, folder: Path, training: Path, *, keep: int
+        self,
+        folder: Path,
+        rows: Sequence[int],
+        training: Path,
+        *,
+        keep: int,
+        mesh: Mesh | None = None,
     ) -> tuple[list[list[AdapterState]], list[float]]:
-        """The last `keep` checkpoints of every concept's LoRA, and the held-out L1 of the last."""
+        """The last `keep` checkpoints of each concept's LoRA, and the held-out L1 of the last."""
         start, judge = self.adapted(folder), self.base(folder)[1]
-        count = self.config.group or len(self.concepts)
+        count = self.config.group or len(rows)
         states: list[list[AdapterState]] = []
-        for first in range(0, len(self.concepts), count):
-            rows = range(first, min(first + count, len(self.concepts)))
+        for first in range(0, len(rows), count):
+            part = rows[first : first + count]
             states += train_together(
-                start, judge, self.pairs(rows), self.config.together, training / str(first),
+                start, judge, self.pairs(part), self.config.together, training / str(first),
                 seed=self.seed, checkpoints=keep, every=self.config.every,
-                description=f"{len(rows)} LoRAs",
+                shared=self._shared(part), own=self.config.own, mesh=mesh,
+                description=f"{len(part)} LoRAs",
             )  # fmt: skip
-        errors = [self._error(load_state(start, own[-1]), row) for row, own in enumerate(states)]
+        errors = [
+            self._error(load_state(start, own[-1]), row)
+            for row, own in zip(rows, states, strict=True)
+        ]
         return states, errors
 
+    def _shared(self, rows: Sequence[int]) -> Float[np.ndarray, "c f"] | None:
+        """Which words that several prompts have each one has."""
+        if self.config.share == "none":
+            return None
+        prompts = [self.concepts[row].prompt for row in rows]
+        known = Counter(word for prompt in prompts for word in set(words(prompt)))
+        return word_counts(prompts, sorted(w for w, count in known.items() if count > 1))
+
     def tune(
-        self, folder: Path, rows: Sequence[int], states: Sequence[AdapterState], at: Sequence[int]
+        self,
+        folder: Path,
+        rows: Sequence[int],
+        states: Sequence[AdapterState],
+        at: Sequence[int],
+        *,
+        fd: bool = False,
     ) -> Curves:
-        """Concept by concept from a state each, measured after the steps of `at`."""
+        """Concept by concept from a state each, measured after the steps of `at`.
+
+        With `fd` also by the Frechet distance in the features of the shipped CLIP.
+        """
         judge = self.base(folder)[1]
         found = []
         for row, state in zip(rows, states, strict=True):
             start = load_state(self.adapted(folder), state)
-            found.append(self._curve(start, judge, row, self.config.tune, at))
+            found.append(self._curve(start, judge, row, self.config.tune, at, fd))
         return _curves(found)
 
-    def scratch(self, rows: Sequence[int]) -> Curves:
+    def scratch(self, rows: Sequence[int], *, fd: bool = False) -> Curves:
         """pix2pix from random weights, concept by concept."""
         config = self.config
         keys = [jax.random.fold_in(jax.random.key(self.seed), 3 + i) for i in range(2)]
@@ -188,23 +236,35 @@ class Editors:
         plain = replace(config.discriminator, text_dim=0)
         judge = PatchGAN(plain, rngs=nnx.Rngs(keys[1]))
         return _curves(
-            [self._curve(start, judge, row, config.scratch, config.scratch_at) for row in rows]
+            [self._curve(start, judge, row, config.scratch, config.scratch_at, fd) for row in rows]
         )
 
     def _curve(
-        self, start: Generator, judge: PatchGAN, row: int, config: GANConfig, at: Sequence[int]
+        self,
+        start: Generator,
+        judge: PatchGAN,
+        row: int,
+        config: GANConfig,
+        at: Sequence[int],
+        fd: bool,
     ) -> Curve:
         # Every start sees the same photos of a concept in the same order.
+        pairs, count = self.pairs([row]), self.config.pairs or len(self.photos)
+        few = replace(pairs, source=pairs.source[:count], target=pairs.target[:, :count])
         return fine_tune(
-            start, judge, self.pairs([row]), self.pairs([row], held_out=True), config, at=at,
-            seed=self.seed + row,
+            start, judge, few, self.pairs([row], held_out=True), config, at=at,
+            seed=self.seed + row, features=self._clip.features if fd else None,
         )[0]  # fmt: skip
+
+    @cached_property
+    def _clip(self) -> FeatureExtractor:
+        return clip_extractor(batch_size=min(64, len(self.held_out)))
 
     def draw(
         self, folder: Path, rows: Sequence[int], states: Sequence[AdapterState]
     ) -> UInt8[np.ndarray, "c h w 3"]:
-        """The first held-out photo as each concept's state edits it."""
-        photo, made = self.held_out[:1], []
+        """The held-out photo of most contrast as each concept's state edits it."""
+        photo, made = self.held_out[[self._shown]], []
         for row, state in zip(rows, states, strict=True):
             model = load_state(self.adapted(folder), state)
             made.append(edit_images(model, photo, self.texts[0][row, 0])[0])
@@ -213,7 +273,11 @@ class Editors:
     def examples(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """That photo, and what each concept should make of it."""
         pairs = self.pairs(rows, held_out=True)
-        return np.stack([pairs.source[0]] * len(rows)), pairs.target[:, 0]
+        return np.stack([pairs.source[self._shown]] * len(rows)), pairs.target[:, self._shown]
+
+    @property
+    def _shown(self) -> int:
+        return int(np.argmax(self.held_out.std((1, 2, 3))))
 
     def _error(self, model: Generator, row: int) -> float:
         return held_out_error(model, self.pairs([row], held_out=True))
@@ -235,19 +299,18 @@ def held_out_error(model: Generator, held: Pairs) -> float:
 
 def _curves(found: Sequence[Curve]) -> Curves:
     seconds = [one.seconds[-1] / max(one.steps[-1], 1) for one in found]
-    return Curves(found[0].steps, [one.l1 for one in found], 0.0, float(np.median(seconds)))
+    step = float(np.median(seconds))
+    return Curves(found[0].steps, [one.l1 for one in found], 0.0, step, [one.fd for one in found])
 
 
 def _size(model: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model)))
 
 
-def _read(plain: Model, path: Path) -> Model:
+def _read(plain: T, path: Path) -> T:
     """A network of this shape with the values of a file, frozen."""
     try:
         loaded = load_state(mark_trainable(plain), read_state(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    graphdef, state = nnx.split(plain)
-    leaves = jax.tree.leaves(nnx.state(loaded))
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+    return with_values(plain, nnx.state(loaded))

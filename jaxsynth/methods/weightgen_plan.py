@@ -102,9 +102,14 @@ def _gan(
     together = draw is draw_each
     graph, trainable, frozen = nnx.split(generator, Trainable, ...)
     graph_d, trainable_d = nnx.split(nnx.eval_shape(lambda: mark_trainable(judge)))
+    parts, devices = concepts, mesh.shape["data"]
     if together:
+        if config.editor.share != "none":
+            # One part for all, one for each concept, and no more words that recur than concepts.
+            parts = 1 + 2 * concepts
+            parts += -parts % devices
         trainable = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((concepts, *x.shape), x.dtype), trainable
+            lambda x: jax.ShapeDtypeStruct((parts, *x.shape), x.dtype), trainable
         )
     state = jax.eval_shape(
         lambda g, d: init_gan(g, d, train, jax.random.key(0)), trainable, trainable_d
@@ -118,11 +123,13 @@ def _gan(
         "states": ((concepts, WORDINGS, tokens, width), jnp.float32),
         "pooled": ((concepts, WORDINGS, width), jnp.float32),
     }
+    if parts != concepts:
+        shapes["mix"] = ((concepts, parts), jnp.float32)
     data = {name: jax.ShapeDtypeStruct(*one) for name, one in shapes.items()}
-    over = PartitionSpec("data") if together and concepts % mesh.shape["data"] == 0 else None
+    over = PartitionSpec("data") if together and concepts % devices == 0 else None
 
     def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        own = over is not None and len(leaf.shape) and leaf.shape[0] == concepts
+        own = over is not None and len(leaf.shape) and leaf.shape[0] in (concepts, parts)
         of_photos = "source" in jax.tree_util.keystr(path)
         of_judge = "discriminator" in jax.tree_util.keystr(path)
         spec = over if own and not of_photos and not of_judge else PartitionSpec()

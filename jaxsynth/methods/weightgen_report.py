@@ -30,6 +30,11 @@ from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.training.artifact import MANIFEST, write_json
 from jaxsynth.training.console import console
 
+# What curves hold: its title, factor and digits.
+MEASURES = {
+    "l1": ("Held-out L1 x 1000", 1000, 1),
+    "fd": ("Frechet distance in CLIP's features", 1, 1),
+}
 RIVALS = ("scratch", "default", "mean", "nearest", "noise", "ridge")
 
 
@@ -49,7 +54,8 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
 def curves_of(result: dict[str, Any], name: str) -> Curves:
     """The curves from one kind of initial weights in one seed's comparison."""
     found = result["inits"][name]
-    return Curves(tuple(found["steps"]), found["l1"], found["prepare"], found["step"])
+    steps = tuple(found["steps"])
+    return Curves(steps, found["l1"], found["prepare"], found["step"], found["fd"])
 
 
 def write(workdir: Path) -> Path:
@@ -80,31 +86,32 @@ def write(workdir: Path) -> Path:
         subtitle="Initial weights made from a text, and what they have to beat.",
         facts=[
             ("concepts learnt from", str(first["sizes"]["concepts"])),
-            ("unseen concepts", f"{len(first['unseen'])} x {len(results)} seeds"),
+            ("unseen concepts", f"{len(first['unseen'])}, {_seeds(results)}"),
             ("weights of an adapter", f"{first['sizes']['values']:,}"),
         ],
     )
 
 
-def errors_table(results: Sequence[dict], names: Sequence[str]) -> Table:
-    """The held-out L1 after each measured step, mean over the unseen concepts."""
+def errors_table(results: Sequence[dict], names: Sequence[str], measure: str = "l1") -> Table:
+    """A measure (of `MEASURES`) after each measured step, mean over the unseen concepts."""
     steps = curves_of(results[0], "default").steps
+    title, scale, digits = MEASURES[measure]
     body = []
     for name in names:
         curves = [curves_of(result, name) for result in results]
         if curves[0].steps != steps:  # another network, measured at steps of its own
             continue
-        means = np.stack([own.l1.mean(0) for own in curves])
+        means = np.stack([getattr(own, measure).mean(0) for own in curves])
         body.append([INITS[name], *(Measure(tuple(column.tolist())) for column in means.T)])
     rules = [row for row, line in enumerate(body) if line[0] in _firsts()]
     return Table(
         ["Initial weights", *map(str, steps)],
         body,
-        caption=f"Held-out L1 x 1000 after so many steps, mean over {len(results[0]['unseen'])} "
-        f"unseen concepts{_spread(results)}",
+        caption=f"{title} after so many steps, mean over {len(results[0]['unseen'])} unseen "
+        f"concepts{_spread(results)}",
         better="lower",
-        scale=1000,
-        digits=1,
+        scale=scale,
+        digits=digits,
         rules=rules,
     )
 
@@ -118,27 +125,35 @@ def _spread(results: Sequence[dict]) -> str:
     return f", mean ± standard deviation of {len(results)} seeds" if len(results) > 1 else ""
 
 
+def _mean_curve(results: Sequence[dict], name: str, measure: str) -> tuple[tuple, np.ndarray]:
+    """Steps, and a measure over all seeds and concepts."""
+    own = [curves_of(result, name) for result in results]
+    return own[0].steps, np.mean([getattr(c, measure).mean(0) for c in own], axis=0)
+
+
+def _seeds(results: Sequence[dict]) -> str:
+    return "one seed" if len(results) == 1 else f"{len(results)} seeds"
+
+
 def _errors(workdir: Path, results: Sequence[dict], names: Sequence[str]) -> Section:
-    curves = {}
-    for name in names:
-        own = [curves_of(result, name) for result in results]
-        curves[INITS[name]] = (own[0].steps, np.mean([c.l1.mean(0) for c in own], axis=0))
-    scratch = [curves_of(result, "scratch") for result in results]
-    most = max(curves_of(results[0], "default").steps)
-    line = ", ".join(
-        f"{value:.1f} after {step}"
-        for step, value in zip(
-            scratch[0].steps, 1000 * np.mean([c.l1.mean(0) for c in scratch], axis=0), strict=True
-        )
-    )
-    shown = {
-        label: tuple(zip(*[(s, v) for s, v in zip(*both, strict=True) if s <= most], strict=True))
-        for label, both in curves.items()
-    }
-    path = plot_curves(
-        workdir / "curves.png", shown, xlabel="steps", ylabel="held-out L1", smooth=0
-    )
-    pictures = [Picture(path, "Held-out L1 against steps of fine-tuning, mean over concepts.")]
+    measures = [m for m in MEASURES if results[0]["inits"]["default"][m] is not None]
+    pictures, lines = [], []
+    for measure in measures:
+        title, scale, digits = MEASURES[measure]
+        curves = {INITS[name]: _mean_curve(results, name, measure) for name in names}
+        steps, values = curves.pop(INITS["scratch"])
+        shown = {
+            label: (at, scale * found)
+            for label, (at, found) in curves.items()
+            if label not in (INITS["noise"], INITS["random"])  # a plot has seven colours
+        }
+        path = plot_curves(
+            workdir / f"{measure}.png", shown, xlabel="steps", ylabel=title,
+            smooth=0,
+        )  # fmt: skip
+        pictures.append(Picture(path, f"{title} against steps of fine-tuning, mean over concepts."))
+        found = (f"{scale * v:.{digits}f} after {s}" for s, v in zip(steps, values, strict=True))
+        lines.append(f"{title}: {', '.join(found)}.")
     grids = sorted(workdir.glob("seed*/comparison/samples.png"))
     pictures += [
         Picture(grid, "Unseen concepts, on held-out photos.", pixelated=True) for grid in grids[:1]
@@ -146,41 +161,69 @@ def _errors(workdir: Path, results: Sequence[dict], names: Sequence[str]) -> Sec
     return Section(
         "Unseen concepts",
         "Every kind of initial weights is fine-tuned in the same way on photos edited by a concept "
-        "that nothing was trained on, and its L1 to the true edit measured on other photos. "
-        f"Training pix2pix from scratch is another network with steps of its own: {line}.",
-        tables=[errors_table(results, names)],
+        "that nothing was trained on, and its L1 to the true edit measured on other photos, as is "
+        "the Frechet distance to them in the features of the shipped CLIP. Training pix2pix from "
+        "scratch is another network with steps of its own. " + " ".join(lines),
+        tables=[errors_table(results, names, measure) for measure in measures],
         images=pictures,
     )
 
 
-def speed(results: Sequence[dict], name: str, targets: str) -> list[Reached]:
-    """How fast one kind of weights gets to the quality named `targets`, in each seed."""
-    return [reached(curves_of(result, name), result["targets"][targets]) for result in results]
+def speed(results: Sequence[dict], name: str, targets: str) -> Reached:
+    """How fast one kind of weights gets to the quality named `targets`."""
+    curves = [curves_of(result, name) for result in results]
+    return reached(curves, [result["targets"][targets] for result in results])
 
 
 def speed_table(results: Sequence[dict], names: Sequence[str], targets: str) -> Table:
     """Steps and seconds to a quality; "never" where most concepts do not reach it."""
-    reference = _mean([one.seconds for one in speed(results, targets, targets)])
+    reference = speed(results, targets, targets).seconds
     body = []
     for name in names:
         found = speed(results, name, targets)
-        seconds = _mean([one.seconds for one in found])
         body.append(
             [
                 INITS[name],
-                f"{np.mean([one.share for one in found]):.0%}",
-                _or_never(_mean([one.steps for one in found]), "{:.0f}"),
+                f"{found.share:.0%}",
+                _or_never(found.steps, "{:.0f}"),
                 f"{np.mean([r['inits'][name]['prepare'] for r in results]):.3f}",
                 f"{1000 * np.mean([r['inits'][name]['step'] for r in results]):.1f}",
-                _or_never(seconds, "{:.2f}"),
-                _ratio(reference, seconds),
+                _or_never(found.seconds, "{:.2f}"),
+                _ratio(reference, found.seconds),
             ]
         )
     return Table(
         ["Initial weights", "reach it", "steps", "s to make", "ms a step", "seconds", "speed"],
         body,
-        caption=f"To the quality that {INITS[targets]} ends with, medians over unseen concepts"
-        f"{_spread(results)}",
+        caption=f"To the quality that {INITS[targets]} ends with, medians over the unseen concepts "
+        f"of {_seeds(results)}",
+        better=None,
+    )
+
+
+def ratios_table(results: Sequence[dict], names: Sequence[str]) -> Table:
+    """How many times as fast as training from scratch each kind of weights gets to what that has
+    after each measured number of steps; scratch is given the time of those steps."""
+    names = [name for name in names if name not in ("scratch", "noise", *CONTROLS)]
+    scratch = [curves_of(result, "scratch") for result in results]
+    body = []
+    for place, steps in enumerate(scratch[0].steps):
+        if not steps:
+            continue
+        line: list[str] = [
+            str(steps),
+            f"{1000 * _mean([c.l1[:, place].mean() for c in scratch]):.1f}",
+        ]
+        for name in names:
+            curves = [curves_of(result, name) for result in results]
+            fast = reached(curves, [own.l1[:, place].tolist() for own in scratch]).seconds
+            line.append(_ratio(_mean([c.seconds(steps) for c in scratch]), fast) or "never")
+        body.append(line)
+    return Table(
+        ["Steps of scratch", "L1 x 1000", *(INITS[name] for name in names)],
+        body,
+        caption="Seconds of so many steps of pix2pix from scratch over the seconds to the same "
+        f"quality, medians over the unseen concepts of {_seeds(results)}",
         better=None,
     )
 
@@ -192,7 +235,10 @@ def _speed(results: Sequence[dict], names: Sequence[str]) -> Section:
         "after all its steps. Seconds are those of making the initial weights (text encoder, "
         "denoiser and predictor, compiled before) and of the steps, without measuring and without "
         "compilation. `never` says that fewer than half of the concepts got there.",
-        tables=[speed_table(results, names, target) for target in ("scratch", "default")],
+        tables=[
+            *(speed_table(results, names, target) for target in ("scratch", "default")),
+            ratios_table(results, names),
+        ],
     )
 
 
@@ -211,8 +257,7 @@ def sentences(results: Sequence[dict], names: Sequence[str]) -> list[str]:
                 continue
             found = duel([curves_of(result, own) for result in results], others)
             lines.append(verdict(INITS[own], INITS[rival], found))
-        fast = _mean([one.seconds for one in speed(results, own, "scratch")])
-        slow = _mean([one.seconds for one in speed(results, "scratch", "scratch")])
+        fast, slow = (speed(results, name, "scratch").seconds for name in (own, "scratch"))
         if math.isfinite(fast):
             word = "at least" if slow / fast >= 15 else "less than"
             lines.append(
@@ -241,13 +286,12 @@ def levers_table(results: Sequence[dict]) -> Table:
             [
                 name,
                 *(Measure(tuple(column)) for column in errors),
-                f"{np.mean([one['error'] for one in found]):.3f}",
                 f"{np.mean([one['replaced'] for one in found]):.0%}",
                 f"{chosen} of {len(results)}" if chosen else "",
             ]
         )
     return Table(
-        ["Settings", *(f"L1 at {step}" for step in steps), "weights", "replaced", "chosen"],
+        ["Settings", *(f"L1 at {step}" for step in steps), "replaced", "chosen"],
         body,
         caption=f"Validation concepts: L1 x 1000{_spread(results)}",
         better="lower",
@@ -260,28 +304,25 @@ def _tried(results: Sequence[dict]) -> Section:
     return Section(
         "What was tried",
         "Settings of the generator, and the plain predictors beside them, compared on concepts "
-        "that are neither trained on nor reported above. `weights` is the mean squared error of "
-        "the weights, relative to that of the mean LoRA (1: no better). `replaced` is the share of "
-        "concepts at which the guard of the norms took the fallback instead.",
+        "that are neither trained on nor reported above. `replaced` is the share of concepts at "
+        "which the guard of the norms took the fallback instead.",
         tables=[levers_table(results)],
     )
 
 
 def _honesty(results: Sequence[dict], names: Sequence[str]) -> Section:
-    body = []
+    body, keys = [], ("nearest_train", "norm_low", "norm_high")
     for name in names:
         found = [result["weights"][name] for result in results if name in result["weights"]]
         if found:
-            keys = ("error", "nearest_train", "norm_low", "norm_high")
             body.append([INITS[name], *(Measure(tuple(f[key] for f in found)) for key in keys)])
     trained = [result["weights"]["trained"] for result in results]
-    keys = ("error", "nearest_train", "norm_low", "norm_high")
-    body.append(["trained LoRA", *(Measure(tuple(f[key] for f in trained)) for key in keys)])
+    body.append(["the collection's", *(Measure(tuple(f[key] for f in trained)) for key in keys)])
     table = Table(
-        ["Weights", "error", "to nearest", "least norm", "largest norm"],
+        ["Weights", "to nearest", "least norm", "largest norm"],
         body,
-        caption="Error to the trained LoRA, and distance to the nearest LoRA of the collection, "
-        "both relative to the mean LoRA's error; norms of layers over those of the collection"
+        caption="Squared distance to the nearest LoRA of the collection (of its own: the nearest "
+        "other), over the mean LoRA's to all; norms of layers over those of the collection"
         f"{_spread(results)}",
         better=None,
         digits=3,
@@ -309,9 +350,7 @@ def _costs(results: Sequence[dict]) -> Section:
         if own not in results[0]["inits"]:
             continue
         for rival in ("scratch", "default"):
-            fast, slow = (
-                _mean([one.seconds for one in speed(results, name, rival)]) for name in (own, rival)
-            )
+            fast, slow = (speed(results, name, rival).seconds for name in (own, rival))
             count = repaid_after(spent, fast, slow)
             said = (
                 f"after {count:,.0f} concepts" if math.isfinite(count) else "never: it is no faster"

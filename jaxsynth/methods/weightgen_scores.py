@@ -1,4 +1,4 @@
-"""What curves of fine-tuning say: steps and seconds to a quality, who wins where, what is repaid.
+"""What curves and weights say: steps and seconds to a quality, who wins, what is repaid, copied.
 
 A curve is the held-out L1 of one unseen concept after each of the measured steps. Seconds are those
 of making the initial weights and of the steps; the programs' compilation is in neither.
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+
+from jaxsynth.training.weight_generator import Rivals, group_norms
 
 # Initial weights in the order of the tables.
 INITS = {
@@ -33,16 +35,19 @@ class Curves:
     """The held-out L1 `l1[c][s]` of concept c after `steps[s]` steps, from one kind of weights.
 
     `prepare` is the seconds that making one concept's initial weights took, `step` those of one
-    training step.
+    training step. `fd[c][s]` is the Frechet distance, where it was measured.
     """
 
     steps: tuple[int, ...]
     l1: Float[np.ndarray, "c s"]
     prepare: float
     step: float
+    fd: Float[np.ndarray, "c s"] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "l1", np.asarray(self.l1, float))
+        fd = None if self.fd is None else np.asarray(self.fd, float)
+        object.__setattr__(self, "fd", fd if fd is not None and fd.size else None)
         if self.l1.ndim != 2 or self.l1.shape[1] != len(self.steps):
             raise ValueError(f"Curves: {self.l1.shape} errors at {len(self.steps)} steps")
 
@@ -69,11 +74,14 @@ class Reached:
     seconds: float
 
 
-def reached(curves: Curves, targets: Sequence[float]) -> Reached:
-    """Over all concepts: one that does not reach its target counts as infinite."""
-    steps = curves.steps_to(targets)
+def reached(curves: Sequence[Curves], targets: Sequence[Sequence[float]]) -> Reached:
+    """Over the concepts of all seeds: one that does not reach its target counts as infinite."""
+    steps: list[float] = []
+    for own, wanted in zip(curves, targets, strict=True):
+        steps += own.steps_to(wanted)
     middle = float(np.sort(steps)[len(steps) // 2])
-    return Reached(float(np.isfinite(steps).mean()), middle, curves.seconds(middle))
+    seconds = float(np.mean([own.seconds(middle) for own in curves]))
+    return Reached(float(np.isfinite(steps).mean()), middle, seconds)
 
 
 @dataclass(frozen=True)
@@ -129,3 +137,38 @@ def repaid_after(cost: float, own: float, other: float) -> float:
         return math.inf
     saved = other - own
     return math.inf if saved <= 0 else cost / saved
+
+
+def described(blocks: Float[np.ndarray, "m n v"], rivals: Rivals) -> dict[str, float]:
+    """The squared distance to the nearest LoRA of the collection, arrays weighted alike and over
+    the mean LoRA's to all of them, and the least and largest of the layers' relative norms."""
+    own, learnt = rivals.scaled(blocks), rivals.scaled(rivals.blocks)
+    closest = [np.square(learnt - row).sum(1).min() for row in own]
+    typical = group_norms(rivals.blocks, rivals.layout).mean(0)
+    ratios = group_norms(blocks, rivals.layout) / np.maximum(typical, 1e-12)
+    return {
+        "nearest_train": float(np.mean(closest) / _spread(learnt)),
+        "norm_low": float(ratios.min()),
+        "norm_high": float(ratios.max()),
+    }
+
+
+def unexplained(blocks: Float[np.ndarray, "c n v"], rivals: Rivals) -> float:
+    """The share of the collection's variance, arrays weighted alike, that these miss."""
+    learnt = rivals.scaled(rivals.blocks)
+    return float(np.square(rivals.scaled(blocks) - learnt).sum(1).mean() / _spread(learnt))
+
+
+def trained(rivals: Rivals) -> dict[str, float]:
+    """The same of the collection's own LoRAs, each to the nearest of the others."""
+    learnt = rivals.scaled(rivals.blocks)
+    closest = [
+        np.square(np.delete(learnt, row, axis=0) - own).sum(1).min()
+        for row, own in enumerate(learnt)
+    ]
+    nearest = float(np.mean(closest) / _spread(learnt))
+    return described(rivals.blocks, rivals) | {"nearest_train": nearest}
+
+
+def _spread(values: Float[np.ndarray, "c values"]) -> float:
+    return float(np.square(values - values.mean(0)).sum(1).mean())

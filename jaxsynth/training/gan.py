@@ -1,4 +1,4 @@
-"""Training image-to-image GANs: one network on many edits, and a LoRA for each of many edits.
+"""Training image-to-image GANs: their step, and one network that learns many edits.
 
 The objective is pix2pix's (Isola et al. 2017, arXiv 1611.07004): a discriminator judges pairs of
 images, and the generator is also held to its target by L1,
@@ -8,13 +8,7 @@ images, and the generator is also held to its target by L1,
 
 as in the authors' PyTorch code: first D moves, then G against the new D. E2GAN's base learns
 several edits by their texts (`train_base`); "denoised neural weights" (arXiv 2407.11966) then needs
-LoRAs of very many edits, which all train in one program from one shared start (`train_together`).
-
-Only the low-rank path differs between concepts. Under `jax.vmap` over the stacked factors the
-base's convolutions therefore see all concepts' images as one batch, and the low-rank path is
-batched matrix products (`adapters.convolution`). One discriminator, told the text, serves all: one
-for each concept needs convolutions mapped over kernels, which cost a third more of the whole step
-as matrix products and dozens of times more as XLA's grouped convolutions.
+LoRAs of very many edits (`gan_together`).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,16 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
 
 from jaxsynth.adapters.base import (
-    AdapterState,
     Trainable,
-    extract,
     mark_trainable,
-    stack,
-    unstack,
     with_values,
 )
 from jaxsynth.adapters.lora import LoRAConfig, add_lora
@@ -47,16 +36,15 @@ from jaxsynth.models.clip import CLIPTextModel, CLIPTextTransformer
 from jaxsynth.models.e2gan import E2GAN
 from jaxsynth.models.patchgan import PatchGAN
 from jaxsynth.models.pix2pix import Pix2Pix
-from jaxsynth.training import sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.step import StepFn, TrainState
-from jaxsynth.weights.states import read_state, write_state
 from jaxsynth.weights.tokenizer import Tokenizer
 
 Generator = E2GAN | Pix2Pix
 LOSSES = ("lsgan", "vanilla")
+SCHEDULES = ("constant", "cosine")
 
 # What LoRA wraps in E2GAN, as published: all but the residual blocks.
 E2GAN_TARGETS = (
@@ -76,7 +64,8 @@ class GANConfig:
     """How a generator and its discriminator train; the defaults are pix2pix's.
 
     `batch_size` counts images, for each concept where many train together. `loss` is "vanilla"
-    (cross entropy) or "lsgan" (least squares, Mao et al. 2016, arXiv 1611.04076).
+    (cross entropy) or "lsgan" (least squares, Mao et al. 2016, arXiv 1611.04076). `schedule` is
+    that of both rates: "constant", or falling to 0 as a "cosine" over `steps`.
     """
 
     steps: int = 20_000
@@ -87,14 +76,18 @@ class GANConfig:
     b2: float = 0.999
     loss: Literal["lsgan", "vanilla"] = "vanilla"
     l1_weight: float = 100.0
+    schedule: Literal["constant", "cosine"] = "constant"
     checkpoint_every: int = 1000
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}, expected one of {', '.join(LOSSES)}")
+        for name, known in (("loss", LOSSES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -224,14 +217,17 @@ def draw_mixed(key: Key[Array, ""], data: dict[str, Array], *, count: int) -> di
 
 
 def draw_each(key: Key[Array, ""], data: dict[str, Array], *, count: int) -> dict[str, Array]:
-    """`count` pairs of every concept, asked for by its prompt; which ones, its number decides."""
+    """`count` pairs of every concept, asked for by its prompt: the same photos for all.
+
+    What differs between two concepts' adapters is then due to the edits alone. With photos drawn
+    for each, a ridge regression from the texts found nothing in the weights of left-out concepts.
+    """
     concepts = data["target"].shape[0]
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(concepts))
-    rows = jax.vmap(lambda key: jax.random.randint(key, (count,), 0, len(data["source"])))(keys)
-    pooled = data["pooled"][:, :1]
+    rows = jax.random.randint(key, (count,), 0, len(data["source"]))
+    source, pooled = _values(data["source"][rows]), data["pooled"][:, :1]
     return {
-        "source": _values(data["source"][rows]),
-        "target": _values(data["target"][jnp.arange(concepts)[:, None], rows]),
+        "source": jnp.broadcast_to(source, (concepts, *source.shape)),
+        "target": _values(data["target"][:, rows]),
         "states": data["states"][:, 0],
         "pooled": jnp.broadcast_to(pooled, (concepts, count, pooled.shape[-1])),
     }
@@ -255,8 +251,16 @@ def training_data(pairs: Pairs) -> dict[str, Array]:
 
 def optimizers(config: GANConfig) -> dict[str, optax.GradientTransformation]:
     """Adam for each of the two networks."""
-    rates = {"generator": config.learning_rate, "discriminator": config.discriminator_rate}
-    return {name: optax.adam(rate, b1=config.b1, b2=config.b2) for name, rate in rates.items()}
+
+    def adam(rate: float) -> optax.GradientTransformation:
+        falls = config.schedule == "cosine"
+        rates = optax.cosine_decay_schedule(rate, config.steps) if falls else rate
+        return optax.adam(rates, b1=config.b1, b2=config.b2)
+
+    return {
+        "generator": adam(config.learning_rate),
+        "discriminator": adam(config.discriminator_rate),
+    }
 
 
 def init_gan(
@@ -278,7 +282,8 @@ def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
     """`step(state, frozen, data) -> (state, metrics)`: the discriminator moves, then the generator.
 
     `frozen` is the generator's; `data` is `training_data`'s. Losses of stacked generators are
-    summed, so each gets the gradient of its own alone; their metrics have an axis of C.
+    summed, so each gets the gradient of its own alone; their metrics have an axis of C. With a
+    "mix" in `data` the generator's state holds the parts that `mixed` adds up.
     """
     tx = optimizers(config)
     norm = jax.vmap(optax.tree.norm) if networks.stacked else optax.tree.norm
@@ -293,6 +298,8 @@ def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
         before = state.trainable
 
         def of_generator(trainable):
+            if "mix" in data:
+                trainable = mixed(data["mix"], trainable)
             return networks.fakes(trainable, frozen, source, batch["states"])
 
         fake, pull_back = jax.vjp(of_generator, before["generator"])
@@ -335,6 +342,11 @@ def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
     return step
 
 
+def mixed(mix: Float[Array, "c p"], parts: Any) -> Any:
+    """The adapters, stacked, from their stacked parts."""
+    return jax.tree.map(lambda x: jnp.tensordot(mix.astype(x.dtype), x, axes=1), parts)
+
+
 def _moved(tx: optax.GradientTransformation, grads: Any, state: TrainState, name: str):
     updates, opt_state = tx.update(grads, state.opt_state[name], state.trainable[name])
     return optax.apply_updates(state.trainable[name], updates), opt_state
@@ -370,97 +382,23 @@ def train_base(
     state = init_gan(trainable_g, trainable_d, config, jax.random.key(seed))
     draw = partial(draw_mixed, count=config.batch_size)
     step = make_step(Networks(graph_g, graph_d), config, draw)
-    state = _fit(state, frozen, training_data(pairs), step, config, folder, description)
+    state = fit_gan(state, frozen, training_data(pairs), step, config, folder, description)
     return (
         with_values(generator, state.trainable["generator"]),
         with_values(discriminator, state.trainable["discriminator"]),
     )
 
 
-def train_together(
-    generator: E2GAN,
-    discriminator: PatchGAN,
-    pairs: Pairs,
+def fit_gan(
+    state: TrainState,
+    frozen: Any,
+    data: dict[str, Array],
+    step: StepFn,
     config: GANConfig,
     folder: Path,
-    *,
-    seed: int,
-    checkpoints: int = 1,
-    every: int = 0,
-    mesh: Mesh | None = None,
-    description: str = "train all concepts",
-) -> list[list[AdapterState]]:
-    """The adapters of every concept of `pairs`: `[concept][k]`, the last `checkpoints` of each.
-
-    `generator` is the base with the adapters (`adapted`) that all concepts start from, and the
-    checkpoints are `every` steps apart, the last one at the end. Resumes from `folder`. On a mesh
-    the concepts lie along "data"; where their number is not divisible by it, the last one is
-    trained more than once.
-
-    Raises:
-        ValueError: there are not so many steps.
-    """
-    count = len(pairs)
-    if mesh is not None:
-        pairs = pairs.select([*range(count), *[count - 1] * (-count % mesh.shape["data"])])
-    kept = [config.steps - k * every for k in reversed(range(checkpoints))]
-    if kept[0] < 1 or (checkpoints > 1 and every < 1):
-        raise ValueError(
-            f"{checkpoints} checkpoints every {every} steps, of a training of {config.steps} steps"
-        )
-    graphdef, trainable, frozen = nnx.split(generator, Trainable, ...)
-    graph_d, trainable_d = nnx.split(mark_trainable(discriminator))
-    state = init_gan(stack([trainable] * len(pairs)), trainable_d, config, jax.random.key(seed))
-    data = training_data(pairs)
-    placed = frozen
-    if mesh is not None:
-        state, data = place_together(state, data, mesh)
-        placed = sharding.replicate(frozen, mesh)
-    networks = Networks(graphdef, graph_d, stacked=True)
-    step = make_step(networks, config, partial(draw_each, count=config.batch_size))
-
-    def state_of(values: Any) -> AdapterState:
-        return extract(nnx.merge(graphdef, values, frozen))
-
-    late = folder / "late"
-    late.mkdir(parents=True, exist_ok=True)
-    for at in kept:
-        path = late / f"{at}.safetensors"
-        if not path.exists():
-            part = replace(config, steps=at)
-            state = _fit(state, placed, data, step, part, folder, description)
-            write_state(path, state_of(sharding.gather(state.trainable["generator"])))
-    found = [unstack(read_state(late / f"{at}.safetensors"))[:count] for at in kept]
-    return [list(states) for states in zip(*found, strict=True)]
-
-
-def place_together(
-    state: TrainState, data: dict[str, Array], mesh: Mesh
-) -> tuple[TrainState, dict[str, Array]]:
-    """Adapters and their pairs along "data"; the discriminator and the photos on every device."""
-
-    def along(tree: Any) -> Any:
-        def place(leaf: Array) -> Array:  # the optimiser counts its steps once for all
-            return (sharding.shard_stack if leaf.ndim else sharding.replicate)(leaf, mesh)
-
-        return jax.tree.map(place, tree)
-
-    def both(trees: dict[str, Any]) -> dict[str, Any]:
-        judge = sharding.replicate(trees["discriminator"], mesh)
-        return {"generator": along(trees["generator"]), "discriminator": judge}
-
-    whole = partial(sharding.replicate, mesh=mesh)
-    state = replace(
-        state,
-        step=whole(state.step),
-        trainable=both(state.trainable),
-        opt_state=both(state.opt_state),
-        key=whole(state.key),
-    )
-    return state, {k: whole(x) if k == "source" else along(x) for k, x in data.items()}
-
-
-def _fit(state, frozen, data, step, config, folder, description) -> TrainState:
+    description: str,
+) -> TrainState:
+    """The state after `config.steps`; resumes from `folder`."""
     with (
         Checkpoints(
             folder / "checkpoints", every=config.checkpoint_every, keep=1, identity={}

@@ -38,8 +38,9 @@ from jaxsynth.training.step import StepFn, init_state, make_train_step, scan_ste
 class WeightTrainConfig:
     """How the denoiser of weights is trained. A batch is of blocks, of any concepts and places.
 
-    `prediction_type` is "epsilon" (the paper's), "v_prediction" or "sample". `ema_decay` 0 keeps no
-    average. `steps_per_call` must divide `steps`.
+    `prediction_type` is "epsilon" (the paper's), "v_prediction" or "sample". Times are drawn with a
+    density of t ** `noise_bias`: one step from noise asks for the last ones alone. `ema_decay` 0
+    keeps no average. `steps_per_call` must divide `steps`.
     """
 
     steps: int = 100_000
@@ -53,6 +54,7 @@ class WeightTrainConfig:
     prediction_type: str = "sample"
     beta_schedule: str = "linear"
     num_train_timesteps: int = 1000
+    noise_bias: float = 0.0
     steps_per_call: int = 1
     checkpoint_every: int = 5000
 
@@ -64,6 +66,8 @@ class WeightTrainConfig:
             raise ValueError(
                 f"steps {self.steps} is not divisible by steps_per_call {self.steps_per_call}"
             )
+        if self.noise_bias < 0:
+            raise ValueError(f"noise_bias is {self.noise_bias}, expected at least 0")
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type {self.prediction_type!r}, expected one of {PREDICTION_TYPES}"
@@ -133,7 +137,9 @@ def draw_batch(step: Array, data: dict[str, Array], batch_size: int) -> dict[str
     }
 
 
-def make_loss(graphdef: Any, schedule: NoiseSchedule, mesh: Mesh | None = None):
+def make_loss(
+    graphdef: Any, schedule: NoiseSchedule, mesh: Mesh | None = None, *, noise_bias: float = 0.0
+):
     """`loss(trainable, frozen, batch, key)` over what `draw_batch` draws: a mean over values."""
 
     def loss(trainable, frozen, batch, key):
@@ -141,9 +147,9 @@ def make_loss(graphdef: Any, schedule: NoiseSchedule, mesh: Mesh | None = None):
             rows = NamedSharding(mesh, sharding.BATCH)
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
         x0 = batch["x0"]
-        t = jax.random.randint(
-            jax.random.fold_in(key, 0), x0.shape[:1], 0, schedule.num_train_timesteps
-        )
+        share = jax.random.uniform(jax.random.fold_in(key, 0), x0.shape[:1])
+        last = schedule.num_train_timesteps - 1  # where rounding would go beyond
+        t = jnp.minimum(jnp.int32(share ** (1 / (1 + noise_bias)) * (last + 1)), last)
         noise = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
         model = nnx.merge(graphdef, trainable, frozen)
         output = model(add_noise(schedule, x0, noise, t), t, batch["index"], batch["context"])
@@ -167,7 +173,7 @@ def make_step(
     )
     tx = make_optimizer(optim)
     step = make_train_step(
-        make_loss(graphdef, config.noise_schedule(), mesh),
+        make_loss(graphdef, config.noise_schedule(), mesh, noise_bias=config.noise_bias),
         tx,
         ema_decay=_warmed(config.ema_decay) if config.ema_decay else None,
         learning_rate=make_schedule(optim),

@@ -51,6 +51,12 @@ def test_a_split_has_no_concept_on_both_sides():
     assert len(train) == 60 and len(unseen) == 16
     assert not {c.prompt for c in train} & {c.prompt for c in unseen}
     assert split_concepts(concepts, 60, 16, seed=0) == (train, unseen)
+    # What is judged is made of words that were learnt, as long as there is such.
+    train, unseen = split_concepts(concepts, 25, 20, seed=0)
+    known = {word for concept in train for word in concept.prompt.split()}
+    assert all(known.issuperset(concept.prompt.split()) for concept in unseen)
+    left = [c for c in concepts if c not in train and not known.issuperset(c.prompt.split())]
+    assert left and len(split_concepts(concepts, 25, 100, seed=0)[1]) == 100
     with pytest.raises(UserError, match=f"190 to train on and 16 unseen ones, of {len(concepts)}"):
         split_concepts(concepts, 190, 16, seed=0)
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from jaxsynth.data.concepts import Concept, concept_of
 from jaxsynth.diffusion.guidance import classifier_free, nested
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.errors import UserError
 from jaxsynth.generation.edited import EditConfig, edit_images
 from jaxsynth.generation.images import image_keys
+from jaxsynth.methods.weightgen_edits import Edits, EditsConfig
 from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.weights.hf import load_pipeline, save_pipeline
 from tests.methods.small_base import UNET, random_network
@@ -63,6 +65,36 @@ def test_edits_are_those_of_diffusers(folder, images):
     ).images
     assert np.abs(found / 255 - expected).max() < 2.5 / 255
     assert expected.std() > 0.02
+
+
+def test_pairs_of_a_run_may_come_from_a_diffusion_model(folder, images, tmp_path):
+    """Here because the program is compiled above; what a stopped run has edited is kept."""
+    config = EditsConfig("diffusion", str(folder), CONFIG)
+    concept = Concept("artistic", "the digit two")  # without procedural edits
+    edits = Edits(config, tmp_path, seed=7)
+    found = edits(concept, images)
+    pipeline = load_pipeline(folder, editing=True)
+    expected = edit_images(pipeline, images, [concept.prompt] * 3, CONFIG, seed=7)
+    np.testing.assert_array_equal(found, expected)
+    assert edits.identity["digest"] == pipeline.digest and len(list(tmp_path.iterdir())) == 1
+    again = Edits(config, tmp_path, seed=7)
+    (path,) = tmp_path.iterdir()
+    np.save(path, np.zeros_like(images))
+    assert not again(concept, images).any(), "read, not made again"
+    assert edits(concept, images[:2]).any() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_procedural_edits_need_no_model(images, tmp_path):
+    edits = Edits(EditsConfig(), tmp_path, seed=7)
+    negative = concept_of("negative", "artistic")
+    np.testing.assert_array_equal(edits(negative, images), 255 - images)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="'a castle' has no procedural edits"):
+        edits(Concept("artistic", "a castle"), images)
+    with pytest.raises(ValueError, match=r"edits\.model is '': expected a folder or hub id"):
+        EditsConfig("diffusion")
+    with pytest.raises(ValueError, match=r"edits\.kind is 'video', expected one of proc"):
+        EditsConfig("video")
 
 
 def test_nested_guidance_is_a_chain_of_differences():

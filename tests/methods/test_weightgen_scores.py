@@ -16,11 +16,17 @@ def curves(*l1, prepare=1.0, step=0.5) -> Curves:
 def test_steps_and_seconds_to_a_target():
     found = curves((0.3, 0.2, 0.1), (0.3, 0.3, 0.3), (0.1, 0.1, 0.1))
     assert found.steps_to([0.2, 0.2, 0.2]) == [5, math.inf, 0]
-    result = reached(found, [0.2, 0.2, 0.2])
+    result = reached([found], [[0.2, 0.2, 0.2]])
     assert result.share == pytest.approx(2 / 3) and result.steps == 5
     assert result.seconds == 1.0 + 5 * 0.5
     # Most never get there: no number of steps is claimed.
-    assert reached(found, [0.01, 0.2, 0.01]).steps == math.inf
+    assert reached([found], [[0.01, 0.2, 0.01]]).steps == math.inf
+    # Of two seeds: three of five concepts get there, the last of them after 5 steps.
+    both = reached(
+        [found, curves((0.1, 0.1, 0.1), (0.3, 0.3, 0.3), step=1.5)], [[0.2] * 3, [0.2] * 2]
+    )
+    assert both.steps == 5 and both.share == pytest.approx(3 / 5)
+    assert both.seconds == 1.0 + 5 * (0.5 + 1.5) / 2
     with pytest.raises(ValueError, match=r"\(1, 2\) errors at 3 steps"):
         curves((0.1, 0.2))
 

@@ -31,11 +31,12 @@ from jaxsynth.training.gan import (
     l1_error,
     make_pairs,
     make_step,
+    mixed,
     train_base,
-    train_together,
     training_data,
 )
 from jaxsynth.training.gan_finetune import Curve, fine_tune
+from jaxsynth.training.gan_together import mixture, train_together
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_pipeline
 
@@ -151,6 +152,30 @@ def test_concepts_together_learn_what_each_learns_alone(networks, pairs):
     state, single = step(*step_twice(step, state, frozen, data))
     np.testing.assert_allclose(metrics["l1"][2], single["l1"], rtol=1e-3)
     np.testing.assert_allclose(metrics["grad_norm"][2], single["grad_norm"], rtol=1e-2)
+
+
+def test_shared_parts_make_weights_follow_from_texts(networks, pairs, tmp_path):
+    """Concepts with one feature in common and one each without: parts add up, and are learnt."""
+    features = np.array([[1, 0], [1, 1], [0, 1]], np.float32)
+    mix = mixture(features, 3, 0.5, multiple=4)
+    assert mix.shape == (3, 8) and not mix[:, 6:].any()
+    np.testing.assert_allclose(mix[1, :6], [1, 1, 1, 0, 0.5, 0])
+    parts = {"w": jnp.arange(16.0).reshape(8, 2)}
+    np.testing.assert_allclose(mixed(jnp.asarray(mix), parts)["w"][1], [2 + 4 + 4, 1 + 3 + 5 + 4.5])
+
+    generator, discriminator = networks
+    model = adapted(generator, LORA, jax.random.key(3))
+    run = partial(train_together, model, discriminator, pairs, seed=0)
+    # Without parts of their own, concepts of the same features stay the same, however their edits
+    # differ; what their features do not tell apart is not learnt.
+    same = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
+    short = replace(CONFIG, steps=4)
+    found = [states[0].arrays for states in run(short, tmp_path, shared=same, own=0.0)]
+    gaps = [
+        max(float(jnp.abs(found[0][name] - other[name]).max()) for name in other)
+        for other in found[1:]
+    ]
+    assert gaps[0] < 1e-6 and gaps[1] > 1e-3
 
 
 def step_twice(step, state, frozen, data):
