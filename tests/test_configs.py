@@ -26,7 +26,7 @@ VARIANTS = {
         "xl2,dataset=oxford_flowers102",
         "xl2,path=photos",
     ),
-    "robustness": ("", "tiny", "full", "smoke"),
+    "robustness": ("", "tiny", "full", "smoke", "imagenet"),
     "tiny_base": ("", "smoke"),
     "weightgen": ("", "tiny", "study", "factors", "full", "smoke"),
 }

@@ -339,7 +339,6 @@ def _figures(config: Config, artifacts: dict[str, Artifact], folder: Path) -> di
             "models": models,
             "differences": differences,
             "by_severity": {name: by_severity(found) for name, found in answers.items()},
-            "severities": config.corruptions.severities,
             "images": figures.counts(answers[against]),
         },
     )

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from jaxsynth.methods.pages import stage_details
-from jaxsynth.report.page import Section, write_page
+from jaxsynth.report.page import Picture, Section, write_page
+from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Table, to_markdown, to_rich
 from jaxsynth.robustness import figures
 from jaxsynth.training.console import console
@@ -42,7 +45,7 @@ def report(workdir: Path) -> Path:
             )
         )
     if any(found["by_severity"].values()):
-        sections.append(_corruptions(found, models))
+        sections.append(_corruptions(workdir, found, models))
     sections += [
         _protocols(found["models"]),
         Section("How it was made", details=stage_details(workdir)),
@@ -55,7 +58,7 @@ def report(workdir: Path) -> Path:
     )
 
 
-def _corruptions(found: dict, models: dict[str, _Found]) -> Section:
+def _corruptions(workdir: Path, found: dict, models: dict[str, _Found]) -> Section:
     tables = [
         _table(
             "Accuracy under each corruption in per cent, mean over severities",
@@ -66,18 +69,34 @@ def _corruptions(found: dict, models: dict[str, _Found]) -> Section:
         tables.append(
             _table("Paired differences in points", _only(found["differences"], _CORRUPTED))
         )
-    for name, rows in found["by_severity"].items():
-        severities = [str(s) for s in found["severities"]]
-        widest = max(len(row) for row in rows.values())
-        # Sets that come corrupted have all five.
-        columns = severities if widest == len(severities) else [str(i + 1) for i in range(widest)]
-        cells = [[kind, *row, *[None] * (widest - len(row))] for kind, row in rows.items()]
+    curves = found["by_severity"]
+    severities = sorted({s for rows in curves.values() for row in rows.values() for s in row})
+    for name, rows in curves.items():
         tables.append(
             Table(
-                ["corruption", *columns], cells, scale=100, better=None,
+                ["corruption", *severities],
+                [[kind, *(row.get(s) for s in severities)] for kind, row in rows.items()],
                 caption=f"{name}: accuracy in per cent by severity, without the mode's changes",
+                scale=100,
+                better=None,
             )
-        )  # fmt: skip
+        )
+    path = plot_scores(
+        workdir / "corruptions.png",
+        [
+            Series(
+                name,
+                [0, *map(int, severities)],
+                [
+                    100 * models[name]["accuracy"]["value"],
+                    *(100 * np.mean([x[s] for x in rows.values() if s in x]) for s in severities),
+                ],
+            )
+            for name, rows in curves.items()
+        ],
+        xlabel="severity (0: clean)",
+        ylabel="accuracy, %",
+    )
     divisor = found["baseline"]
     mce = (
         f" mCE is the error over {'AlexNet' if divisor == 'alexnet' else divisor}'s, mean over "
@@ -91,6 +110,7 @@ def _corruptions(found: dict, models: dict[str, _Found]) -> Section:
         "R_cc is the mean over corruptions of their accuracies, over the clean accuracy. Every "
         f"model met the same corrupted pictures.{mce}",
         tables=tables,
+        images=[Picture(path, "Accuracy against severity, mean over the corruptions.")],
     )
 
 

@@ -48,10 +48,10 @@ class Asker:
         return np.stack(found)
 
     def _read(self, source: ImageSource, row: int, ready) -> np.ndarray:
-        image = source[row].image
-        if self.preprocess is None or image.shape == ready:
-            return image.astype(np.float32) / 255
-        return _fractions(self.preprocess(image), source.ids[row])
+        record = source[row]
+        if self.preprocess is None or record.image.shape == ready:
+            return record.image.astype(np.float32) / 255
+        return _fractions(self.preprocess(record.image), record.id)
 
     def nearness(
         self, source: ImageSource, rows: Iterable[int], folder: Path | None

@@ -135,7 +135,7 @@ def answer_corruptions(
                 )
                 decided = _decided(asker, moved, f"{name} of severity {severity}")
                 right[place, rows] = (decided == labels[batch])[: rows.stop - rows.start]
-    return _named(found)
+    return _named(found, asked.severities)
 
 
 def answer_corrupted(
@@ -152,6 +152,8 @@ def answer_corrupted(
     for name, sources in corrupted.items():
         if name not in (*_ALL, *_CODECS):
             raise ValueError(f"corrupted: {name!r}: expected one of {', '.join(_ALL + _CODECS)}")
+        if len(sources) != len(SEVERITIES):
+            raise ValueError(f"corrupted: {name}: {len(sources)} sets, expected one a severity")
         right = np.empty((len(sources), len(clean)), bool)
         for place, source in enumerate(sources):
             if not np.array_equal(labels_of(source), labels):
@@ -164,7 +166,7 @@ def answer_corrupted(
                 decided = _decided(asker, images, f"{name} of severity {place + 1}")
                 right[place, rows] = (decided == labels[batch])[: rows.stop - rows.start]
         found[name] = right
-    return _named(found)
+    return _named(found, SEVERITIES)
 
 
 def corruption_figures(
@@ -264,19 +266,29 @@ def _as_metered(cells: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(cells, np.split(metered, sizes[:-1]), strict=True))
 
 
-def by_severity(answers: Answers) -> dict[str, list[float]]:
+def by_severity(answers: Answers) -> dict[str, dict[int, float]]:
     """Accuracy (a fraction) under each corruption at each severity that was asked about."""
-    return {name: rows.mean(1).tolist() for name, rows in _cells(answers).items()}
+    found = {}
+    for name, rows in _cells(answers).items():
+        severities = answers[f"corruption/{name}/severities"].tolist()
+        found[name] = dict(zip(severities, rows.mean(1).tolist(), strict=True))
+    return found
 
 
 def _cells(answers: Answers) -> dict[str, np.ndarray]:
     return {
-        name.split("/")[1]: rows for name, rows in answers.items() if name.startswith("corruption/")
+        name.split("/")[1]: rows
+        for name, rows in answers.items()
+        if name.startswith("corruption/") and name.endswith("/correct")
     }
 
 
-def _named(found: Mapping[str, np.ndarray]) -> Answers:
-    return {f"corruption/{name}/correct": right for name, right in found.items()}
+def _named(found: Mapping[str, np.ndarray], severities: Sequence[int]) -> Answers:
+    named = {}
+    for name, right in found.items():
+        named[f"corruption/{name}/correct"] = right
+        named[f"corruption/{name}/severities"] = np.asarray(severities)
+    return named
 
 
 def _decided(asker: Asker, images, what: str) -> np.ndarray:

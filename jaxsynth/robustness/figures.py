@@ -165,7 +165,7 @@ def compare(
     """
     for name in sorted({*one, *other}):
         asked = name.endswith(
-            ("/labels", "/classes", "/partition", "/shapes", "/textures", "/paired")
+            ("/labels", "/classes", "/severities", "/partition", "/shapes", "/textures", "/paired")
         )
         if name not in one or name not in other or _images(name, one) != _images(name, other):
             raise ValueError(f"{name}: not answered by both models, or for other images")

@@ -154,13 +154,16 @@ def _biases(asker: Asker, sets: Sets) -> Answers:
     found: Answers = {}
     if sets.context is not None:
         contexts = sets.context
+        partition = context_partition(contexts.uncommon)
+        if not (partition == 0).any():
+            raise ValueError("context: no image in P0, whose accuracy the others' are a share of")
         decided = decide_by_class(
             asker.logits(contexts.source, "context"),
             _class_map(sets, "context", contexts.names),
             contexts.names,
         )
         found["context/correct"] = decided == labels_of(contexts.source)
-        found["context/partition"] = context_partition(contexts.uncommon)
+        found["context/partition"] = partition
     if sets.conflict is not None:
         conflict = sets.conflict
         found["conflict/decisions"] = decide_by_group(

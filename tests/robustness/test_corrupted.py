@@ -61,6 +61,11 @@ def answers(predict, clean):
     return ask(predict, suite.Sets(clean=clean), corruptions=Corruptions(ASKED))
 
 
+def table(answers):
+    """Accuracies at each severity, as `corruption_scores` takes them."""
+    return {name: np.array(list(row.values())) for name, row in by_severity(answers).items()}
+
+
 def values(found):
     return {name: float(evaluate(x.figure, x.count)) for name, x in found.items()}
 
@@ -68,8 +73,10 @@ def values(found):
 def test_accuracy_falls_with_severity(answers):
     found = by_severity(answers)
     assert tuple(found) == ASKED
-    for name, row in found.items():
-        assert len(row) == 5 and row[0] > row[-1], (name, row)
+    for name, curve in found.items():
+        assert list(curve) == [1, 2, 3, 4, 5]
+        row = list(curve.values())
+        assert row[0] > row[-1], (name, row)
         # Snow has a dip of its own at severity 2 in ImageNet-C.
         rises = np.flatnonzero(np.diff(row) > 0)
         assert not len(rises) or name == "snow", (name, row)
@@ -85,6 +92,7 @@ def test_neither_the_batch_nor_the_choice_changes_a_picture(answers, predict, cl
     )  # fmt: skip
     name = "corruption/gaussian_noise/correct"
     np.testing.assert_array_equal(alone[name], answers[name][4:, :100])
+    assert by_severity(alone)["gaussian_noise"] == {5: alone[name].mean()}
     assert 0 < alone[name].mean() < 1
 
 
@@ -115,7 +123,7 @@ def test_r_cc_and_mce_are_the_tables(answers):
     clean_other[::10] *= -1
     other["clean/logits"] = clean_other
     found = values(figures.figures(other, baseline=answers))
-    accuracies = {name: np.array(row) for name, row in by_severity(other).items()}
+    accuracies = table(other)
     clean = (clean_other.argmax(1) == other["clean/labels"]).mean()
     assert clean < 1 and found["corrupted snow"] == pytest.approx(accuracies["snow"].mean())
     assert found["R_cc"] == pytest.approx(corruption_robustness(accuracies, clean), rel=1e-5)
@@ -124,7 +132,7 @@ def test_r_cc_and_mce_are_the_tables(answers):
     deep = corruption_robustness({"fog_3d": accuracies["fog_3d"]}, clean)
     assert found["R_cc 3DCC"] == pytest.approx(deep, rel=1e-5)
     errors = {name: 100 * (1 - row) for name, row in flat.items()}
-    base = {k: 100 * (1 - np.mean(by_severity(answers)[k])) for k in flat}
+    base = {k: 100 * (1 - row.mean()) for k, row in table(answers).items() if k in flat}
     assert found["mCE"] == pytest.approx(mean_corruption_error(errors, base) / 100, rel=1e-5)
     relative = relative_mean_corruption_error(errors, 100 * (1 - clean), base, 0.0) / 100
     assert found["relative mCE"] == pytest.approx(relative, rel=1e-5)
@@ -145,13 +153,14 @@ def drawn(names, *, count=40, accuracy=0.7):
     found = {"clean/logits": np.eye(2, dtype=np.float32)[labels], "clean/labels": labels}
     for name in names:
         found[f"corruption/{name}/correct"] = rng.random((5, count)) < accuracy
+        found[f"corruption/{name}/severities"] = np.arange(1, 6)
     return found
 
 
 def test_alexnets_denominators_are_for_all_of_imagenet_c():
     answers = drawn(TEST_CORRUPTIONS)
     found = values(figures.figures(answers, baseline="alexnet"))
-    errors = {name: [100 * (1 - x) for x in row] for name, row in by_severity(answers).items()}
+    errors = {name: 100 * (1 - row) for name, row in table(answers).items()}
     assert found["mCE"] == pytest.approx(mean_corruption_error(errors) / 100, rel=1e-5)
     relative = relative_mean_corruption_error(errors, 0.0, ALEXNET_ERRORS, ALEXNET_CLEAN_ERROR)
     assert found["relative mCE"] == pytest.approx(relative / 100, rel=1e-5)
@@ -178,10 +187,9 @@ def test_paper_mode_has_the_meter_that_is_never_reset():
     assert [name for name in found if name.startswith("corrupted ")] == [
         f"corrupted {name}" for name in names
     ]
-    table = by_severity(answers)
-    metered = {}
+    accuracies, metered = table(answers), {}
     for script in (PAPER_CORRUPTIONS, PAPER_CORRUPTIONS_3D):
-        cells = np.concatenate([table[name] for name in script])
+        cells = np.concatenate([accuracies[name] for name in script])
         means = np.cumsum(cells) / np.arange(1, 26)
         np.testing.assert_allclose(undo_running_means(means), cells, atol=1e-12)
         metered |= dict(zip(script, means.reshape(5, 5), strict=True))
@@ -190,7 +198,7 @@ def test_paper_mode_has_the_meter_that_is_never_reset():
     assert found["R_cc"] == pytest.approx(corruption_robustness(metered, 1.0), rel=1e-5)
     # All twelve that were asked about, each on its own, and lower.
     corrected = values(figures.figures(answers))
-    assert corrected["R_cc"] == pytest.approx(corruption_robustness(table, 1.0), rel=1e-5)
+    assert corrected["R_cc"] == pytest.approx(corruption_robustness(accuracies, 1.0), rel=1e-5)
     assert corrected["R_cc IN-C"] + 0.05 < found["R_cc IN-C"]
     assert {"corrupted fog", "corrupted flash"} <= corrected.keys()
 
@@ -222,7 +230,8 @@ def test_sets_that_come_corrupted_count_as_those_made_here(answers, predict, cle
         ask(predict, sets, corruptions=Corruptions(("contrast",)))
     turned = ArraySource(sources[0].images, clean.labels[:48][::-1], clean.ids[:48])
     for corrupted, message in (
-        ({"contrast": [turned]}, "contrast, severity 1: labels differ from the clean set's"),
+        ({"contrast": [turned] * 5}, "contrast, severity 1: labels differ from the clean set's"),
+        ({"contrast": sources[:4]}, "corrupted: contrast: 4 sets, expected one a severity"),
         ({"hail": sources}, "corrupted: 'hail': expected one of gaussian_noise"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """Figures from answers alone, of models of which it is known what they go by."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +163,24 @@ def test_labels_of_other_classes_are_named(sets, hues, key):
         suite.answer(predict, suite.Sets(clean=source, shifted={"R": other}), key, attacks={})
     with pytest.raises(ValueError, match="subsets: 'A' is none of the shifted sets"):
         suite.Sets(clean=source, subsets={"A": [0, 1]})
+
+
+def test_a_missing_partition_or_a_map_of_other_classes_is_named(sets, hues, key):
+    predict = Partial(by_hue, hues)
+
+    def ask(**changes):
+        return suite.answer(predict, suite.Sets(clean=sets.clean, **changes), key, attacks={})
+
+    moved = np.ones_like(sets.context.uncommon)
+    with pytest.raises(ValueError, match="context: no image in P0"):
+        ask(context=replace(sets.context, uncommon=moved))
+    groups = {name: (i,) for i, name in enumerate(SHAPES)}
+    maps = {**groups, "circle": (8,)}
+    with pytest.raises(ValueError, match="class map, 'circle': 8 is outside 0 to 7"):
+        ask(conflict=sets.conflict, class_maps={"conflict": maps})
+    del groups["star"]
+    with pytest.raises(ValueError, match=r"class map: missing \['star'\], unexpected \[\]"):
+        ask(background=sets.background, class_maps={"background": groups})
 
 
 def test_a_set_of_some_classes_is_asked_among_these(sets, hues, key):
