@@ -187,9 +187,10 @@ def _product_convolve(lhs: Array, rhs: Array, strides: tuple, padding: tuple) ->
 def _depthwise(lhs: Array, rhs: Array) -> Array:
     """Each channel's own convolution of the same size, as a sum of shifted images.
 
-    XLA's on CPU is a plain loop: 171 / 13 ms for 7x7 over (4, 56, 56, 128), 60 / 10 ms over
-    (4, 14, 14, 512). The input's gradient is the same with the kernel turned around, which the
-    derivative of the sum is not: 96 ms, of images that are padded again for every shift.
+    XLA's on CPU is a plain loop. Milliseconds on CPU for 7x7 over (4, 56, 56, 128), XLA against
+    this: forward 160 / 4, with the input's gradient 328 / 61, with both 613 / 296. The input's
+    gradient is the same sum with the kernel turned around; the derivative of the sum itself would
+    pad an image for every shift.
     """
     return sum(shifted * rhs[i, j, 0] for i, j, shifted in _shifts(lhs, rhs))
 
