@@ -474,7 +474,7 @@ def _bench_parser(verbs) -> argparse.ArgumentParser:
         "bench",
         help="time what the library does, side by side with others",
         description="Time training, sampling, attacks or corruptions, side by side with others.",
-        usage="jaxsynth bench BENCHMARK [--peer=PEER] [CASE ...]",
+        usage="jaxsynth bench BENCHMARK [CASE ...] [--peer=PEER]",
         epilog=cli_help.BENCH_EPILOG,
     )
     names = (

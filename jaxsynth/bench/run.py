@@ -286,7 +286,8 @@ def _table(bench: Benchmark, rows: Sequence[Row], peer: str) -> Table:
     for row in rows:
         first = f"{row.first:.1f} s"
         if row.memory is not None:
-            first += f"\n{_short(row.memory / 1e6)} MB"
+            large = row.memory >= 1e6
+            first += f"\n{_short(row.memory / 1e6)} MB" if large else f"\n{row.memory / 1e3:.0f} kB"
         cells = [f"{row.case}\n  {row.detail}", first, _cell(row, row.ours)]
         if row.peer is not None:
             found = _ratio(row) if peer else _overhead(row)

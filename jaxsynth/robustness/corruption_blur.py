@@ -58,16 +58,16 @@ def defocus_kernel(severity: int, ratio: float) -> Float[np.ndarray, "side side"
     return (blurred @ (disk / disk.sum()) @ blurred.T).astype(np.float32)
 
 
-def draw_glass_blur(key: Array, shape: tuple[int, ...]) -> Float[Array, "2 passes h w"]:
-    """Uniform noise in [0, 1): how far right, and down, the pixels of as many passes as there are.
+def draw_glass_blur(key: Array, shape: tuple[int, ...]) -> Float[Array, "passes h w"]:
+    """Uniform noise in [0, 1): where the pixels of as many passes as there are take their colour.
 
     Those near the edge have some too, and do not move.
     """
-    return uniform(key, (2, max(passes for *_, passes in GLASS), *shape[:2]))
+    return uniform(key, (max(passes for *_, passes in GLASS), *shape[:2]))
 
 
 def glass_blur(
-    image: Float[Array, "h w 3"], noise: Float[Array, "2 passes h w"], severity: int
+    image: Float[Array, "h w 3"], noise: Float[Array, "passes h w"], severity: int
 ) -> Float[Array, "h w 3"]:
     """Blurred, cut to 8 bits, pixels moved about, blurred again.
 
@@ -91,17 +91,18 @@ def glass_blur(
         return within & (column > far) & (column <= width - far)
 
     movable = inside(rows, columns)
-    # Whole numbers from -far to far - 1.
-    moves = jnp.floor(noise * (2 * far)).astype(jnp.int32) - far
+    # Two whole numbers from -far to far - 1 in one.
+    moves = jnp.floor(noise * (2 * far) ** 2).astype(jnp.int32)
     taken = None
     for number in range(passes):
-        right, down = (jnp.where(movable, move, 0) for move in moves[:, number])
+        pair = moves[number]
+        right, down = (jnp.where(movable, move - far, 0) for move in divmod(pair, 2 * far))
         offset = down * width + right
         taken_before = inside(rows + down, columns + right) & (offset > 0)
         source = (rows * width + columns + offset).ravel()
         last = _chase(settled(jnp.where(taken_before.ravel(), source, ~source)))
-        taken = last if taken is None else taken[last]
-    again = gaussian_blur(settled(pixels[taken]).reshape(image.shape) / 255, sigma)
+        taken = last if taken is None else _read(taken, last)
+    again = gaussian_blur(settled(_read(pixels, taken)).reshape(image.shape) / 255, sigma)
     return jnp.clip(again, 0, 1)
 
 
@@ -115,9 +116,14 @@ def _chase(source: Int[Array, " n"]) -> Int[Array, " n"]:
     """Where each chain of pointers ends: at one that is given as ~place, and so is negative."""
 
     def follow(source):
-        return jnp.where(source < 0, source, source[source])
+        return jnp.where(source < 0, source, _read(source, source))
 
     return ~jax.lax.while_loop(lambda source: (source >= 0).any(), follow, source)
+
+
+def _read(values: Array, places: Int[Array, " n"]) -> Array:
+    """values[places], without asking whether a place is one."""
+    return values.at[places].get(mode="clip", wrap_negative_indices=False)
 
 
 def draw_motion_blur(key: Array, shape: tuple[int, ...]) -> Float[Array, ""]:

@@ -4,6 +4,8 @@ Spatter's drops are shaded by them. All are written for a device: no queue of pi
 pixel to pixel.
 """
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,6 @@ from jaxsynth.robustness.cpu import settled
 _TAN_22 = round(np.tan(np.pi / 8) * 2**15)
 # Costs of a step to the side, a diagonal, a knight's move: OpenCV's for 5 x 5 (Borgefors 1986).
 _STEPS = (1.0, 1.4, 2.1969)
-_SIGNS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 
 
 def canny(layer: Float[Array, "h w"], low: int, high: int) -> Bool[Array, "h w"]:
@@ -30,7 +31,7 @@ def canny(layer: Float[Array, "h w"], low: int, high: int) -> Bool[Array, "h w"]
     down = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
     steep, flat = jnp.abs(down), jnp.abs(right)
     size = steep + flat
-    padded = jnp.pad(size, 1)
+    padded = settled(jnp.pad(size, 1))
 
     def beside(y: int, x: int) -> Array:
         return padded[1 + y : 1 + y + size.shape[0], 1 + x : 1 + x + size.shape[1]]
@@ -69,27 +70,30 @@ def _grown(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
 def chamfer(edges: Bool[Array, "h w"], farthest: float) -> Float[Array, "h w"]:
     """Distance to the nearest edge pixel in steps of 5 x 5, at most `farthest`.
 
-    A shortest path is so many steps one way and so many a neighbouring way. Two rounds of steps of
-    1, 2, 4, ... times each way, each round with one of them or none, make every such path of up to
-    `farthest` pixels.
+    The shortest path that goes a up or down and b to the side is the largest of four sums of both:
+    its steps' costs are a norm whose unit ball has 16 corners. It grows with b, so of each row only
+    the edge pixel that is nearest to the side matters.
     """
     side, diagonal, knight = _STEPS
-    moves = ((0, 1, side), (1, 0, side), (1, 1, diagonal), (1, 2, knight), (2, 1, knight))
-    ways = sorted({(y * up, x * left, cost) for y, x, cost in moves for up, left in _SIGNS})
-    powers = int(np.log2(max(farthest, 1))) + 1
-    reach = 2 * 2 ** (powers - 1)
+    corners = ((side, knight - 2 * side), (knight - diagonal, 2 * diagonal - knight))
+    slopes = (*corners, *(corner[::-1] for corner in corners))
+    beside = jnp.where(edges, 0, jnp.float32(farthest))
+    for power in range(int(np.ceil(np.log2(max(farthest, 2))))):
+        far = 2**power
+        around = settled(jnp.pad(beside, ((0, 0), (far, far)), constant_values=farthest))
+        moved = jnp.minimum(around[:, : -2 * far], around[:, 2 * far :])
+        beside = jnp.minimum(beside, moved + side * far)
+    reach = int(np.ceil(farthest))
+    around = settled(jnp.pad(beside, ((reach, reach), (0, 0)), constant_values=farthest))
 
-    def take(number, distance):
-        length = 1 << number // 2
-        around = settled(jnp.pad(distance, reach, constant_values=farthest))
-        for y, x, cost in ways:
-            start = reach + length * y, reach + length * x
-            beside = jax.lax.dynamic_slice(around, start, distance.shape)
-            distance = jnp.minimum(distance, beside + length * np.float32(cost))
-        return distance
+    def closer(number, distance):
+        up = jnp.abs(number - reach).astype(jnp.float32)
+        row = jax.lax.dynamic_slice_in_dim(around, number, len(edges))
+        costs = (up * of_up + row * of_side for of_up, of_side in slopes)
+        return jnp.minimum(distance, reduce(jnp.maximum, costs))
 
-    start = jnp.where(edges, 0, jnp.float32(farthest))
-    return jax.lax.fori_loop(0, 2 * powers, take, start)
+    start = jnp.full(edges.shape, farthest, jnp.float32)
+    return jax.lax.fori_loop(0, 2 * reach + 1, closer, start)
 
 
 def equalise(level: Float[Array, "h w"], most: int) -> Float[Array, "h w"]:

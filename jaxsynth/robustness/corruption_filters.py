@@ -134,7 +134,7 @@ def mean_filter(layer: Float[Array, "h w"]) -> Float[Array, "h w"]:
 
 
 def correlate(
-    image: Float[Array, "h w ..."], kernel: Float[Array, "k k"], mode: str
+    image: Float[Array, "h w ..."], kernel: Float[np.ndarray, "k k"], mode: str
 ) -> Float[Array, "h w ..."]:
     """The image correlated with a square kernel of odd side, by the Fourier transform."""
     reach = kernel.shape[0] // 2
@@ -148,7 +148,7 @@ def correlate(
     size = tuple(next_fast_len(length, real=True) for length in image.shape[:2])
     spectrum = jnp.fft.rfft2(image, size, axes=(0, 1))
     # The transform's product convolves: a correlation is that with the kernel turned around.
-    other = jnp.fft.rfft2(kernel[::-1, ::-1], size, axes=(0, 1))
+    other = np.fft.rfft2(kernel[::-1, ::-1], size, axes=(0, 1)).astype(np.complex64)
     other = other.reshape(*other.shape, *(1,) * (image.ndim - 2))
     full = jnp.fft.irfft2(spectrum * other, size, axes=(0, 1))
     return full[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]

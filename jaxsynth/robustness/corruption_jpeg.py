@@ -95,8 +95,8 @@ def from_planes(
     more_red = (_fixed(1.402) * red + _HALF) >> 16
     more_green = (-_fixed(0.34414) * blue - _fixed(0.71414) * red + _HALF) >> 16
     more_blue = (_fixed(1.772) * blue + _HALF) >> 16
-    pixels = jnp.stack([luma + more for more in (more_red, more_green, more_blue)], -1)
-    return jnp.clip(pixels, 0, 255) / jnp.float32(255)
+    pixels = settled(jnp.stack([luma + more for more in (more_red, more_green, more_blue)]))
+    return jnp.clip(pixels, 0, 255).transpose(1, 2, 0) / jnp.float32(255)
 
 
 def to_coefficients(
@@ -111,9 +111,11 @@ def to_coefficients(
     blocks = (plane - 128).reshape(rows, 8, columns, 8).transpose(3, 1, 0, 2)
     blocks = settled(_forward(settled(blocks), 0, -_PASS_BITS))
     blocks = settled(_forward(blocks, 1, _PASS_BITS))
-    # The transform leaves a factor of 8.
-    steps = steps.T[..., None, None]
-    return jnp.sign(blocks) * ((jnp.abs(blocks) + 4 * steps) // (8 * steps))
+    # The transform leaves a factor of 8. A CPU divides whole numbers one by one: half a unit away
+    # from a whole quotient, floating point ones round down to the same.
+    steps = 8 * steps.T[..., None, None]
+    size = jnp.floor((jnp.abs(blocks) + (steps / 2 + 0.5).astype(np.float32)) / np.float32(steps))
+    return jnp.sign(blocks) * size.astype(jnp.int32)
 
 
 def from_coefficients(
@@ -199,8 +201,9 @@ def _doubled(plane: Int[Array, "a b"]) -> Int[Array, "c d"]:
     """Twice the size: 3/4 of the nearer and 1/4 of the farther, down and then right."""
     above = jnp.concatenate([plane[:1], plane[:-1]])
     below = jnp.concatenate([plane[1:], plane[-1:]])
-    tall = jnp.stack([3 * plane + above, 3 * plane + below], 1).reshape(-1, plane.shape[1])
+    tall = settled(jnp.stack([3 * plane + above, 3 * plane + below], 1))
+    tall = tall.reshape(-1, plane.shape[1])
     before = jnp.concatenate([tall[:, :1], tall[:, :-1]], 1)
     after = jnp.concatenate([tall[:, 1:], tall[:, -1:]], 1)
     pairs = jnp.stack([(3 * tall + before + 8) >> 4, (3 * tall + after + 7) >> 4], 2)
-    return pairs.reshape(tall.shape[0], -1)
+    return settled(pairs).reshape(tall.shape[0], -1)

@@ -61,7 +61,7 @@ class Frost(NamedTuple):
     which: Int[Array, ""]
     corner: Int[Array, "2"]
     cloud: Float[Array, " points"]
-    seeds: Float[Array, "needles h w"]
+    seeds: Float[Array, "h w"]
     angles: Float[Array, " needles"]
 
 
@@ -90,7 +90,7 @@ def draw_frost(key: Array, shape: tuple[int, ...]) -> Frost:
         jax.random.randint(keys[0], (), 0, most),
         jax.random.randint(keys[1], (2,), 0, most),
         draw_plasma(keys[2], shape),
-        uniform(keys[3], (_NEEDLES, *shape[:2])),
+        uniform(keys[3], shape[:2]),
         jax.random.uniform(keys[4], (_NEEDLES,), maxval=180),
     )
 
@@ -133,9 +133,10 @@ _BASE, _OF_CLOUD, _OF_NEEDLES = 0.15, 0.45, 0.6
 
 def frost_texture(draws: Frost) -> Float[Array, "h w 3"]:
     """Ice on a pane: a cloud of thin ice with bright needles along a few directions."""
-    height, width = draws.seeds.shape[1:]
-    # As bright as its seed is rare, so that needles differ.
-    seeds = jnp.maximum(draws.seeds - (1 - _SEED_SHARE), 0) / _SEED_SHARE
+    height, width = draws.seeds.shape
+    # Each direction has a range of the numbers, and brightness is the place in it.
+    seeds = draws.seeds / _SEED_SHARE - jnp.arange(_NEEDLES, dtype=jnp.float32)[:, None, None]
+    seeds = jnp.where((seeds > 0) & (seeds < 1), seeds, 0)
     needles = jax.lax.map(lambda draws: _grow_needles(*draws), (seeds, draws.angles)).max(0)
     cloud = settled(plasma(draws.cloud, 2)[:height, :width])
     ice = _BASE + _OF_CLOUD * cloud + _OF_NEEDLES * settled(needles)
@@ -196,7 +197,7 @@ def spatter(
         mask = gaussian_blur((layer > least).astype(jnp.float32), last * ratio)
         mask = jnp.where(mask < _MUD_LEAST, 0, mask)[..., None]
         return jnp.clip(image * (1 - mask) + mask * _MUD, 0, 1)
-    layer = jnp.floor(jnp.clip(jnp.where(layer < least, 0, layer) * 255, 0, 255))
+    layer = settled(jnp.floor(jnp.clip(jnp.where(layer < least, 0, layer) * 255, 0, 255)))
     strength = layer * water_relief(layer, _FARTHEST * ratio)
     strength = last * strength / jnp.maximum(strength.max(), 1e-6)
     return jnp.clip(image + strength[..., None] * _WATER, 0, 1)

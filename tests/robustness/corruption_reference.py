@@ -64,11 +64,11 @@ def glass_blur(x, noise, level):
     sigma, far, passes = [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)][level]
     # Which way a flat area goes would be up to the last bit.
     x = np.uint8(smooth(x, sigma) * 255 + 1e-3)
-    moves = np.floor(noise * 2 * far).astype(int) - far
+    moves = np.floor(noise * np.float32((2 * far) ** 2)).astype(int)
     for number in range(passes):
         for h in range(SIZE - far, far, -1):
             for w in range(SIZE - far, far, -1):
-                right, down = moves[:, number, h, w]
+                right, down = (move - far for move in divmod(moves[number, h, w], 2 * far))
                 # As the generator has it: views, so that this copies and does not swap.
                 x[h, w], x[h + down, w + right] = x[h + down, w + right], x[h, w]
     return np.clip(smooth(x / 255, sigma), 0, 1)
