@@ -137,7 +137,6 @@ def run(*argv):
 def test_any_format_is_what_was_trained(states, base_folder, tmp_path, capfd, kind, through, says):
     model, found = states
     expected = kernels(model, found[kind])
-    (tmp_path / "in").mkdir()
     write_state(tmp_path / "in" / "adapter.safetensors", found[kind])
     name = "there" if through == "peft" else "there.safetensors"
     based = f"--base={base_folder}"
