@@ -224,7 +224,7 @@ def _write_adapters(
     from jaxsynth.weights.states import write_state
 
     if to == "jaxsynth":
-        write_state(target, join_networks(states))
+        write_state(target, join_networks(states, mixed=True))
         return []
     if to == "peft":
         for name, state in states.items():

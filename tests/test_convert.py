@@ -11,6 +11,7 @@ from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.training.text_to_image import TextToImage
 from jaxsynth.weights.adapters import attach, read_diffusers, read_peft, write_peft
+from jaxsynth.weights.components import join_networks, split_networks
 from jaxsynth.weights.hf import load_pipeline
 from jaxsynth.weights.states import read_state, write_state
 from tests.adapters.nets import scrambled
@@ -136,7 +137,6 @@ def run(*argv):
 def test_any_format_is_what_was_trained(states, base_folder, tmp_path, capfd, kind, through, says):
     model, found = states
     expected = kernels(model, found[kind])
-    (tmp_path / "in").mkdir()
     write_state(tmp_path / "in" / "adapter.safetensors", found[kind])
     name = "there" if through == "peft" else "there.safetensors"
     based = f"--base={base_folder}"
@@ -176,3 +176,28 @@ def test_hypernetworks_and_what_has_no_form(base_folder, tmp_path, capfd):
         assert run(tmp_path / "in.safetensors", tmp_path / "x", f"--to={to}", based) == 1
         assert message in capfd.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_networks_are_joined_with_the_places_that_each_names():
+    one = kinds.make_config(
+        "ia3", targets=("^a.to_k$", "ff"), feedforward=("^a.ff$",), scales_bias=False
+    )
+    two = kinds.make_config("ia3", targets=("q_proj",), feedforward=(), scales_bias=False)
+    states = {
+        "unet": AdapterState({"a.to_k.ia3_l": np.ones(2), "a.ff.ia3_l": np.ones(2)}, one),
+        "text_encoder": AdapterState({"b.q_proj.ia3_l": np.ones(2)}, two),
+    }
+    joined = join_networks(states)
+    assert joined.config.targets == (r"^unet\.a.to_k$", "ff", "q_proj")
+    assert joined.config.feedforward == (r"^unet\.a.ff$",)
+    parts = split_networks(joined)
+    assert parts["unet"].config == one and parts["text_encoder"].config.targets == ("q_proj",)
+    ranks = {
+        name: AdapterState({"x.lora_A": np.ones(2)}, LoRAConfig(rank=rank, targets=("x",)))
+        for name, rank in (("unet", 2), ("text_encoder", 3))
+    }
+    with pytest.raises(ValueError, match="unet and text_encoder have adapters of different"):
+        join_networks(ranks)
+    config = join_networks(ranks, mixed=True).config
+    for path, rank in (("unet.x", 2), ("text_encoder.x", 3)):
+        assert (config.rank_at(path), config.scaling_at(path)) == (rank, 1)

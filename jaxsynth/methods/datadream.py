@@ -402,7 +402,6 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
     if jax.process_index():
         return
     if not fits_diffusers(state.config):
-        folder.mkdir(parents=True, exist_ok=True)
         write_state(folder / STATE_FILE, state)
         return
     write_diffusers(folder, split_networks(state))

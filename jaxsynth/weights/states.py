@@ -34,6 +34,7 @@ def write_state(path: Path, state: AdapterState) -> None:
     config = None if state.config is None else dataclasses.asdict(state.config)
     metadata = {"format": _FORMAT, "kind": kind, "config": json.dumps(config, sort_keys=True)}
     data = files.to_bytes({name: np.asarray(x) for name, x in state.arrays.items()}, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
         temporary.write_bytes(data)
 
