@@ -135,7 +135,8 @@ def test_what_is_described_is_relative_to_the_collection(work):
     every = np.repeat(rivals.mean[None], len(rivals.blocks), axis=0)
     assert unexplained(every, rivals) == pytest.approx(1, abs=1e-4)
     counts = work.generator("x0 on ridge").counts
-    assert counts["ridge_left_out"] == pytest.approx(unexplained(rivals.left_out("ridge"), rivals))
+    turned = work.rivals("aligned")
+    assert counts["ridge_left_out"] == pytest.approx(unexplained(turned.left_out("ridge"), turned))
 
 
 def test_programs_are_planned_from_shapes():
