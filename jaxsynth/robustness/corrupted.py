@@ -24,6 +24,7 @@ from jaxsynth.robustness.asking import Answers, Asker, ask, labels_of
 from jaxsynth.robustness.attacks.evaluate import batches
 from jaxsynth.robustness.bootstrap import Figure, Weights, mean, ratio
 from jaxsynth.robustness.corruption_3d import depth_from_inverse
+from jaxsynth.robustness.corruption_codec import CODEC_CORRUPTIONS, corrupt_by_codec
 from jaxsynth.robustness.corruption_scores import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS
 from jaxsynth.robustness.corruptions import (
     CORRUPTIONS,
@@ -33,6 +34,7 @@ from jaxsynth.robustness.corruptions import (
     TEST_CORRUPTIONS,
     corrupt,
     corrupt_3d,
+    to_released,
 )
 
 # The synthetic-clone study's, in the order of its two scripts, whose meters are one each.
@@ -43,17 +45,20 @@ GROUPS = {
     "imagenet_c": tuple(TEST_CORRUPTIONS),
     "extra": tuple(EXTRA_CORRUPTIONS),
     "3dcc": tuple(CORRUPTIONS_3D),
+    "codecs": CODEC_CORRUPTIONS,
 }
+# Without those that need a video codec.
 _ALL = (*CORRUPTIONS, *CORRUPTIONS_3D)
-# Those that 3DCC's files have besides.
-_CODECS = ("h265_abr", "h265_crf")
+_NAMES = (*_ALL, *CODEC_CORRUPTIONS)
+_DEEP = (*CORRUPTIONS_3D, *CODEC_CORRUPTIONS)
 
 Baseline = Answers | Literal["alexnet"]
 
 
 @dataclass(frozen=True)
 class Corruptions:
-    """Corruptions to make of the clean images: names or `GROUPS`, or "all".
+    """Corruptions to make of the clean images: names or `GROUPS`, or "all" but the "codecs", which
+    need PyAV.
 
     released: 8 bits and JPEG of quality 85, as the released ImageNet-C is.
     """
@@ -64,10 +69,10 @@ class Corruptions:
 
     def __post_init__(self):
         for name in self.names:
-            if name not in (*_ALL, *GROUPS, "all"):
+            if name not in (*_NAMES, *GROUPS, "all"):
                 raise ValueError(
                     f"names: {name!r}: expected all, {', '.join(GROUPS)}, or some of "
-                    f"{', '.join(_ALL)}"
+                    f"{', '.join(_NAMES)}"
                 )
         bad = [s for s in self.severities if s not in SEVERITIES]
         if bad or len(set(self.severities)) < len(self.severities) or not self.severities:
@@ -97,12 +102,15 @@ def corrupted_batch(
     `nearness` in [0, 1] is for the 3D ones, a relative one as a depth network gives: depth goes
     from 0.1 at 1 to 0.5, where the generator has it end, at 0, and its inverse is linear between.
     """
-    drawn = jax.random.fold_in(key, _ALL.index(name))
+    drawn = jax.random.fold_in(key, _NAMES.index(name))
     if name in CORRUPTIONS:
         return corrupt(name, images, severity, drawn, first=first, released=released)
     if nearness is None:
         raise ValueError(f"{name}: needs how near each pixel is")
     depth = depth_from_inverse(1024 * (1 + 4 * jnp.asarray(nearness)))
+    if name in CODEC_CORRUPTIONS:
+        moved = jnp.asarray(corrupt_by_codec(name, images, depth, severity, drawn, first=first))
+        return jax.vmap(to_released)(moved) if released else moved
     return corrupt_3d(name, images, depth, severity, drawn, first=first, released=released)
 
 
@@ -118,7 +126,7 @@ def answer_corruptions(
     shape = len(asked.severities), len(clean)
     found = {name: np.empty(shape, bool) for name in asked.asked}
     labels = labels_of(clean)
-    deep = any(name in CORRUPTIONS_3D for name in found)
+    deep = any(name in _DEEP for name in found)
     for rows, batch in batches(len(clean), asker.batch_size):
         images = jnp.asarray(asker.read(clean, batch))
         nearness = jnp.asarray(asker.nearness(clean, batch, depth_folder)) if deep else None
@@ -150,8 +158,8 @@ def answer_corrupted(
     ready = asker.read(clean, [0]).shape[1:]
     found = {}
     for name, sources in corrupted.items():
-        if name not in (*_ALL, *_CODECS):
-            raise ValueError(f"corrupted: {name!r}: expected one of {', '.join(_ALL + _CODECS)}")
+        if name not in _NAMES:
+            raise ValueError(f"corrupted: {name!r}: expected one of {', '.join(_NAMES)}")
         if len(sources) != len(SEVERITIES):
             raise ValueError(f"corrupted: {name}: {len(sources)} sets, expected one a severity")
         right = np.empty((len(sources), len(clean)), bool)

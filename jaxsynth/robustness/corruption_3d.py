@@ -11,7 +11,7 @@ EPFL-VILAB/3DCommonCorruptions). What differs, each for a reason:
   point iteration find the source: gaps show their surroundings, stretched.
 - `bit_error`: the generator damages an H.264 file. Here a JPEG is damaged: see there.
 
-The two of H.265 need a video codec and are not here. Lengths in pixels are for 224 pixels, those of
+The two of H.265 are in `corruption_codec`. Lengths in pixels are for 224 pixels, those of
 the motions for 512, which the generator's camera is made for; both in proportion at other sizes.
 """
 
@@ -47,14 +47,14 @@ _ISO_PHOTONS = 25
 ISO_SCALES = tuple(0.7 * scale for scale in (0.08, 0.12, 0.18, 0.26, 0.38))
 COLOUR_BITS = (5, 4, 3, 2, 1)
 # Of a move of 60 frames so many count.
-_FRAMES = 60
+FRAMES = 60
 XY_FRAMES = (20, 30, 40, 50, 60)
 Z_FRAMES = (20, 25, 30, 35, 38)
 _MOTION_SIZE = 512
 # Bytes per damaged byte.
 BIT_ERROR = (100000, 50000, 30000, 20000, 10000)
 # The generator's film goes forth and back, less the frame they share; its last frame is kept.
-_FILM = 2 * _FRAMES - 1
+_FILM = 2 * FRAMES - 1
 _BIT_ERROR_QUALITY = 85
 
 
@@ -225,7 +225,7 @@ def _mean_frame(image, depth, move: Move, frames: int) -> Float[Array, "h w 3"]:
     def add(total, part):
         return total + camera_frame(image, depth, move, part), None
 
-    parts = jnp.linspace(0, 1, _FRAMES)[:frames]
+    parts = jnp.linspace(0, 1, FRAMES)[:frames]
     return jax.lax.scan(add, jnp.zeros_like(image), parts)[0] / frames
 
 

@@ -69,7 +69,7 @@ EXTRA_CORRUPTIONS = {
     "saturate": Corruption(None, digital.saturate),
 }
 CORRUPTIONS = TEST_CORRUPTIONS | EXTRA_CORRUPTIONS
-# Those of 3D Common Corruptions, less the two of a video codec.
+# Those of 3D Common Corruptions, less the two of a video codec (`corruption_codec`).
 CORRUPTIONS_3D = {
     "near_focus": Corruption(None, three_d.near_focus),
     "far_focus": Corruption(None, three_d.far_focus),

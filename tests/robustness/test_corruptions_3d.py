@@ -1,12 +1,16 @@
 """3D Common Corruptions against their formulas, and where geometry tells the answer."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from scipy import ndimage
 
+from jaxsynth.errors import UserError
 from jaxsynth.robustness import corruption_3d as three_d
+from jaxsynth.robustness.corruption_codec import CODEC_CORRUPTIONS, corrupt_by_codec
 from jaxsynth.robustness.corruptions import CORRUPTIONS_3D, corrupt_3d
 from tests.robustness import corruption_reference as reference
 
@@ -196,3 +200,27 @@ def test_bad_input_is_named(change, message):
     name, depth = given.pop("name"), given.pop("depth")
     with pytest.raises(ValueError, match=message):
         corrupt_3d(name, images, depth, 1, jax.random.key(0), **given)
+
+
+@pytest.mark.parametrize("name", CODEC_CORRUPTIONS)
+def test_a_codec_loses_more_at_a_higher_severity(image, depth, name):
+    """And keeps the size, odd ones too, and the place: the camera is back where it was."""
+    key, sides = jax.random.key(0), (65, 64)
+    images = np.stack([image[: sides[0], : sides[1]]] * 2)
+    deep = np.stack([depth[: sides[0], : sides[1]]] * 2)
+    lost = []
+    for severity in (1, 5):
+        found = corrupt_by_codec(name, images, deep, severity, key)
+        assert found.shape == images.shape and found.dtype == np.float32
+        lost.append(np.abs(found - images).mean())
+    assert lost[0] < 0.05 and lost[1] > 1.3 * lost[0]
+    alone = corrupt_by_codec(name, images[1:], deep[1:], 5, key, first=1)
+    np.testing.assert_array_equal(alone[0], found[1])
+
+
+def test_a_codec_that_is_missing_is_named(image, depth, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match="h265_abr and h265_crf need a video codec: pip install av"):
+        corrupt_by_codec("h265_crf", image[None], depth[None], 1, jax.random.key(0))
+    with pytest.raises(ValueError, match="'h264': expected one of h265_abr, h265_crf"):
+        corrupt_by_codec("h264", image[None], depth[None], 1, jax.random.key(0))
