@@ -7,6 +7,7 @@ optimisations, which takes half the time; products and convolutions, which are c
 stay as fast as they are.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
 
 FAKE_DEVICES = 8
+MOST_MAPS = 25_000
 CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth" / "test-programs"
 )
@@ -50,6 +52,19 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings",
         "ignore:Error (reading|writing) persistent compilation cache entry:UserWarning",
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Forgets compiled programs after a file of tests, where they have become many.
+
+    Each takes several memory maps, of which Linux gives a process 65,530; beyond that it crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
