@@ -5,7 +5,8 @@ EPFL-VILAB/3DCommonCorruptions). A film of the camera's move, sideways or forwar
 back, is compressed, and its last frame is kept, in which the camera is where it started. `h265_crf`
 sets the quality, `h265_abr` a share of the bit rate that the film has in H.264. The frames are
 `corruption_3d.camera_frame`'s. The generator cuts sides of odd length; here they are continued by a
-pixel, and cut again, so that no picture changes its size.
+pixel, and cut again, so that no picture changes its size. So are those of small pictures, up to 96
+pixels: what x265 (4.2, in PyAV 18.1) makes of smaller frames differs from call to call.
 
 On the host, through PyAV (`pip install "jaxsynth[video]"`), one image at a time: seconds each.
 """
@@ -33,8 +34,9 @@ CODEC_CORRUPTIONS = ("h265_abr", "h265_crf")
 CRF = (24, 26, 32, 39, 41)
 ABR = (2, 4, 8, 16, 32)
 _FPS = 25
+_LEAST_SIZE = 96
 # One thread: with more, what is decided depends on how many cores there are.
-_H265 = {"x265-params": "log-level=none:pools=1:frame-threads=1"}
+_H265 = {"x265-params": "log-level=none:pools=none:frame-threads=1:wpp=0"}
 _H264 = {"threads": "1"}
 
 
@@ -59,7 +61,8 @@ def corrupt_by_codec(
     for number, (image, far) in enumerate(zip(images, depth, strict=True), first):
         frames = np.asarray(_film(image, far, jax.random.fold_in(key, number)))
         height, width = frames.shape[1:3]
-        even = np.pad(frames, [(0, 0), (0, height % 2), (0, width % 2), (0, 0)], mode="edge")
+        more = [(0, max(side + side % 2, _LEAST_SIZE) - side) for side in (height, width)]
+        even = np.pad(frames, [(0, 0), *more, (0, 0)], mode="edge")
         if name == "h265_crf":
             coded = _encoded(av, even, "libx265", {**_H265, "crf": str(CRF[severity - 1])})
         else:
