@@ -122,20 +122,11 @@ class CLIPConfig:
 
 
 def _check_tower(config: CLIPTextConfig | CLIPVisionConfig) -> None:
-    name = type(config).__name__
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{name}: hidden_size {config.hidden_size} is not a multiple of "
-            f"num_attention_heads {config.num_attention_heads}"
-        )
-    if config.hidden_act not in layers.ACTIVATIONS:
-        raise ValueError(
-            f"{name}.hidden_act: {config.hidden_act!r}, "
-            f"expected one of {sorted(layers.ACTIVATIONS)}"
-        )
+    layers.check_transformer(config)
     if config.attention_dropout:
         raise ValueError(
-            f"{name}.attention_dropout: {config.attention_dropout}, only 0 is supported"
+            f"{type(config).__name__}.attention_dropout: {config.attention_dropout}, "
+            "only 0 is supported"
         )
 
 

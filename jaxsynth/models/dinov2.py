@@ -56,7 +56,7 @@ class Dinov2Config:
     head_layers: int = 1
 
     def __post_init__(self):
-        vit.check_transformer(self)
+        layers.check_transformer(self)
         if self.model_type not in _TYPES:
             raise ValueError(f"Dinov2Config.model_type: {self.model_type!r}, expected {_TYPES}")
         if self.head_layers not in HEAD_LAYERS.values():

@@ -7,6 +7,7 @@ instead of 1e-5, and GELU is the tanh form. These constructors fix each once.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -291,3 +292,17 @@ def activation(name: str) -> Callable[[Array], Array]:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r}: expected one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def check_transformer(config: Any) -> None:
+    """ValueError for a width that the heads do not divide, or an unknown activation."""
+    name = type(config).__name__
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{name}: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"{name}.hidden_act: {config.hidden_act!r}, expected one of {sorted(ACTIVATIONS)}"
+        )

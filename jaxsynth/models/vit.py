@@ -57,7 +57,7 @@ class ViTConfig:
             raise ValueError(
                 f"ViTConfig.model_type: {self.model_type!r}, expected one of {sorted(PREFIXES)}"
             )
-        check_transformer(self)
+        layers.check_transformer(self)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"ViTConfig: patch_size {self.patch_size} does not divide image_size "
@@ -78,21 +78,6 @@ class ViTConfig:
     @property
     def num_positions(self) -> int:
         return (self.image_size // self.patch_size) ** 2 + 1 + (self.model_type == "deit")
-
-
-def check_transformer(config: Any) -> None:
-    """ValueError for a width that the heads do not divide, or an unknown activation."""
-    name = type(config).__name__
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{name}: hidden_size {config.hidden_size} is not a multiple of "
-            f"num_attention_heads {config.num_attention_heads}"
-        )
-    if config.hidden_act not in layers.ACTIVATIONS:
-        raise ValueError(
-            f"{name}.hidden_act: {config.hidden_act!r}, "
-            f"expected one of {sorted(layers.ACTIVATIONS)}"
-        )
 
 
 class Dense(nnx.Module):
