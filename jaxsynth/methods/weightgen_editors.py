@@ -23,11 +23,9 @@ from jaxsynth.adapters.base import (
     freeze,
     load_state,
     mark_trainable,
-    with_values,
 )
 from jaxsynth.adapters.lora import LoRAConfig
 from jaxsynth.data.concepts import Concept
-from jaxsynth.errors import UserError
 from jaxsynth.methods.weightgen_edits import Edits
 from jaxsynth.methods.weightgen_scores import Curves
 from jaxsynth.models.e2gan import E2GAN, E2GANConfig
@@ -48,7 +46,7 @@ from jaxsynth.training.gan_finetune import Curve, fine_tune
 from jaxsynth.training.gan_together import train_together
 from jaxsynth.training.weight_generator import TextReader
 from jaxsynth.training.weight_rivals import word_counts, words
-from jaxsynth.weights.states import read_state, write_state
+from jaxsynth.weights.states import read_network, write_state
 
 # Concepts whose edited photos are kept in memory.
 T = TypeVar("T", bound=nnx.Module)
@@ -155,9 +153,9 @@ class Editors:
         """The two networks that `train_base` wrote."""
         config = self.config
         return (
-            _read(nnx.eval_shape(lambda: E2GAN(config.generator, rngs=nnx.Rngs(0))),
+            read_network(nnx.eval_shape(lambda: E2GAN(config.generator, rngs=nnx.Rngs(0))),
                   folder / _GENERATOR),
-            _read(nnx.eval_shape(lambda: PatchGAN(config.discriminator, rngs=nnx.Rngs(0))),
+            read_network(nnx.eval_shape(lambda: PatchGAN(config.discriminator, rngs=nnx.Rngs(0))),
                   folder / _DISCRIMINATOR),
         )  # fmt: skip
 
@@ -305,12 +303,3 @@ def _curves(found: Sequence[Curve]) -> Curves:
 
 def _size(model: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model)))
-
-
-def _read(plain: T, path: Path) -> T:
-    """A network of this shape with the values of a file, frozen."""
-    try:
-        loaded = load_state(mark_trainable(plain), read_state(path))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    return with_values(plain, nnx.state(loaded))

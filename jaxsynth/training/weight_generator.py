@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from jaxsynth.adapters.base import AdapterState, extract, load_state, mark_trainable, with_values
+from jaxsynth.adapters.base import AdapterState, extract, mark_trainable
 from jaxsynth.adapters.blocks import PER, Layout, Per
 from jaxsynth.errors import UserError
 from jaxsynth.models.clip import CLIPTextModel
@@ -43,7 +43,7 @@ from jaxsynth.training.weight_rivals import (
 )
 from jaxsynth.weights.collections import Statistics, WeightCollection
 from jaxsynth.weights.files import read_json, write_json
-from jaxsynth.weights.states import read_state, write_state
+from jaxsynth.weights.states import read_network, write_state
 from jaxsynth.weights.tokenizer import Tokenizer
 
 Prior = Literal["none", "mean", "nearest", "ridge"]
@@ -358,18 +358,9 @@ def load_generator(
     network = fitted(config.network, layout, width)
     plain = nnx.eval_shape(lambda: WeightUNet(network, rngs=nnx.Rngs(0)))
     return WeightGenerator(
-        _filled(plain, folder / _WEIGHTS),
+        read_network(plain, folder / _WEIGHTS),
         config,
         rivals or Rivals(collection, read),
         read,
         Statistics(config.per, mean, std),
     )
-
-
-def _filled(plain: WeightUNet, path: Path) -> WeightUNet:
-    """The network of this shape with the values of a file."""
-    try:
-        loaded = load_state(mark_trainable(plain), read_state(path))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    return with_values(plain, nnx.state(loaded))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from jaxsynth.adapters.base import AdapterState
+from jaxsynth.adapters.base import AdapterState, T, load_state, mark_trainable, with_values
 from jaxsynth.adapters.kinds import MAKERS
 from jaxsynth.errors import UserError
 from jaxsynth.weights import files
@@ -66,3 +67,15 @@ def read_state(path: Path) -> AdapterState:
         return AdapterState(arrays, _CONFIGS[kind](**json.loads(metadata.get("config", ""))))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: config of {kind}: {error}") from error
+
+
+def read_network(plain: T, path: Path) -> T:
+    """A network of this shape with all values of a file that holds them, frozen.
+
+    `plain` may be abstract. UserError where names or shapes differ.
+    """
+    try:
+        loaded = load_state(mark_trainable(plain), read_state(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return with_values(plain, nnx.state(loaded))
