@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from jaxsynth.data.rendered import DIGITS
-from jaxsynth.data.sources import ArraySource
-from jaxsynth.generation.images import GenerateConfig, Generator
-from jaxsynth.training.classifier import predict, scores
-from jaxsynth.weights.files import resolve
+from jaxsynth.data.load import ArraySource
+from jaxsynth.data.procedural.shapes import DIGITS
+from jaxsynth.generation.generate import GenerateConfig, Generator
+from jaxsynth.tasks.clip_classifier import predict, scores
 from jaxsynth.weights.hf import load_clip, load_pipeline
+from jaxsynth.weights.hub import resolve
 
 
 def test_the_base_takes_at_most_25_megabytes():

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxsynth import cli
-from jaxsynth.config import ConfigError, load_config, to_dataclass
+from jaxsynth.cli import main as cli
+from jaxsynth.core.config import ConfigError, load_config, to_dataclass
 
-FOLDER = Path(__file__).parent.parent / "configs"
+FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
 # A config file that is not listed here fails, so that none goes untested.
 VARIANTS = {

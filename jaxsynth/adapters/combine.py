@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from jaxsynth.adapters import base
+from jaxsynth.adapters import inject
 
 
-def combine(plain: base.T, adapted: Sequence[base.T], weights: Sequence[float]) -> base.T:
+def combine(plain: inject.T, adapted: Sequence[inject.T], weights: Sequence[float]) -> inject.T:
     """The plain network `plain` with `weights[k]` of what each of `adapted` changed in it.
 
     Row i of the new rows of adapter k's table is row `old + (rows of those before k) + i`.
@@ -29,8 +29,8 @@ def combine(plain: base.T, adapted: Sequence[base.T], weights: Sequence[float]) 
     """
     if len(adapted) != len(weights) or not adapted:
         raise ValueError(f"combine: {len(weights)} weights for {len(adapted)} adapted networks")
-    merged = [base.layers(base.merge(model)) for model in adapted]
-    old = base.layers(plain)
+    merged = [inject.layers(inject.merge(model)) for model in adapted]
+    old = inject.layers(plain)
     for number, found in enumerate(merged):
         if other := set(found) ^ set(old):
             raise ValueError(f"combine: network {number} and the base differ in {sorted(other)[0]}")
@@ -42,9 +42,9 @@ def combine(plain: base.T, adapted: Sequence[base.T], weights: Sequence[float]) 
             before = _params(layer).get(name)
             after = [_params(own[path]).get(name) for own in merged]
             values[name] = _joined(f"{path}.{name}", before, after, weights)
-        return base.with_params(layer, values)
+        return inject.with_params(layer, values)
 
-    return base.map_layers(join, plain)
+    return inject.map_layers(join, plain)
 
 
 def dirichlet(key: Key[Array, ""], count: int, concentration: float = 1.0) -> Float[Array, " k"]:
@@ -62,7 +62,7 @@ def _params(layer: nnx.Module) -> dict[str, Array]:
     return {
         name: value.get_value()
         for name, value in vars(layer).items()
-        if isinstance(value, nnx.Variable) and isinstance(value, (nnx.Param, base.Trainable))
+        if isinstance(value, nnx.Variable) and isinstance(value, (nnx.Param, inject.Trainable))
     }
 
 

@@ -15,7 +15,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from jaxsynth.bench import (
+from jaxsynth.bench.cases import (
     adapters,
     attacks,
     corruptions,
@@ -25,8 +25,8 @@ from jaxsynth.bench import (
     train_step,
 )
 from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
-from jaxsynth.errors import UsageError
-from jaxsynth.training.artifact import versions, write_json
+from jaxsynth.core.errors import UsageError
+from jaxsynth.runs.stage import versions, write_json
 
 # Beyond rounding: two libraries sum a thousand products in different orders.
 TOLERANCE = 1e-3
@@ -97,13 +97,13 @@ BENCHES = {
 def _prepare(peer: str) -> dict[str, str]:
     """Imports a peer, gives it its cores, and returns the versions; UserError if it is missing."""
     if peer == "foolbox":
-        from jaxsynth.bench import foolbox_peer as module
+        from jaxsynth.bench.peers import foolbox as module
     elif peer == "torchattacks":
-        from jaxsynth.bench import torchattacks_peer as module
+        from jaxsynth.bench.peers import torchattacks as module
     elif peer == "imagecorruptions":
-        from jaxsynth.bench import imagecorruptions_peer as module
+        from jaxsynth.bench.peers import imagecorruptions as module
     else:
-        from jaxsynth.bench import torch_peer as module
+        from jaxsynth.bench.peers import diffusers as module
     return module.prepare()
 
 

@@ -25,9 +25,9 @@ from jaxtyping import Array, Float32, Integer, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.decode import IMAGE_SUFFIXES, center_crop, resize_short
-from jaxsynth.data.sources import ArraySource, ImageSource, Subset
-from jaxsynth.errors import UserError
+from jaxsynth.data.load import ArraySource, ImageSource, Subset
 
 CHANNELS = {"edges": 1, "low_resolution": 3, "segmentation": 3, "depth": 1, "mask": 1}
 # The kinds that an image alone does not tell.

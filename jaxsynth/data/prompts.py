@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxsynth.data.sources import Dataset
+    from jaxsynth.data.load import Dataset
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 

@@ -24,9 +24,9 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsynth.data.decode import IMAGE_SUFFIXES, natural_key
-from jaxsynth.data.folder import BESIDE, folder_source
-from jaxsynth.data.sources import ArraySource, FileSource, ImageSource, SourceError, Subset
-from jaxsynth.weights.files import read_json
+from jaxsynth.data.load import ArraySource, FileSource, ImageSource, SourceError, Subset
+from jaxsynth.data.sources.folder import BESIDE, folder_source
+from jaxsynth.weights.hub import read_json
 
 SEVERITIES = (1, 2, 3, 4, 5)
 CIFAR10_CLASSES = (

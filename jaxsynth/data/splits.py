@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.data.decode import natural_key
-from jaxsynth.data.sources import Dataset, ImageSource, SourceError, Subset
+from jaxsynth.data.load import Dataset, ImageSource, SourceError, Subset
 
 
 @dataclass(frozen=True)

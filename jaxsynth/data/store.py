@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int, UInt8
 
 from jaxsynth.data.decode import decode_image, encode_png, safe_name
-from jaxsynth.data.sources import Record
+from jaxsynth.data.load import Record
 
 FORMAT = 1
 logger = logging.getLogger(__name__)

@@ -14,17 +14,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxsynth.adapters.base import Trainable, route, stack
-from jaxsynth.adapters.table import ExtendedTable
+from jaxsynth.adapters.inject import Trainable, route, stack
+from jaxsynth.adapters.surgery.class_rows import ExtendedTable
 from jaxsynth.data.conditions import as_fractions
 from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.learned_range import make_learned_range, without_variance
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.generation.images import GenerateConfig, image_keys
+from jaxsynth.generation.generate import GenerateConfig, image_keys
 from jaxsynth.generation.routing import per_image
-from jaxsynth.models.dit import DiT
-from jaxsynth.models.vae import AutoencoderKL
+from jaxsynth.models.diffusion.dit import DiT
+from jaxsynth.models.diffusion.vae import AutoencoderKL
 
 ANCESTRAL = "ancestral"
 

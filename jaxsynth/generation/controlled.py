@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, UInt8
 from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.generation.images import GenerateConfig, image_keys
-from jaxsynth.training.controlled import Controlled
+from jaxsynth.generation.generate import GenerateConfig, image_keys
+from jaxsynth.tasks.controlled import Controlled
 from jaxsynth.weights.hf import StableDiffusion
 
 

@@ -17,11 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt8
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.diffusion.guidance import nested
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.errors import UserError
-from jaxsynth.generation.images import image_keys
+from jaxsynth.generation.generate import image_keys
 from jaxsynth.weights.hf import StableDiffusion
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from jaxsynth.adapters.base import Trainable, merge, route, stack, with_scale
-from jaxsynth.models.dit import DiT
+from jaxsynth.adapters.inject import Trainable, merge, route, stack, with_scale
+from jaxsynth.models.diffusion.dit import DiT
 
 
 def per_image(

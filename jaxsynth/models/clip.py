@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import layers
-from jaxsynth.models.attention import attention
 from jaxsynth.models.fields import TRANSFORMERS_NOTES, known_fields
+from jaxsynth.ops.attention import attention
 
 # The value that transformers wrote into every CLIP config before its pull request 24773; it means
 # "the highest id of the sequence", as OpenAI's end-of-text token is the last of the vocabulary.

@@ -20,15 +20,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image
 
-from jaxsynth.data.augment import EvalTransform
-from jaxsynth.data.pipeline import eval_batches
-from jaxsynth.data.sources import ArraySource, ImageSource
-from jaxsynth.errors import UserError
-from jaxsynth.models import inception
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.load import ArraySource, ImageSource
+from jaxsynth.data.pipeline.augment import EvalTransform
+from jaxsynth.data.pipeline.batches import eval_batches
+from jaxsynth.models.classifiers import inception
 from jaxsynth.quality.metrics import Statistics
-from jaxsynth.weights import files
+from jaxsynth.weights import hub
 from jaxsynth.weights.hf import load_clip
-from jaxsynth.weights.inception import load_inception
+from jaxsynth.weights.networks.inception import load_inception
 
 # How an image comes to Inception's 299 x 299 (see `inception_transform`).
 RESIZES = ("tensorflow", "pytorch", "clean")
@@ -193,7 +193,7 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: expected a name ending in .npz")
-    with files.replacing(path) as temporary, temporary.open("wb") as file:
+    with hub.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             mu=statistics.mu,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
 from jaxsynth.quality.distances import neighbour_radii, neighbourhoods
 
 Features = Float[np.ndarray, "n d"]

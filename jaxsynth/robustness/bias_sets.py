@@ -21,12 +21,17 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxsynth.data.cues import Cues, render_backgrounds, render_conflicts, render_contexts
 from jaxsynth.data.decode import IMAGE_SUFFIXES
-from jaxsynth.data.folder import folder_source
-from jaxsynth.data.rendered import SHAPES
-from jaxsynth.data.sources import ArraySource, FileSource, ImageSource, SourceError
-from jaxsynth.weights.files import read_json
+from jaxsynth.data.load import ArraySource, FileSource, ImageSource, SourceError
+from jaxsynth.data.procedural.cues import (
+    Cues,
+    render_backgrounds,
+    render_conflicts,
+    render_contexts,
+)
+from jaxsynth.data.procedural.shapes import SHAPES
+from jaxsynth.data.sources.folder import folder_source
+from jaxsynth.weights.hub import read_json
 
 VARIANTS = ("original", "mixed_same", "mixed_rand")
 

@@ -15,8 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Key
 
-from jaxsynth.data.sources import ImageSource
-from jaxsynth.robustness.asking import Answers, Asker, Preprocess, labels_of
+from jaxsynth.data.load import ImageSource
 from jaxsynth.robustness.attacks.autoattack import autoattack
 from jaxsynth.robustness.attacks.common import Predict, image_keys
 from jaxsynth.robustness.attacks.evaluate import Attack, attacked, correct
@@ -28,13 +27,18 @@ from jaxsynth.robustness.attacks.gradient import (
     pgd,
 )
 from jaxsynth.robustness.bias_sets import VARIANTS, Backgrounds, Contexts, CueConflict
-from jaxsynth.robustness.biases import (
+from jaxsynth.robustness.corruptions.predictions import (
+    Corruptions,
+    answer_corrupted,
+    answer_corruptions,
+)
+from jaxsynth.robustness.metrics.bias import (
     ClassMap,
     context_partition,
     decide_by_class,
     decide_by_group,
 )
-from jaxsynth.robustness.corrupted import Corruptions, answer_corrupted, answer_corruptions
+from jaxsynth.robustness.predictors import Answers, Asker, Preprocess, labels_of
 
 # So many batches are attacked at once: their clean and moved images are in memory.
 _CHUNK = 16

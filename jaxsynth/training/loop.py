@@ -40,8 +40,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from rich.console import Console
 
+from jaxsynth.core.console import progress
 from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.console import progress
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.step import StepFn, TrainState
 

@@ -22,12 +22,13 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jaxsynth.adapters.base import Trainable, config_of
+from jaxsynth.adapters.inject import Trainable, config_of
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.models.dit import DiT
+from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.report.tables import Table
-from jaxsynth.training import class_conditional, sharding
-from jaxsynth.training.class_conditional import TrainConfig
+from jaxsynth.tasks import class_conditional
+from jaxsynth.tasks.class_conditional import TrainConfig
+from jaxsynth.training import sharding
 from jaxsynth.training.step import init_state, stacked
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -27,12 +27,12 @@ from jaxsynth.models.clip import (
     CLIPTextModel,
     CLIPVisionModel,
 )
-from jaxsynth.models.controlnet import ControlNet
-from jaxsynth.models.dit import DiT
-from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxsynth.weights import files
-from jaxsynth.weights.files import read_json, resolve
+from jaxsynth.models.diffusion.controlnet import ControlNet
+from jaxsynth.models.diffusion.dit import DiT
+from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
+from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.weights import hub
+from jaxsynth.weights.hub import read_json, resolve
 from jaxsynth.weights.layout import Filling, to_file
 from jaxsynth.weights.tokenizer import Tokenizer
 
@@ -134,11 +134,11 @@ def load_model(
     config = _config(config_cls, folder / "config.json")
     compute = dtype if compute_dtype is None else compute_dtype
     filling = Filling(describe(model_cls, config, compute), dtype)
-    paths = files.weight_files(folder)
+    paths = hub.weight_files(folder)
     for file in paths:
-        with files.opened(file) as handle:
+        with hub.opened(file) as handle:
             for key in handle.keys():  # noqa: SIM118, a safetensors handle is no mapping
-                filling.put(file, key, partial(files.read_tensor, handle, file, key))
+                filling.put(file, key, partial(hub.read_tensor, handle, file, key))
     return filling.finish(paths[0] if len(paths) == 1 else folder)
 
 
@@ -163,9 +163,9 @@ def save_model(
     tensors = to_file(model, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     name = _weights_name(model)
-    files.write_tensors(folder / name, tensors)
+    hub.write_tensors(folder / name, tensors)
     written = dataclasses.asdict(model.config) if config is None else dict(config)
-    files.write_json(folder / "config.json", {**_identity(model), **written})
+    hub.write_json(folder / "config.json", {**_identity(model), **written})
 
 
 def load_pipeline(
@@ -198,9 +198,9 @@ def load_pipeline(
     _check_pipeline(folder, unet, vae, text, tokenizer, editing)
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     parts = ("unet", "vae", "text_encoder")
-    weights = [file for part in parts for file in files.weight_files(folder / part)]
+    weights = [file for part in parts for file in hub.weight_files(folder / part)]
     return StableDiffusion(
-        unet, vae, text, tokenizer, scheduler_config, folder, files.digest(weights)
+        unet, vae, text, tokenizer, scheduler_config, folder, hub.digest(weights)
     )
 
 
@@ -263,7 +263,7 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
     pipeline.tokenizer.save(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler_config = {"_diffusers_version": DIFFUSERS_VERSION, **pipeline.scheduler_config}
-    files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
+    hub.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     index = {
         "_class_name": _EDITING if editing else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -276,7 +276,7 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    files.write_json(folder / "model_index.json", index)
+    hub.write_json(folder / "model_index.json", index)
 
 
 def load_clip(
@@ -301,7 +301,7 @@ def load_clip(
         if len(values) != 3:
             raise UserError(f"{path}: {name}: expected 3 numbers, got {values}")
         statistics[name.removeprefix("image_")] = tuple(float(value) for value in values)
-    weights = files.digest(files.weight_files(folder))
+    weights = hub.digest(hub.weight_files(folder))
     return Clip(model, tokenizer, size, **statistics, folder=folder, digest=weights)
 
 
@@ -340,7 +340,7 @@ def save_clip(clip: Clip, folder: str | os.PathLike, dtype: Any = None) -> None:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }
-    files.write_json(folder / "preprocessor_config.json", preprocessor)
+    hub.write_json(folder / "preprocessor_config.json", preprocessor)
 
 
 def _config(config_cls: type, path: Path) -> Any:
@@ -352,8 +352,8 @@ def _config(config_cls: type, path: Path) -> Any:
 
 def _weights_name(model: nnx.Module) -> str:
     if type(model) in _TRANSFORMERS:
-        return files.TRANSFORMERS_WEIGHTS
-    return files.DIFFUSERS_WEIGHTS
+        return hub.TRANSFORMERS_WEIGHTS
+    return hub.DIFFUSERS_WEIGHTS
 
 
 def _identity(model: nnx.Module) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
 from jaxsynth.weights.names import canonical, from_hf, hf_name, hf_shape, to_hf
 
 Parts = tuple[str | int, ...]

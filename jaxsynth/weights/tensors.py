@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsynth.errors import UserError
-from jaxsynth.weights import files
-from jaxsynth.weights.pickled import read_state_dict
+from jaxsynth.core.errors import UserError
+from jaxsynth.weights import hub
+from jaxsynth.weights.torch_files.reader import read_state_dict
 
 PICKLED = (".pth", ".pt")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -38,7 +38,7 @@ class Tensors:
                 for key, value in self._loaded[path].items():
                     yield path, key, lambda value=value: value
                 continue
-            with files.opened(path) as handle:
+            with hub.opened(path) as handle:
                 for key in handle.keys():  # noqa: SIM118, a safetensors handle is no mapping
                     yield path, key, lambda key=key, handle=handle: handle.get_tensor(key)
 

@@ -26,8 +26,8 @@ from tokenizers import (
     trainers,
 )
 
-from jaxsynth.errors import UserError
-from jaxsynth.weights.files import read_json, write_json
+from jaxsynth.core.errors import UserError
+from jaxsynth.weights.hub import read_json, write_json
 
 _SUFFIX = "</w>"
 _WORDS = (

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from jaxsynth.adapters import base
-from jaxsynth.adapters.lora import LoRAConfig
+from jaxsynth.adapters import inject
+from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.models.layers import conv2d
 
 TARGETS = ("down", "mix", "blocks.0", "blocks.1")
@@ -52,21 +52,21 @@ class TorchNet(torch.nn.Module):
         return self.blocks[1](act(self.blocks[0](hidden)))
 
 
-def randomised(state: base.AdapterState, seed: int) -> base.AdapterState:
+def randomised(state: inject.AdapterState, seed: int) -> inject.AdapterState:
     """Every factor random and none zero."""
     keys = jax.random.split(jax.random.key(seed), len(state.arrays))
     arrays = {
         name: 0.3 * jax.random.normal(key, value.shape)
         for key, (name, value) in zip(keys, state.arrays.items(), strict=True)
     }
-    return base.AdapterState(arrays, state.config)
+    return inject.AdapterState(arrays, state.config)
 
 
-def scrambled(state: base.AdapterState, seed: int) -> base.AdapterState:
+def scrambled(state: inject.AdapterState, seed: int) -> inject.AdapterState:
     """The same from NumPy: for many kinds of factors, each shape of which JAX would compile."""
     generator = np.random.default_rng(seed)
     arrays = {
         name: jnp.asarray(0.3 * generator.standard_normal(value.shape), jnp.float32)
         for name, value in state.arrays.items()
     }
-    return base.AdapterState(arrays, state.config)
+    return inject.AdapterState(arrays, state.config)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from jaxsynth.adapters import base, kinds
-from jaxsynth.weights import factors
+from jaxsynth.adapters import inject, registry
+from jaxsynth.weights.adapters import factors
 from tests.adapters.nets import scrambled
 from tests.models.torch_parity import copy_weights, nchw, randomise
 
@@ -45,14 +45,14 @@ def adapted(config, seed: int = 2) -> tuple[Pair, TorchPair]:
     """Our pair with random factors, and the torch pair with the same base weights."""
     plain, model = randomise(TorchPair()), Pair(rngs=nnx.Rngs(0))
     copy_weights(plain, model)
-    model = kinds.add(model, config, rngs=nnx.Rngs(0))
-    state = scrambled(base.extract(model), seed)
+    model = registry.add(model, config, rngs=nnx.Rngs(0))
+    state = scrambled(inject.extract(model), seed)
     # Magnitudes are lengths.
     arrays = {
         name: 1 + 0.1 * value if name.endswith("magnitude") else value
         for name, value in state.arrays.items()
     }
-    return base.load_state(model, base.AdapterState(arrays, state.config)), plain
+    return inject.load_state(model, inject.AdapterState(arrays, state.config)), plain
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def images() -> np.ndarray:
 
 def results(model):
     """Outputs, gradients by name, merged kernels by layer: one compiled program."""
-    graphdef, trainable, frozen = nnx.split(model, base.Trainable, ...)
+    graphdef, trainable, frozen = nnx.split(model, inject.Trainable, ...)
 
     @jax.jit
     def run(trainable, frozen):
@@ -75,11 +75,11 @@ def results(model):
             return (out * _random(out.shape)).sum(), out
 
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        merged = base.layers(base.merge(nnx.merge(graphdef, trainable, frozen)))
+        merged = inject.layers(inject.merge(nnx.merge(graphdef, trainable, frozen)))
         return out, grads, {name: nnx.state(merged[name], nnx.Param) for name in TARGETS}
 
     out, grads, merged = run(trainable, frozen)
-    found = base.extract(nnx.merge(graphdef, grads, frozen)).arrays
+    found = inject.extract(nnx.merge(graphdef, grads, frozen)).arrays
     return out, found, merged
 
 
@@ -93,7 +93,7 @@ def check(
     peer's are ours times one of `scales` and plus one of `offsets`.
     """
     scales, offsets = scales or {}, offsets or {}
-    state = base.extract(model).arrays
+    state = inject.extract(model).arrays
     tucker = {
         name.rpartition(".")[0] for name in state if name.endswith(("_t1", "_t2", "lora_mid"))
     }

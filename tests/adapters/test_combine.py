@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsynth.adapters import base, kinds
-from jaxsynth.adapters.affiner import AffinerConfig
+from jaxsynth.adapters import inject, registry
 from jaxsynth.adapters.combine import combine, dirichlet
-from jaxsynth.adapters.table import extend_table
+from jaxsynth.adapters.kinds.affiner import AffinerConfig
+from jaxsynth.adapters.surgery.class_rows import extend_table
 from tests.adapters.nets import Net, scrambled
 from tests.adapters.oracles import Pair
-from tests.adapters.test_base import with_affiner, with_lora
+from tests.adapters.test_inject import with_affiner, with_lora
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_kernels_are_weighted_sums(net):
     first, second = with_lora(net, 1), with_affiner(net, 2)
     found = combine(net, [first, second], [0.3, 0.6]).down.kernel[...]
     old = net.down.kernel[...]
-    changes = [base.merge(model).down.kernel[...] - old for model in (first, second)]
+    changes = [inject.merge(model).down.kernel[...] - old for model in (first, second)]
     np.testing.assert_allclose(found, old + 0.3 * changes[0] + 0.6 * changes[1], atol=1e-6)
 
 
@@ -42,13 +42,13 @@ def test_kinds_are_mixed_by_sum_average_and_at_random():
     models = []
     for seed, kind in enumerate(("lokr", "dora", "ia3")):
         settings = {} if kind == "ia3" else {"rank": 2}
-        config = kinds.make_config(kind, targets=("conv", "linear"), **settings)
-        model = kinds.add(net, config, rngs=jax.random.key(seed))
-        state = base.extract(model)
+        config = registry.make_config(kind, targets=("conv", "linear"), **settings)
+        model = registry.add(net, config, rngs=jax.random.key(seed))
+        state = inject.extract(model)
         moved = scrambled(state, seed).arrays
         arrays = {name: value + moved[name] for name, value in state.arrays.items()}
-        models.append(base.load_state(model, base.AdapterState(arrays, config)))
-    kernels = [base.layers(base.merge(model))["linear"].kernel[...] for model in models]
+        models.append(inject.load_state(model, inject.AdapterState(arrays, config)))
+    kernels = [inject.layers(inject.merge(model))["linear"].kernel[...] for model in models]
     old = net.linear.kernel[...]
     random = [float(weight) for weight in dirichlet(jax.random.key(1), 3, 0.5)]
     assert abs(sum(random) - 1) < 1e-6 and min(random) >= 0
@@ -74,8 +74,8 @@ def test_new_rows_stand_one_after_the_other():
     sets = []
     for count, value in ((2, 1.0), (1, 2.0)):
         extended = extend_table(table, "layers.0", count, start=0)
-        rows = base.AdapterState({"layers.0.rows": jnp.full((count, 3), value)})
-        sets.append(base.load_state(extended, rows))
+        rows = inject.AdapterState({"layers.0.rows": jnp.full((count, 3), value)})
+        sets.append(inject.load_state(extended, rows))
     joined = combine(table, sets, [0.5, 0.5]).layers[0].embedding[...]
     np.testing.assert_array_equal(joined[:4], table.layers[0].embedding[...])
     np.testing.assert_array_equal(joined[4:, 0], [1.0, 1.0, 2.0])

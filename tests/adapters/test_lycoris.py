@@ -9,12 +9,12 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 
-from jaxsynth.adapters.glora import GLoRAConfig
-from jaxsynth.adapters.ia3 import IA3Config
-from jaxsynth.adapters.loha import LoHaConfig
-from jaxsynth.adapters.lokr import LoKrConfig, factorization
-from jaxsynth.adapters.lora import LoRAConfig
-from jaxsynth.adapters.oft import OFTConfig
+from jaxsynth.adapters.kinds.glora import GLoRAConfig
+from jaxsynth.adapters.kinds.ia3 import IA3Config
+from jaxsynth.adapters.kinds.loha import LoHaConfig
+from jaxsynth.adapters.kinds.lokr import LoKrConfig, factorization
+from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.adapters.kinds.oft import OFTConfig
 from tests.adapters import oracles
 from tests.adapters.oracles import TARGETS
 

@@ -4,15 +4,15 @@ import jax.numpy as jnp
 import peft
 import pytest
 
-from jaxsynth.adapters.adalora import AdaLoRAConfig
-from jaxsynth.adapters.base import Constant
-from jaxsynth.adapters.glora import GLoRAConfig
-from jaxsynth.adapters.ia3 import IA3Config
-from jaxsynth.adapters.loha import LoHaConfig
-from jaxsynth.adapters.lokr import LoKrConfig
-from jaxsynth.adapters.lora import LoRAConfig
-from jaxsynth.adapters.oft import OFTConfig
-from jaxsynth.adapters.vera import VeRAConfig
+from jaxsynth.adapters.inject import Constant
+from jaxsynth.adapters.kinds.adalora import AdaLoRAConfig
+from jaxsynth.adapters.kinds.glora import GLoRAConfig
+from jaxsynth.adapters.kinds.ia3 import IA3Config
+from jaxsynth.adapters.kinds.loha import LoHaConfig
+from jaxsynth.adapters.kinds.lokr import LoKrConfig
+from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.adapters.kinds.oft import OFTConfig
+from jaxsynth.adapters.kinds.vera import VeRAConfig
 from tests.adapters import oracles
 from tests.adapters.oracles import TARGETS
 

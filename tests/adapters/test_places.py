@@ -8,8 +8,8 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxsynth.adapters import base, kinds
-from jaxsynth.adapters.lora import LoRAConfig, add_lora
+from jaxsynth.adapters import inject, registry
+from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
 from tests.adapters.nets import scrambled
 from tests.models.torch_parity import randomise
 
@@ -40,12 +40,12 @@ STACKED = ("pissa", "locon", "loha", "lokr", "vera", "adalora", "glora", "boft",
 def wrapped(layer, name: str):
     """One layer in an adapter with random factors."""
     options = {"targets": ("layers.0",)} | SETTINGS[name]
-    config = kinds.make_config(name.partition("-")[0], **options)
-    model = kinds.add(nnx.Sequential(layer), config, rngs=jax.random.key(0))
-    state = base.extract(model)
+    config = registry.make_config(name.partition("-")[0], **options)
+    model = registry.add(nnx.Sequential(layer), config, rngs=jax.random.key(0))
+    state = inject.extract(model)
     moved = scrambled(state, 1).arrays
     arrays = {key: value + moved[key] for key, value in state.arrays.items()}
-    return base.load_state(model, base.AdapterState(arrays, state.config))
+    return inject.load_state(model, inject.AdapterState(arrays, state.config))
 
 
 def check(model, inputs, expected_change=1e-2) -> None:
@@ -54,9 +54,9 @@ def check(model, inputs, expected_change=1e-2) -> None:
     @jax.jit
     def run(state):
         model = nnx.merge(graphdef, state)
-        merged = base.merge(model)
-        back = base.unmerge(merged, model)
-        return model(inputs), merged(inputs), base.with_scale(model, 0.0)(inputs), back(inputs)
+        merged = inject.merge(model)
+        back = inject.unmerge(merged, model)
+        return model(inputs), merged(inputs), inject.with_scale(model, 0.0)(inputs), back(inputs)
 
     found, merged, plain, back = run(state)
     bound = 2e-5 * np.abs(found).max()
@@ -84,12 +84,12 @@ def test_convolutions_of_one_and_three_axes(name):
             return self.volume(self.line(x.reshape(2, 8, 4)).reshape(2, 1, 2, 2, 4))
 
     options = {"targets": ("line", "volume")} | SETTINGS[name]
-    config = kinds.make_config(name.partition("-")[0], **options)
-    model = kinds.add(Both(nnx.Rngs(0)), config, rngs=jax.random.key(0))
-    state = base.extract(model)
+    config = registry.make_config(name.partition("-")[0], **options)
+    model = registry.add(Both(nnx.Rngs(0)), config, rngs=jax.random.key(0))
+    state = inject.extract(model)
     moved = scrambled(state, 1).arrays
     arrays = {key: value + moved[key] for key, value in state.arrays.items()}
-    model = base.load_state(model, base.AdapterState(arrays, state.config))
+    model = inject.load_state(model, inject.AdapterState(arrays, state.config))
     check(model, np.random.default_rng(0).standard_normal((2, 2, 4, 4), np.float32))
 
 
@@ -97,9 +97,9 @@ def test_convolutions_of_one_and_three_axes(name):
 def test_layers_stacked_for_a_scan(name):
     build = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))
     adapted = wrapped(build(nnx.Rngs(0).split(3)), name)
-    merged = base.merge(adapted)
+    merged = inject.merge(adapted)
     assert merged.layers[0].kernel.shape == (3, 4, 4)
-    back = base.unmerge(merged, adapted).layers[0].base.kernel
+    back = inject.unmerge(merged, adapted).layers[0].base.kernel
     np.testing.assert_allclose(back[...], adapted.layers[0].base.kernel[...], atol=1e-4)
 
     @jax.jit
@@ -126,8 +126,8 @@ def test_lora_on_a_table_equals_peft():
         config = LoRAConfig(rank=2, alpha=5, targets=("layers.0",), decompose=decompose)
         model = add_lora(nnx.Sequential(layer), config, rngs=nnx.Rngs(0))
         assert not np.any(model.layers[0].lora_embedding_A[...])
-        state = scrambled(base.extract(model), 3)
-        model = base.load_state(model, state)
+        state = scrambled(inject.extract(model), 3)
+        model = inject.load_state(model, state)
         options = {"r": 2, "lora_alpha": 5, "target_modules": ["0"]}
         peft_config = peft.LoraConfig(**options, use_dora=decompose != "none")
         wrapped = peft.LoraModel(randomise(torch.nn.Sequential(torch.nn.Embedding(7, 4))),
@@ -155,27 +155,27 @@ def test_what_a_kind_does_not_wrap_is_named():
         ("hypernetwork", "layers.0", "a hypernetwork stands before nnx.Linear, found Embed"),
     ):
         with pytest.raises(TypeError, match=rf"{layer}: {message}"):
-            kinds.add(model, kinds.make_config(name, targets=(layer,)), rngs=nnx.Rngs(0))
+            registry.add(model, registry.make_config(name, targets=(layer,)), rngs=nnx.Rngs(0))
     for name, options, message in (
         ("oft", {}, "a table has no inputs to rotate"),
         ("oft", {"side": "output"}, "block_size 32 with butterfly 0 does not fit 4 output"),
         ("ia3", {"feedforward": ("layers.0",)}, "a table has no inputs to rescale"),
         ("pissa", {"rank": 5}, "rank 5, but a kernel of 6 rows and 4 columns has 4 principal"),
     ):
-        config = kinds.make_config(name, targets=("layers.0",), **options)
+        config = registry.make_config(name, targets=("layers.0",), **options)
         with pytest.raises(ValueError, match=message):
-            kinds.add(model, config, rngs=nnx.Rngs(0))
+            registry.add(model, config, rngs=nnx.Rngs(0))
 
 
 def test_a_full_difference_changes_norms_too():
     norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((2, 4), np.float32)
-    config = kinds.make_config("full", targets=("layers.0",), parameters="bias")
-    model = kinds.add(nnx.Sequential(norm), config, rngs=nnx.Rngs(0))
-    assert list(base.extract(model).arrays) == ["layers.0.diff_b"]
-    shift = base.AdapterState({"layers.0.diff_b": jnp.arange(4.0)}, config)
-    shifted = base.load_state(model, shift)
+    config = registry.make_config("full", targets=("layers.0",), parameters="bias")
+    model = registry.add(nnx.Sequential(norm), config, rngs=nnx.Rngs(0))
+    assert list(inject.extract(model).arrays) == ["layers.0.diff_b"]
+    shift = inject.AdapterState({"layers.0.diff_b": jnp.arange(4.0)}, config)
+    shifted = inject.load_state(model, shift)
     np.testing.assert_allclose(shifted(x), norm(x) + np.arange(4), atol=1e-6)
     with pytest.raises(ValueError, match="Linear has no bias"):
         bare = nnx.Sequential(nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)))
-        kinds.add(bare, config, rngs=nnx.Rngs(0))
+        registry.add(bare, config, rngs=nnx.Rngs(0))

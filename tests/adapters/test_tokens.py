@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsynth.adapters import base, kinds
-from jaxsynth.adapters.hypernetwork import HypernetworkConfig
-from jaxsynth.models.transformer2d import Attention
+from jaxsynth.adapters import inject, registry
+from jaxsynth.adapters.kinds.hypernetwork import HypernetworkConfig
+from jaxsynth.models.diffusion.transformer2d import Attention
 from tests.adapters.nets import scrambled
 
 
@@ -34,24 +34,24 @@ def attend(q, k, v):
 
 def test_a_prefix_is_further_keys_and_values(layer, inputs):
     x, context = inputs
-    model = kinds.add(layer, kinds.make_config("prefix", tokens=3), rngs=nnx.Rngs(1))
-    state = scrambled(base.extract(model), 1)
-    model = base.load_state(model, state)
+    model = registry.add(layer, registry.make_config("prefix", tokens=3), rngs=nnx.Rngs(1))
+    state = scrambled(inject.extract(model), 1)
+    model = inject.load_state(model, state)
     rows = {name: np.tile(value, (2, 1, 1)) for name, value in state.arrays.items()}
     k = np.concatenate([rows["to_k.prefix"], layer.to_k(context)], axis=1)
     v = np.concatenate([rows["to_v.prefix"], layer.to_v(context)], axis=1)
     expected = layer.to_out[0](jnp.asarray(attend(layer.to_q(x), k, v), jnp.float32))
     np.testing.assert_allclose(model(x, context), expected, atol=1e-5)
-    off = base.with_scale(model, 0.0)
+    off = inject.with_scale(model, 0.0)
     np.testing.assert_array_equal(off(x, context), layer(x, context))
     with pytest.raises(NotImplementedError, match="a prefix of a traced strength"):
-        base.with_scale(model, jnp.float32(1))(x, context)
+        inject.with_scale(model, jnp.float32(1))(x, context)
 
 
 def test_a_prefix_of_a_table_is_a_prompt():
     table = nnx.Sequential(nnx.Embed(7, 4, rngs=nnx.Rngs(0)))
-    config = kinds.make_config("prefix", targets=("layers.0",), tokens=2)
-    model = kinds.add(table, config, rngs=nnx.Rngs(1))
+    config = registry.make_config("prefix", targets=("layers.0",), tokens=2)
+    model = registry.add(table, config, rngs=nnx.Rngs(1))
     found = model(jnp.array([[1, 2, 3]]))
     np.testing.assert_array_equal(found[0, :2], model.layers[0].prefix[...])
     np.testing.assert_array_equal(found[:, 2:], table(jnp.array([[1, 2, 3]])))
@@ -63,10 +63,10 @@ def test_a_hypernetwork_changes_what_keys_and_values_are_made_of(layer, inputs, 
     config = HypernetworkConfig(
         structure=(1, 1.5, 2, 1), activation="relu", layer_norm=True, activate_output=output
     )
-    model = kinds.add(layer, config, rngs=nnx.Rngs(1))
+    model = registry.add(layer, config, rngs=nnx.Rngs(1))
     np.testing.assert_allclose(model(x, context), layer(x, context), atol=1e-6)
-    state = scrambled(base.extract(model), 1)
-    model = base.with_scale(base.load_state(model, state), 0.7)
+    state = scrambled(inject.extract(model), 1)
+    model = inject.with_scale(inject.load_state(model, state), 0.7)
 
     def changed(name):
         own = {key.rpartition(".")[2]: np.asarray(value, np.float64)
@@ -91,7 +91,7 @@ def test_settings():
     with pytest.raises(ValueError, match="activation is 'gelu', expected one of"):
         HypernetworkConfig(activation="gelu")
     with pytest.raises(ValueError, match="tokens is 0"):
-        kinds.make_config("prefix", tokens=0)
+        registry.make_config("prefix", tokens=0)
 
 
 def test_ranks_and_whole_layers_are_dropped():
@@ -100,11 +100,11 @@ def test_ranks_and_whole_layers_are_dropped():
     inputs = np.random.default_rng(0).standard_normal((40, 3, 6), np.float32)
 
     def found(**options):
-        config = kinds.make_config("lora", targets=("layers.0",), rank=3, **options)
-        model = kinds.add(nnx.Sequential(layer), config, rngs=nnx.Rngs(0))
-        model = base.load_state(model, scrambled(base.extract(model), 1))
+        config = registry.make_config("lora", targets=("layers.0",), rank=3, **options)
+        model = registry.add(nnx.Sequential(layer), config, rngs=nnx.Rngs(0))
+        model = inject.load_state(model, scrambled(inject.extract(model), 1))
         plain = model(inputs) - layer(inputs)
-        seeded = [base.seed_dropout(model, jax.random.key(seed)) for seed in range(12)]
+        seeded = [inject.seed_dropout(model, jax.random.key(seed)) for seed in range(12)]
         return model.layers[0], plain, [own(inputs) - layer(inputs) for own in seeded]
 
     own, plain, dropped = found(module_dropout=0.5)

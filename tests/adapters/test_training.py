@@ -12,13 +12,13 @@ import torch
 from flax import nnx
 from peft.optimizers import create_loraplus_optimizer
 
-from jaxsynth.adapters import base, kinds, learning
-from jaxsynth.adapters.adalora import AdaLoRAConfig, budgeted, orthogonality
-from jaxsynth.adapters.delta_lora import DeltaLoRAConfig, following
-from jaxsynth.adapters.hypernetwork import HypernetworkConfig, shared
-from jaxsynth.adapters.lora import LoRAConfig, lora_plus
+from jaxsynth.adapters import inject, optim_hooks, registry
+from jaxsynth.adapters.kinds.adalora import AdaLoRAConfig, budgeted, orthogonality
+from jaxsynth.adapters.kinds.delta_lora import DeltaLoRAConfig, following
+from jaxsynth.adapters.kinds.hypernetwork import HypernetworkConfig, shared
+from jaxsynth.adapters.kinds.lora import LoRAConfig, lora_plus
 from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.weights import factors
+from jaxsynth.weights.adapters import factors
 from tests.adapters import oracles
 from tests.adapters.nets import scrambled
 from tests.adapters.oracles import TARGETS
@@ -30,7 +30,7 @@ def parameter(wrapped, name: str) -> torch.nn.Parameter:
     return getattr(found, "weight", found)
 
 
-def fill(wrapped, state: base.AdapterState) -> None:
+def fill(wrapped, state: inject.AdapterState) -> None:
     with torch.no_grad():
         for name, value in state.arrays.items():
             target = parameter(wrapped, name)
@@ -58,7 +58,7 @@ def test_adalora_gives_ranks_as_peft_does():
         peft.AdaLoraConfig(**options, total_step=8, target_modules=list(TARGETS)),
         "default",
     )
-    state = base.extract(model)
+    state = inject.extract(model)
     fill(wrapped, state)
     tx = budgeted(optax.sgd(0.1), config, total_steps=8)
     arrays = state.arrays
@@ -123,7 +123,7 @@ def test_lora_plus_equals_peft():
     wrapped = peft.LoraModel(
         plain, peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(TARGETS)), "default"
     )
-    state = base.extract(model)
+    state = inject.extract(model)
     fill(wrapped, state)
     torch_tx = create_loraplus_optimizer(
         wrapped, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8, loraplus_weight_decay=0.1
@@ -151,28 +151,28 @@ def test_delta_lora_moves_the_weight_as_its_algorithm_does():
     options = {"rank": 2, "alpha": 3, "targets": TARGETS}
     model, _ = oracles.adapted(DeltaLoRAConfig(**options, ratio=ratio))
     plain, _ = oracles.adapted(LoRAConfig(**options))
-    fresh = base.extract(model).arrays
+    fresh = inject.extract(model).arrays
     for name in TARGETS:
         for factor in "AB":
             fresh[f"{name}.start_{factor}"] = fresh[f"{name}.lora_{factor}"]
-    model = base.load_state(model, base.AdapterState(fresh))
-    shapes = base.extract(plain).arrays
+    model = inject.load_state(model, inject.AdapterState(fresh))
+    shapes = inject.extract(plain).arrays
     pair = {name: value.reshape(shapes[name].shape) for name, value in fresh.items()
             if "lora_" in name}  # fmt: skip
-    plain = base.load_state(plain, base.AdapterState(pair))
+    plain = inject.load_state(plain, inject.AdapterState(pair))
 
     def loss(graphdef, trainable, frozen):
         out = nnx.merge(graphdef, trainable, frozen)(oracles.images())
         return ((out - 1) ** 2).sum(), out
 
     tx = following(optax.sgd(rate), start)
-    graphdef, trainable, frozen = nnx.split(model, base.Trainable, ...)
+    graphdef, trainable, frozen = nnx.split(model, inject.Trainable, ...)
     ours = jax.jit(jax.value_and_grad(functools.partial(loss, graphdef), has_aux=True))
     opt_state = tx.init(trainable)
-    other_def, other, weights = nnx.split(plain, base.Trainable, ...)
+    other_def, other, weights = nnx.split(plain, inject.Trainable, ...)
     theirs = jax.jit(jax.value_and_grad(functools.partial(loss, other_def), has_aux=True))
     products = jax.jit(lambda t, w: {
-        name: base.layers(nnx.merge(other_def, t, w))[name].delta() for name in TARGETS
+        name: inject.layers(nnx.merge(other_def, t, w))[name].delta() for name in TARGETS
     })  # fmt: skip
     for step in range(1, 5):
         (_, found), grads = ours(trainable, frozen)
@@ -187,7 +187,7 @@ def test_delta_lora_moves_the_weight_as_its_algorithm_does():
             for name in TARGETS:
                 kernel = weights[name]["base"]["kernel"]
                 kernel.set_value(kernel.get_value() + ratio * (after[name] - before[name]))
-    merged = base.layers(base.merge(nnx.merge(graphdef, trainable, frozen)))
+    merged = inject.layers(inject.merge(nnx.merge(graphdef, trainable, frozen)))
     for name in TARGETS:
         expected = weights[name]["base"]["kernel"].get_value() + after[name]
         np.testing.assert_allclose(merged[name].kernel[...], expected, atol=1e-5)
@@ -202,8 +202,8 @@ def test_copies_of_a_hypernetwork_stay_equal():
             return jnp.concatenate([block["to_k"](x) for block in self.blocks], -1)
 
     config = HypernetworkConfig(targets=("to_k",), structure=(1, 2, 1), activation="relu")
-    model = kinds.add(Two(nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
-    graphdef, trainable, frozen = nnx.split(model, base.Trainable, ...)
+    model = registry.add(Two(nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
+    graphdef, trainable, frozen = nnx.split(model, inject.Trainable, ...)
     x = oracles.images()
 
     @jax.jit
@@ -215,7 +215,7 @@ def test_copies_of_a_hypernetwork_stay_equal():
         for _ in range(3):
             updates, opt_state = tx.update(grad(values), opt_state, values)
             values = optax.apply_updates(values, updates)
-        return base.extract(nnx.merge(graphdef, values, frozen)).arrays
+        return inject.extract(nnx.merge(graphdef, values, frozen)).arrays
 
     tied, free = train(shared(optax.sgd(0.5), config.targets)), train(optax.sgd(0.5))
     for name in ("kernel_0", "kernel_1", "bias_1"):
@@ -223,7 +223,7 @@ def test_copies_of_a_hypernetwork_stay_equal():
         np.testing.assert_array_equal(tied[first], tied[second])
     assert np.abs(free["blocks.0.to_k.bias_1"] - free["blocks.1.to_k.bias_1"]).max() > 1e-4
     # The sum of the gradients is that of the network that both use.
-    start = base.extract(model).arrays
+    start = inject.extract(model).arrays
     one = flatten(grad(trainable), graphdef, frozen)
     moved = start["blocks.0.to_k.bias_1"] - 0.5 * (
         one["blocks.0.to_k.bias_1"] + one["blocks.1.to_k.bias_1"]
@@ -235,7 +235,7 @@ def test_copies_of_a_hypernetwork_stay_equal():
 
 
 def flatten(trainable, graphdef, frozen) -> dict:
-    return base.extract(nnx.merge(graphdef, trainable, frozen)).arrays
+    return inject.extract(nnx.merge(graphdef, trainable, frozen)).arrays
 
 
 @pytest.mark.parametrize(
@@ -244,17 +244,17 @@ def flatten(trainable, graphdef, frozen) -> dict:
 )
 def test_training_side_by_side_and_resumed_from_a_checkpoint(tmp_path, kind, settings):
     """With the kind's own optimiser and loss: stacked as separate, resumed as uninterrupted."""
-    config = kinds.make_config(kind, rank=2, alpha=5, targets=TARGETS, **settings)
+    config = registry.make_config(kind, rank=2, alpha=5, targets=TARGETS, **settings)
     net = oracles.Pair(rngs=nnx.Rngs(0))
-    models = [kinds.add(net, config, rngs=jax.random.key(seed)) for seed in range(2)]
-    graphdef, _, frozen = nnx.split(models[0], base.Trainable, ...)
-    starts = [nnx.state(model, base.Trainable) for model in models]
-    tx = learning.optimiser(config, optax.adam(3e-2), 6)
+    models = [registry.add(net, config, rngs=jax.random.key(seed)) for seed in range(2)]
+    graphdef, _, frozen = nnx.split(models[0], inject.Trainable, ...)
+    starts = [nnx.state(model, inject.Trainable) for model in models]
+    tx = optim_hooks.optimiser(config, optax.adam(3e-2), 6)
 
     def loss(trainable):
         return ((nnx.merge(graphdef, trainable, frozen)(oracles.images()) - 1) ** 2).mean(), {}
 
-    loss = learning.penalised(loss, config)
+    loss = optim_hooks.penalised(loss, config)
 
     def step(state):
         grads = jax.grad(lambda t: loss(t)[0])(state[0])
@@ -270,7 +270,7 @@ def test_training_side_by_side_and_resumed_from_a_checkpoint(tmp_path, kind, set
 
     halves = [run(one, (start, tx.init(start)), 3) for start in starts]
     apart = [run(one, state, 3) for state in halves]
-    together = base.stack(starts)
+    together = inject.stack(starts)
     together = run(many, (together, jax.vmap(tx.init)(together)), 6)
     for number, state in enumerate(apart):
         for found, expected in zip(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.conditions import (
     CHANNELS,
     WITH_PARTNER,
@@ -16,11 +17,10 @@ from jaxsynth.data.conditions import (
     source_conditions,
     space_to_depth,
 )
-from jaxsynth.data.folder import folder_source
-from jaxsynth.data.rendered import COLOURS, SHAPES
-from jaxsynth.data.scenes import render_scenes
-from jaxsynth.data.sources import ArraySource, SourceError, Subset
-from jaxsynth.errors import UserError
+from jaxsynth.data.load import ArraySource, SourceError, Subset
+from jaxsynth.data.procedural.scenes import render_scenes
+from jaxsynth.data.procedural.shapes import COLOURS, SHAPES
+from jaxsynth.data.sources.folder import folder_source
 
 
 def picture(height=16, width=20):

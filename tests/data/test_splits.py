@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.data import prompts
-from jaxsynth.data.sources import DataConfig, SourceError, load_dataset, select_classes
+from jaxsynth.data.load import DataConfig, SourceError, load_dataset, select_classes
 from jaxsynth.data.splits import few_shot, load_shots
-from jaxsynth.errors import UserError
 
 
 @pytest.fixture(scope="module")

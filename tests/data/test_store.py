@@ -10,7 +10,7 @@ import pytest
 
 from jaxsynth.data.decode import decode_image
 from jaxsynth.data.export import export
-from jaxsynth.data.sources import DataConfig, Subset, load_dataset
+from jaxsynth.data.load import DataConfig, Subset, load_dataset
 from jaxsynth.data.store import Entry, ImageStore, StoreError, StoreWriter, copy_store
 
 CLASSES = ("F/A-18", "crème brûlée", "v1.0 plain")

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsynth.adapters.base import extract, load_state
+from jaxsynth.adapters.inject import extract, load_state
 from jaxsynth.data.store import ImageStore
 from jaxsynth.diffusion.learned_range import make_learned_range
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
-from jaxsynth.generation.images import GenerateConfig, fill_store, image_keys
-from jaxsynth.methods.diffscaler_recipes import adapted
-from jaxsynth.methods.diffscaler_stages import SCHEDULER_CONFIG
-from jaxsynth.models.dit import DiT, DiTConfig
+from jaxsynth.generation.generate import GenerateConfig, fill_store, image_keys
+from jaxsynth.methods.diffscaler.recipes import adapted
+from jaxsynth.methods.diffscaler.stages import SCHEDULER_CONFIG
+from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
 from tests.methods.small_base import random_network

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from jaxsynth.data.concepts import Concept, concept_of
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.procedural.concepts import Concept, concept_of
 from jaxsynth.diffusion.guidance import classifier_free, nested
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.errors import UserError
 from jaxsynth.generation.edited import EditConfig, edit_images
-from jaxsynth.generation.images import image_keys
-from jaxsynth.methods.weightgen_edits import Edits, EditsConfig
-from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
+from jaxsynth.generation.generate import image_keys
+from jaxsynth.methods.weightgen.edits import Edits, EditsConfig
+from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.weights.hf import load_pipeline, save_pipeline
 from tests.methods.small_base import UNET, random_network
 

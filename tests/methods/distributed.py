@@ -9,15 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxsynth.data.augment import RECIPES
-from jaxsynth.data.sources import ArraySource
+from jaxsynth.data.load import ArraySource
+from jaxsynth.data.pipeline.augment import RECIPES
 from jaxsynth.data.store import ImageStore
-from jaxsynth.generation.images import GenerateConfig, Generator, fill_store
-from jaxsynth.methods.datadream import read_adapter, write_adapter
-from jaxsynth.training.artifact import run_stage
-from jaxsynth.training.classifier import ClassifyConfig, predict, train_classifier
+from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
+from jaxsynth.methods.datadream.stages import read_adapter, write_adapter
+from jaxsynth.runs.stage import run_stage
+from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, train_classifier
+from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.training.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
 from jaxsynth.weights.hf import load_clip, load_pipeline
 
 PROMPTS = ("a photo of the digit one", "a photo of the digit two")

@@ -7,8 +7,8 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
-from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
+from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights.hf import Clip, StableDiffusion, describe, save_clip, save_pipeline
 from jaxsynth.weights.tokenizer import train_tokenizer
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.datadream import read_adapter
-from jaxsynth.training.classifier import predict
+from jaxsynth.methods.datadream.stages import read_adapter
+from jaxsynth.tasks.clip_classifier import predict
 from jaxsynth.weights.hf import load_clip
 from tests.methods import distributed
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from jaxsynth import cli
+from jaxsynth.cli import main as cli
 from jaxsynth.data import store
 from jaxsynth.training.checkpoint import Checkpoints
 

@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 
 from jaxsynth.models import layers
-from jaxsynth.models.blocks import enlarge
+from jaxsynth.models.diffusion.blocks import enlarge
 from tests.models.torch_parity import nchw, nhwc, relative_error
 
 

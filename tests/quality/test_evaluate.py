@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxsynth.data.sources import ArraySource, DataConfig, Subset, load_dataset
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.load import ArraySource, DataConfig, Subset, load_dataset
 from jaxsynth.data.store import Entry, ImageStore, StoreWriter
-from jaxsynth.errors import UserError
 from jaxsynth.quality.evaluate import compare, open_images
 from jaxsynth.quality.features import clip_extractor
 from jaxsynth.quality.metrics import QualityConfig, evaluate

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxsynth.data.sources import ArraySource, digits_source
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.load import ArraySource, digits_source
 from jaxsynth.quality.features import (
     clip_extractor,
     inception_extractor,
@@ -20,7 +20,7 @@ from jaxsynth.quality.features import (
     write_statistics,
 )
 from jaxsynth.quality.metrics import Statistics, fid, statistics
-from jaxsynth.weights.files import resolve
+from jaxsynth.weights.hub import resolve
 from tests.models.torch_parity import nchw, relative_error
 
 
@@ -40,7 +40,7 @@ def clip():
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     pytest.importorskip("torch")
-    from tests.models.torch_inception import random_inception
+    from tests.models.classifiers.torch_inception import random_inception
 
     peer = random_inception(seed=1)
     path = tmp_path_factory.mktemp("inception") / "weights.safetensors"

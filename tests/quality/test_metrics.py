@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
 from jaxsynth.quality import distances, metrics
 from jaxsynth.quality.metrics import (
     QualityConfig,

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from jaxsynth.data.cues import hue_of
 from jaxsynth.data.decode import square
-from jaxsynth.data.rendered import SHAPES
-from jaxsynth.data.sources import ArraySource, DataConfig, Record, Subset, load_dataset
-from jaxsynth.robustness import bias_sets, figures, suite
-from jaxsynth.robustness.bootstrap import evaluate
-from jaxsynth.robustness.calibration import expected_calibration_error
-from jaxsynth.robustness.detection import detection
-from jaxsynth.robustness.ood import max_softmax, negative_entropy
+from jaxsynth.data.load import ArraySource, DataConfig, Record, Subset, load_dataset
+from jaxsynth.data.procedural.cues import hue_of
+from jaxsynth.data.procedural.shapes import SHAPES
+from jaxsynth.robustness import bias_sets, suite
+from jaxsynth.robustness.metrics import table
+from jaxsynth.robustness.metrics.bootstrap import evaluate
+from jaxsynth.robustness.metrics.calibration import expected_calibration_error
+from jaxsynth.robustness.metrics.detection import detection
+from jaxsynth.robustness.metrics.ood import max_softmax, negative_entropy
 
 SIZE, CLASSES = 16, len(SHAPES)
 EPS = 0.3
@@ -74,7 +75,7 @@ def some(answers, *parts):
 def test_a_table_needs_the_answers_only(answers, sets, key, tmp_path):
     suite.save_answers(tmp_path / "hue.npz", answers["hue"])
     stored = suite.load_answers(tmp_path / "hue.npz")
-    found = figures.measure(stored, key, resamples=100)
+    found = table.measure(stored, key, resamples=100)
     assert list(found) == [
         "accuracy", "ECE", "accuracy rand", "ECE rand", "AUROC textures", "FPR95 textures",
         "R_adv FGSM", "R_adv PGD", "CB_1", "CB_2", "CB_3", "shape bias", "IN-9", "BG-Gap",
@@ -95,7 +96,7 @@ def test_a_table_needs_the_answers_only(answers, sets, key, tmp_path):
 
 
 def test_paper_mode_follows_the_published_code(answers):
-    found = figures.figures(answers["hue"], "paper")
+    found = table.figures(answers["hue"], "paper")
     logits, labels = (answers["hue"][f"clean/{name}"] for name in ("logits", "labels"))
 
     def value(name):
@@ -113,32 +114,32 @@ def test_paper_mode_follows_the_published_code(answers):
     clean = logits.argmax(1) == labels
     for mode, name in (("paper", "PGD as published"), ("corrected", "PGD")):
         under = answers["hue"][f"attack/{name}/correct"]
-        found = figures.figures(answers["hue"], mode)
+        found = table.figures(answers["hue"], mode)
         assert value("R_adv PGD") == pytest.approx((under & clean).sum() / clean.sum())
         assert "R_adv PGD as published" not in found
     with pytest.raises(ValueError, match="mode: expected 'corrected' or 'paper', found 'exact'"):
-        figures.figures(answers["hue"], "exact")
+        table.figures(answers["hue"], "exact")
 
 
 def test_models_compare_on_the_same_images(answers, key):
     one, other = (some(answers[name], "clean", "background") for name in ("hue", "blind"))
-    found = figures.compare(one, other, key, resamples=200)
+    found = table.compare(one, other, key, resamples=200)
     assert found["accuracy"].value == pytest.approx(1 - 1 / CLASSES)
     assert found["BG-Gap"].value == 1
-    same = figures.compare(one, one, key, resamples=100)
+    same = table.compare(one, one, key, resamples=100)
     assert all(x.low == x.value == x.high == 0 for x in same.values())
     moved = {**other, "clean/labels": other["clean/labels"][::-1]}
     with pytest.raises(ValueError, match="clean/labels: differs between the models"):
-        figures.compare(one, moved, key)
+        table.compare(one, moved, key)
     with pytest.raises(ValueError, match=r"background/mixed_rand/correct: not answered by both"):
-        figures.compare(one, some(other, "clean"), key)
+        table.compare(one, some(other, "clean"), key)
 
 
 def test_a_share_of_nothing_is_none(answers, key):
     wrong = some(answers["blind"], "clean")
     wrong["clean/labels"] = np.zeros_like(wrong["clean/labels"])
     wrong["attack/FGSM/correct"] = np.zeros(len(wrong["clean/labels"]), bool)
-    found = figures.measure(wrong, key, resamples=100)
+    found = table.measure(wrong, key, resamples=100)
     assert found["R_adv FGSM"] is None and found["accuracy"].value == 0
 
 
@@ -195,7 +196,7 @@ def test_a_set_of_some_classes_is_asked_among_these(sets, hues, key):
     assert logits.shape == (len(few), CLASSES)
     chosen = np.array([2, 5])[logits[:, [2, 5]].argmax(1)]
     values = {
-        name: evaluate(x.figure, x.count) for name, x in figures.figures(found, "paper").items()
+        name: evaluate(x.figure, x.count) for name, x in table.figures(found, "paper").items()
     }
     assert values["accuracy R"] == pytest.approx((chosen == part.labels).mean())
     expected = expected_calibration_error(
@@ -250,11 +251,11 @@ def test_partitions_of_few_images_print_their_intervals(key):
         "clean/logits": np.eye(2, dtype=np.float32), "clean/labels": np.arange(2),
         "context/correct": right, "context/partition": partition,
     }  # fmt: skip
-    found = figures.measure(answers, key, resamples=500)
+    found = table.measure(answers, key, resamples=500)
     assert found["CB_3"].value == pytest.approx(15 / 21 / 0.9)
     assert found["CB_3"].text().startswith("79.4 [") and "CB_2" not in found
     widths = {k: found[k].high - found[k].low for k in ("CB_1", "CB_3")}
     assert widths["CB_3"] > 0.3 > 0.2 > widths["CB_1"] > 0
-    assert figures.counts(answers) == {
+    assert table.counts(answers) == {
         "clean": 2, "context P0": 600, "context P1": 300, "context P3": 21
     }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.models import layers
-from jaxsynth.models.attention import attention
+from jaxsynth.ops.attention import attention
 
 CHANNELS = 16
 HEADS = 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxsynth.training.artifact import load_artifact
+from jaxsynth.runs.stage import load_artifact
 from jaxsynth.training.metrics import read_metrics
 
 WORKER = Path(__file__).parent / "worker.py"

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxsynth.models.clip import CLIPConfig, CLIPModel
-from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
+from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import fit
 from jaxsynth.training.optim import OptimConfig, make_optimizer

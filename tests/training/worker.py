@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import small_net
 
-from jaxsynth.training.artifact import run_stage
+from jaxsynth.runs.stage import run_stage
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import fit
 from jaxsynth.training.metrics import MetricsWriter

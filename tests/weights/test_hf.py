@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
 from jaxsynth.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
-from jaxsynth.models.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxsynth.weights import files
+from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
+from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.weights import hub
 from jaxsynth.weights.hf import (
     Clip,
     StableDiffusion,
@@ -311,7 +311,7 @@ def test_old_attention_names_of_the_vae_load(pipeline_folder, tmp_path):
 def test_shards_and_half_precision_files_load(peer, pipeline_folder, tmp_path):
     reference = load_model(UNet2DCondition, UNet2DConditionConfig, pipeline_folder / "unet")
     peer.unet.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    assert len(files.weight_files(tmp_path / "sharded")) > 2
+    assert len(hub.weight_files(tmp_path / "sharded")) > 2
     sharded = load_model(UNet2DCondition, UNet2DConditionConfig, tmp_path / "sharded")
     peer.unet.save_pretrained(tmp_path / "fp16", variant="fp16")
     fp16 = load_model(UNet2DCondition, UNet2DConditionConfig, tmp_path / "fp16")

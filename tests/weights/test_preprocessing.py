@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxsynth.errors import UserError
-from jaxsynth.models.resize import resize_matrix, torch_cubic_matrix
+from jaxsynth.core.errors import UserError
+from jaxsynth.ops.resize import resize_matrix, torch_cubic_matrix
 from jaxsynth.weights import preprocessing
 from jaxsynth.weights.preprocessing import IMAGENET, Preprocessing, from_timm, from_transformers
 

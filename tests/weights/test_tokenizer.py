@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from jaxsynth.errors import UserError
+from jaxsynth.core.errors import UserError
 from jaxsynth.weights.tokenizer import Tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")

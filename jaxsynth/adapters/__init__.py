@@ -1,0 +1,1 @@
+"""Adapters: surgery on a frozen network, and the algebra of what is learned."""

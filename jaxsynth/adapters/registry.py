@@ -1,0 +1,153 @@
+"""All kinds of adapters by name: what `--config.adapter=` takes, and what a state's file may hold.
+
+BitFit, norm tuning and training in place are no kinds of layer but `base.mark_trainable`; DiffFit's
+scales are an Affiner of rank 0 (`affiner`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Key
+
+from jaxsynth.adapters import inject
+from jaxsynth.adapters.kinds.adalora import AdaLoRAConfig, adalora
+from jaxsynth.adapters.kinds.affiner import AffinerConfig, affiner
+from jaxsynth.adapters.kinds.delta_lora import DeltaLoRAConfig, delta_lora
+from jaxsynth.adapters.kinds.full import FullConfig, full
+from jaxsynth.adapters.kinds.glora import GLoRAConfig, glora
+from jaxsynth.adapters.kinds.hypernetwork import HypernetworkConfig, hypernetwork
+from jaxsynth.adapters.kinds.ia3 import IA3Config, ia3
+from jaxsynth.adapters.kinds.loha import LoHaConfig, loha
+from jaxsynth.adapters.kinds.lokr import LoKrConfig, lokr
+from jaxsynth.adapters.kinds.lora import LoRAConfig, lora
+from jaxsynth.adapters.kinds.oft import OFTConfig, oft
+from jaxsynth.adapters.kinds.prefix import PrefixConfig, prefix
+from jaxsynth.adapters.kinds.vera import VeRAConfig, vera
+
+# What makes the layers of each configuration.
+MAKERS: dict[type, Callable[[Any], inject.Maker]] = {
+    LoRAConfig: lora,
+    LoHaConfig: loha,
+    LoKrConfig: lokr,
+    VeRAConfig: vera,
+    AdaLoRAConfig: adalora,
+    DeltaLoRAConfig: delta_lora,
+    GLoRAConfig: glora,
+    OFTConfig: oft,
+    IA3Config: ia3,
+    FullConfig: full,
+    AffinerConfig: affiner,
+    PrefixConfig: prefix,
+    HypernetworkConfig: hypernetwork,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A configuration and the fields that its name stands for.
+
+    `has_places`: it is for certain layers, which its own targets name.
+    """
+
+    config: type[Any]
+    options: dict[str, Any]
+    has_places: bool = False
+
+    @property
+    def fields(self) -> set[str]:
+        """The names of its settings."""
+        return {field.name for field in fields(self.config)}
+
+
+KINDS = {
+    "lora": Kind(LoRAConfig, {}),
+    "dora": Kind(LoRAConfig, {"decompose": "output"}),
+    "pissa": Kind(LoRAConfig, {"init": "pissa"}),
+    "olora": Kind(LoRAConfig, {"init": "olora"}),
+    "rslora": Kind(LoRAConfig, {"use_rslora": True}),
+    "locon": Kind(LoRAConfig, {"use_tucker": True}),
+    "loha": Kind(LoHaConfig, {}),
+    "doha": Kind(LoHaConfig, {"decompose": "output"}),
+    "lokr": Kind(LoKrConfig, {}),
+    "dokr": Kind(LoKrConfig, {"decompose": "output"}),
+    "vera": Kind(VeRAConfig, {}),
+    "adalora": Kind(AdaLoRAConfig, {}),
+    "delta_lora": Kind(DeltaLoRAConfig, {}),
+    "glora": Kind(GLoRAConfig, {}),
+    "oft": Kind(OFTConfig, {}),
+    "boft": Kind(OFTConfig, {"butterfly": 2}),
+    "ia3": Kind(IA3Config, {}, has_places=True),
+    "full": Kind(FullConfig, {}),
+    "affiner": Kind(AffinerConfig, {}),
+    "prefix": Kind(PrefixConfig, {}, has_places=True),
+    "hypernetwork": Kind(HypernetworkConfig, {}, has_places=True),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of this name; ValueError where there is none."""
+    if name not in KINDS:
+        raise ValueError(f"adapter {name!r}: expected one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def make_config(name: str, **settings: Any) -> Any:
+    """The configuration of the kind `name` with these settings.
+
+    ValueError for a name that is no kind, or settings that the kind does not have.
+    """
+    kind = kind_of(name)
+    if unknown := settings.keys() - kind.fields:
+        raise ValueError(
+            f"adapter {name}: no setting {sorted(unknown)}, expected some of {sorted(kind.fields)}"
+        )
+    return kind.config(**kind.options | settings)
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """A kind by name with settings of its own: what a run's `--config.adapter=` is read into.
+
+        --config.adapter=lokr --config.adapter.rank=4
+
+    What it leaves open is for the method to say (`config`).
+    """
+
+    kind: str = "lora"
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        make_config(self.kind, **self.settings)
+
+    @classmethod
+    def schema(cls, kind: str) -> type:
+        """The dataclass whose fields the settings of a kind are."""
+        return kind_of(kind).config
+
+    def config(self, *, targets: tuple[str, ...], **defaults: Any) -> Any:
+        """The configuration: the settings, and the method's `targets` and `defaults`.
+
+        Of `defaults` a kind takes those that it has. An alpha belongs to its rank, and is left out
+        where the rank is another; targets are where the kind has no places of its own.
+        """
+        kind = kind_of(self.kind)
+        if "rank" in self.settings or defaults.get("alpha") == defaults.get("rank"):
+            defaults.pop("alpha", None)
+        if not kind.has_places:
+            defaults["targets"] = targets
+        known = {name: value for name, value in defaults.items() if name in kind.fields}
+        return make_config(self.kind, **known | self.settings)
+
+
+def maker(config: Any) -> inject.Maker:
+    """Makes the layers of any configuration; TypeError if it is none of an adapter."""
+    if type(config) not in MAKERS:
+        raise TypeError(f"cannot make adapters of a {type(config).__name__}")
+    return MAKERS[type(config)](config)
+
+
+def add(model: inject.T, config: Any, *, rngs: nnx.Rngs | Key[Array, ""]) -> inject.T:
+    """A copy of `model` with adapters of any kind on `config.targets`; see `base.inject`."""
+    return inject.inject(model, maker(config), targets=config.targets, rngs=rngs)

@@ -1,0 +1,1 @@
+"""Changes of a network that are no low-rank update: rows, inputs, padding."""

@@ -1,0 +1,1 @@
+"""The `jaxsynth` command: parses, calls, prints."""

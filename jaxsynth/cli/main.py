@@ -1,0 +1,529 @@
+"""The `jaxsynth` command. It parses, calls and prints; what a verb does lives in the library.
+
+Exit codes: 0 success, 1 a run that failed, 2 a wrong command line or config, 130 interrupted. An
+error that a user can act on is one line; any other keeps its traceback, because it is a bug.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text as RichText
+
+import jaxsynth
+from jaxsynth.cli import help
+from jaxsynth.core.errors import UsageError, UserError
+
+RUN_FILE = "run.json"
+# malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def _datadream() -> ModuleType:
+    from jaxsynth.methods.datadream import stages
+
+    return stages
+
+
+def _tiny_base() -> ModuleType:
+    from jaxsynth.methods.tiny_base import stages
+
+    return stages
+
+
+def _controlled() -> ModuleType:
+    from jaxsynth.methods.controlled import stages
+
+    return stages
+
+
+def _diffscaler() -> ModuleType:
+    from jaxsynth.methods.diffscaler import run as diffscaler
+
+    return diffscaler
+
+
+def _weightgen() -> ModuleType:
+    from jaxsynth.methods.weightgen import stages
+
+    return stages
+
+
+def _robustness() -> ModuleType:
+    from jaxsynth.methods.robustness import stages
+
+    return stages
+
+
+# A method's module has `Config` (frozen dataclasses) and `run(config, workdir)`, those of REPORTS
+# also `report(workdir)`, and those of PLANS `plan(config, mesh)`, which returns a list of
+# `training.planning.Plan`. They are imported on use: `--help` should not wait for JAX.
+METHODS: dict[str, Callable[[], ModuleType]] = {
+    "controlled": _controlled,
+    "datadream": _datadream,
+    "diffscaler": _diffscaler,
+    "robustness": _robustness,
+    "tiny_base": _tiny_base,
+    "weightgen": _weightgen,
+}
+REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "weightgen")
+PLANS = ("diffscaler", "weightgen")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    if argv is None:  # the command itself, not a call from another program
+        _keep_freed_memory()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    debug = "--debug" in argv
+    try:
+        rest, assignments = _take_assignments([arg for arg in argv if arg != "--debug"])
+        args = _parse(rest)
+        if assignments and args.verb not in ("run", "plan"):
+            raise UsageError(
+                f"--config.{assignments[0][0]}: only `jaxsynth run` and `jaxsynth plan` have "
+                "config fields"
+            )
+        args.assignments, args.argv = assignments, argv
+        _prepare_libraries()
+        args.call(args)
+    except KeyboardInterrupt:
+        errors.print(
+            "Interrupted. The same command goes on where this one stopped.", style="yellow"
+        )
+        return 130
+    except Exception as error:
+        if debug or not _is_for_users(error):
+            traceback.print_exc()
+            if not debug:
+                errors.print(RichText("The error above is a bug in jaxsynth or below it.", "red"))
+        else:
+            errors.print(RichText(f"error: {_message(error)}", "red"))
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """`jaxsynth run`: starts a run, or goes on with it."""
+    from jaxsynth.core.config import to_dict
+
+    name, method, config = _configured(args)
+    _enable_compile_cache()
+    _start_processes(args)
+    import jax
+
+    from jaxsynth.core.console import console, duration, set_quiet
+    from jaxsynth.runs.stage import versions, write_json
+
+    first = jax.process_index() == 0
+    set_quiet(not first)
+    workdir = args.workdir
+    record = {
+        "method": name,
+        "config": to_dict(config),
+        "command": shlex.join(["jaxsynth", *args.argv]),
+        "versions": versions(),
+    }
+    if (workdir / RUN_FILE).is_file():
+        there = _read_run(workdir)["method"]
+        if there != name:
+            raise UsageError(f"{workdir} holds a run of method {there}, this config is for {name}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    if first and not (workdir / RUN_FILE).exists():
+        write_json(workdir / RUN_FILE, record)
+
+    devices = jax.devices()
+    console.print(
+        f"jaxsynth {jaxsynth.__version__}, JAX {jax.__version__}, {len(devices)} x "
+        f"{devices[0].device_kind}: {name} in {workdir}",
+        markup=False,
+    )
+    began = time.monotonic()
+    result = method.run(config, workdir)
+    if first:
+        write_json(workdir / RUN_FILE, record)
+    where = f": {result}" if isinstance(result, Path) else ""
+    console.print(f"Done in {duration(time.monotonic() - began)}{where}", markup=False)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """`jaxsynth plan`: what a config's training needs, on devices that need not be there."""
+    _start_fake_devices(args.devices)
+    name, method, config = _configured(args)
+    if name not in PLANS:
+        raise UsageError(f"{args.config}: method {name} has no plan, only {', '.join(PLANS)}")
+    _enable_compile_cache()
+    import jax
+
+    from jaxsynth.core.console import console
+    from jaxsynth.report.tables import to_rich
+    from jaxsynth.training.planning import table
+    from jaxsynth.training.sharding import make_mesh
+
+    mesh = make_mesh(args.data, args.fsdp, args.tensor)
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    device = jax.devices()[0].device_kind
+    console.print(f"{name} on {mesh.size} x {device} ({shape})", markup=False)
+    plans = method.plan(config, mesh)
+    console.print(to_rich(table(plans)))
+    for one in plans:
+        if one.note:
+            console.print(f"{one.name}: {one.note}", markup=False)
+
+
+def report(args: argparse.Namespace) -> None:
+    """`jaxsynth report`: writes the page of each run again from what the run left."""
+    from jaxsynth.core.console import console
+
+    for workdir in args.workdirs:
+        name = _read_run(workdir)["method"]
+        if name not in REPORTS:
+            raise UsageError(f"{workdir}: method {name} has no report, only {', '.join(REPORTS)}")
+        page = METHODS[name]().report(workdir)
+        console.print(str(page or workdir), markup=False)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`jaxsynth convert`: an adapter or an image store in another tool's format."""
+    from jaxsynth.cli.convert import convert
+    from jaxsynth.core.console import console
+
+    console.print(convert(args.source, args.target, args.to, args.base), markup=False)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """`jaxsynth bench`: times our programs, and others' beside them."""
+    from jaxsynth.bench.run import run
+    from jaxsynth.core.console import console
+
+    run(
+        args.name,
+        peer=args.peer,
+        cases=args.cases,
+        reps=args.reps,
+        json=args.json,
+        console=console,
+    )
+
+
+def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
+    """The method that a config file names, its module, and the config with what was assigned."""
+    from jaxsynth.core.config import load_config, override, to_dataclass
+
+    values = load_config(args.config)
+    name = values.get("method")
+    if name not in METHODS:
+        found = "no field `method`" if name is None else f"method={name!r}"
+        raise UsageError(f"{args.config}: {found}, expected one of {', '.join(METHODS)}")
+    if any(field == "method" for field, _ in args.assignments):
+        raise UsageError(f"--config.method: the config file decides the method ({name})")
+    method = METHODS[name]()
+    values = override(values, args.assignments)
+    if "method" not in method.Config.__dataclass_fields__:
+        del values["method"]
+    return name, method, to_dataclass(method.Config, values)
+
+
+def _start_fake_devices(count: int) -> None:
+    """Has JAX see `count` CPU devices, which has to be said before it is imported."""
+    if count < 1:
+        raise UsageError(f"--devices={count}: expected at least 1")
+    if "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    import jax
+
+    if (found := len(jax.devices())) != count:
+        raise UsageError(f"--devices={count}: this process has already started JAX with {found}")
+
+
+def _read_run(workdir: Path) -> dict[str, Any]:
+    import json
+
+    path = workdir / RUN_FILE
+    if not path.is_file():
+        kind = "holds no run" if workdir.is_dir() else "does not exist"
+        raise UsageError(f"{workdir} {kind}: {RUN_FILE} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _enable_compile_cache() -> None:
+    """Keeps compiled programs between runs, unless JAX's own variable has already said where."""
+    import jax
+
+    folder = os.environ.get("JAXSYNTH_CACHE", "")
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or folder.lower() in ("off", "none", "0"):
+        return
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth"
+    jax.config.update("jax_compilation_cache_dir", folder or str(default / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _start_processes(args: argparse.Namespace) -> None:
+    """Joins the other processes of a multi-process run; a single process does nothing."""
+    given = {
+        "coordinator_address": args.coordinator_address
+        or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _count(args.num_processes, "JAX_NUM_PROCESSES"),
+        "process_id": _count(args.process_id, "JAX_PROCESS_ID"),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given) and not args.distributed:
+        return
+    if missing and not args.distributed:
+        raise UsageError(
+            f"a run of several processes needs --{' and --'.join(missing)} too, "
+            "or --distributed where the cluster says it"
+        )
+    import jax
+
+    try:
+        jax.distributed.initialize(**given)
+    except (RuntimeError, ValueError) as error:
+        where = given["coordinator_address"] or "this cluster"
+        raise UserError(f"the processes of {where} did not come together: {error}") from error
+
+
+def _count(value: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if value is not None or not text:
+        return value
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{variable}={text!r}: expected an integer") from None
+
+
+def _prepare_libraries() -> None:
+    # transformers, which only reads tokenizers here, advises everyone to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # ArrayRecord and Grain define absl flags, and reading one that nobody has parsed raises.
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next step, unless the environment tunes it already.
+
+    Every step on a CPU allocates its intermediate values as one block. By default glibc gives that
+    back to the kernel, and faulting it in again takes a fifth of the time of a large step. Only the
+    first arena can keep blocks of any size, so it has to be the only one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ):
+        return
+    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+        mallopt(option, value)
+
+
+def _take_assignments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits `--config.a.b=value` (or `--config.a.b value`) from the other arguments."""
+    rest, assignments = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        name, sign, value = argument.removeprefix("--config.").partition("=")
+        if not all(name.split(".")):
+            raise UsageError(f"{argument}: expected --config.FIELD=VALUE")
+        if not sign:
+            value = next(arguments, None)
+            if value is None or value.startswith("--"):
+                raise UsageError(f"{argument} needs a value: {argument}=VALUE")
+        assignments.append((name, value))
+    return rest, assignments
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake raises the error that `main` prints, and help keeps its lines."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="jaxsynth", description=help.DESCRIPTION, epilog=help.EPILOG)
+    version = f"jaxsynth {jaxsynth.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
+    subparsers = {
+        "run": _run_parser(verbs),
+        "report": _report_parser(verbs),
+        "plan": _plan_parser(verbs),
+        "convert": _convert_parser(verbs),
+        "bench": _bench_parser(verbs),
+    }
+
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [o for action in subparsers[args.verb]._actions for o in action.option_strings]
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, [*options, "--config."], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown argument {unknown[0]}{hint} (see jaxsynth {args.verb} --help)")
+    return args
+
+
+def _run_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "run",
+        help="start a run, or go on where it stopped",
+        description="Start a run, or go on where it stopped.",
+        usage="jaxsynth run --config=FILE[:VARIANT] --workdir=DIR [--config.FIELD=VALUE ...]",
+        epilog=help.RUN_EPILOG,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="where the run's files go"
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="find the other processes from the cluster"
+    )
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which this one is, from 0")
+    parser.set_defaults(call=run)
+    return parser
+
+
+def _plan_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "plan",
+        help="compile a config's training for many devices, and print what it needs",
+        description="Compile a config's training programs for many devices, without any of them, "
+        "and print the memory and the work that they need.",
+        usage="jaxsynth plan --config=FILE[:VARIANT] --devices=N [--data=N] [--fsdp=N] "
+        "[--tensor=N] [--config.FIELD=VALUE ...]",
+        epilog=help.PLAN_EPILOG.format(plans=", ".join(PLANS)),
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
+    )
+    parser.add_argument(
+        "--devices", required=True, type=int, metavar="N", help="how many devices to compile for"
+    )
+    for axis, default, what in (
+        ("data", -1, "which share a batch (default: all that the others leave)"),
+        ("fsdp", 1, "which share a batch and the frozen weights (default 1)"),
+        ("tensor", 1, "which share the layers' heads and channels (default 1)"),
+    ):
+        text = f"devices along the axis {axis}, {what}"
+        parser.add_argument(f"--{axis}", type=int, default=default, metavar="N", help=text)
+    parser.set_defaults(call=plan)
+    return parser
+
+
+def _report_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "report",
+        help="write a run's tables and pictures into one HTML page",
+        description="Write the tables and pictures of finished runs into one HTML page each.",
+    )
+    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
+    parser.set_defaults(call=report)
+    return parser
+
+
+def _convert_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "convert",
+        help="write an adapter or an image store in another tool's format",
+        description="Write an adapter or an image store in another tool's format. What SRC is, is "
+        "seen from its files.",
+        usage="jaxsynth convert SRC DST --to=FORMAT [--base=FOLDER]",
+        epilog=help.CONVERT_EPILOG,
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="what to read")
+    parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
+    parser.add_argument(
+        "--base", default="", metavar="FOLDER", help="an adapter's base: a folder, hub id or tiny"
+    )
+    parser.set_defaults(call=convert)
+    return parser
+
+
+def _bench_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "bench",
+        help="time what the library does, side by side with others",
+        description="Time training, sampling, attacks or corruptions, side by side with others.",
+        usage="jaxsynth bench BENCHMARK [CASE ...] [--peer=PEER]",
+        epilog=help.BENCH_EPILOG,
+    )
+    names = (
+        "train-step",
+        "generate",
+        "dit-train-step",
+        "routing",
+        "adapters",
+        "attacks",
+        "corruptions",
+    )
+    peers = ("torch", "foolbox", "torchattacks", "imagecorruptions")
+    parser.add_argument("name", metavar="BENCHMARK", choices=names, help="what is timed, see below")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
+    parser.add_argument("--peer", choices=peers, default="", help="whom to compare with")
+    parser.add_argument("--reps", type=int, default=5, metavar="N", help="measurements (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.set_defaults(call=bench)
+    return parser
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether the error is one that this package raises to be read by a user.
+
+    That is every exception class of its own, every failure to open a file, and a ValueError or a
+    FloatingPointError whose last frame lies in the package. JAX shortens its tracebacks so that
+    its errors seem to come from the caller, but marks those with a note.
+    """
+    if isinstance(error, UserError) or type(error).__module__.startswith("jaxsynth."):
+        return True
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    if not isinstance(error, (ValueError, FloatingPointError, FileNotFoundError)):
+        return False
+    if any("JAX" in note for note in getattr(error, "__notes__", ())):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(jaxsynth.__file__).parent) + os.sep
+    return bool(frames) and frames[-1].filename.startswith(package)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error)
+    with contextlib.suppress(IndexError):
+        text = text or f"{type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-1]}"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

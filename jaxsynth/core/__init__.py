@@ -1,0 +1,1 @@
+"""What every room needs: configs, console, errors, files."""

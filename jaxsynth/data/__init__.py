@@ -1,0 +1,1 @@
+"""Data: data sets, prompts, splits, image stores, conditions."""

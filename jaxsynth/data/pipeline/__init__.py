@@ -1,0 +1,1 @@
+"""Batches: decoding, augmentation, mixing."""

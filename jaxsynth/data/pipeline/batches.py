@@ -1,0 +1,255 @@
+"""From sources to batches, with Grain.
+
+A pipeline is a function of a position: which image comes when and how it is augmented follow from
+the seed and the position alone. So an iterator stopped anywhere goes on exactly (`get_state`,
+`set_state`), and any number of processes read disjoint parts of one global order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxsynth.data.load import ImageSource, Record, SourceError, cached
+
+# uint8 (h, w, 3) and a generator (None when evaluating) -> array; see data/augment.py.
+Transform = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
+Batch = dict[str, np.ndarray]
+
+# Far more steps than any run takes; lets endless pipelines be zipped, which need equal lengths.
+_ENDLESS = 2**48
+
+
+class _Examples:
+    """A source as what Grain asks of one: examples as dicts, `index` being the position."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(index)]
+
+    def __repr__(self) -> str:  # Grain logs it; a repr of all pixels would be slow
+        return f"{type(self.source).__name__}({len(self.source)})"
+
+
+class _Apply:
+    """The transform as Grain's random_map wants it."""
+
+    def __init__(self, transform: Transform | None):
+        self.transform = transform
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
+        image = record.image if self.transform is None else self.transform(record.image, rng)
+        return {"image": image, "label": np.int32(record.label)}
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> Batch:
+    """Stack examples; images of unequal shapes are an error that says what to do."""
+    shapes = {np.shape(example["image"]) for example in examples}
+    if len(shapes) > 1:
+        raise SourceError(
+            f"images of different shapes in a batch: {sorted(shapes)[:4]}; set image_size or give "
+            "a transform that makes them equal"
+        )
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def _local(batch_size: int, process_index: int, process_count: int, what: str) -> int:
+    if not 0 <= process_index < process_count:
+        raise SourceError(f"process_index {process_index}: expected below {process_count}")
+    if batch_size < 1 or batch_size % process_count:
+        raise SourceError(f"{what} {batch_size} does not divide among {process_count} processes")
+    return batch_size // process_count
+
+
+def _batched(source, batch_size, seed, transform, epochs, process_index, process_count, what):
+    """A MapDataset of this process's batches."""
+    if not len(source):
+        raise SourceError(f"{what}: the source has no images")
+    local = _local(batch_size, process_index, process_count, what)
+    return (
+        grain.MapDataset.source(_Examples(source))
+        .seed(seed)
+        .shuffle()
+        .repeat(epochs)[process_index::process_count]
+        .random_map(_Apply(transform))
+        .batch(local, drop_remainder=True, batch_fn=collate)
+    )
+
+
+def _iterator(batches: grain.MapDataset, num_workers: int, num_threads: int):
+    """Threads prefetch batches in this process; workers, if any, are processes of their own."""
+    threads = num_threads if num_threads >= 0 else min(8, os.cpu_count() or 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    dataset = batches.to_iter_dataset(options)
+    if num_workers:
+        # Grain reads absl flags to start workers, which fails in a program that never parsed any.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(dataset)
+
+
+def train_batches(
+    source: ImageSource,
+    batch_size: int,
+    seed: int,
+    transform: Transform | None = None,
+    *,
+    epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    cache: bool = True,
+    num_workers: int = 0,
+    num_threads: int = -1,
+):
+    """Shuffled batches {"image", "label"}, endless or for a number of epochs.
+
+    batch_size is the global one; each process yields its share. Each epoch has its own order, a
+    batch may straddle two, and the last incomplete one is dropped. With `cache`, images are decoded
+    once if they fit in 1 GiB. The iterator has get_state and set_state.
+    """
+    source = cached(source) if cache else source
+    batches = _batched(
+        source, batch_size, seed, transform, epochs, process_index, process_count, "batch_size"
+    )
+    if not len(batches):
+        raise SourceError(
+            f"batch_size {batch_size}: {len(source)} images in {epochs} epochs do not fill a batch"
+        )
+    return _iterator(batches, num_workers, num_threads)
+
+
+class _Mixed:
+    """Batches whose first part is real and whose second is synthetic."""
+
+    def __init__(self, real: grain.MapDataset, synthetic: grain.MapDataset, steps: int):
+        self.real, self.synthetic, self.steps = real, synthetic, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> Batch:
+        real, synthetic = self.real[index], self.synthetic[index]
+        counts = [len(real["label"]), len(synthetic["label"])]
+        shapes = [part["image"].shape[1:] for part in (real, synthetic)]
+        if shapes[0] != shapes[1]:
+            raise SourceError(
+                f"real images are {shapes[0]}, synthetic ones {shapes[1]}: give a transform that "
+                "makes them equal"
+            )
+        batch = {key: np.concatenate([real[key], synthetic[key]]) for key in real}
+        return batch | {"is_real": np.repeat([True, False], counts)}
+
+    def __repr__(self) -> str:
+        return f"_Mixed({self.steps})"
+
+
+def real_count(batch_size: int, real_fraction: float) -> int:
+    """Real images per batch: the nearest count that leaves at least one of each kind."""
+    if not 0 < real_fraction < 1:
+        raise SourceError(f"real_fraction: expected between 0 and 1, found {real_fraction}")
+    if batch_size < 2:
+        raise SourceError(f"batch_size: expected 2 or more to hold both kinds, found {batch_size}")
+    return min(max(round(batch_size * real_fraction), 1), batch_size - 1)
+
+
+def mixed_batches(
+    real: ImageSource,
+    synthetic: ImageSource,
+    batch_size: int,
+    seed: int,
+    transform: Transform | None = None,
+    *,
+    real_fraction: float = 0.5,
+    steps: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    cache: bool = True,
+    num_workers: int = 0,
+    num_threads: int = -1,
+):
+    """Batches {"image", "label", "is_real"} with the same number of real images in each, first.
+
+    The counts are fixed (`real_count`), so neither part of a loss over both is ever empty. Each
+    kind is shuffled and repeated on its own, without end or for `steps` batches. In a batch put
+    together from several processes, real images come first within each process's part.
+    """
+    if process_count > 1 and batch_size % process_count:
+        raise SourceError(
+            f"batch_size {batch_size} does not divide among {process_count} processes"
+        )
+    count = process_count * real_count(batch_size // process_count, real_fraction)
+    parts = []
+    for offset, (source, size, what) in enumerate(
+        [(real, count, "real images"), (synthetic, batch_size - count, "synthetic images")]
+    ):
+        source = cached(source) if cache else source
+        # Odd and even seeds, so that the two kinds do not share their order.
+        args = (2 * seed + offset, transform, None, process_index, process_count, what)
+        parts.append(_batched(source, size, *args))
+    batches = grain.MapDataset.source(_Mixed(*parts, _ENDLESS if steps is None else steps))
+    return _iterator(batches, num_workers, num_threads)
+
+
+class _Padded:
+    """Batches of an evaluation; positions past the end repeat the first image, marked not valid."""
+
+    def __init__(self, source, batch_size, transform, process_index, process_count):
+        self.source, self.transform = source, transform
+        self.local = _local(batch_size, process_index, process_count, "batch_size")
+        self.offset = process_index * self.local
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        start = int(index) * self.batch_size + self.offset
+        examples = []
+        for position in range(start, start + self.local):
+            valid = position < len(self.source)
+            record = self.source[position if valid else 0]
+            image = record.image if self.transform is None else self.transform(record.image, None)
+            examples.append(
+                {
+                    "image": image,
+                    "label": np.int32(record.label),
+                    "index": np.int32(position if valid else -1),
+                    "valid": np.bool_(valid),
+                }
+            )
+        return collate(examples)
+
+    def __repr__(self) -> str:
+        return f"_Padded({len(self.source)})"
+
+
+def eval_batches(
+    source: ImageSource,
+    batch_size: int,
+    transform: Transform | None = None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    num_threads: int = -1,
+):
+    """Every image once and in order: {"image", "label", "index", "valid"}, all batches full.
+
+    The last batch is filled up with images marked `valid` False (and `index` -1), so that one
+    compiled program serves all batches and every process yields as many.
+    """
+    if not len(source):
+        raise SourceError("the source has no images")
+    padded = _Padded(source, batch_size, transform, process_index, process_count)
+    return _iterator(grain.MapDataset.source(padded), num_workers, num_threads)

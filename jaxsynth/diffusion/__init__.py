@@ -1,0 +1,1 @@
+"""Diffusion: noise schedules, samplers, guidance, losses, learned variances."""

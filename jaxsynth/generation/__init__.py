@@ -1,0 +1,1 @@
+"""Generation: schedule, sampler, guidance, conditioner, decoder, and the images that come out."""

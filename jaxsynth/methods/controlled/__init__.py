@@ -1,0 +1,1 @@
+"""Controlled generation: adapters against a ControlNet."""

@@ -1,0 +1,1 @@
+"""DataDream: few-shot guided synthetic data sets."""

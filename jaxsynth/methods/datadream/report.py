@@ -1,0 +1,247 @@
+"""What a DataDream run found: results.json, a table on the terminal and one HTML page.
+
+Everything is read from the stages' folders, so the page can be made again at any time and each
+figure names the artifact it comes from.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxsynth.core.console import console
+from jaxsynth.data.load import DataConfig, Dataset, ImageSource, load_dataset
+from jaxsynth.data.splits import load_shots
+from jaxsynth.data.store import ImageStore
+from jaxsynth.report.grids import write_grid
+from jaxsynth.report.page import Picture, Section, write_page
+from jaxsynth.report.plots import Series, plot_scores
+from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
+from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.stage import MANIFEST, load_artifact, write_json
+
+COLUMNS_PER_SOURCE = 4
+MAX_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what the classifier saw, and where its scores lie."""
+
+    label: str
+    folder: str  # below the run, with {shots} and {seed}
+    mode: str = ""
+
+
+def rows(modes: list[str]) -> list[Row]:
+    """The table's lines, in order."""
+    lines = [
+        Row("CLIP, zero-shot", "zero-shot"),
+        Row("Real shots only", "shots{shots}-seed{seed}/real"),
+        Row("Synthetic, prompts only", "prompt-seed{seed}/synthetic"),
+    ]
+    for mode in modes:
+        own = f"shots{{shots}}-seed{{seed}}/{mode}"
+        lines.append(Row(f"Synthetic, DataDream {mode}", f"{own}/synthetic", mode))
+        lines.append(Row(f"DataDream {mode} + real shots", f"{own}/both", mode))
+    return lines
+
+
+def page_of(workdir: Path) -> Path:
+    """Where `write` puts the page."""
+    return workdir / "report.html"
+
+
+def write(workdir: Path) -> Path:
+    """Collects the scores, prints the table and writes the page; returns the page's path."""
+    found = _stages(workdir)
+    shots = sorted({s for s, _ in found})
+    seeds = sorted({s for _, s in found})
+    modes = [
+        m
+        for m in ("dset", "cls")
+        if any((f / m / "images" / MANIFEST).is_file() for f in found.values())
+    ]
+    lines = rows(modes)
+    results = [
+        {"row": row.label, "shots": k, "seed": seed, **_scores(workdir, row, k, seed)}
+        for row in lines
+        for k in shots
+        for seed in seeds
+        if _folder(workdir, row, k, seed) is not None
+    ]
+    write_json(workdir / "results.json", results)
+    tables = [_table(results, lines, shots, seeds, "top1")]
+    if len(shots) == 1:
+        tables.append(_per_class(results, lines))
+    console.print(to_rich(tables[0]))
+    (workdir / "table.md").write_text(to_markdown(tables[0]) + "\n", "utf-8")
+
+    config = _config(workdir)
+    dataset = load_dataset(config)
+    grid = _grid(workdir, dataset, shots[-1], seeds[0], modes)
+    sections = [
+        Section(
+            "Accuracy on the test set",
+            f"Top-1 in per cent on {len(dataset.test)} test images ({dataset.split}). "
+            + _seeds_note(seeds)
+            + " Every trained classifier starts from the same CLIP and takes the same number of "
+            "steps. The test set chooses nothing: " + _chosen(found),
+            tables=tables,
+            images=_curve(workdir, results, lines, shots, seeds),
+        ),
+        Section(
+            "What the generator drew",
+            f"From left to right: real shots, images from the prompt alone, and images of the "
+            f"fine-tuned generator ({shots[-1]} shots, seed {seeds[0]}), one class per row. "
+            "Images at the same place of the two generated groups started from the same noise.",
+            images=[Picture(grid, "Real, prompt-only and DataDream images.", pixelated=True)],
+        ),
+        Section("How it was made", details=stage_details(workdir)),
+    ]
+    facts = [
+        ("data set", dataset.name),
+        ("classes", str(dataset.num_classes)),
+        ("shots", ", ".join(map(str, shots))),
+        ("seeds", ", ".join(map(str, seeds))),
+    ]
+    return write_page(
+        page_of(workdir),
+        f"DataDream on {dataset.name}",
+        sections,
+        subtitle="A few-shot guided synthetic data set, and what training on it is worth.",
+        facts=facts,
+    )
+
+
+def _chosen(found: dict[tuple[int, int], Path]) -> str:
+    """Which of a classifier's steps is scored."""
+    kept = [load_artifact(folder / "shots").counts["validation"] for folder in found.values()]
+    if not any(kept):
+        return "the last step is scored."
+    return "where real shots are seen, those kept for validation choose the step that is scored."
+
+
+def _stages(workdir: Path) -> dict[tuple[int, int], Path]:
+    """The folders of each (shots, seed), by name."""
+    found = {}
+    for folder in workdir.glob("shots*-seed*"):
+        shots, seed = folder.name.removeprefix("shots").split("-seed")
+        if (folder / "shots" / MANIFEST).is_file():
+            found[int(shots), int(seed)] = folder
+    if not found:
+        raise FileNotFoundError(f"{workdir}: no finished shots stage (shots*-seed*/shots)")
+    return found
+
+
+def _folder(workdir: Path, row: Row, shots: int, seed: int) -> Path | None:
+    folder = workdir / row.folder.format(shots=shots, seed=seed)
+    return folder if (folder / MANIFEST).is_file() else None
+
+
+def _scores(workdir: Path, row: Row, shots: int, seed: int) -> dict:
+    folder = _folder(workdir, row, shots, seed)
+    scores = json.loads((folder / "scores.json").read_text("utf-8"))
+    return {**scores, "artifact": folder.relative_to(workdir).as_posix()}
+
+
+def _measure(results: list[dict], label: str, shots: int, score: str) -> Measure | None:
+    values = [r[score] for r in results if r["row"] == label and r["shots"] == shots]
+    # The zero-shot row is one number, not one per seed.
+    distinct = values[:1] if label == "CLIP, zero-shot" else values
+    return Measure(tuple(distinct)) if values else None
+
+
+def _table(results, lines: list[Row], shots: list[int], seeds: list[int], score: str) -> Table:
+    columns = ["Trained on", *(f"{k} shot{'s' * (k != 1)}" for k in shots)]
+    body = [[row.label, *(_measure(results, row.label, k, score) for k in shots)] for row in lines]
+    if len(shots) == 1:
+        columns.append("mean over classes")
+        for line, row in zip(body, lines, strict=True):
+            line.append(_measure(results, row.label, shots[0], "macro"))
+    spread = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    return Table(columns, body, caption=f"Top-1 accuracy in %{spread}", scale=100, rules=(3,))
+
+
+def _per_class(results: list[dict], lines: list[Row]) -> Table:
+    names = list(results[0]["per_class"])
+    body = []
+    for row in lines:
+        own = [r["per_class"] for r in results if r["row"] == row.label]
+        known = [[r[name] for r in own if r[name] is not None] for name in names]
+        body.append([row.label, *(float(np.mean(values)) if values else None for values in known)])
+    return Table(["Trained on", *names], body, caption="Per class, in %", scale=100, rules=(3,))
+
+
+def _seeds_note(seeds: list[int]) -> str:
+    if len(seeds) == 1:
+        return f"One seed ({seeds[0]}): differences of a point or two mean nothing."
+    return f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+
+
+def _curve(workdir: Path, results, lines: list[Row], shots: list[int], seeds) -> list[Picture]:
+    """Accuracy against the number of shots, where there are several."""
+    if len(shots) < 2:
+        return []
+    series = []
+    for row in lines:
+        measures = {k: _measure(results, row.label, k, "top1") for k in shots}
+        done = {k: m for k, m in measures.items() if m is not None}  # of a run under way
+        if done:
+            series.append(
+                Series(
+                    row.label,
+                    list(done),
+                    [100 * m.mean for m in done.values()],
+                    [100 * (m.std or 0.0) for m in done.values()] if len(seeds) > 1 else None,
+                    dashed="{shots}" not in row.folder,
+                )
+            )
+    path = plot_scores(
+        workdir / "accuracy.png",
+        series,
+        xlabel="real images per class",
+        ylabel="top-1 accuracy, %",
+        log_x=True,
+    )
+    return [Picture(path, "Accuracy against the number of real images per class.")]
+
+
+def _config(workdir: Path) -> DataConfig:
+    """The data configuration of the run, from the zero-shot stage's manifest."""
+    values = dict(load_artifact(workdir / "zero-shot").manifest["config"]["data"]["config"])
+    values["class_names"] = tuple(values["class_names"])
+    return DataConfig(**values)
+
+
+def _first(source: ImageSource, label: int, count: int) -> list[np.ndarray]:
+    """The first `count` images of a class."""
+    found = np.flatnonzero(np.asarray(source.labels) == label)[:count]
+    return [source[int(i)].image for i in found]
+
+
+def _grid(workdir: Path, dataset: Dataset, shots: int, seed: int, modes: list[str]) -> Path:
+    folder = workdir / f"shots{shots}-seed{seed}"
+    drawn = load_shots(folder / "shots" / "shots.json").train_source(dataset)
+    sources: list[tuple[str, ImageSource]] = [("real", drawn)]
+    stores = {"prompt only": workdir / f"prompt-seed{seed}" / "images"}
+    for mode in modes:
+        stores[f"DataDream {mode}" if len(modes) > 1 else "DataDream"] = folder / mode / "images"
+    for name, path in stores.items():
+        if (path / MANIFEST).is_file():  # a page can be made while the run is under way
+            sources.append((name, ImageStore(path, verify=False)))
+    count = dataset.num_classes
+    labels = np.unique(np.linspace(0, count - 1, min(count, MAX_CLASSES)).round().astype(int))
+    sides = COLUMNS_PER_SOURCE
+    blank = np.zeros_like(_first(drawn, int(labels[0]), 1)[0])
+    lines = []
+    for label in labels:
+        line = []
+        for _, source in sources:
+            images = _first(source, int(label), sides)
+            line += images + [blank] * (sides - len(images))
+        lines.append(line)
+    headings = [text for name, _ in sources for text in (name, *[""] * (sides - 1))]
+    names = [dataset.display_names[label] for label in labels]
+    return write_grid(workdir / "samples.png", lines, names, tile=64, headings=headings)

@@ -1,0 +1,1 @@
+"""DiffScaler: one frozen diffusion transformer, many data sets."""

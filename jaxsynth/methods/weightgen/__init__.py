@@ -1,0 +1,1 @@
+"""Denoised neural weights: a generator of LoRA initial weights from text."""

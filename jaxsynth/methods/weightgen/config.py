@@ -1,0 +1,129 @@
+"""What a run of generated weights is told: concepts, editors, LoRAs, generators."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.data.load import DataConfig
+from jaxsynth.data.procedural.concepts import (
+    COLOURS,
+    FAMILIES,
+    Concept,
+    LanguageServer,
+    ask_concepts,
+    builtin_concepts,
+    check_families,
+    read_concepts,
+)
+from jaxsynth.methods.datadream.stages import MeshConfig
+from jaxsynth.methods.weightgen.editors import EditorConfig
+from jaxsynth.methods.weightgen.edits import EditsConfig
+from jaxsynth.tasks.gan import E2GAN_TARGETS
+from jaxsynth.tasks.weight_generator import GeneratorConfig
+
+
+@dataclass(frozen=True)
+class ConceptConfig:
+    """Where concepts come from, and how many of them are for what.
+
+    `source` is "builtin" (`families`, `colours`, `combinations` of two), "file" (`path`) or
+    "server" (`url` of an OpenAI-compatible server, `model`). The first `base` of the `train`
+    concepts are those that the editor itself learns.
+    """
+
+    source: Literal["builtin", "file", "server"] = "builtin"
+    families: tuple[str, ...] = FAMILIES
+    colours: tuple[str, ...] = COLOURS
+    combinations: int = 0
+    path: str = ""
+    url: str = ""
+    model: str = ""
+    train: int = 96
+    validation: int = 8
+    unseen: int = 16
+    base: int = 8
+
+    def __post_init__(self):
+        check_families(self.families)
+        if not 1 <= self.base <= self.train or min(self.validation, self.unseen) < 2:
+            raise ValueError(
+                f"concepts: base {self.base}, train {self.train}, validation {self.validation}, "
+                f"unseen {self.unseen}; expected 1 <= base <= train and at least 2 of the others"
+            )
+
+    def load(self, seed: int) -> list[Concept]:
+        """All concepts of the source."""
+        if self.source == "file":
+            return read_concepts(self.path)
+        if self.source == "server":
+            server = LanguageServer(self.url, self.model)
+            each = -(-(self.train + self.validation + self.unseen) // len(self.families))
+            asked = (ask_concepts(server, family, each, seed=seed) for family in self.families)
+            return [concept for own in asked for concept in own]
+        return builtin_concepts(
+            self.families, colours=self.colours, combinations=self.combinations, seed=seed
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to generate: the generator, the time `t` of its one step (-1: the last), and which
+    factors of a LoRA stand for its product ("none": as trained, "svd" or "aligned" to the first
+    concept's; `adapters.blocks.canonical`)."""
+
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    t: int = -1
+    canonical: Literal["none", "svd", "aligned"] = "none"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `text` is a Stable Diffusion folder whose text encoder reads the prompts.
+
+    `rank` is that of the LoRAs, on the layers that the paper adapts.
+    `checkpoints` is K, how many late states of each LoRA are kept; `block` the values in a block.
+    `generators` are compared on validation concepts by the mean L1 after `levers_at` steps, and
+    the best is the one that the comparison reports. `noise` is the standard deviation of the noise
+    on the nearest concept's LoRA, relative to each weight's spread over the concepts. `mesh` is
+    what the collection (its concepts over "data") and the generators train on.
+    """
+
+    method: str = "weightgen"
+    text: str = "tiny"
+    data: DataConfig = field(default_factory=DataConfig)
+    photos: int = 256
+    held_out: int = 32
+    concepts: ConceptConfig = field(default_factory=ConceptConfig)
+    edits: EditsConfig = field(default_factory=EditsConfig)
+    editor: EditorConfig = field(default_factory=EditorConfig)
+    rank: int = 4
+    checkpoints: int = 4
+    block: int = 256
+    generators: dict[str, Variant] = field(default_factory=dict)
+    few_steps: int = 4
+    levers_at: tuple[int, ...] = (0, 5, 20)
+    noise: float = 0.3
+    seeds: tuple[int, ...] = (0,)
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+
+    def __post_init__(self):
+        if not self.generators or not self.seeds or not self.levers_at:
+            raise ValueError("generators, seeds and levers_at: expected at least one of each")
+        if self.checkpoints < 1 or self.few_steps < 2:
+            raise ValueError(
+                f"checkpoints {self.checkpoints} and few_steps {self.few_steps}, expected at least "
+                "1 and 2"
+            )
+        if self.editor.pairs > self.photos:
+            raise ValueError(f"editor.pairs is {self.editor.pairs} of {self.photos} photos")
+        for name, variant in self.generators.items():
+            if variant.canonical != "none" and not self.editor.train_down:
+                raise ValueError(
+                    f"generators.{name}.canonical is {variant.canonical!r}, but without "
+                    "editor.train_down there are no pairs of factors to choose"
+                )
+
+    @property
+    def lora(self) -> LoRAConfig:
+        """The adapter of every concept."""
+        return LoRAConfig(rank=self.rank, targets=E2GAN_TARGETS)

@@ -1,0 +1,1 @@
+"""Networks in Flax NNX, named as their PyTorch originals."""

@@ -1,0 +1,1 @@
+"""Networks of diffusion models: UNet, DiT, VAE, ControlNet."""

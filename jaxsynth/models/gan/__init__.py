@@ -1,0 +1,1 @@
+"""Image-to-image GANs: E2GAN, pix2pix, PatchGAN."""

@@ -1,0 +1,1 @@
+"""Operations that depend on the backend: attention, convolution, resizing, random bits."""

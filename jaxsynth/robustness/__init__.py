@@ -1,0 +1,1 @@
+"""Robustness of classifiers: attacks, corruptions, biases, calibration, OOD detection."""

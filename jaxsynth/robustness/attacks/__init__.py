@@ -1,0 +1,1 @@
+"""Adversarial attacks with a perturbation bound."""

@@ -1,0 +1,306 @@
+"""A model's answers to corrupted images, and R_cc, mCE and relative mCE of them with intervals.
+
+Clean images are corrupted on the device (`corruptions`), a batch at a time under every corruption
+and severity; or read, where a set comes corrupted (ImageNet-C, CIFAR-10-C). Only whether each was
+classified rightly is kept, as (severities, images) a corruption, so that figures are paired with
+the clean images in every resample. A corruption's key is folded with its name's place among all of
+them and the image's, and its severities share their random numbers: neither the choice of
+corruptions nor the batch changes a picture.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Key
+
+from jaxsynth.data.load import ImageSource
+from jaxsynth.robustness.attacks.evaluate import batches
+from jaxsynth.robustness.corruptions.codec import CODEC_CORRUPTIONS, corrupt_by_codec
+from jaxsynth.robustness.corruptions.common_3d import depth_from_inverse
+from jaxsynth.robustness.corruptions.registry import (
+    CORRUPTIONS,
+    CORRUPTIONS_3D,
+    EXTRA_CORRUPTIONS,
+    SEVERITIES,
+    TEST_CORRUPTIONS,
+    corrupt,
+    corrupt_3d,
+    to_released,
+)
+from jaxsynth.robustness.metrics.bootstrap import Figure, Weights, mean, ratio
+from jaxsynth.robustness.metrics.corruption import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS
+from jaxsynth.robustness.predictors import Answers, Asker, ask, labels_of
+
+# The synthetic-clone study's, in the order of its two scripts, whose meters are one each.
+PAPER_CORRUPTIONS = ("shot_noise", "motion_blur", "snow", "pixelate", "jpeg_compression")
+PAPER_CORRUPTIONS_3D = ("near_focus", "far_focus", "fog_3d", "xy_motion_blur", "z_motion_blur")
+GROUPS = {
+    "paper": (*PAPER_CORRUPTIONS, *PAPER_CORRUPTIONS_3D),
+    "imagenet_c": tuple(TEST_CORRUPTIONS),
+    "extra": tuple(EXTRA_CORRUPTIONS),
+    "3dcc": tuple(CORRUPTIONS_3D),
+    "codecs": CODEC_CORRUPTIONS,
+}
+# Without those that need a video codec.
+_ALL = (*CORRUPTIONS, *CORRUPTIONS_3D)
+_NAMES = (*_ALL, *CODEC_CORRUPTIONS)
+_DEEP = (*CORRUPTIONS_3D, *CODEC_CORRUPTIONS)
+
+Baseline = Answers | Literal["alexnet"]
+
+
+@dataclass(frozen=True)
+class Corruptions:
+    """Corruptions to make of the clean images: names or `GROUPS`, or "all" but the "codecs", which
+    need PyAV.
+
+    released: 8 bits and JPEG of quality 85, as the released ImageNet-C is.
+    """
+
+    names: tuple[str, ...] = ()
+    severities: tuple[int, ...] = SEVERITIES
+    released: bool = False
+
+    def __post_init__(self):
+        for name in self.names:
+            if name not in (*_NAMES, *GROUPS, "all"):
+                raise ValueError(
+                    f"names: {name!r}: expected all, {', '.join(GROUPS)}, or some of "
+                    f"{', '.join(_NAMES)}"
+                )
+        bad = [s for s in self.severities if s not in SEVERITIES]
+        if bad or len(set(self.severities)) < len(self.severities) or not self.severities:
+            raise ValueError(f"severities: expected some of 1 to 5, found {self.severities}")
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Single names, each once."""
+        found = []
+        for name in self.names:
+            found += _ALL if name == "all" else GROUPS.get(name, (name,))
+        return tuple(dict.fromkeys(found))
+
+
+def corrupted_batch(
+    name: str,
+    images: Float[Array, "n h w 3"],
+    severity: int,
+    key: Key[Array, ""],
+    *,
+    first: int = 0,
+    nearness: Float[Array, "n h w"] | None = None,
+    released: bool = False,
+) -> Float[Array, "n h w 3"]:
+    """Images in [0, 1] under any corruption, image i being number `first` + i of its set.
+
+    `nearness` in [0, 1] is for the 3D ones, a relative one as a depth network gives: depth goes
+    from 0.1 at 1 to 0.5, where the generator has it end, at 0, and its inverse is linear between.
+    """
+    drawn = jax.random.fold_in(key, _NAMES.index(name))
+    if name in CORRUPTIONS:
+        return corrupt(name, images, severity, drawn, first=first, released=released)
+    if nearness is None:
+        raise ValueError(f"{name}: needs how near each pixel is")
+    depth = depth_from_inverse(1024 * (1 + 4 * jnp.asarray(nearness)))
+    if name in CODEC_CORRUPTIONS:
+        moved = jnp.asarray(corrupt_by_codec(name, images, depth, severity, drawn, first=first))
+        return jax.vmap(to_released)(moved) if released else moved
+    return corrupt_3d(name, images, depth, severity, drawn, first=first, released=released)
+
+
+def answer_corruptions(
+    asker: Asker,
+    clean: ImageSource,
+    key: Key[Array, ""],
+    asked: Corruptions,
+    *,
+    depth_folder: Path | None = None,
+) -> Answers:
+    """Whether each clean image is classified rightly under each corruption and severity."""
+    shape = len(asked.severities), len(clean)
+    found = {name: np.empty(shape, bool) for name in asked.asked}
+    labels = labels_of(clean)
+    deep = any(name in _DEEP for name in found)
+    for rows, batch in batches(len(clean), asker.batch_size):
+        images = jnp.asarray(asker.read(clean, batch))
+        nearness = jnp.asarray(asker.nearness(clean, batch, depth_folder)) if deep else None
+        for name, right in found.items():
+            for place, severity in enumerate(asked.severities):
+                moved = corrupted_batch(
+                    name,
+                    images,
+                    severity,
+                    key,
+                    first=rows.start,
+                    nearness=nearness,
+                    released=asked.released,
+                )
+                decided = _decided(asker, moved, f"{name} of severity {severity}")
+                right[place, rows] = (decided == labels[batch])[: rows.stop - rows.start]
+    return _named(found, asked.severities)
+
+
+def answer_corrupted(
+    asker: Asker, clean: ImageSource, corrupted: Mapping[str, Sequence[ImageSource]]
+) -> Answers:
+    """The same of sets that come corrupted: image i of each is the i-th clean one, corrupted.
+
+    An image that has the model's size is not resized: the released ones are cut to 224 pixels, and
+    to resize and cut them again would enlarge them. ValueError where labels are not the clean ones.
+    """
+    labels = labels_of(clean)
+    ready = asker.read(clean, [0]).shape[1:]
+    found = {}
+    for name, sources in corrupted.items():
+        if name not in _NAMES:
+            raise ValueError(f"corrupted: {name!r}: expected one of {', '.join(_NAMES)}")
+        if len(sources) != len(SEVERITIES):
+            raise ValueError(f"corrupted: {name}: {len(sources)} sets, expected one a severity")
+        right = np.empty((len(sources), len(clean)), bool)
+        for place, source in enumerate(sources):
+            if not np.array_equal(labels_of(source), labels):
+                raise ValueError(
+                    f"{name}, severity {place + 1}: labels differ from the clean set's: not the "
+                    "same images"
+                )
+            for rows, batch in batches(len(source), asker.batch_size):
+                images = asker.read(source, batch, ready=ready)
+                decided = _decided(asker, images, f"{name} of severity {place + 1}")
+                right[place, rows] = (decided == labels[batch])[: rows.stop - rows.start]
+        found[name] = right
+    return _named(found, SEVERITIES)
+
+
+def corruption_figures(
+    answers: Answers, clean: Bool[np.ndarray, " n"], *, paper: bool, baseline: Baseline | None
+) -> dict[str, Figure]:
+    """Accuracy under each corruption (mean over severities), R_cc, mCE and relative mCE.
+
+    R_cc is the mean over corruptions of those accuracies over the clean accuracy; where there are
+    both, also of ImageNet-C's and of the 3D ones alone. mCE is over those of the fifteen test
+    corruptions that were asked about. `paper` has the ten of the synthetic-clone study (what was
+    asked of them), each accuracy being what its scripts' meter said, which is never reset.
+    """
+    cells = _cells(answers)
+    if not cells:
+        return {}
+    of_2d = {name: rows for name, rows in cells.items() if name in CORRUPTIONS}
+    of_3d = {name: rows for name, rows in cells.items() if name not in CORRUPTIONS}
+    if paper:
+        scripts = [
+            {name: cells[name] for name in names if name in cells}
+            for names in (PAPER_CORRUPTIONS, PAPER_CORRUPTIONS_3D)
+        ]
+        of_2d, of_3d = (_as_metered(script) for script in scripts)
+    means = {name: rows.mean(0) for name, rows in (of_2d | of_3d).items()}
+    found = {f"corrupted {name}": mean(right) for name, right in means.items()}
+    if means:
+        found["R_cc"] = _robustness(means, means, clean)
+    if of_2d and of_3d:
+        found["R_cc IN-C"] = _robustness(means, of_2d, clean)
+        found["R_cc 3DCC"] = _robustness(means, of_3d, clean)
+    if baseline is not None:
+        found |= _errors(cells, clean, baseline)
+    return found
+
+
+def _robustness(means: Mapping[str, np.ndarray], names, clean: np.ndarray) -> Figure:
+    return ratio(np.mean([means[name] for name in names], axis=0), clean)
+
+
+def check_alexnet(names: Collection[str]) -> None:
+    """ValueError where `names` lack some corruption of those that AlexNet's errors are means of."""
+    missing = [name for name in TEST_CORRUPTIONS if name not in names]
+    if missing:
+        raise ValueError(
+            f"mCE: AlexNet's errors are for all of ImageNet-C, missing {', '.join(missing)}; ask "
+            "about imagenet_c, or name a model as the baseline"
+        )
+
+
+def _errors(
+    cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline
+) -> dict[str, Figure]:
+    """mCE and its relative form, fractions of the baseline's."""
+    names = [name for name in TEST_CORRUPTIONS if name in cells]
+    if baseline == "alexnet":
+        check_alexnet(cells)
+    if not names:
+        return {}
+    if baseline == "alexnet":
+        errors = np.array([ALEXNET_ERRORS[name] for name in names]) / 100
+        rises = errors - ALEXNET_CLEAN_ERROR / 100
+        below, rising = (np.repeat(x[:, None], len(clean), axis=1) for x in (errors, rises))
+    else:
+        theirs = _cells(baseline)
+        for name in names:
+            if name not in theirs or theirs[name].shape != cells[name].shape:
+                raise ValueError(f"mCE: the baseline was not asked about the same {name}")
+        base = baseline["clean/logits"].argmax(1) == baseline["clean/labels"]
+        below = np.stack([1 - theirs[name].mean(0) for name in names])
+        rising = below - (1 - base)
+    above = np.stack([1 - cells[name].mean(0) for name in names])
+    return {
+        "mCE": _mean_quotient(above, below),
+        "relative mCE": _mean_quotient(above - (1 - clean), rising),
+    }
+
+
+def _mean_quotient(above, below) -> Figure:
+    return Partial(_quotients, *(jnp.asarray(values, jnp.float32) for values in (above, below)))
+
+
+def _quotients(above: Array, below: Array, weights: Weights) -> Array:
+    """Mean over corruptions of one sum over the images over the other; NaN where one is not > 0."""
+    under = below @ weights
+    # A resample's rounding must not turn a sum of nothing into something.
+    safe = jnp.where(under > 1e-4, under, jnp.nan)
+    return ((above @ weights) / safe).mean()
+
+
+def _as_metered(cells: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of each image, the running mean over all cells of a script up to each."""
+    if not cells:
+        return {}
+    sizes = np.cumsum([len(rows) for rows in cells.values()])
+    rows = np.concatenate(list(cells.values())).astype(np.float64)
+    metered = np.cumsum(rows, axis=0) / np.arange(1, len(rows) + 1)[:, None]
+    return dict(zip(cells, np.split(metered, sizes[:-1]), strict=True))
+
+
+def by_severity(answers: Answers) -> dict[str, dict[int, float]]:
+    """Accuracy (a fraction) under each corruption at each severity that was asked about."""
+    found = {}
+    for name, rows in _cells(answers).items():
+        severities = answers[f"corruption/{name}/severities"].tolist()
+        found[name] = dict(zip(severities, rows.mean(1).tolist(), strict=True))
+    return found
+
+
+def _cells(answers: Answers) -> dict[str, np.ndarray]:
+    return {
+        name.split("/")[1]: rows
+        for name, rows in answers.items()
+        if name.startswith("corruption/") and name.endswith("/correct")
+    }
+
+
+def _named(found: Mapping[str, np.ndarray], severities: Sequence[int]) -> Answers:
+    named = {}
+    for name, right in found.items():
+        named[f"corruption/{name}/correct"] = right
+        named[f"corruption/{name}/severities"] = np.asarray(severities)
+    return named
+
+
+def _decided(asker: Asker, images, what: str) -> np.ndarray:
+    logits = np.asarray(ask(asker.predict, images))
+    if not np.isfinite(logits).all():
+        raise ValueError(f"predict: NaN or infinite logits for images under {what}")
+    return logits.argmax(1)

@@ -1,0 +1,1 @@
+"""Each robustness metric's formula, once."""

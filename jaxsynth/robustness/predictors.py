@@ -1,0 +1,128 @@
+"""Asking a model about sets of images: read a batch at a time, at the size it takes.
+
+A model comes with a `preprocess` (one uint8 image to one of its size; normalisation is `predict`'s
+own), which every set goes through alike, so that no figure tells sets apart by how they were cut.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Float, Int, UInt8
+
+from jaxsynth.data.conditions import depth, known_map, partner_file
+from jaxsynth.data.load import ImageSource, SourceError
+from jaxsynth.robustness.attacks.evaluate import batches
+from jaxsynth.robustness.checks import check_labels
+
+Answers = dict[str, np.ndarray]
+Preprocess = Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model with how it takes images: pixels in [0, 1], `batch_size` of them at once."""
+
+    predict: Partial
+    preprocess: Preprocess | None
+    batch_size: int
+
+    def read(
+        self, source: ImageSource, rows: Iterable[int], *, ready: tuple[int, ...] | None = None
+    ) -> Float[np.ndarray, "n h w 3"]:
+        """Images in [0, 1]. Those of shape `ready` are taken as they are, not preprocessed."""
+        rows = [int(row) for row in rows]
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(lambda row: self._read(source, row, ready), rows))
+        for row, image in zip(rows, found, strict=True):
+            if image.shape != found[0].shape:
+                raise SourceError(
+                    f"{source.ids[row]}: {_size(image)} pixels, {source.ids[rows[0]]} has "
+                    f"{_size(found[0])}; a model takes images of one size: give a preprocess, or "
+                    "the set an image_size"
+                )
+        return np.stack(found)
+
+    def _read(self, source: ImageSource, row: int, ready) -> np.ndarray:
+        record = source[row]
+        if self.preprocess is None or record.image.shape == ready:
+            return record.image.astype(np.float32) / 255
+        return _fractions(self.preprocess(record.image), record.id)
+
+    def nearness(
+        self, source: ImageSource, rows: Iterable[int], folder: Path | None
+    ) -> Float[np.ndarray, "n h w"]:
+        """How near each pixel is, 1 being nearest, cut as the images are.
+
+        From grey files below `folder` under the images' names, or from the source where it knows.
+        """
+
+        def one(row: int) -> np.ndarray:
+            record = source[row]
+            known = known_map(source, row, "depth") if folder is None else None
+            if folder is None and known is None:
+                raise SourceError(
+                    f"{record.id}: nothing is known of its depth, which 3D corruptions need: give "
+                    "a folder of depth maps"
+                )
+            partner = known if folder is None else partner_file(folder, record.id)
+            grey = depth(partner, record.image.shape[:2])
+            if self.preprocess is None:
+                return grey[..., 0]
+            # As an image of 8 bits: what cuts and resizes images takes nothing else.
+            whole = np.repeat(np.round(255 * grey).astype(np.uint8), 3, axis=-1)
+            return _fractions(self.preprocess(whole), record.id)[..., 0]
+
+        return np.stack([one(int(row)) for row in rows])
+
+    def logits(self, source: ImageSource, name: str) -> Float[np.ndarray, "n c"]:
+        """ValueError for NaN or infinite ones, and for labels that are none of their classes."""
+        parts = []
+        for rows, batch in batches(len(source), self.batch_size):
+            found = np.asarray(ask(self.predict, self.read(source, batch)), np.float32)
+            parts.append(found[: rows.stop - rows.start])
+        found = np.concatenate(parts)
+        if not np.isfinite(found).all():
+            row = int(np.argmin(np.isfinite(found).all(1)))
+            raise ValueError(
+                f"predict: NaN or infinite logits, the first for image {source.ids[row]} of {name}"
+            )
+        return found
+
+    def labelled(self, source: ImageSource, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(logits, labels). ValueError for a label that is not one of the model's classes."""
+        found, labels = self.logits(source, name), labels_of(source)
+        check_labels(labels, *found.shape, name=f"labels of {name}")
+        return found, labels
+
+
+@jax.jit
+def ask(predict, images):
+    return predict(images)
+
+
+def labels_of(source: ImageSource) -> Int[np.ndarray, " n"]:
+    return np.asarray(source.labels, np.int32)
+
+
+def _fractions(image: np.ndarray, name: str) -> Float[np.ndarray, "h w 3"]:
+    """What a preprocess made, in [0, 1]: of 8 bits, or in that range already."""
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"preprocess: {name}: expected (h, w, 3), made {image.shape}")
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / 255
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"preprocess: {name}: made {image.dtype} values from {low:g} to {high:g}, expected "
+            "uint8, or [0, 1]; normalisation belongs into predict"
+        )
+    return image.astype(np.float32)
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"

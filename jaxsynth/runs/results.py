@@ -1,0 +1,17 @@
+"""Parts that the pages of all methods have in common."""
+
+from pathlib import Path
+
+from jaxsynth.report.page import Details
+from jaxsynth.runs.stage import (MANIFEST, load_artifact)
+
+
+def stage_details(workdir: Path) -> list[Details]:
+    """The manifest of every finished stage below a run's folder, folded away."""
+    found = []
+    for path in sorted(workdir.rglob(MANIFEST)):
+        stage = load_artifact(path.parent)
+        shown = {key: value for key, value in stage.manifest.items() if key != "files"}
+        where = path.parent.relative_to(workdir).as_posix()
+        found.append(Details(f"{stage.manifest['stage']} ({where})", shown))
+    return found

@@ -1,0 +1,1 @@
+"""Tasks: what each kind of training optimizes, as a loss and a batch."""

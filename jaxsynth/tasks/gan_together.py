@@ -1,0 +1,164 @@
+"""A LoRA for each of many edits, all trained in one program from one shared start.
+
+"Denoised neural weights" (Gong et al. 2024, arXiv 2407.11966) learns from the LoRAs of very many
+edits. Only the low-rank path differs between them: under `jax.vmap` over the stacked factors the
+base's convolutions see all concepts' images as one batch, and the low-rank path is batched matrix
+products (`adapters.convolution`). One discriminator, told the text, serves all: one for each
+concept needs convolutions mapped over kernels, which cost a third more of the whole step as matrix
+products and dozens of times more as XLA's grouped convolutions.
+
+Many different weights do nearly the same, so concepts trained apart end where their texts do not
+say. With `shared` features of the texts each adapter is a sum of parts that concepts have in common
+and of one of its own (`mixture`). Of 128 LoRAs of a small editor, trained for 300 steps, a ridge
+regression from the words left 85 % of the variance of left-out ones unexplained without, 8 % with
+shared words; their own error was the same (held-out L1 0.037 both).
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxsynth.adapters.inject import (
+    AdapterState,
+    Trainable,
+    extract,
+    mark_trainable,
+    stack,
+    unstack,
+)
+from jaxsynth.models.gan.e2gan import E2GAN
+from jaxsynth.models.gan.patchgan import PatchGAN
+from jaxsynth.tasks.gan import (
+    GANConfig,
+    Networks,
+    Pairs,
+    draw_each,
+    fit_gan,
+    init_gan,
+    make_step,
+    mixed,
+    training_data,
+)
+from jaxsynth.training import sharding
+from jaxsynth.training.step import TrainState
+from jaxsynth.weights.adapters.native import read_state, write_state
+
+
+def mixture(
+    features: Float[np.ndarray, "c f"] | None, count: int, own: float = 0.3, *, multiple: int = 1
+) -> Float[np.ndarray, "c p"]:
+    """How much of each of p parts is in each adapter: all of one for all, its features' of those of
+    its text, and `own` of one of its own.
+
+    Each part learns at the same rate, so what features explain is learnt as theirs. Without
+    features every adapter is its own. Parts of nothing fill their number up to a `multiple`.
+    """
+    if features is None:
+        return np.eye(count, dtype=np.float32)
+    parts = [np.ones((count, 1)), np.asarray(features), own * np.eye(count)]
+    fill = -sum(part.shape[1] for part in parts) % multiple
+    return np.concatenate([*parts, np.zeros((count, fill))], axis=1).astype(np.float32)
+
+
+def train_together(
+    generator: E2GAN,
+    discriminator: PatchGAN,
+    pairs: Pairs,
+    config: GANConfig,
+    folder: Path,
+    *,
+    seed: int,
+    checkpoints: int = 1,
+    every: int = 0,
+    shared: Float[np.ndarray, "c f"] | None = None,
+    own: float = 0.3,
+    mesh: Mesh | None = None,
+    description: str = "train all concepts",
+) -> list[list[AdapterState]]:
+    """The adapters of every concept of `pairs`: `[concept][k]`, the last `checkpoints` of each.
+
+    `generator` is the base with the adapters (`adapted`) that all concepts start from, and the
+    checkpoints are `every` steps apart, the last one at the end. `shared` are features of the
+    concepts' texts: adapters then are sums of parts, as `mixture` says. Resumes from `folder`. On a
+    mesh the concepts lie along "data"; where their number is not divisible by it, the last one is
+    trained more than once.
+
+    Raises:
+        ValueError: there are not so many steps.
+    """
+    count = len(pairs)
+    rows = list(range(count))
+    devices = 1 if mesh is None else mesh.shape["data"]
+    rows += [count - 1] * (-count % devices)
+    pairs = pairs.select(rows)
+    kept = [config.steps - k * every for k in reversed(range(checkpoints))]
+    if kept[0] < 1 or (checkpoints > 1 and every < 1):
+        raise ValueError(
+            f"{checkpoints} checkpoints every {every} steps, of a training of {config.steps} steps"
+        )
+    graphdef, trainable, frozen = nnx.split(generator, Trainable, ...)
+    graph_d, trainable_d = nnx.split(mark_trainable(discriminator))
+    features = None if shared is None else np.asarray(shared)[rows]
+    mix = mixture(features, len(pairs), own, multiple=devices)
+    parts = stack([trainable] * mix.shape[1])
+    data = training_data(pairs)
+    if shared is not None:
+        # What all have in common starts where the adapters do, the rest from nothing.
+        parts = jax.tree.map(lambda x: x.at[1:].set(0), parts)
+        data["mix"] = jnp.asarray(mix)
+    state = init_gan(parts, trainable_d, config, jax.random.key(seed))
+    placed = frozen
+    if mesh is not None:
+        state, data = place_together(state, data, mesh)
+        placed = sharding.replicate(frozen, mesh)
+    networks = Networks(graphdef, graph_d, stacked=True)
+    step = make_step(networks, config, partial(draw_each, count=config.batch_size))
+
+    def state_of(values: Any) -> AdapterState:
+        whole = values if shared is None else mixed(jnp.asarray(mix), values)
+        return extract(nnx.merge(graphdef, whole, frozen))
+
+    late = folder / "late"
+    late.mkdir(parents=True, exist_ok=True)
+    for at in kept:
+        path = late / f"{at}.safetensors"
+        if not path.exists():
+            part = replace(config, steps=at)
+            state = fit_gan(state, placed, data, step, part, folder, description)
+            write_state(path, state_of(sharding.gather(state.trainable["generator"])))
+    found = [unstack(read_state(late / f"{at}.safetensors"))[:count] for at in kept]
+    return [list(states) for states in zip(*found, strict=True)]
+
+
+def place_together(
+    state: TrainState, data: dict[str, Array], mesh: Mesh
+) -> tuple[TrainState, dict[str, Array]]:
+    """Adapters and their pairs along "data"; the discriminator and the photos on every device."""
+
+    def along(tree: Any) -> Any:
+        def place(leaf: Array) -> Array:  # the optimiser counts its steps once for all
+            return (sharding.shard_stack if leaf.ndim else sharding.replicate)(leaf, mesh)
+
+        return jax.tree.map(place, tree)
+
+    def both(trees: dict[str, Any]) -> dict[str, Any]:
+        judge = sharding.replicate(trees["discriminator"], mesh)
+        return {"generator": along(trees["generator"]), "discriminator": judge}
+
+    whole = partial(sharding.replicate, mesh=mesh)
+    state = replace(
+        state,
+        step=whole(state.step),
+        trainable=both(state.trainable),
+        opt_state=both(state.opt_state),
+        key=whole(state.key),
+    )
+    return state, {k: whole(x) if k == "source" else along(x) for k, x in data.items()}

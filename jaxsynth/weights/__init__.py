@@ -1,0 +1,1 @@
+"""Weights: files of other libraries, read and written without running anything from them."""

@@ -1,0 +1,1 @@
+"""Names and layouts of classifiers, DiT and Inception in other libraries' files."""

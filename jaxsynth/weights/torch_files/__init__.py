@@ -1,0 +1,1 @@
+"""PyTorch's own files, read without running what they hold."""

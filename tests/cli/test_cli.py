@@ -1,0 +1,234 @@
+"""The command: what it prints, how it exits, and that a mistake is one line that names it."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxsynth.core.errors
+from jaxsynth.cli import main as cli
+from jaxsynth.runs.stage import run_stage
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 2
+    part: Part = dataclasses.field(default_factory=Part)
+
+
+def run(config, workdir):
+    """A real method of one stage."""
+    if config.part.path == "bug":
+        return {}["bug"]
+    if config.part.path == "jax":
+        return jax.numpy.zeros(2) + jax.numpy.zeros(3)
+    if config.part.path:
+        return Path(config.part.path).read_text()
+    if config.steps == 3:
+        raise jaxsynth.core.errors.UserError("three is refused")
+    run_stage("count", workdir / "count", config, {}, lambda folder: {"steps": config.steps})
+    return workdir / "count"
+
+
+def report(workdir):
+    return workdir / "report.html"
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """Calls the command in `tmp_path` and returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXSYNTH_CACHE", "off")
+    monkeypatch.setenv("COLUMNS", "300")
+    method = types.SimpleNamespace(Config=Config, run=run, report=report)
+    monkeypatch.setitem(cli.METHODS, "counting", lambda: method)
+    monkeypatch.setattr(cli, "REPORTS", ("counting",))
+    Path("counting.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(variant='full'):\n"
+        "    return ConfigDict({'method': 'counting', 'steps': 5}).lock()\n"
+    )
+
+    def call(*argv):
+        code = cli.main(argv)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+RUN = ("run", "--config=counting.py", "--workdir=w")
+
+
+def test_run_then_again_then_report(command):
+    code, out, err = command(*RUN, "--config.steps=1", "--config.part.path", "")
+    assert (code, err) == (0, "") and "count" in out and "steps 1" in out
+    assert "Done in" in out and "w/count" in out
+    record = json.loads(Path("w/run.json").read_text())
+    assert record["method"] == "counting"
+    assert record["config"] == {"steps": 1, "part": {"path": ""}}
+    code, out, _ = command(*RUN, "--config.steps=1")
+    assert code == 0 and "unchanged, skipped" in out
+    code, _, err = command(*RUN)
+    assert code == 1 and "config.steps: 1 -> 5" in err and "Traceback" not in err
+    assert json.loads(Path("w/run.json").read_text())["config"]["steps"] == 1
+    code, out, _ = command("report", "w")
+    assert code == 0 and out.strip() == "w/report.html"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ((), 2, "required: VERB (see jaxsynth --help)"),
+        (("rnu",), 2, "invalid choice: 'rnu'"),
+        (("run", "--workdir=w"), 2, "required: --config (see jaxsynth run --help)"),
+        (("run", "--config=counting.py"), 2, "required: --workdir"),
+        ((*RUN, "--wrokdir=x"), 2, "unknown argument --wrokdir=x; did you mean --workdir?"),
+        (("run", "--config=counting.yp", "--workdir=w"), 2, "'counting.yp' does not exist"),
+        ((*RUN, "--config.stesp=1"), 2, "config.stesp: no such field; did you mean steps?"),
+        ((*RUN, "--config.part.pth=1"), 2, "config.part.pth: no such field; did you mean path?"),
+        ((*RUN, "--config.steps=many"), 2, "config.steps='many': expected an integer"),
+        ((*RUN, "--config.steps"), 2, "--config.steps needs a value"),
+        ((*RUN, "--config.=1"), 2, "expected --config.FIELD=VALUE"),
+        ((*RUN, "--config.method=datadream"), 2, "--config.method: the config file decides"),
+        ((*RUN, "--num_processes=2"), 2, "needs --coordinator_address and --process_id too"),
+        ((*RUN, "--num_processes=two"), 2, "argument --num_processes: invalid int value: 'two'"),
+        (("report", "w"), 2, "w does not exist: run.json is missing"),
+        (("report", "w", "--config.steps=1"), 2, "only `jaxsynth run` and `jaxsynth plan` have"),
+        ((*RUN, "--config.steps=3"), 1, "three is refused"),
+        ((*RUN, "--config.part.path=gone.txt"), 1, "gone.txt: No such file or directory"),
+    ],
+)
+def test_a_mistake_is_one_line(command, argv, code, message):
+    found, _, err = command(*argv)
+    assert found == code and message in err, err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(command):
+    code, _, err = command(*RUN, "--config.part.path=bug")
+    assert code == 1 and "KeyError: 'bug'" in err and "Traceback" in err
+    code, _, err = command(*RUN, "--config.part.path=jax")
+    assert code == 1 and "Traceback" in err
+    code, _, err = command("--debug", *RUN, "--config.steps=3")
+    assert code == 1 and "UserError: three is refused" in err and "Traceback" in err
+
+
+def test_a_workdir_of_another_method_is_refused(command):
+    Path("w").mkdir()
+    Path("w/run.json").write_text('{"method": "datadream"}')
+    code, _, err = command(*RUN)
+    assert code == 2 and "w holds a run of method datadream, this config is for counting" in err
+    Path("other.py").write_text("def get_config():\n    return {'method': 'datadraem'}\n")
+    code, _, err = command("run", "--config=other.py", "--workdir=x")
+    assert code == 2 and "other.py: method='datadraem', expected one of controlled, data" in err
+
+
+def test_an_error_with_a_note_of_jax_is_no_users_error():
+    error = ValueError("shapes")
+    error.add_note("For simplicity, JAX has removed its internal frames from the traceback.")
+    assert not cli._is_for_users(error)
+
+
+def test_compile_cache_follows_the_environment(monkeypatch, tmp_path):
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        (jax.config.jax_persistent_cache_min_compile_time_secs),
+    )
+    try:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        monkeypatch.setenv("JAXSYNTH_CACHE", "off")
+        cli._enable_compile_cache()
+        assert jax.config.jax_compilation_cache_dir == before[0]
+        monkeypatch.setenv("JAXSYNTH_CACHE", str(tmp_path))
+        cli._enable_compile_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        monkeypatch.delenv("JAXSYNTH_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cli._enable_compile_cache()
+        expected = str(tmp_path / "jaxsynth" / "programs")
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_help_reads_well_and_does_not_wait_for_jax():
+    code = "import sys; from jaxsynth import cli\ntry:\n cli.main(['run', '--help'])\nfinally:\n"
+    code += " print('jax' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "--config.FIELD=VALUE" in done.stdout and done.stdout.endswith("False\n")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+_TWO = """
+import dataclasses, sys, types
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 1)
+from jaxsynth import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    value: float = 0.0
+
+def run(config, workdir):
+    from jax.experimental.multihost_utils import process_allgather
+    total = process_allgather(np.float32(config.value * (1 + jax.process_index()))).sum()
+    (workdir / f"{jax.process_index()}.txt").write_text(f"{jax.process_count()} {total}")
+
+cli.METHODS["two"] = lambda: types.SimpleNamespace(Config=Config, run=run)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_meet_by_the_environment(tmp_path):
+    (tmp_path / "two.py").write_text("def get_config():\n    return {'method': 'two'}\n")
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
+        "JAXSYNTH_CACHE": "off",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "-c", _TWO, "run", "--config=two.py", "--workdir=w"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--config.value=2"],
+            cwd=tmp_path,
+            env={**environment, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [(tmp_path / "w" / f"{i}.txt").read_text() for i in range(2)] == ["2 6.0"] * 2
+    assert "2 x cpu: two in w" in outputs[0][0]
+    assert "jaxsynth" not in outputs[1][0] and "Done" not in outputs[1][0]

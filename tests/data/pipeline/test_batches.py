@@ -1,0 +1,132 @@
+"""Grain pipelines: order, exact resume, processes, mixing, padding."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+
+from jaxsynth.data.load import ArraySource, SourceError
+from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
+
+
+def source(n, first=0, size=4):
+    """Image i is filled with first + i, so that a batch tells what is in it."""
+    values = np.arange(first, first + n, dtype=np.uint8)
+    images = np.broadcast_to(values[:, None, None, None], (n, size, size, 3)).copy()
+    return ArraySource(images, values.astype(np.int32) % 5, tuple(str(v) for v in values))
+
+
+def noise(image, rng):
+    return image.astype(np.float32) + rng.random(dtype=np.float32)
+
+
+def seen(batches):
+    return [batch["image"][:, 0, 0, 0].tolist() for batch in batches]
+
+
+def test_epochs_cover_everything_in_new_orders():
+    batches = list(train_batches(source(12), 4, 0, epochs=2))
+    first, second = (np.ravel(seen(part)).tolist() for part in (batches[:3], batches[3:]))
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+    assert batches[0]["label"].dtype == np.int32
+    assert (batches[0]["label"] == batches[0]["image"][:, 0, 0, 0] % 5).all()
+    assert seen(train_batches(source(12), 4, 0, epochs=1)) == seen(batches[:3])
+    assert seen(train_batches(source(12), 4, 1, epochs=1)) != seen(batches[:3])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_resume_is_exact(mixed, threads):
+    def start():
+        if mixed:
+            return mixed_batches(source(7), source(20, 100), 6, 3, noise, num_threads=threads)
+        return train_batches(source(10), 4, 3, noise, num_threads=threads)
+
+    straight = start()
+    for _ in range(5):
+        next(straight)
+    state = json.loads(json.dumps(straight.get_state()))
+    expected = [next(straight) for _ in range(6)]
+    resumed = start()
+    next(resumed)
+    resumed.set_state(state)
+    for batch in expected:
+        other = next(resumed)
+        for key, value in batch.items():
+            np.testing.assert_array_equal(value, other[key])
+
+
+def test_augmentation_differs_between_epochs_and_images():
+    batches = list(train_batches(source(8), 8, 0, noise, epochs=2))
+    noises = np.concatenate([b["image"][:, 0, 0, 0] % 1 for b in batches])
+    assert len(set(noises.tolist())) == 16
+
+
+def test_processes_read_disjoint_parts():
+    parts = [
+        seen(train_batches(source(12), 4, 0, epochs=1, process_index=p, process_count=2))
+        for p in range(2)
+    ]
+    assert all(len(batch) == 2 for part in parts for batch in part)
+    assert sorted(np.ravel(parts).tolist()) == list(range(12))
+    with pytest.raises(SourceError, match="batch_size 5 does not divide among 2"):
+        train_batches(source(12), 5, 0, process_count=2)
+
+
+@pytest.mark.multiprocess
+def test_worker_processes_give_the_same_batches():
+    flags.FLAGS.unparse_flags()  # as in a program that uses no absl flags
+    args = (source(10), 4, 3, noise)
+    here, there = train_batches(*args, epochs=1), train_batches(*args, epochs=1, num_workers=1)
+    for a, b in zip(here, there, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+
+
+def test_mixed_batches_always_hold_both():
+    batches = list(mixed_batches(source(3), source(30, 100), 8, 0, real_fraction=0.25, steps=40))
+    assert len(batches) == 40
+    for batch in batches:
+        assert batch["is_real"].tolist() == [True] * 2 + [False] * 6
+        assert ((batch["image"][:, 0, 0, 0] < 100) == batch["is_real"]).all()
+    counts = np.bincount(np.concatenate([b["image"][:2, 0, 0, 0] for b in batches]))
+    assert counts.max() - counts.min() <= 1, "real images are repeated equally often"
+    assert real_count(8, 0.01) == 1 and real_count(8, 0.99) == 7
+    for bad in (0.0, 1.0):
+        with pytest.raises(SourceError, match="real_fraction"):
+            real_count(8, bad)
+    with pytest.raises(SourceError, match="real images: the source has no images"):
+        mixed_batches(source(0), source(3), 4, 0)
+    with pytest.raises(SourceError, match="real images are"):
+        next(mixed_batches(source(4), source(4, size=6), 4, 0, num_threads=0))
+
+
+def test_mixed_batches_share_among_processes():
+    for p in range(2):
+        batch = next(mixed_batches(source(4), source(9), 8, 0, process_index=p, process_count=2))
+        assert batch["is_real"].tolist() == [True, True, False, False]
+
+
+def test_eval_visits_everything_once_and_pads():
+    batches = list(eval_batches(source(10), 4))
+    assert [b["image"].shape[0] for b in batches] == [4, 4, 4]
+    index, valid = (np.concatenate([b[key] for b in batches]) for key in ("index", "valid"))
+    assert index[valid].tolist() == list(range(10)) and valid.sum() == 10
+    assert (index[~valid] == -1).all()
+    parts = [list(eval_batches(source(9), 4, process_index=p, process_count=2)) for p in range(2)]
+    assert len(parts[0]) == len(parts[1]) == 3
+    index = np.concatenate([b["index"][b["valid"]] for part in parts for b in part])
+    assert sorted(index) == list(range(9))
+
+
+def test_errors_say_what_to_do():
+    mixed_sizes = [np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)]
+
+    def transform(image, rng):
+        return mixed_sizes[int(image[0, 0, 0]) % 2]
+
+    with pytest.raises(SourceError, match="set image_size"):
+        next(train_batches(source(4), 4, 0, transform, num_threads=0))
+    with pytest.raises(SourceError, match="do not fill a batch"):
+        train_batches(source(4), 8, 0, epochs=1)
+    assert len(next(train_batches(source(4), 8, 0))["label"]) == 8

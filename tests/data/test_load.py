@@ -1,0 +1,227 @@
+"""Sources: digits, folders with every kind of image file, subsets, caching."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxsynth.data.decode import (
+    ImageError,
+    class_of_folder,
+    decode_image,
+    encode_png,
+    natural_key,
+    safe_name,
+    square,
+)
+from jaxsynth.data.load import (
+    DataConfig,
+    ImageSource,
+    SourceError,
+    Subset,
+    cached,
+    joined,
+    load_dataset,
+)
+
+COLOUR = (200, 30, 90)
+
+
+def photo(path, colour=COLOUR, size=(12, 9), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    for split, count in (("train", 11), ("test", 2)):
+        for name in ("F/A-18", "crème brûlée", "plain"):
+            for i in range(count):
+                photo(root / split / safe_name(name) / f"{i}.png", (i, 0, 0))
+    return root
+
+
+def test_digits():
+    data = load_dataset(DataConfig())
+    assert data.display_names[3] == "three" and data.class_names[3] == "3"
+    assert len(data.train) + len(data.test) == 1797
+    assert abs(len(data.train) - len(data.test)) <= 10
+    assert not set(data.train.ids) & set(data.test.ids)
+    record = data.train[0]
+    assert record.image.shape == (32, 32, 3) and record.image.dtype == np.uint8
+    assert record.image.min() == 0 and record.image.max() == 255
+    assert record.image[0, 0].max() < 128, "the background is black"
+    assert [data.train[i].label for i in range(20)] == list(data.train.labels[:20])
+    assert all(isinstance(part, ImageSource) for part in (data.train, data.test))
+    assert load_dataset(DataConfig(image_size=16)).test[5].image.shape == (16, 16, 3)
+
+
+def test_class_subset_renumbers():
+    data = load_dataset(DataConfig(class_names=("7", "2")))
+    assert data.display_names == ("seven", "two")
+    assert set(data.train.labels) == {0, 1}
+    record = data.train[int(np.flatnonzero(data.train.labels == 0)[0])]
+    assert record.label == 0 and record.id.startswith("7/")
+    with pytest.raises(SourceError, match="'12' is not a class of digits"):
+        load_dataset(DataConfig(class_names=("12",)))
+
+
+def test_folder_with_splits(folder):
+    (folder / "train" / ".DS_Store").write_text("hidden")
+    data = load_dataset(DataConfig(source="folder", path=str(folder), name="pets"))
+    assert data.class_names == ("F/A-18", "crème brûlée", "plain")
+    assert data.template == "a pet photo of a {}"
+    assert [i.split("/")[1] for i in data.train.ids[:11]] == [f"{i}.png" for i in range(11)]
+    assert len(data.test) == 6 and data.split == "the folder test/"
+    assert data.train[10].image[0, 0, 0] == 10
+
+
+def test_folder_held_out_is_seeded(folder):
+    def ids(seed):
+        config = DataConfig(
+            source="folder", path=str(folder / "train"), split_seed=seed, test_fraction=0.3
+        )
+        data = load_dataset(config)
+        assert not set(data.train.ids) & set(data.test.ids)
+        assert np.bincount(data.test.labels).tolist() == [3, 3, 3]
+        assert "seed" in data.split
+        return data.test.ids
+
+    assert ids(0) == ids(0) != ids(1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: (r / "train/plain/notes.txt").write_text("x"), "notes.txt: not an image file"),
+        (lambda r: (r / "train/plain/more").mkdir(), "more: a folder inside"),
+        (lambda r: (r / "train/empty").mkdir(), "class 'empty' has no images"),
+        (lambda r: photo(r / "test/other/1.png"), r"unexpected \['other'\]"),
+        (lambda r: photo(r / "stray.png"), "stray.png: expected only splits"),
+        (lambda r: photo(r / "cats/1.png"), r"found \['cats'\] beside train/"),
+    ],
+)
+def test_folder_errors_name_the_path(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(SourceError, match=message):
+        load_dataset(DataConfig(source="folder", path=str(folder)))
+
+
+def test_image_size_crops_the_centre(tmp_path):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    assert (square(wide, 10) == 255).all()
+    photo(tmp_path / "a" / "1.jpg", size=(40, 21))
+    photo(tmp_path / "a" / "2.jpg", size=(21, 40))
+    data = load_dataset(DataConfig(source="folder", path=str(tmp_path), image_size=16))
+    assert data.train[0].image.shape == data.test[0].image.shape == (16, 16, 3)
+
+
+def test_every_kind_of_file_becomes_rgb(tmp_path):
+    def near(path, colour, tolerance=6):
+        image = decode_image(path)
+        assert image.dtype == np.uint8 and image.shape[2] == 3
+        assert np.abs(image.astype(int) - colour).max() <= tolerance, (path, image[0, 0])
+
+    rgb = Image.new("RGB", (8, 6), COLOUR)
+    for suffix in ("jpg", "png", "webp", "bmp", "ppm", "tif"):
+        rgb.save(tmp_path / f"rgb.{suffix}")
+        near(tmp_path / f"rgb.{suffix}", COLOUR)
+    Image.new("L", (8, 6), 77).save(tmp_path / "grey.jpg")
+    near(tmp_path / "grey.jpg", (77, 77, 77), 1)
+    Image.new("1", (8, 6), 1).save(tmp_path / "bits.png")
+    near(tmp_path / "bits.png", (255, 255, 255), 0)
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    near(tmp_path / "cmyk.jpg", COLOUR)
+    rgb.quantize(4).save(tmp_path / "palette.png")
+    near(tmp_path / "palette.png", COLOUR)
+    Image.new("RGBA", (8, 6), (*COLOUR, 0)).save(tmp_path / "clear.png")
+    near(tmp_path / "clear.png", (255, 255, 255), 0)
+    Image.new("LA", (8, 6), (40, 255)).save(tmp_path / "la.png")
+    near(tmp_path / "la.png", (40, 40, 40), 0)
+    Image.fromarray(np.full((6, 8), 0x8123, np.uint16)).save(tmp_path / "deep.png")
+    near(tmp_path / "deep.png", (0x81, 0x81, 0x81), 0)
+    Image.fromarray(np.full((6, 8), 0x8123, np.uint16)).save(tmp_path / "deep.tif")
+    near(tmp_path / "deep.tif", (0x81, 0x81, 0x81), 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(tmp_path / "rotated.jpg", exif=exif)
+    assert decode_image(tmp_path / "rotated.jpg").shape == (8, 6, 3)
+
+
+def test_bad_files_are_named(tmp_path):
+    path = tmp_path / "broken.png"
+    photo(path, size=(64, 64))
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"broken\.png: cannot be decoded"):
+        decode_image(path)
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(ImageError, match=r"text\.jpg: cannot be decoded"):
+        decode_image(tmp_path / "text.jpg")
+    Image.new("F", (4, 4)).save(tmp_path / "float.tif")
+    with pytest.raises(ImageError, match="floating point"):
+        decode_image(tmp_path / "float.tif")
+    frames = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / "film.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="3 frames"):
+        decode_image(tmp_path / "film.tif")
+
+
+def test_png_round_trip_is_deterministic():
+    image = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    data = encode_png(image)
+    assert data == encode_png(image.copy())
+    np.testing.assert_array_equal(decode_image(data), image)
+    with pytest.raises(ImageError, match="float32"):
+        encode_png(image.astype(np.float32))
+
+
+def test_safe_names():
+    names = ["F/A-18", "crème brûlée", "..", ".hidden", "100% cotton", "a b", "x%20y", "ok-1_2.3~"]
+    for name in names:
+        safe = safe_name(name)
+        assert "/" not in safe and " " not in safe and safe.isascii() and safe[0] != "."
+        assert class_of_folder(safe) == name
+    assert class_of_folder("100% cotton") == "100% cotton"
+    assert len({safe_name(name) for name in names}) == len(names)
+
+
+def test_natural_order():
+    assert sorted(["b10", "b2", "a", "10", "9"], key=natural_key) == ["9", "10", "a", "b2", "b10"]
+
+
+def test_cached_equals_the_source(folder):
+    photo(folder / "train" / "plain" / "large.jpg", size=(31, 17))
+    data = load_dataset(DataConfig(source="folder", path=str(folder)))
+    copy = cached(data.train)
+    assert copy is not data.train and len(copy) == len(data.train)
+    for a, b in zip(copy, data.train, strict=True):
+        np.testing.assert_array_equal(a.image, b.image)
+        assert a[1:] == b[1:]
+    assert cached(data.train, limit_bytes=500) is data.train
+    assert isinstance(cached(Subset(copy, [1, 2])), Subset)
+
+
+def test_data_sets_join_into_one(folder):
+    photos = load_dataset(DataConfig("folder", path=str(folder), class_names=("plain", "F/A-18")))
+    digits = load_dataset(DataConfig(image_size=8))
+    both = joined({"photos": photos, "digits": digits})
+    assert both.class_names[:3] == ("photos plain", "photos F/A-18", "digits 0")
+    assert both.display_names[2] == "digits zero" and both.num_classes == 12
+    for part in ("train", "test"):
+        first, second, found = (getattr(x, part) for x in (photos, digits, both))
+        assert isinstance(found, ImageSource) and len(found) == len(first) + len(second)
+        assert len(set(found.ids)) == len(found)
+        for index in (0, len(first) - 1, len(first), len(found) - 1):
+            late = index >= len(first)
+            record = (second if late else first)[index - len(first) if late else index]
+            np.testing.assert_array_equal(found[index].image, record.image)
+            expected = record.label + 2 * late
+            assert found[index].label == found.labels[index] == expected
+            assert (
+                found[index].id
+                == found.ids[index]
+                == f"{'digits' if late else 'photos'}/{record.id}"
+            )
+        with pytest.raises(IndexError):
+            found[len(found)]

@@ -1,0 +1,368 @@
+"""The main job end to end on networks of random weights: what it leaves, restarts, refusals."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxsynth.adapters.inject import AdapterState
+from jaxsynth.adapters.kinds.lokr import LoKrConfig
+from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.cli import main as cli
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.store import ImageStore
+from jaxsynth.methods.datadream.stages import Config, adapter_files, read_adapter, write_adapter
+from jaxsynth.runs.stage import MANIFEST, load_artifact
+from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
+
+REPOSITORY = Path(__file__).parents[3]
+WORKER = Path(__file__).parents[1] / "worker.py"
+SMALL = (
+    "--config.finetune.rank=2",
+    "--config.finetune.unet_targets=to_q,to_out.0",
+    "--config.finetune.text_targets=q_proj",
+    "--config.classify.rank=2",
+)
+
+
+def arguments(base, workdir, *more):
+    return (
+        "run",
+        f"--config={REPOSITORY / 'configs' / 'datadream.py'}:smoke",
+        f"--workdir={workdir}",
+        f"--config.base={base}",
+        f"--config.clip={base / 'clip'}",
+        *more,
+    )
+
+
+# Of kinds that the file does not name; the default is LoRA (below, and in test_text_to_image).
+DIGITS = (
+    *SMALL,
+    "--config.data.class_names=1,4,7",
+    "--config.adapter=lokr",
+    "--config.adapter.rank=1",
+    "--config.adapter.factor=2",
+    "--config.classify.adapter=dora",
+)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    """Compiled programs stay in the tests' own cache, and an error stays on one line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXSYNTH_CACHE", "off")
+        patch.setenv("COLUMNS", "400")
+        yield
+
+
+@pytest.fixture
+def command(settings, capfd):
+    def call(*argv):
+        capfd.readouterr()
+        code = cli.main([str(a) for a in argv])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(base_folder, tmp_path_factory, settings):
+    """The workdir of a run on eight devices."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    assert cli.main(list(arguments(base_folder, workdir, *DIGITS))) == 0
+    return workdir
+
+
+STAGES = (
+    "zero-shot",
+    "prompt-seed0/images",
+    "prompt-seed0/synthetic",
+    "shots2-seed0/shots",
+    "shots2-seed0/real",
+    *(
+        f"shots2-seed0/{mode}/{stage}"
+        for mode in ("dset", "cls")
+        for stage in ("adapter", "images", "synthetic", "both")
+    ),
+)
+
+
+def test_every_stage_is_made_and_reported(finished):
+    found = {p.parent.relative_to(finished).as_posix() for p in finished.rglob(MANIFEST)}
+    assert found == set(STAGES)
+    for stage in STAGES:
+        load_artifact(finished / stage).verify()
+    results = json.loads((finished / "results.json").read_text())
+    rows = {r["row"]: r for r in results}
+    assert len(results) == len(rows) == 7
+    for row in rows.values():
+        assert 0 <= row["top1"] <= 1 and set(row["per_class"]) == {"1", "4", "7"}
+        logits = np.load(finished / row["artifact"] / "logits.npy")
+        assert logits.shape == (row["images"], 3) and np.isfinite(logits).all()
+    table = (finished / "table.md").read_text()
+    assert all(row in table for row in rows)
+    page = (finished / "report.html").read_text()
+    assert "data:image/png;base64" in page and "Real shots only" in page
+
+
+def test_the_generated_sets(finished):
+    sets = {
+        name: ImageStore(finished / name / "images")
+        for name in ("prompt-seed0", "shots2-seed0/dset", "shots2-seed0/cls")
+    }
+    pixels = {}
+    for name, store in sets.items():
+        assert np.bincount(store.labels).tolist() == [2, 2, 2]
+        assert store.entries[1].prompt == "a photo of the digit four"
+        pixels[name] = np.stack([store[i].image for i in range(6)]).astype(int)
+        assert len(np.unique(pixels[name].reshape(6, -1), axis=0)) == 6
+    assert {e.adapter for e in sets["prompt-seed0"].entries} == {""}
+    assert len({e.adapter for e in sets["shots2-seed0/dset"].entries}) == 1
+    assert len({e.adapter for e in sets["shots2-seed0/cls"].entries}) == 3
+    files = adapter_files(finished / "shots2-seed0/cls/adapter", ("1", "4", "7"))
+    assert [file.relative_to(finished).as_posix() for file in files] == [
+        f"shots2-seed0/cls/adapter/{name}/adapter.safetensors" for name in "147"
+    ]
+    first, second, _ = map(read_adapter, files)
+    assert type(first.config) is LoKrConfig and (first.config.rank, first.config.factor) == (1, 2)
+    assert set(first.config.targets) == {"to_q", "to_out.0", "q_proj"}
+    assert {name.split(".")[0] for name in first.arrays} == {"unet", "text_encoder"}
+    learnt = [name for name in first.arrays if name.endswith(("lokr_w2", "lokr_w2_b"))]
+    assert learnt and all(np.any(first.arrays[name] != 0) for name in learnt)
+    assert all(np.any(first.arrays[name] != second.arrays[name]) for name in learnt)
+
+
+def test_the_same_command_again_skips_every_stage(finished, base_folder, command):
+    before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
+    code, out, err = command(*arguments(base_folder, finished, *DIGITS))
+    assert (code, err) == (0, "")
+    assert out.count("unchanged, skipped") == len(STAGES)
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("finetune.learning_rate=0.5", "config.finetune.learning_rate: 0.002 -> 0.5"),
+        ("generate.guidance_scale=3", "config.generate.guidance_scale: 2.0 -> 3.0"),
+        ("classify.real_weight=0.5", "config.classify.real_weight: 0.8 -> 0.5"),
+        ("data.template=a {}", 'config.data.config.template: "" -> "a {}"'),
+    ],
+)
+def test_a_changed_field_is_refused_by_name(finished, base_folder, command, field, message):
+    code, _, err = command(*arguments(base_folder, finished, *DIGITS, f"--config.{field}"))
+    assert code == 1 and message in err, err
+
+
+def test_the_page_of_a_run_under_way(finished, tmp_path, command):
+    partial = tmp_path / "partial"
+    shutil.copytree(finished, partial)
+    for stage in ("cls/both", "cls/synthetic", "cls/images", "dset/both"):
+        shutil.rmtree(partial / "shots2-seed0" / stage)
+    (partial / "report.html").unlink()
+    code, out, err = command("report", partial)
+    assert (code, err) == (0, "") and "report.html" in out
+    assert len(json.loads((partial / "results.json").read_text())) == 4
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes with awkward names, four train and two test images each, none square."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 2)):
+        for name in ("F%2FA-18", "naïve", "sea otter"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def run_process(place, base, workdir, cache, *more):
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, WORKER, place, *arguments(base, workdir, *SMALL, *more)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+LONGER = (
+    "--config.data.source=folder",
+    "--config.modes=cls",
+    "--config.finetune.steps=6",
+    "--config.finetune.checkpoint_every=2",
+    "--config.classify.steps=6",
+    "--config.classify.checkpoint_every=2",
+    "--config.generate.batch_size=2",
+    "--config.validation_fraction=0.5",
+)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_run_ends_the_same(base_folder, photos, tmp_path, compilation_cache):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    rest = (compilation_cache, *LONGER, f"--config.data.path={photos}")
+    done = run_process("nowhere", base_folder, whole, *rest)
+    assert done.returncode == 0, done.stderr
+    # Prompt-only images, then the adapters, then their images, then the last classifier.
+    for place in ("generate", "fine-tune", "generate", "classify"):
+        killed = run_process(place, base_folder, cut, *rest)
+        assert killed.returncode == -signal.SIGKILL, (place, killed.stdout, killed.stderr)
+    done = run_process("nowhere", base_folder, cut, *rest)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stdout
+    compared = 0
+    for path in sorted(whole.rglob("*")):
+        name = path.relative_to(whole)
+        if path.suffix in (".safetensors", ".array_record", ".npy", ".seal"):
+            assert path.read_bytes() == (cut / name).read_bytes(), name
+            compared += 1
+    assert compared > 20
+    for name in ("results.json", "table.md"):
+        assert (whole / name).read_text() == (cut / name).read_text()
+    own = whole / "shots2-seed0" / "cls"
+    names = {p.parent.name for p in (own / "adapter").glob("*/*.safetensors")}
+    assert names == {"F%2FA-18", "na%C3%AFve", "sea%20otter"}
+    assert ImageStore(own / "images").class_names == ("F/A-18", "naïve", "sea otter")
+
+
+def copy(source, tmp_path):
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def missing_weights(base, photos, tmp_path):
+    return {"base": tmp_path / "nowhere" / "sd"}, "nowhere"
+
+
+def truncated_weights(base, photos, tmp_path):
+    base = copy(base, tmp_path)
+    truncate(base / "unet" / "diffusion_pytorch_model.safetensors")
+    return {"base": base}, "unet/diffusion_pytorch_model.safetensors"
+
+
+def offline_hub_id(base, photos, tmp_path):
+    return {"base": "someone/some-model"}, "someone/some-model"
+
+
+def empty_class(base, photos, tmp_path):
+    photos = copy(photos, tmp_path)
+    shutil.rmtree(photos / "train" / "sea otter")
+    (photos / "train" / "sea otter").mkdir()
+    return {"data.path": photos}, "class 'sea otter' has no images"
+
+
+def corrupt_image(base, photos, tmp_path):
+    photos = copy(photos, tmp_path)
+    for i in range(4):
+        truncate(photos / "train" / "sea otter" / f"{i}.png")
+    return {"data.path": photos}, "cannot be decoded"
+
+
+def corrupt_test_image(base, photos, tmp_path):
+    photos = copy(photos, tmp_path)
+    truncate(photos / "test" / "sea otter" / "1.png")
+    return {"data.path": photos}, "test/sea otter/1.png"
+
+
+def too_few_images(base, photos, tmp_path):
+    return {"shots": "2,5"}, "5 shots asked for, but 'F/A-18' has 4"
+
+
+def misspelt_field(base, photos, tmp_path):
+    return {"finetune.learning_rat": 1}, "finetune.learning_rat"
+
+
+def unknown_source(base, photos, tmp_path):
+    return {"data.source": "floder"}, "floder"
+
+
+def missing_photos(base, photos, tmp_path):
+    return {"data.path": tmp_path / "no-photos"}, "no-photos"
+
+
+def indivisible_batch(base, photos, tmp_path):
+    return {"classify.batch_size": 6}, "classify.batch_size 6"
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        missing_weights,
+        truncated_weights,
+        offline_hub_id,
+        empty_class,
+        corrupt_image,
+        corrupt_test_image,
+        too_few_images,
+        misspelt_field,
+        unknown_source,
+        missing_photos,
+        indivisible_batch,
+    ],
+)
+def test_bad_input_is_one_clear_line(mistake, base_folder, photos, tmp_path, command):
+    fields, expected = mistake(base_folder, photos, tmp_path)
+    fields = {"data.source": "folder", "data.path": photos, **fields}
+    more = [f"--config.{name}={value}" for name, value in fields.items()]
+    code, _, err = command(*arguments(base_folder, tmp_path / "w", *SMALL, *more))
+    assert code in (1, 2) and expected in err, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    heavy = [p for p in (tmp_path / "w").rglob(MANIFEST) if p.parent.name != "shots"]
+    assert heavy == []
+
+
+def test_adapters_of_different_settings_are_not_mixed(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{path}.lora_{end}": rng.standard_normal(shape, np.float32)
+        for path in ("unet.mid_block.to_q", "text_encoder.text_model.q_proj")
+        for end, shape in (("A", (4, 2)), ("B", (2, 6)))
+    }
+    state = AdapterState(arrays, LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "q_proj")))
+    write_adapter(tmp_path, state)
+    (path,) = adapter_files(tmp_path, ("1", "4"))
+    assert path.name == "pytorch_lora_weights.safetensors"
+    again = read_adapter(path)
+    assert again.config == state.config and again.arrays.keys() == arrays.keys()
+    write_adapter(tmp_path / "again", again)
+    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    states = read_diffusers(path)
+    other = dataclasses.replace(states["unet"].config, alpha=99.0)
+    states["unet"] = dataclasses.replace(states["unet"], config=other)
+    write_diffusers(tmp_path / "other.safetensors", states)
+    with pytest.raises(UserError, match="adapters of different settings"):
+        read_adapter(tmp_path / "other.safetensors")
+    (tmp_path / "again" / path.name).unlink()
+    with pytest.raises(UserError, match="0 adapters, expected 1 or 2"):
+        adapter_files(tmp_path / "again", ("1", "4"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modes": ("dsett",)}, "modes: .*dsett"),
+        ({"shots": ()}, "shots: expected at least one"),
+        ({"dtype": "float16"}, "dtype: 'float16'"),
+    ],
+)
+def test_a_config_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**values)

@@ -1,0 +1,445 @@
+"""Training on latents: one set or many at once, on a mesh, resumed, with retention."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsynth.adapters.inject import Trainable, mark_trainable
+from jaxsynth.data.load import ArraySource
+from jaxsynth.diffusion.learned_range import learned_range_loss
+from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.methods.diffscaler.recipes import adapted, first_label
+from jaxsynth.models.diffusion.dit import DiT, DiTConfig
+from jaxsynth.tasks import class_conditional
+from jaxsynth.tasks.class_conditional import (
+    Latents,
+    Retention,
+    TrainConfig,
+    adapt,
+    adapt_each,
+    check_rows,
+    draw_batch,
+    encode_latents,
+    held_out_error,
+    make_loss,
+    make_step,
+    sample_times,
+)
+from jaxsynth.tasks.text_to_image import encode_pixels
+from jaxsynth.training import sharding
+from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.metrics import read_metrics
+from jaxsynth.training.sharding import make_mesh
+from jaxsynth.training.step import init_state
+from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.networks.dit import SCHEDULER
+from tests.methods.small_base import random_network
+
+SCHEDULE = NoiseSchedule.from_config(SCHEDULER)
+# The noise and the variance of a latent of 2 x 2 patches.
+DIT = DiTConfig(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    out_channels=8,
+    sample_size=4,
+    num_embeds_ada_norm=3,
+)
+CONFIG = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2)
+
+
+@jax.jit
+def apply(model: DiT, *rows):
+    return model(*rows)
+
+
+@pytest.fixture(scope="module")
+def base() -> DiT:
+    return random_network(DiT, DIT, 0)
+
+
+def affined(base: DiT, seed: int = 0, recipe: str = "affiner_all", classes: int = 2) -> DiT:
+    return adapted(base, recipe, classes, rank=2, lora_rank=2, seed=seed)
+
+
+def drawn(seed: int, count: int, views: int = 1, first: int = 4) -> Latents:
+    """Two classes, each around a mean of its own."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    means = rng.normal(size=(2, 1, 4, 4, 4))[labels]
+    mean = means + 0.1 * rng.normal(size=(count, views, 4, 4, 4))
+    std = np.full(mean.shape, 0.05)
+    return Latents(*(x.astype(np.float32) for x in (mean, std)), (labels + first).astype(np.int32))
+
+
+def values(model: DiT, *which) -> dict[str, np.ndarray]:
+    """The network's arrays by path, those of a type only where one is given."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, *which))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def distance(found: DiT, expected: DiT, start: DiT) -> float:
+    """The largest difference of what was learnt, over the largest change that training made."""
+    found, expected, start = (values(model, Trainable) for model in (found, expected, start))
+    assert found.keys() == expected.keys() == start.keys()
+    change = max(np.abs(value - start[name]).max() for name, value in expected.items())
+    assert change > 1e-3
+    return max(np.abs(found[name] - value).max() for name, value in expected.items()) / change
+
+
+@pytest.fixture
+def gentle(monkeypatch):
+    """A large eps: Adam would divide the smallest gradients, which are rounding, by themselves."""
+    optim = partial(class_conditional.OptimConfig, eps=1e-2)
+    monkeypatch.setattr(class_conditional, "OptimConfig", optim)
+
+
+@pytest.mark.parametrize("power", [0, 1, 2.5])
+def test_times_have_their_density(key, power):
+    found = np.bincount(sample_times(key, 100_000, 5, power), minlength=5) / 100_000
+    edges = np.arange(6.0) ** (power + 1) / 5 ** (power + 1)
+    np.testing.assert_allclose(found, np.diff(edges), atol=6e-3)
+
+
+def test_held_out_error_is_the_mean_over_fixed_times_and_noises(base):
+    latents = drawn(0, 5, views=2, first=0)
+    found = held_out_error(base, latents, SCHEDULE, seed=3, repeats=4)
+    assert found == held_out_error(base, latents, SCHEDULE, seed=3, repeats=4)
+    for size in (3, 7):
+        again = held_out_error(base, latents, SCHEDULE, seed=3, repeats=4, batch_size=size)
+        assert again == pytest.approx(found, rel=1e-5)
+    assert held_out_error(base, latents, SCHEDULE, seed=4, repeats=4) != found
+    # By the definition: image i at a time from each quarter of the schedule.
+    rng = np.random.default_rng(3)
+    times = (1000 * (np.arange(4) + rng.random((5, 4))) / 4).astype(int)
+    noise = rng.standard_normal((5, 4, 4, 4, 4), np.float32)
+    assert all(sorted(row // 250) == [0, 1, 2, 3] for row in times)
+    signal = np.asarray(SCHEDULE.alphas_cumprod, np.float64)[times][..., None, None, None]
+    x_t = np.sqrt(signal) * latents.mean[:, :1] + np.sqrt(1 - signal) * noise
+    labels = np.repeat(latents.labels, 4)
+    output = apply(base, x_t.reshape(20, 4, 4, 4).astype(np.float32), times.reshape(-1), labels)
+    expected = np.square(np.asarray(output[..., :4]) - noise.reshape(20, 4, 4, 4)).mean()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_latents_of_images_and_of_their_mirror_images(base_folder, tmp_path):
+    vae = load_pipeline(base_folder).vae
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    source = ArraySource(images, np.array([0, 1, 0, 1, 2]), list("abcde"))
+    found = encode_latents(vae, source, mirror=True, batch_size=2)
+    assert found.mean.shape == found.std.shape == (5, 2, 4, 4, 4) and len(found) == 5
+    for view, pixels in enumerate((images, images[:, :, ::-1])):
+        mean, std = encode_pixels(vae, pixels.astype(np.float32) / 127.5 - 1)
+        np.testing.assert_allclose(found.mean[:, view], mean, atol=1e-5)
+        np.testing.assert_allclose(found.std[:, view], std, atol=1e-5)
+    plain = encode_latents(vae, source, mirror=False)
+    np.testing.assert_allclose(plain.mean, found.mean[:, :1], atol=1e-5)
+    found.save(tmp_path / "x.npz")
+    again = Latents.load(tmp_path / "x.npz")
+    for name in ("mean", "std", "labels"):
+        assert getattr(again, name).dtype == getattr(found, name).dtype
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+
+
+def test_training_lowers_the_error_and_leaves_the_base_alone(base, tmp_path):
+    start, latents = affined(base), drawn(1, 12, views=2)
+    before, frozen = values(base), values(start, nnx.Not(Trainable))
+    config = dataclasses.replace(CONFIG, steps=200, steps_per_call=50)
+    trained = adapt(start, latents, SCHEDULE, config, tmp_path, seed=0)
+    error = partial(held_out_error, schedule=SCHEDULE, seed=0)
+    assert error(trained, latents) < 0.5 * error(start, latents)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
+    same(values(trained, nnx.Not(Trainable)), frozen)
+    same(values(base), before)
+    learnt = values(trained, Trainable)
+    assert all((learnt[name] != value).any() for name, value in values(start, Trainable).items())
+    # What the base knew is untouched, to the bit, where nothing but new rows were learnt.
+    rows = affined(base, recipe="embeddings")
+    rows = adapt(rows, latents, SCHEDULE, CONFIG, tmp_path / "rows", seed=0)
+    old = drawn(2, 6, first=0)
+    assert error(rows, old) == error(base, old)
+
+
+def test_a_whole_network_trained_in_place_leaves_its_start_alone(base, tmp_path):
+    before = values(base)
+    start = mark_trainable(base)
+    trained = adapt(start, drawn(0, 6, first=0), SCHEDULE, CONFIG, tmp_path, seed=0)
+    same(values(base), before)
+    learnt = values(trained, Trainable)
+    assert learnt.keys() == before.keys() and not values(trained, nnx.Not(Trainable))
+    # All but the rows that no image has: of an unused class.
+    changed = {name for name, value in before.items() if (learnt[name] != value).any()}
+    assert changed == before.keys()
+
+
+def test_the_average_is_what_training_returns(base, tmp_path):
+    """With a decay of 1 the average never leaves the start."""
+    start, latents = affined(base), drawn(1, 6)
+    config = dataclasses.replace(CONFIG, ema_decay=1.0, remat="block")
+    kept = adapt(start, latents, SCHEDULE, config, tmp_path / "kept", seed=0)
+    same(values(kept), values(start))
+
+
+SIZES = ((5, 1), (9, 2), (3, 3))
+
+
+@pytest.fixture(scope="module")
+def sets() -> list[Latents]:
+    """Three sets of different sizes and numbers of views."""
+    return [drawn(seed, count, views) for seed, (count, views) in enumerate(SIZES)]
+
+
+@pytest.fixture(scope="module")
+def starts(base) -> list[DiT]:
+    return [affined(base, seed) for seed in range(3)]
+
+
+def test_sets_trained_together_equal_those_trained_apart(starts, sets, tmp_path, gentle):
+    folder = tmp_path / "together"
+    together = adapt_each(starts, sets, SCHEDULE, CONFIG, folder, seed=5)
+    line = read_metrics(folder / "metrics.jsonl")[-1]
+    for i, found in enumerate(together):
+        apart = tmp_path / f"apart{i}"
+        alone = adapt(starts[i], sets[i], SCHEDULE, CONFIG, apart, seed=5)
+        assert distance(found, alone, starts[i]) < 1e-5
+        same(values(found, nnx.Not(Trainable)), values(starts[i], nnx.Not(Trainable)))
+        loss = read_metrics(apart / "metrics.jsonl")[-1]["loss"]
+        assert line["loss"][i] == pytest.approx(loss, rel=1e-5)
+    # A set more leaves the others what they are, up to the rounding of another program.
+    two = adapt_each(starts[:2], sets[:2], SCHEDULE, CONFIG, tmp_path / "two", seed=5)
+    for i, found in enumerate(two):
+        assert distance(found, together[i], starts[i]) < 1e-6
+    assert distance(together[0], together[1], starts[0]) > 0.1
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_resumed_training_is_bit_identical(starts, sets, tmp_path, monkeypatch, each):
+    config = dataclasses.replace(
+        CONFIG, steps=8, steps_per_call=2, checkpoint_every=2, ema_decay=0.5
+    )
+
+    def train(name):
+        if each:
+            return adapt_each(starts, sets, SCHEDULE, config, tmp_path / name, seed=1)
+        return [adapt(starts[1], sets[1], SCHEDULE, config, tmp_path / name, seed=1)]
+
+    whole = train("whole")
+    save = Checkpoints.save
+
+    def save_and_die(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        if step == 4:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        train("cut")
+    monkeypatch.setattr(Checkpoints, "save", save)
+    for found, expected in zip(train("cut"), whole, strict=True):
+        same(values(found), values(expected))
+    # Once finished, the same call gives the same network without a step.
+    for found, expected in zip(train("cut"), whole, strict=True):
+        same(values(found), values(expected))
+
+
+RETAINING = dataclasses.replace(CONFIG, retention=Retention(share=0.25, weight=0.1))
+
+
+def loss_of(model: DiT, config: TrainConfig):
+    """The compiled loss of a model, and its two arguments."""
+    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
+    loss = make_loss(graphdef, SCHEDULE, config, model.config.null_label)
+    return jax.jit(lambda *args: loss(*args)[0]), (trainable, frozen)
+
+
+def test_retention_is_a_share_of_the_batch_with_a_weight(base, key):
+    assert RETAINING.rows == {"target": 6, "kept": 2}
+    latents = drawn(0, 5)
+    kept = jax.random.normal(key, (4, 4, 4, 4))
+    data = {
+        "mean": jnp.asarray(latents.mean),
+        "std": jnp.zeros(latents.mean.shape),
+        "labels": jnp.asarray(latents.labels),
+        "count": jnp.array(5),
+        "views": jnp.array(1),
+        "kept": kept,
+        "key": key,
+    }
+    batch = draw_batch(jnp.array(0), data, RETAINING)
+    assert {name: x.shape for name, x in batch.items()} == {
+        "mean": (6, 4, 4, 4),
+        "std": (6, 4, 4, 4),
+        "labels": (6,),
+        "kept": (2, 4, 4, 4),
+    }
+    assert all((kept == one).all(axis=(1, 2, 3)).any() for one in batch["kept"])
+    model = affined(base)
+    config = dataclasses.replace(RETAINING, label_dropout=0.0)
+    loss, arguments = loss_of(model, config)
+    # By the definition: each part's own mean, the base's images without a label.
+    keys = [jax.random.fold_in(key, i) for i in range(6)]
+    x0 = jnp.concatenate([batch["mean"], batch["kept"]])
+    labels = jnp.concatenate([batch["labels"], jnp.full(2, base.config.null_label)])
+    late = 999 - sample_times(keys[3], 2, 1000, 1.0)
+    t = jnp.concatenate([sample_times(keys[2], 6, 1000, 1.0), late])
+    noise = jax.random.normal(keys[4], x0.shape)
+    signal = jnp.asarray(SCHEDULE.alphas_cumprod)[t][:, None, None, None]
+    x_t = jnp.sqrt(signal) * x0 + jnp.sqrt(1 - signal) * noise
+    errors = jax.jit(partial(learned_range_loss, per_sample=True))(
+        SCHEDULE, apply(model, x_t, t, labels), x0, x_t, noise, t
+    )
+    expected = errors[:6].mean() + 0.1 * errors[6:].mean()
+    assert loss(*arguments, batch, key) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_retention_keeps_the_last_steps_and_learns_the_first(key):
+    """The base's images are noised little, the target's much."""
+    target = sample_times(key, 4000, 1000, Retention().power)
+    kept = 999 - sample_times(key, 4000, 1000, Retention().power)
+    assert np.mean(target) == pytest.approx(2000 / 3, rel=0.03)
+    assert np.mean(kept) == pytest.approx(1000 / 3, rel=0.05)
+
+
+def test_retention_trains_and_needs_images_of_the_base(base, tmp_path):
+    model, latents = affined(base), drawn(0, 6)
+    with pytest.raises(ValueError, match="retention needs `kept`"):
+        adapt(model, latents, SCHEDULE, RETAINING, tmp_path / "none", seed=0)
+    rng = np.random.default_rng(0)
+    first, second = (
+        adapt(
+            model, latents, SCHEDULE, RETAINING, tmp_path / str(i), seed=0,
+            kept=rng.normal(size=(3, 4, 4, 4)).astype(np.float32),
+        )
+        for i in range(2)
+    )  # fmt: skip
+    assert distance(first, second, model) > 0.01
+
+
+def test_labels_are_dropped_for_guidance(base, key):
+    model, latents = affined(base), drawn(0, 8)
+    batch = {name: jnp.asarray(getattr(latents, name)[:, 0]) for name in ("mean", "std")}
+    batch["labels"] = jnp.asarray(latents.labels)
+    nothing = {**batch, "labels": jnp.full(8, base.config.null_label)}
+    always, arguments = loss_of(model, dataclasses.replace(CONFIG, label_dropout=1.0))
+    never, _ = loss_of(model, dataclasses.replace(CONFIG, label_dropout=0.0))
+    assert always(*arguments, batch, key) == never(*arguments, nothing, key)
+    # New rows start as no label's row: another one shows the difference.
+    moved = {**batch, "labels": batch["labels"] % 2}
+    assert always(*arguments, moved, key) != never(*arguments, moved, key)
+
+
+def test_accumulated_parts_make_one_update(base, key, gentle):
+    """The gradient is the mean over the parts of a batch, each with noise of its own."""
+    model, latents = affined(base, recipe="lora_all"), drawn(0, 7, views=2)
+    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
+    config = dataclasses.replace(CONFIG, accumulate=2)
+    null = base.config.null_label
+    tx, step = make_step(graphdef, SCHEDULE, config, null)
+    arrays = {name: jnp.asarray(getattr(latents, name)) for name in ("mean", "std", "labels")}
+    data = {**arrays, "count": jnp.array(7), "views": jnp.array(2), "key": key}
+    state = init_state(trainable, tx, key)
+    found, metrics = jax.jit(step)(state, frozen, data)
+    loss = make_loss(graphdef, SCHEDULE, config, null)
+    gradient = jax.jit(jax.value_and_grad(lambda *args: loss(*args)[0]))
+    batch = draw_batch(jnp.array(0), data, config)
+    parts = []
+    for i in range(2):
+        of_part = jax.random.fold_in(jax.random.fold_in(key, 0), i)
+        rows = {name: x[i::2] for name, x in batch.items()}
+        parts.append(gradient(trainable, frozen, rows, of_part))
+    total, grads = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    assert metrics["loss"] == pytest.approx(float(total), rel=1e-5)
+    updates, _ = tx.update(grads, state.opt_state, trainable)
+    for update, new, old in zip(
+        *map(jax.tree.leaves, (updates, found.trainable, trainable)), strict=True
+    ):
+        np.testing.assert_allclose(new, old + update, atol=1e-6)
+    assert max(float(jnp.abs(update).max()) for update in jax.tree.leaves(updates)) > 1e-3
+
+
+@pytest.fixture
+def sharded_smalls(monkeypatch):
+    """Weights this small would otherwise stay whole on every device."""
+    monkeypatch.setattr(sharding.shard, "__kwdefaults__", {"min_size": 16})
+
+
+def test_devices_train_what_one_does(starts, sets, tmp_path, gentle, sharded_smalls):
+    config = dataclasses.replace(CONFIG, steps=3, ema_decay=0.5)
+    one = adapt(starts[1], sets[1], SCHEDULE, config, tmp_path / "one", seed=5)
+    mesh = make_mesh(data=2, fsdp=4)
+    many = adapt(starts[1], sets[1], SCHEDULE, config, tmp_path / "many", seed=5, mesh=mesh)
+    assert distance(many, one, starts[1]) < 1e-5
+    same(values(many, nnx.Not(Trainable)), values(one, nnx.Not(Trainable)))
+
+
+def test_devices_train_many_sets(starts, sets, tmp_path, gentle, sharded_smalls):
+    """Three sets on two parts of the data axis: the stack is filled up."""
+    config = dataclasses.replace(CONFIG, steps=3)
+    one = adapt_each(starts, sets, SCHEDULE, config, tmp_path / "one", seed=5)
+    mesh = make_mesh(data=2, fsdp=4)
+    many = adapt_each(starts, sets, SCHEDULE, config, tmp_path / "many", seed=5, mesh=mesh)
+    assert len(many) == 3
+    for found, expected, start in zip(many, one, starts, strict=True):
+        assert distance(found, expected, start) < 1e-5
+
+
+def test_batches_that_do_not_divide_over_devices_are_refused(starts, sets, tmp_path):
+    mesh = make_mesh(data=2, fsdp=4)
+    for change, message in (
+        ({"batch_size": 12}, r"batch_size 12: 12 target images in 1 parts .* = 8 devices"),
+        ({"accumulate": 2}, "8 target images in 2 parts"),
+        ({"batch_size": 24, "retention": Retention(1 / 3)}, None),
+        ({"batch_size": 32, "retention": Retention(1 / 8)}, "28 target images in 1 parts"),
+    ):
+        config = dataclasses.replace(CONFIG, **change)
+        if message is None:
+            check_rows(config, mesh)
+            continue
+        kept = np.zeros((1, 4, 4, 4), np.float32)
+        with pytest.raises(ValueError, match=message):
+            adapt(starts[0], sets[0], SCHEDULE, config, tmp_path, seed=0, kept=kept, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 50, "steps_per_call": 20}, "steps 50 is not divisible by steps_per_call 20"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"accumulate": 3}, "8 target images in a batch, expected a multiple of accumulate = 3"),
+        ({"retention": Retention(share=0.05)}, "0 kept images in a batch"),
+        ({"retention": Retention(share=0.95)}, "0 target images in a batch"),
+        (
+            {"retention": Retention(share=0.125), "accumulate": 2},
+            "7 target images in a batch, expected a multiple of accumulate = 2",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.0}, {"power": -1.0}, {"images": 0}])
+def test_retention_that_cannot_be(change):
+    with pytest.raises(ValueError, match="retention"):
+        Retention(**change)
+
+
+def test_new_labels_begin_after_no_label(base):
+    assert first_label(base) == 4 and base.config.null_label == 3
