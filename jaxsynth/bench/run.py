@@ -26,7 +26,8 @@ from jaxsynth.bench.cases import (
 )
 from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
 from jaxsynth.core.errors import UsageError
-from jaxsynth.runs.stage import versions, write_json
+from jaxsynth.core.io import write_json
+from jaxsynth.runs.stage import versions
 
 # Beyond rounding: two libraries sum a thousand products in different orders.
 TOLERANCE = 1e-3

@@ -125,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from jaxsynth.core.console import console, duration, set_quiet
-    from jaxsynth.runs.stage import versions, write_json
+    from jaxsynth.core.io import write_json
+    from jaxsynth.runs.stage import versions
 
     first = jax.process_index() == 0
     set_quiet(not first)

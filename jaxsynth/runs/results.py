@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxsynth.report.page import Details
-from jaxsynth.runs.stage import (MANIFEST, load_artifact)
+from jaxsynth.runs.stage import MANIFEST, load_artifact
 
 
 def stage_details(workdir: Path) -> list[Details]:

@@ -2,8 +2,27 @@
 
 Methods here take hours (adapters, thousands of images, classifiers) and are killed and restarted.
 So a stage whose manifest matches is skipped, one that began is called again in its own folder and
-resumes, and one whose configuration changed is refused by name rather than mixed with old files.
-The manifest is written last and atomically: where it lies, the files beside it are whole.
+resumes, and one whose settings changed is refused by name rather than mixed with old files. The
+manifest is written last and atomically: where it lies, the files beside it are whole.
+
+A stage is a function that sees only what it declares:
+
+    @dataclass(frozen=True)
+    class Training:
+        train: TrainingConfig
+        seed: int = 0
+
+    @stage(format=1)
+    def train_adapter(work: Work, config: Training, *, shots: Artifact, base: StableDiffusion) -> dict:
+        ...
+        return {"steps": config.train.steps}
+
+    train_adapter(folder, Training(config.train, seed), label="adapter", shots=shots, base=base)
+
+Its identity is its slice of the config (a frozen dataclass), the digests of its inputs (finished
+stages, and `Source`s: weights, data and files, identified by content) and a format number. The
+function is module-level and closes over nothing, so a setting that it uses cannot be missing from
+its identity. `work` holds what may differ without changing the result: the folder, the mesh.
 """
 
 import dataclasses
@@ -11,31 +30,43 @@ import fcntl
 import fnmatch
 import hashlib
 import importlib.metadata
+import inspect
 import json
-import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxsynth.core.console import stage_line
+from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import TEMPORARY, file_digests_cached, read_json, write_json
+from jaxsynth.core.records import differences, to_json, with_defaults
 
 MANIFEST = "manifest.json"
 STARTED = ".started.json"
 LOCK = ".lock"
+LISTINGS = ".inputs.json"
 # Files that help a run along but are not what the stage is for: neither listed nor digested.
-UNLISTED = ("checkpoints/*", "metrics.jsonl", "events.out.*")
+TRAINING = ".training"
+UNLISTED = (f"{TRAINING}/*", "checkpoints/*", "*.jsonl", "events.out.*")
 PACKAGES = ("jaxsynth", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+FORMAT = 2
+# Of a data set with more files, a changed one is noticed but not named.
+MOST_LISTED = 20_000
+
+T = TypeVar("T")
 
 
-class StageError(RuntimeError):
+class StageError(UserError):
     """A stage cannot run as asked; the message names the folder, the field and both values."""
 
 
@@ -53,19 +84,24 @@ class Artifact:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What the stage's build returned."""
+        """What the stage's function returned."""
         return self.manifest["counts"]
 
     def verify(self) -> None:
-        """Read every file again.
+        """Compare every file with the manifest; digests of unchanged files are remembered.
 
         Raises:
             StageError: a file is missing or differs from the digest in the manifest; it is named.
         """
-        for name, entry in self.manifest["files"].items():
-            found = _file_entry(self._existing(name))
-            if found != entry:
-                raise StageError(f"{self.path / name}: found {found}, the manifest says {entry}")
+        paths = [self._existing(name) for name in self.manifest["files"]]
+        found = file_digests_cached(paths)
+        for path, digest, entry in zip(paths, found, self.manifest["files"].values(), strict=True):
+            if digest != entry["sha256"]:
+                raise StageError(
+                    f"{path} is damaged or was changed: its SHA-256 is {digest[:16]}..., the "
+                    f"manifest says {entry['sha256'][:16]}...; remove {self.path} to make the "
+                    "stage again"
+                )
 
     def _existing(self, name: str) -> Path:
         file = self.path / name
@@ -77,6 +113,141 @@ class Artifact:
         return file
 
 
+class Source(Generic[T]):
+    """An input that no stage made: weights, a data set, a file. Loaded once, when first needed.
+
+    Args:
+        load: returns the value; called at most once.
+        digest: identifies the content: a string, or a function of the loaded value.
+        listing: digests of its parts by name, from which a refusal names the changed ones.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], T],
+        digest: str | Callable[[T], str],
+        listing: Callable[[T], Mapping[str, str]] | None = None,
+    ):
+        self._load, self._digest, self._listing = load, digest, listing
+
+    @cached_property
+    def value(self) -> T:
+        """What the stage's function receives."""
+        return self._load()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digits that stand for the content."""
+        return self._digest if isinstance(self._digest, str) else self._digest(self.value)
+
+    @cached_property
+    def listing(self) -> dict[str, str] | None:
+        """Digests by name, or None where there are none, or too many to keep."""
+        found = None if self._listing is None else dict(self._listing(self.value))
+        return found if found is not None and len(found) <= MOST_LISTED else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Where a stage works: what is at hand but does not decide the result.
+
+    `mesh` spans the devices of every process that runs the function, None for a single device.
+    """
+
+    folder: Path
+    mesh: Mesh | None = None
+
+    @property
+    def training(self) -> Path:
+        """The folder of checkpoints and metrics; not part of the artifact."""
+        return self.folder / TRAINING
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files: one of all that run the function."""
+        return jax.process_index() == 0
+
+
+StageFunction = Callable[..., dict[str, Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage function with its format number; call it to have the stage made, or found made."""
+
+    function: StageFunction
+    format: int
+    processes: Literal["all", "first"]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def __call__(
+        self,
+        folder: str | Path,
+        config: Any,
+        *,
+        label: str = "",
+        mesh: Mesh | None = None,
+        console: Console | None = None,
+        **inputs: "Artifact | Source | None",
+    ) -> Artifact:
+        """Make the stage in `folder`, or find that it is made.
+
+        Args:
+            config: the slice of the configuration: a frozen dataclass.
+            label: what the printed line calls the stage.
+            inputs: by the names of the function's keyword arguments; None for one left out.
+
+        Raises:
+            StageError: as `run_stage`.
+        """
+        if not (dataclasses.is_dataclass(config) and type(config).__dataclass_params__.frozen):
+            raise TypeError(f"stage {self.name}: its config must be a frozen dataclass")
+        given = {key: value for key, value in inputs.items() if value is not None}
+
+        def build(path: Path) -> dict[str, Any] | None:
+            values = {key: _value_of(inputs[key]) for key in inputs}
+            return self.function(Work(path, mesh), config, **values)
+
+        return run_stage(
+            label or self.name,
+            folder,
+            config,
+            given,
+            build,
+            stage=self.name,
+            format=self.format,
+            processes=self.processes,
+            console=console,
+        )
+
+
+def stage(
+    *, format: int = 1, processes: Literal["all", "first"] = "first"
+) -> Callable[[StageFunction], Stage]:
+    """Declare a stage: `function(work, config, *, inputs...) -> counts for the manifest`.
+
+    Args:
+        format: raised when the function's result changes for the same config and inputs.
+        processes: "first": of a multi-process run only process 0 computes, on its own devices, and
+            the others wait. "all": every process runs the function, which shares the work through
+            `work.mesh` and writes where `work.writes`.
+    """
+
+    def declare(function: StageFunction) -> Stage:
+        code = inspect.unwrap(function)
+        if code.__closure__ or "<locals>" in code.__qualname__:
+            raise TypeError(
+                f"stage {code.__qualname__}: a stage is a function of a module, so that it sees "
+                "its config and inputs alone"
+            )
+        return Stage(function, format, processes)
+
+    return declare
+
+
 def load_artifact(folder: str | Path) -> Artifact:
     """Read a finished stage's folder.
 
@@ -85,7 +256,7 @@ def load_artifact(folder: str | Path) -> Artifact:
             or has another size (`Artifact.verify` also compares the contents).
     """
     folder = Path(folder)
-    manifest = _read_json(folder / MANIFEST)
+    manifest = _read_manifest(folder / MANIFEST)
     if manifest is None:
         raise StageError(f"{folder} holds no finished stage: {MANIFEST} is missing")
     artifact = Artifact(folder, manifest)
@@ -93,7 +264,8 @@ def load_artifact(folder: str | Path) -> Artifact:
         size = artifact._existing(name).stat().st_size
         if size != entry["bytes"]:
             raise StageError(
-                f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}"
+                f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}; remove "
+                f"{folder} to make the stage again"
             )
     return artifact
 
@@ -102,58 +274,64 @@ def run_stage(
     name: str,
     folder: str | Path,
     config: Any,
-    inputs: Mapping[str, Artifact],
+    inputs: Mapping[str, Artifact | Source],
     build: Callable[[Path], dict[str, Any] | None],
     *,
+    stage: str = "",
+    format: int = 1,
+    processes: Literal["all", "first"] = "all",
     unlisted: Sequence[str] = UNLISTED,
     console: Console | None = None,
 ) -> Artifact:
-    """Make the stage in `folder`, or find that it is made.
+    """Make a stage in `folder` by `build`, or find that it is made. `Stage` calls this.
 
     Args:
-        name: what the printed line and the manifest call the stage.
+        name: what the printed line calls the stage.
         folder: where its files go; created when missing.
         config: a dataclass or mapping of JSON-like values: all that decides what the stage makes.
-        inputs: the artifacts that the stage reads; their digests stand in the manifest.
+        inputs: what the stage reads; their digests stand in the manifest. Artifacts are compared
+            with their manifests before `build` is called.
         build: writes the files into the folder and returns counts (JSON) for the manifest. Called
             in the same folder again after a kill, so it should resume from what it finds.
+        stage: the stage's name in the manifest; `name` by default.
+        processes: as for `stage`.
         unlisted: glob patterns, relative to `folder`, of files that are no part of the result.
         console: where the line goes; the shared console by default.
 
     Raises:
         StageError: the folder was made or begun with another configuration or input, each
-            difference named; or another process is at work in it.
+            difference named; another process is at work in it; or a file of an input is damaged.
+            In a multi-process run every process raises what process 0 found.
     """
     folder = Path(folder)
     began = time.monotonic()
+    stage = stage or name
     wanted = {
-        "stage": name,
-        "config": to_json(config, f"{name}.config"),
-        "inputs": {key: artifact.digest for key, artifact in inputs.items()},
+        "stage": stage,
+        "format": format,
+        "config": to_json(config, f"{stage}.config"),
+        "inputs": {key: given.digest for key, given in inputs.items()},
     }
-    if (done := _read_json(folder / MANIFEST)) is not None:
-        _refuse_changes(folder, done, wanted)
-        artifact = load_artifact(folder)
-        stage_line(name, 0.0, "unchanged, skipped", out=console)
-        return artifact
-
+    listings = {key: x.listing for key, x in inputs.items() if isinstance(x, Source) and x.listing}
     first = jax.process_index() == 0
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder) if first else _nothing():
-        resumed = (begun := _read_json(folder / STARTED)) is not None
-        if resumed:
-            _refuse_changes(folder, begun, wanted)
-        elif first:
-            write_json(folder / STARTED, wanted)
-        counts = build(folder)
-        _barrier(f"{name} built")
+    with _Holder(folder, config, wanted, listings) as holder:
+        state = _agree(holder.take) if first else _agree(None)
+        if state == "done":
+            artifact = load_artifact(folder)
+            stage_line(name, 0.0, "unchanged, skipped", out=console)
+            return artifact
+        for given in inputs.values():
+            if isinstance(given, Artifact):
+                given.verify()
+        counts = _build(build, folder, processes)
         if first:
             files = _list_files(folder, unlisted)
             manifest = {
-                "format": 1,
+                "manifest": FORMAT,
                 **wanted,
+                "label": name,
                 "digest": _digest({**wanted, "files": files}),
-                "counts": to_json(counts or {}, f"{name}.counts"),
+                "counts": to_json(counts or {}, f"{stage}.counts"),
                 "seconds": round(time.monotonic() - began, 3),
                 "versions": versions(),
                 "files": files,
@@ -161,9 +339,113 @@ def run_stage(
             write_json(folder / MANIFEST, manifest)
             (folder / STARTED).unlink(missing_ok=True)
         _barrier(f"{name} written")
-    note = ", ".join(f"{key} {_short(value)}" for key, value in (counts or {}).items())
-    stage_line(name, time.monotonic() - began, ("resumed  " if resumed else "") + note, out=console)
-    return load_artifact(folder)
+    artifact = load_artifact(folder)
+    note = ", ".join(f"{key} {_short(value)}" for key, value in artifact.counts.items())
+    resumed = "resumed  " if state == "resumed" else ""
+    stage_line(name, time.monotonic() - began, resumed + note, out=console)
+    return artifact
+
+
+class _Holder:
+    """A stage's folder in the hands of process 0: its lock, and what its manifests say."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        wanted: dict[str, Any],
+        listings: dict[str, dict[str, str]],
+    ):
+        self.folder, self.config = folder, config
+        self.wanted, self.listings = wanted, listings
+        self._lock: Any = None
+
+    def __enter__(self) -> "_Holder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(*error)
+            self._lock = None
+            self._tidy()
+
+    def take(self) -> Literal["done", "resumed", "new"]:
+        """Find the stage finished, or lock its folder to make it.
+
+        The manifest is read again under the lock: another process may have finished in between.
+        """
+        if self._finished():
+            return "done"
+        made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made = made
+        self._lock = lock_folder(self.folder)
+        try:
+            self._lock.__enter__()
+        except BaseException:
+            self._lock = None
+            raise
+        if self._finished():
+            return "done"
+        if (begun := _read_manifest(self.folder / STARTED)) is not None:
+            self._refuse_changes(begun)
+            _remove_temporaries(self.folder)
+            return "resumed"
+        write_json(self.folder / STARTED, self.wanted)
+        if self.listings:
+            write_json(self.folder / LISTINGS, self.listings, indent=None)
+        return "new"
+
+    def _finished(self) -> bool:
+        done = _read_manifest(self.folder / MANIFEST)
+        if done is not None:
+            self._refuse_changes(done)
+        return done is not None
+
+    def _tidy(self) -> None:
+        """Leave no trace of a stage that failed before it made anything."""
+        machinery = {STARTED, LOCK, LISTINGS}
+        if (self.folder / MANIFEST).exists():
+            return
+        if {path.name for path in self.folder.rglob("*")} <= machinery:
+            for name in machinery:
+                (self.folder / name).unlink(missing_ok=True)
+            if self._made:
+                self.folder.rmdir()
+
+    def _refuse_changes(self, old: dict[str, Any]) -> None:
+        before = {part: old.get(part) for part in self.wanted}
+        before["config"] = with_defaults(old.get("config"), self.config)
+        changed = [
+            line for part in self.wanted for line in differences(before[part], self.wanted[part], part)
+        ]
+        if not changed:
+            return
+        detail = self._changed_files(before["inputs"] or {})
+        raise StageError(
+            f"{self.folder} was made with other settings (old -> new):\n  "
+            + "\n  ".join(changed + detail)
+            + "\nRemove that folder, or choose another one."
+        )
+
+    def _changed_files(self, before: Mapping[str, str]) -> list[str]:
+        """Which files of a changed input are new, gone or other ones."""
+        path = self.folder / LISTINGS
+        known = read_json(path) if path.is_file() else {}
+        lines = []
+        for key, new in self.listings.items():
+            old = known.get(key)
+            if old is None or before.get(key) == self.wanted["inputs"][key]:
+                continue
+            for what, names in (
+                ("added", [x for x in new if x not in old]),
+                ("removed", [x for x in old if x not in new]),
+                ("changed", [x for x in new if x in old and new[x] != old[x]]),
+            ):
+                if names:
+                    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                    lines.append(f"{key}: {what} {', '.join(names[:3])}{more}")
+        return lines
 
 
 @contextmanager
@@ -194,54 +476,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
-
-def to_json(value: Any, where: str = "config") -> Any:
-    """`value` as JSON holds it: dataclasses as dicts, tuples as lists, paths as strings.
-
-    Raises:
-        TypeError: a value has no JSON form; the message names its dotted field.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return to_json(np.asarray(value).tolist(), where)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"{where}: {type(value).__name__} has no JSON form")
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The dotted fields in which two JSON values differ, each as "field: old -> new"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            path = f"{where}.{key}" if where else key
-            if key not in new:
-                lines.append(f"{path}: {json.dumps(old[key])} -> (absent)")
-            elif key not in old:
-                lines.append(f"{path}: (absent) -> {json.dumps(new[key])}")
-            else:
-                lines += differences(old[key], new[key], path)
-        return lines
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
 def versions() -> dict[str, str]:
@@ -255,53 +490,101 @@ def versions() -> dict[str, str]:
     return found
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _value_of(given: "Artifact | Source | None") -> Any:
+    return given.value if isinstance(given, Source) else given
 
 
-def _refuse_changes(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = [
-        line
-        for part in ("stage", "config", "inputs")
-        for line in differences(old[part], new[part], part)
-    ]
-    if changed:
-        raise StageError(
-            f"{folder} was made with other settings (old -> new):\n  "
-            + "\n  ".join(changed)
-            + "\nRemove that folder, or choose another one."
-        )
+def _build(
+    build: Callable[[Path], dict[str, Any] | None], folder: Path, processes: str
+) -> dict[str, Any] | None:
+    if processes == "first" and jax.process_count() > 1:
+        return _agree_value(lambda: build(folder))
+    counts = build(folder)
+    _barrier(f"{folder} built")
+    return counts
+
+
+def _agree(take: Callable[[], str] | None) -> str:
+    """What process 0 found, in every process; its refusal is raised in all, so that none waits."""
+    if jax.process_count() == 1:
+        assert take is not None
+        return take()
+    return _agree_value(take)
+
+
+_MESSAGE = 4096
+
+
+def _agree_value(compute: Callable[[], Any] | None) -> Any:
+    """Process 0 computes; every process gets its JSON value, or raises its error's message."""
+    from jax.experimental import multihost_utils
+
+    failed: BaseException | None = None
+    message = {}
+    if jax.process_index() == 0:
+        assert compute is not None
+        try:
+            message = {"value": to_json(compute())}
+        except Exception as error:
+            failed = error
+            message = {"error": f"{type(error).__name__}: {error}"[: _MESSAGE // 4]}
+    text = json.dumps(message).encode()
+    if len(text) > _MESSAGE:  # counts that do not fit stand in the manifest
+        text = b'{"value": null}'
+    sent = np.zeros(_MESSAGE, np.uint8)
+    sent[: len(text)] = np.frombuffer(text, np.uint8)
+    got = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).rstrip(b"\0")
+    if failed is not None:
+        raise failed
+    found = json.loads(got)
+    if "error" in found:
+        raise StageError(f"process 0 stopped: {found['error']}")
+    return found["value"]
 
 
 def _list_files(folder: Path, unlisted: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Every file below `folder` but the machinery's own and those matching `unlisted`, sorted."""
-    own = {MANIFEST, STARTED, LOCK}
-    files = {}
+    own = {MANIFEST, STARTED, LOCK, LISTINGS}
+    found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") and part.endswith(".tmp") for part in Path(name).parts)
-        if name not in own and not hidden and not any(fnmatch.fnmatch(name, u) for u in unlisted):
-            files[name] = _file_entry(path)
-    return files
+        if name in own or _is_temporary(path.relative_to(folder)):
+            continue
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in unlisted):
+            found.append((name, path))
+    digests = file_digests_cached([path for _, path in found])
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": digest}
+        for (name, path), digest in zip(found, digests, strict=True)
+    }
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+def _is_temporary(path: Path) -> bool:
+    return any(part.startswith(".") and part.endswith(TEMPORARY) for part in path.parts)
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Files that a killed writer left behind: no other process is at work in a locked folder."""
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        if path.is_file():
+            path.unlink()
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """A manifest, or None where there is none. StageError for one that is damaged."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StageError(f"{path} is not valid JSON: {error}") from error
+        found = read_json(path)
+    except UserError as error:
+        raise StageError(f"{error}; remove {path.parent} to make the stage again") from error
+    if not isinstance(found, dict) or not isinstance(found.get("config"), (dict, list)):
+        raise StageError(f"{path} is no stage's manifest; remove {path.parent} to make it again")
+    return found
 
 
 def _short(value: Any) -> str:
@@ -314,8 +597,3 @@ def _barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

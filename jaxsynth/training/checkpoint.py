@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint
 from jaxtyping import PyTree
 
-from jaxsynth.runs.stage import differences, to_json
+from jaxsynth.core.records import differences, to_json
 
 # Orbax 1.0 makes this interface the top level; in 0.12 it is a sub-module of it.
 ocp = getattr(orbax.checkpoint, "v1", orbax.checkpoint)

@@ -32,6 +32,7 @@ from jaxsynth.adapters.kinds.affiner import AffinerConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.console import console
+from jaxsynth.core.io import write_json
 from jaxsynth.data.conditions import CHANNELS, as_bytes, source_conditions
 from jaxsynth.data.load import DataConfig, Dataset, load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
@@ -42,7 +43,7 @@ from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.runs.results import stage_details
-from jaxsynth.runs.stage import MANIFEST, Artifact, load_artifact, run_stage, write_json
+from jaxsynth.runs.stage import MANIFEST, Artifact, load_artifact, run_stage
 from jaxsynth.tasks.controlled import (
     ControlConfig,
     Controlled,

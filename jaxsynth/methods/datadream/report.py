@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.io import write_json
 from jaxsynth.data.load import DataConfig, Dataset, ImageSource, load_dataset
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
@@ -19,7 +20,7 @@ from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.runs.results import stage_details
-from jaxsynth.runs.stage import MANIFEST, load_artifact, write_json
+from jaxsynth.runs.stage import MANIFEST, load_artifact
 
 COLUMNS_PER_SOURCE = 4
 MAX_CLASSES = 10

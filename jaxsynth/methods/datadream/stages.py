@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import file_digest, write_json
 from jaxsynth.data.decode import safe_name
 from jaxsynth.data.load import DataConfig, Dataset, ImageSource, SourceError, load_dataset
 from jaxsynth.data.prompts import prompts as class_prompts
@@ -37,7 +38,7 @@ from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.methods.datadream import report as datadream_report
 from jaxsynth.models.clip import CLIPModel
-from jaxsynth.runs.stage import Artifact, file_digest, run_stage, write_json
+from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, scores, train_classifier
 from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
 from jaxsynth.training.sharding import make_mesh

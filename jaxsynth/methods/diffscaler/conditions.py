@@ -28,6 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Int, UInt8
 
 from jaxsynth.adapters.inject import Trainable, extract, load_state
+from jaxsynth.core.io import write_json
 from jaxsynth.data.conditions import (
     CHANNELS,
     WITH_PARTNER,
@@ -44,7 +45,7 @@ from jaxsynth.methods.diffscaler.report import images_of
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.quality.adherence import agreement
 from jaxsynth.report.grids import write_grid
-from jaxsynth.runs.stage import Artifact, run_stage, write_json
+from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.class_conditional import Latents, adapt, held_out_error
 from jaxsynth.tasks.text_to_image import decode_pixels
 from jaxsynth.weights.adapters.native import read_state, write_state

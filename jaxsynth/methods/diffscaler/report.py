@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.io import write_json
 from jaxsynth.data.load import DataConfig, Subset, load_dataset
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.diffscaler.recipes import RECIPES
@@ -20,7 +21,7 @@ from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.runs.results import stage_details
-from jaxsynth.runs.stage import MANIFEST, load_artifact, write_json
+from jaxsynth.runs.stage import MANIFEST, load_artifact
 
 MAX_CLASSES = 4
 COLUMNS = 5

@@ -20,6 +20,7 @@ from jaxsynth.adapters.inject import (
     with_values,
 )
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import write_json
 from jaxsynth.data.load import Dataset, ImageSource, Subset, joined, load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
@@ -31,7 +32,7 @@ from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.quality.evaluate import compare
 from jaxsynth.quality.features import FeatureExtractor, clip_extractor, inception_extractor
-from jaxsynth.runs.stage import Artifact, run_stage, write_json
+from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.class_conditional import (
     Latents,
     TrainConfig,

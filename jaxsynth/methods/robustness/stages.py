@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 
 from jaxsynth.adapters.inject import extract
 from jaxsynth.core.errors import UsageError, UserError
+from jaxsynth.core.io import write_json
 from jaxsynth.data.decode import square
 from jaxsynth.data.procedural.shapes import SHAPES
 from jaxsynth.data.prompts import read_templates
@@ -30,7 +31,7 @@ from jaxsynth.robustness.corruptions.predictions import Corruptions, by_severity
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.bootstrap import Interval
 from jaxsynth.robustness.predictors import Preprocess
-from jaxsynth.runs.stage import Artifact, run_stage, write_json
+from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, of_pixels, train_classifier
 from jaxsynth.weights.adapters.diffusers import attach, read_peft, write_peft
 from jaxsynth.weights.hf import Clip, load_clip

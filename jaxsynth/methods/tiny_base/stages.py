@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
+from jaxsynth.core.io import write_json
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.shapes import Captioned, render_digits, render_shapes
 from jaxsynth.diffusion.guidance import classifier_free
@@ -40,7 +41,7 @@ from jaxsynth.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.report.grids import write_grid
-from jaxsynth.runs.stage import Artifact, run_stage, write_json
+from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.text_to_image import encode_pixels
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.io import write_json
 from jaxsynth.methods.weightgen.scores import (
     CONTROLS,
     GENERATED,
@@ -28,7 +29,7 @@ from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import plot_curves
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.runs.results import stage_details
-from jaxsynth.runs.stage import MANIFEST, write_json
+from jaxsynth.runs.stage import MANIFEST
 
 # What curves hold: its title, factor and digits.
 MEASURES = {

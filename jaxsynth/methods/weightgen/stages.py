@@ -31,6 +31,8 @@ from jaxtyping import Float
 
 from jaxsynth.adapters.flatten import Layout, canonical
 from jaxsynth.adapters.inject import AdapterState
+from jaxsynth.core.io import write_json
+from jaxsynth.core.records import to_json
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.concepts import Concept, read_concepts, save_concepts, split_concepts
 from jaxsynth.methods.weightgen import plan as weightgen_plan
@@ -53,7 +55,7 @@ from jaxsynth.methods.weightgen.scores import (
     unexplained,
 )
 from jaxsynth.report.grids import write_grid
-from jaxsynth.runs.stage import Artifact, run_stage, to_json, write_json
+from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.weight_generator import (
     Generated,
     Rivals,
