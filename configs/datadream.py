@@ -63,7 +63,7 @@ def _sd21() -> ConfigDict:
                 "alpha": 16.0,
                 "unet_targets": ("to_q", "to_k", "to_v", "to_out.0"),
                 "text_targets": ("q_proj", "k_proj", "v_proj", "out_proj"),
-                "remat": True,
+                "remat": "block",
             },
             "generate": {
                 "images_per_class": 500,
@@ -102,7 +102,7 @@ def _tiny() -> ConfigDict:
     config.finetune.min_steps = 200
     config.finetune.warmup_steps = 20
     config.finetune.learning_rate = 2e-3
-    config.finetune.remat = False
+    config.finetune.remat = None
     config.generate.images_per_class = 60
     config.generate.num_inference_steps = 20
     config.generate.batch_size = 50

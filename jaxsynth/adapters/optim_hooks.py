@@ -30,6 +30,11 @@ def optimiser(
     return inner
 
 
+def needs_length(config: Any) -> bool:
+    """Whether the optimizer of adapters of `config` depends on the number of updates."""
+    return isinstance(config, AdaLoRAConfig)
+
+
 def penalised(loss: Callable[..., tuple[Any, Any]], config: Any) -> Callable[..., tuple[Any, Any]]:
     """`loss(trainable, ...) -> (value, metrics)` with the term that adapters of `config` add."""
     if not isinstance(config, AdaLoRAConfig):

@@ -14,18 +14,25 @@ import jax
 import numpy as np
 
 
-def to_json(value: Any, where: str = "config") -> Any:
+def to_json(value: Any, where: str = "config", *, identity: bool = False) -> Any:
     """`value` as JSON holds it: dataclasses as dicts, tuples as lists, paths as strings.
+
+    With `identity`, fields of dataclasses whose metadata say `"identity": False` are left out: they
+    decide how a result is made, not what it is.
 
     Raises:
         TypeError: a value has no JSON form; the message names its dotted field.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        kept = [f for f in dataclasses.fields(value) if not identity or is_identity(f)]
+        value = {f.name: getattr(value, f.name) for f in kept}
     if isinstance(value, Mapping):
-        return {str(key): to_json(item, f"{where}.{key}") for key, item in value.items()}
+        return {
+            str(key): to_json(item, f"{where}.{key}", identity=identity)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [to_json(item, f"{where}[{i}]", identity=identity) for i, item in enumerate(value)]
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return to_json(np.asarray(value).tolist(), where)
     if isinstance(value, Path):
@@ -37,6 +44,11 @@ def to_json(value: Any, where: str = "config") -> Any:
     raise TypeError(f"{where}: {type(value).__name__} has no JSON form")
 
 
+def is_identity(field: dataclasses.Field) -> bool:
+    """Whether a field of a config decides a result."""
+    return field.metadata.get("identity", True)
+
+
 def with_defaults(old: Any, like: Any) -> Any:
     """JSON of an older run, with the defaults of fields that today's dataclass `like` has more.
 
@@ -45,12 +57,14 @@ def with_defaults(old: Any, like: Any) -> Any:
     if dataclasses.is_dataclass(like) and not isinstance(like, type) and isinstance(old, dict):
         filled = dict(old)
         for field in dataclasses.fields(like):
-            if field.name in old:
+            if not is_identity(field):
+                filled.pop(field.name, None)
+            elif field.name in old:
                 filled[field.name] = with_defaults(old[field.name], getattr(like, field.name))
             elif field.default is not dataclasses.MISSING:
-                filled[field.name] = to_json(field.default)
+                filled[field.name] = to_json(field.default, identity=True)
             elif field.default_factory is not dataclasses.MISSING:
-                filled[field.name] = to_json(field.default_factory())
+                filled[field.name] = to_json(field.default_factory(), identity=True)
         return filled
     if isinstance(like, Mapping) and isinstance(old, dict):
         return {key: with_defaults(x, like.get(key)) for key, x in old.items()}

@@ -309,7 +309,7 @@ def run_stage(
     wanted = {
         "stage": stage,
         "format": format,
-        "config": to_json(config, f"{stage}.config"),
+        "config": to_json(config, f"{stage}.config", identity=True),
         "inputs": {key: given.digest for key, given in inputs.items()},
     }
     listings = {key: x.listing for key, x in inputs.items() if isinstance(x, Source) and x.listing}

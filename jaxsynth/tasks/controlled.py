@@ -57,7 +57,7 @@ class ByControlNet(nnx.Module):
         text: Float[Array, "b n d"],
         condition: Float[Array, "b h2 w2 k"],
         *,
-        remat: bool = False,
+        remat: str | None = None,
     ) -> Float[Array, "b h w c"]:
         """The denoiser's prediction; `condition` is in [0, 1] and of the size of the pixels."""
         control = self.controlnet(x, t, text, condition, remat=remat)
@@ -85,7 +85,7 @@ class ByAdapters(nnx.Module):
         text: Float[Array, "b n d"],
         condition: Float[Array, "b h2 w2 k"],
         *,
-        remat: bool = False,
+        remat: str | None = None,
     ) -> Float[Array, "b h w c"]:
         """The denoiser's prediction; `condition` is in [0, 1] and of the size of the pixels."""
         small = space_to_depth(condition, self.downscale).astype(x.dtype)

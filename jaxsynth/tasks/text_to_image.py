@@ -6,8 +6,8 @@ set (`dset`) is one training; one per class (`cls`) is the same step `vmap`ped o
 and their images, so all classes train in one compiled program around one frozen base.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxsynth.adapters import optim_hooks, registry
-from jaxsynth.adapters.inject import AdapterState, Trainable, extract, seed_dropout, unstack
+from jaxsynth.adapters import registry
+from jaxsynth.adapters.inject import AdapterState, Trainable, extract, seed_dropout
 from jaxsynth.data.load import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.diffusion.losses import diffusion_loss
@@ -29,17 +29,8 @@ from jaxsynth.models.clip import CLIPTextModel
 from jaxsynth.models.diffusion.unet import UNet2DCondition
 from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.training import sharding
-from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.loop import Constant, fit
-from jaxsynth.training.metrics import MetricsWriter
-from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
-from jaxsynth.training.step import (
-    init_stacked,
-    init_state,
-    make_train_step,
-    scan_steps,
-    stacked,
-)
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.trainer import Resident, Task, train, train_stacked
 from jaxsynth.weights.hf import StableDiffusion
 
 
@@ -51,8 +42,12 @@ class TextToImage(nnx.Module):
         self.text_encoder = text_encoder
 
 
+# Images of the adapted networks, uint8 (n, h, w, 3).
+Sampler = Callable[[TextToImage], UInt8[np.ndarray, "n h w 3"]]
+
+
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(TrainingConfig):
     """How a generator is adapted; the defaults are DataDream's released configuration.
 
     `warmup_steps` are updates, as in the official code: a quarter of a 16-shot class's training.
@@ -66,14 +61,9 @@ class FinetuneConfig:
     """
 
     epochs: int = 200
-    min_steps: int = 0
-    steps: int = 0
-    batch_size: int = 8
-    learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup_steps: int = 100
     weight_decay: float = 1e-2
-    eps: float = 1e-8
     clip_norm: float = 1.0
     rank: int = 16
     alpha: float = 16.0
@@ -82,17 +72,11 @@ class FinetuneConfig:
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     snr_gamma: float | None = None
     crops_per_image: int = 4
-    accumulate: int = 1
-    remat: bool = False
-    checkpoint_every: int = 1000
     adapter: registry.AdapterChoice = field(default_factory=registry.AdapterChoice)
 
     def __post_init__(self):
+        super().__post_init__()
         self.adapter_config()
-
-    def num_steps(self, images: int) -> int:
-        """Updates for a training set of `images`."""
-        return self.steps or max(self.epochs * -(-images // self.batch_size), self.min_steps)
 
     def adapter_config(self) -> Any:
         """The adapter over both networks; no `text_targets` leaves the text encoder frozen."""
@@ -217,30 +201,87 @@ def draw(batch: dict[str, Array], key: Array, schedule: NoiseSchedule) -> tuple[
     return x0, noise, t
 
 
-def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: Mesh | None = None):
-    """`loss(trainable, frozen, batch, key)` over a batch {"mean", "std", "ids"} of examples.
+@dataclass(frozen=True)
+class Denoising:
+    """The loss over a batch {"mean", "std", "ids"} of examples; its constant is the schedule.
 
     "text", the states that a frozen text encoder makes of the ids, may stand in their place.
     """
 
-    def denoise(model: TextToImage, noisy: Array, t: Array, batch: dict) -> Array:
+    snr_gamma: float | None = None
+    remat: str | None = None
+
+    def __call__(self, model: TextToImage, schedule: NoiseSchedule, batch: dict, key: Array):
+        model = seed_dropout(model, jax.random.fold_in(key, 4))
+        x0, noise, t = draw(batch, key, schedule)
         text = batch.get("text")
         if text is None:
             text = model.text_encoder(batch["ids"]).last_hidden_state
-        return model.unet(noisy, t, text, remat=config.remat)
+        output = model.unet(add_noise(schedule, x0, noise, t), t, text, remat=self.remat)
+        return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=self.snr_gamma), {}
 
-    def loss(trainable, frozen, batch, key):
-        if mesh is not None:
-            rows = NamedSharding(mesh, sharding.BATCH)
-            batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
-        model = nnx.merge(graphdef, trainable, frozen)
-        model = seed_dropout(model, jax.random.fold_in(key, 4))
-        x0, noise, t = draw(batch, key, schedule)
-        noisy = add_noise(schedule, x0, noise, t)
-        output = denoise(model, noisy, t, batch)
-        return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=config.snr_gamma), {}
 
-    return loss
+@dataclass(frozen=True)
+class EpochBatches:
+    """Batches of `count` examples in the order of `epoch_rows`."""
+
+    count: int
+    batch_size: int
+
+    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
+        rows = epoch_rows(data["order"], step, self.count, self.batch_size)
+        batch = {name: data[name][rows] for name in ("mean", "std", "ids") if name in data}
+        if "states" in data:
+            batch["text"] = data["states"][data["state"][rows]]
+        return batch
+
+
+def finetune_tasks(
+    pipeline: StableDiffusion,
+    sets: Sequence[Examples],
+    config: FinetuneConfig,
+    *,
+    seed: int,
+    first: int = 0,
+) -> list[Task]:
+    """A task for each set of examples, all of one size.
+
+    All randomness of task i follows from the key `fold_in(key(seed), first + i)`.
+    """
+    sizes = {len(examples) for examples in sets}
+    if len(sizes) != 1:
+        raise ValueError(f"finetune_tasks: sets of {sorted(sizes)} images, expected one size")
+    numbers = jnp.arange(first, first + len(sets))
+    init_keys, order_keys, step_keys = jax.vmap(
+        lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3),
+        out_axes=1,
+    )(numbers)
+    graphdef, _, rest = nnx.split(adapted(pipeline, config, init_keys[0]), Trainable, ...)
+    # One surgery for all adapters: on a large network it takes about a second.
+    trainables = jax.vmap(lambda key: nnx.state(adapted(pipeline, config, key), Trainable))(
+        init_keys
+    )
+    texts = _texts(pipeline, sets, cache=not jax.tree.leaves(dict(trainables).get("text_encoder")))
+    tasks = []
+    for i, examples in enumerate(sets):
+        own = {name: values[i] for name, values in texts.items()}
+        data = {"mean": examples.mean, "std": examples.std, "order": order_keys[i], **own}
+        tasks.append(
+            Task(
+                model=nnx.merge(graphdef, jax.tree.map(lambda x: x[i], trainables), rest),  # noqa: B023
+                loss=Denoising(config.snr_gamma, config.remat),
+                batches=Resident(
+                    data,
+                    EpochBatches(len(examples), config.batch_size),
+                    sharded=tuple(name for name in ("mean", "std", "ids", "state") if name in data),
+                ),
+                table=[*sharding.UNET, *sharding.CLIP],
+                key=step_keys[i],
+                constants=NoiseSchedule.from_config(pipeline.scheduler_config),
+                identity={"base": pipeline.digest, "first": first, "adapters": len(sets)},
+            )
+        )
+    return tasks
 
 
 def finetune(
@@ -252,14 +293,18 @@ def finetune(
     seed: int,
     index: int = 0,
     mesh: Mesh | None = None,
+    sample: Sampler | None = None,
     description: str = "fine-tune",
 ) -> AdapterState:
     """One adapter trained on all examples; resumes from `folder/checkpoints`.
 
-    All randomness follows from the key `fold_in(key(seed), index)`.
+    All randomness follows from the key `fold_in(key(seed), index)`. `sample` makes images of the
+    adapted networks every `config.sample_every` steps.
     """
-    (state,) = _finetune(pipeline, [examples], config, folder, seed, index, mesh, description)
-    return state
+    (task,) = finetune_tasks(pipeline, [examples], config, seed=seed, first=index)
+    task = replace(task, sample=sample)
+    sized = config.sized(len(examples))
+    return extract(train(task, sized, folder, mesh=mesh, description=description))
 
 
 def finetune_each(
@@ -279,111 +324,10 @@ def finetune_each(
     `index=first + i`, up to rounding. On a mesh the adapters lie along "data"; where their number
     is not divisible by it, the last ones are trained more than once.
     """
-    sizes = {len(examples) for examples in sets}
-    if len(sizes) != 1:
-        raise ValueError(f"finetune_each: sets of {sorted(sizes)} images, expected one size")
-    count = len(sets)
-    if mesh is not None:
-        sets = [*sets, *[sets[-1]] * (-count % mesh.shape["data"])]
-    return _finetune(pipeline, sets, config, folder, seed, first, mesh, description, together=True)[
-        :count
-    ]
-
-
-def _finetune(
-    pipeline, sets, config, folder, seed, first, mesh, description, *, together=False
-) -> list[AdapterState]:
-    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    count = len(sets[0])
-    steps = config.num_steps(count)
-    if mesh is not None and not together:
-        _check_rows(config, mesh)
-    optim = OptimConfig(
-        learning_rate=config.learning_rate,
-        schedule=config.schedule,
-        warmup_steps=min(config.warmup_steps, steps),
-        total_steps=steps,
-        weight_decay=config.weight_decay,
-        eps=config.eps,
-        clip_norm=config.clip_norm,
-    )
-    adapter = config.adapter_config()
-    tx = optim_hooks.optimiser(adapter, make_optimizer(optim), steps)
-    numbers = jnp.arange(first, first + len(sets))
-    init_keys, order_keys, step_keys = jax.vmap(
-        lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3),
-        out_axes=1,
-    )(numbers)
-    graphdef, _, frozen = nnx.split(adapted(pipeline, config, init_keys[0]), Trainable, ...)
-    # One surgery for all adapters: on a large network it takes about a second.
-    trainables = jax.vmap(lambda key: nnx.state(adapted(pipeline, config, key), Trainable))(
-        init_keys
-    )
-    data = {
-        "mean": np.stack([examples.mean for examples in sets]),
-        "std": np.stack([examples.std for examples in sets]),
-        "order": order_keys,
-        **_texts(pipeline, sets, cache=not jax.tree.leaves(dict(trainables).get("text_encoder"))),
-    }
-
-    def batch_of(step: Array, data: dict) -> dict:
-        rows = epoch_rows(data["order"], step, count, config.batch_size)
-        batch = {name: data[name][rows] for name in ("mean", "std", "ids") if name in data}
-        if "states" in data:
-            batch["text"] = data["states"][data["state"][rows]]
-        return batch
-
-    loss = make_loss(graphdef, schedule, config, None if together else mesh)
-    step = make_train_step(
-        optim_hooks.penalised(loss, adapter),
-        tx,
-        accumulate=config.accumulate,
-        learning_rate=make_schedule(optim),
-    )
-    step = scan_steps(step, batch_of, 1)
-    batch = jax.tree.map(jnp.asarray, data)
-    if together:
-        state = init_stacked(trainables, tx, step_keys)
-        step = stacked(step)
-    else:
-        trainable, batch = jax.tree.map(lambda x: x[0], (trainables, batch))
-        state = init_state(trainable, tx, step_keys[0])
-    placed = frozen
-    if mesh is not None:
-        placed = sharding.shard(frozen, mesh, [*sharding.UNET, *sharding.CLIP])
-        place = sharding.shard_stack if together else sharding.replicate
-        state, batch = place(state, mesh), place(batch, mesh)
-    identity = {"base": pipeline.digest, "first": first, "adapters": len(sets)}
-    with (
-        Checkpoints(
-            folder / "checkpoints", every=config.checkpoint_every, keep=1, identity=identity
-        ) as checkpoint,
-        MetricsWriter(folder) as metrics,
-    ):
-        state = fit(
-            state,
-            placed,
-            Constant(batch),
-            step,
-            steps=steps,
-            checkpoint=checkpoint,
-            metrics=metrics,
-            description=description,
-        )
-    learnt = sharding.gather(state.trainable)
-    return [
-        extract(nnx.merge(graphdef, one, frozen))
-        for one in (unstack(learnt) if together else [learnt])
-    ]
-
-
-def _check_rows(config: FinetuneConfig, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size // config.accumulate % parts:
-        raise ValueError(
-            f"finetune.batch_size {config.batch_size} in {config.accumulate} parts (accumulate) is "
-            f"not divisible over data x fsdp = {parts} devices"
-        )
+    tasks = finetune_tasks(pipeline, sets, config, seed=seed, first=first)
+    sized = config.sized(len(sets[0]))
+    trained = train_stacked(tasks, sized, folder, mesh=mesh, description=description)
+    return [extract(model) for model in trained]
 
 
 def _texts(pipeline: StableDiffusion, sets: Sequence[Examples], *, cache: bool) -> dict:

@@ -6,7 +6,10 @@ restore. Saving is asynchronous: the state is copied to the host, then written w
 """
 
 import base64
+import hashlib
 import json
+import math
+import time
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ import numpy as np
 import orbax.checkpoint
 from jaxtyping import PyTree
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import differences, to_json
 
 # Orbax 1.0 makes this interface the top level; in 0.12 it is a sub-module of it.
 ocp = getattr(orbax.checkpoint, "v1", orbax.checkpoint)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint does not fit the run that wants it; the message says where they differ."""
 
 
@@ -31,6 +35,7 @@ class Checkpoints:
     """The checkpoints below `folder`: one about every `every` steps, the `keep` newest kept.
 
     Args:
+        minutes: the longest time between two, where steps are slow.
         identity: JSON that must be the same at restore, such as the base model's digest.
     """
 
@@ -39,6 +44,7 @@ class Checkpoints:
         folder: str | Path,
         *,
         every: int,
+        minutes: float = math.inf,
         keep: int = 2,
         identity: Mapping[str, Any] | None = None,
     ):
@@ -46,6 +52,7 @@ class Checkpoints:
             raise ValueError(f"every={every} and keep={keep}: both are at least 1")
         self.folder = Path(folder).resolve()
         self.every = every
+        self._seconds, self._saved = 60 * minutes, time.monotonic()
         self.identity = to_json(identity or {}, "identity")
         self._orbax = ocp.training.Checkpointer(
             self.folder,
@@ -59,33 +66,49 @@ class Checkpoints:
         found = self._orbax.latest
         return None if found is None else found.step
 
-    def save(self, step: int, state: PyTree, batches: Any = None, *, stopped: bool = False) -> None:
-        """Save `state` as `step`, unless that step is saved already."""
+    def due(self, before: int, step: int, steps: int) -> bool:
+        """Whether to save after going from `before` to `step` of `steps`.
+
+        Of several processes the clocks differ, so that only steps count.
+        """
+        late = jax.process_count() == 1 and time.monotonic() - self._saved >= self._seconds
+        return step >= steps or step // self.every > before // self.every or late
+
+    def save(
+        self, step: int, state: PyTree, batches: Any = None, *, seen: dict[str, Any] | None = None
+    ) -> None:
+        """Save `state` as `step`, unless that step is saved already.
+
+        `seen` is JSON that `restore` returns: what was not yet reported.
+        """
         if self.latest == step:
             return
+        self._saved = time.monotonic()
         arrays = _flatten(state)
         note = {
             "identity": self.identity,
-            "stopped": stopped,
+            "seen": seen,
             "data": _position(batches),
             "shapes": _shapes(arrays),
+            "digests": _digests(arrays),
         }
         items = {"state": arrays, "run": _Note(note)}
         self._orbax.save_checkpointables_async(step, items, force=True)
 
-    def restore(self, like: PyTree, batches: Any = None) -> tuple[PyTree, bool]:
+    def restore(self, like: PyTree, batches: Any = None) -> tuple[PyTree, dict[str, Any]]:
         """The newest state, with the structure, types and shardings of `like`; `batches` is moved.
 
         Returns:
-            The state, and whether that run had stopped early.
+            The state, and the `seen` that was saved with it.
 
         Raises:
-            CheckpointError: another identity, or another set of names or shapes; each is named.
+            CheckpointError: another identity, another set of names or shapes, or damaged arrays;
+                each is named.
         """
         self._orbax.wait()  # the newest may still be on its way to the disk
         where = self.folder / str(self.latest)
         note = _Note({})
-        self._orbax.load_checkpointables(None, {"run": note})
+        self._load(where, {"run": note})
         if lines := differences(note.value["identity"], self.identity, "identity"):
             raise CheckpointError(
                 f"{where} belongs to another run (old -> new): {'; '.join(lines)}"
@@ -98,10 +121,35 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in target.items()
         }
-        loaded = self._orbax.load_checkpointables(None, {"state": abstract})["state"]
+        loaded = self._load(where, {"state": abstract})["state"]
+        found = _digests(loaded)
+        saved = note.value["digests"]
+        # Cut otherwise (another number of devices), arrays cannot be compared piece by piece.
+        if bad := [x for x in found if found[x].keys() == saved[x].keys() and found[x] != saved[x]]:
+            raise CheckpointError(
+                f"{where} is damaged: {bad[0]} is not what was saved; remove that folder to go on "
+                "from an older checkpoint, or from the beginning"
+            )
         if note.value["data"] is not None:
+            if note.processes != jax.process_count():
+                raise CheckpointError(
+                    f"{where} was saved by {note.processes} processes, each with its place in the "
+                    f"data; go on with {note.processes}, or remove that folder to begin again"
+                )
             _move(batches, note.value["data"], where)
-        return _unflatten(like, loaded), note.value["stopped"]
+        return _unflatten(like, loaded), note.value["seen"]
+
+    def _load(self, where: Path, items: dict[str, Any]) -> dict[str, Any]:
+        """CheckpointError naming the folder where Orbax cannot read it."""
+        try:
+            return self._orbax.load_checkpointables(None, items)
+        except CheckpointError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            raise CheckpointError(
+                f"{where} cannot be read ({type(error).__name__}); remove that folder to go on "
+                "from an older checkpoint, or from the beginning"
+            ) from error
 
     def close(self) -> None:
         """Wait for the save under way."""
@@ -119,6 +167,7 @@ class _Note:
 
     def __init__(self, value: dict[str, Any]):
         self.value = value
+        self.processes = jax.process_count()
         self._name = f"process_{jax.process_index()}_of_{jax.process_count()}.json"
 
     async def save(self, directory) -> Awaitable[None]:
@@ -133,12 +182,11 @@ class _Note:
     async def load(self, directory) -> Awaitable[None]:
         async def read() -> None:
             file = directory / self._name
-            if not file.exists():
-                found = sorted(path.name for path in directory.iterdir())
-                raise CheckpointError(
-                    f"{file} is missing (there are {found}): restore with the "
-                    "number of processes that saved"
-                )
+            if not file.exists():  # saved by another number of processes, whose notes agree
+                files = sorted(directory.glob("process_*_of_*.json"))
+                if not files:
+                    raise CheckpointError(f"{directory} is damaged: it has no process_*.json")
+                file, self.processes = files[0], len(files)
             self.value = json.loads(file.read_text())
 
         return read()
@@ -174,6 +222,18 @@ def _is_key(leaf: jax.Array) -> bool:
 
 def _shapes(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays.items()}
+
+
+def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, dict[str, str]]:
+    """SHA-256 of this process's pieces of each array, by where they lie in it."""
+    return {
+        name: {
+            str(shard.index): hashlib.sha256(np.ascontiguousarray(shard.data).tobytes()).hexdigest()
+            for shard in leaf.addressable_shards
+            if shard.replica_id == 0
+        }
+        for name, leaf in arrays.items()
+    }
 
 
 def _position(batches: Any) -> Any:

@@ -1,31 +1,8 @@
-"""The one training loop: jit, resume, report, save, stop.
-
-A method supplies a loss, batches and a state; everything that every method would repeat is here.
-
-    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
-
-    def loss_fn(trainable, frozen, batch, key):
-        model = nnx.merge(graphdef, trainable, frozen)
-        loss = ((model(batch["x"]) - batch["y"]) ** 2).mean()
-        return loss, {"rmse": jnp.sqrt(loss)}
-
-    optim = OptimConfig(learning_rate=1e-3, total_steps=1000)
-    tx = make_optimizer(optim)
-    state = init_state(trainable, tx, jax.random.key(0))
-    step = make_train_step(loss_fn, tx)
-    with (
-        Checkpoints(folder / "checkpoints", every=200, identity={"base": digest}) as checkpoint,
-        MetricsWriter(folder) as metrics,
-    ):
-        state = fit(
-            state, frozen, batches, step, steps=1000, checkpoint=checkpoint, metrics=metrics
-        )
-    model = nnx.merge(graphdef, state.trainable, frozen)
+"""The one training loop: jit, resume, report, save, stop. `trainer` is what calls it.
 
 `batches` needs `__next__`, and `get_state`/`set_state` where a resumed run is to see the same data
-as an uninterrupted one (Grain's iterators have all three). Many adapters in one program:
-`init_stacked` and `stacked(step)`. Tiny networks: `scan_steps(step, batch_fn, k)` with
-`Constant(data)` as batches and `steps_per_call=k`.
+as an uninterrupted one (Grain's iterators have all three). What is written to the metrics of a
+resumed run equals an uninterrupted one's: speeds, which cannot, have a file of their own.
 """
 
 import time
@@ -40,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from rich.console import Console
 
+from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import MetricsWriter
@@ -73,13 +51,15 @@ def fit(
     *,
     steps: int,
     steps_per_call: int = 1,
+    examples: int = 0,
     place: Callable[[PyTree], PyTree] | None = None,
     checkpoint: Checkpoints | None = None,
     metrics: MetricsWriter | None = None,
     log_every: int = 50,
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
     evaluate_every: int = 0,
-    stop_fn: Callable[[int, Mapping[str, Any]], bool] | None = None,
+    sample: Callable[[TrainState], None] | None = None,
+    sample_every: int = 0,
     description: str = "train",
     profile: str | Path | None = None,
     console: Console | None = None,
@@ -93,35 +73,37 @@ def fit(
             again (one adapter per class, say) uses the same compiled program.
         steps: counted from the very beginning, not from where this process resumed.
         steps_per_call: how many steps `step_fn` makes; must divide `steps`.
+        examples: of one step, for the speed in examples a second; 0: not reported.
         place: moves a batch to the devices, such as `partial(shard_batch, mesh=mesh)`.
         checkpoint: resumed from if it holds a step; saved to as it says and at the end.
         metrics: gets means over each `log_every` steps, and the time they took.
         evaluate: called every `evaluate_every` steps; its scalars are logged as "eval/<name>".
             It must not keep the state's arrays, which the next step overwrites.
-        stop_fn: `(step, newest values)`, asked after every report and evaluation; True ends the
-            training early, for good: a restarted run stays stopped.
+        sample: called every `sample_every` steps, likewise.
         profile: folder for an XLA profile of a few early steps.
 
     Raises:
         NonFiniteError: naming the step; checkpoints from before it remain.
+        Preempted: the run was asked to stop; the newest step is saved.
         RuntimeError: `batches` ended before `steps`.
     """
-    start, stopped = 0, False
+    window = _Window()
     if checkpoint is not None and checkpoint.latest is not None:
-        state, stopped = checkpoint.restore(state, batches)
+        state, seen = checkpoint.restore(state, batches)
+        window.restore(seen)
     # Of stacked adapters that lie on several processes, each reads its own, all being equal.
     start = int(np.max(np.asarray(state.step.addressable_shards[0].data)))
     if (steps - start) % steps_per_call:
         raise ValueError(f"{steps - start} steps are left, not divisible by {steps_per_call=}")
     if metrics is not None:
         metrics.resume(start)
-    if start >= steps or stopped:
+    if start >= steps:
         return state
 
     leaves, structure = jax.tree.flatten(state)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
     program = _program(step_fn, structure, frozen_structure, _pinned(leaves))
-    window = _Window(start)
+    window.start(start)
     pending: tuple[int, Any] | None = None
 
     def collect() -> dict[str, Any]:
@@ -136,7 +118,7 @@ def fit(
 
     step, calls = start, 0
     with progress(description, steps, start=start, out=console) as bar:
-        while step < steps and not stopped:
+        while step < steps:
             calls += 1
             if profile is not None:
                 _profile(calls, profile)
@@ -157,19 +139,27 @@ def fit(
             report: dict[str, Any] = {}
             if _due(log_every, before, step, steps):
                 collect()
-                report |= window.close(step)
+                if metrics is not None:
+                    metrics.write_speed(step, window.speed(step, examples))
+                report |= window.close()
             if evaluate is not None and _due(evaluate_every, before, step, steps):
                 found = evaluate(jax.tree.unflatten(structure, leaves))
                 report |= {f"eval/{name}": value for name, value in found.items()}
-            if report:
-                if metrics is not None:
-                    metrics.write(step, report)
-                stopped = stop_fn is not None and bool(stop_fn(step, report))
-            if checkpoint is not None and (stopped or _due(checkpoint.every, before, step, steps)):
+            if sample is not None and _due(sample_every, before, step, steps):
+                sample(jax.tree.unflatten(structure, leaves))
+            if report and metrics is not None:
+                metrics.write(step, report)
+            leaving = preemption.requested(step) and step < steps
+            if checkpoint is not None and (leaving or checkpoint.due(before, step, steps)):
                 if pending is not None:
                     collect()
                 saved = jax.tree.unflatten(structure, leaves)
-                checkpoint.save(step, saved, batches, stopped=stopped)
+                checkpoint.save(step, saved, batches, seen=window.state())
+            if leaving:
+                raise preemption.Preempted(
+                    f"{description}: stopped on SIGTERM after step {step} of {steps}, which is "
+                    "saved; the same command goes on there"
+                )
         if pending is not None:
             collect()
     if profile is not None and calls in PROFILED_CALLS:
@@ -183,27 +173,48 @@ def _due(every: int, before: int, step: int, steps: int) -> bool:
 
 
 class _Window:
-    """Means of the metrics since the last report."""
+    """Means of the metrics since the last report, also of a report that a stop interrupted."""
 
-    def __init__(self, step: int):
+    def __init__(self):
         self.sums: dict[str, Any] = {}
         self.count = 0
+
+    def start(self, step: int) -> None:
+        """Start the clock."""
         self.step, self.began = step, time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, as JSON."""
+        return {
+            "count": self.count,
+            "sums": {k: np.asarray(x).tolist() for k, x in self.sums.items()},
+        }
+
+    def restore(self, seen: dict[str, Any]) -> None:
+        """Go on with the sums of an interrupted run."""
+        self.count = seen["count"]
+        self.sums = {name: np.asarray(value, np.float64) for name, value in seen["sums"].items()}
 
     def add(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
         self.count += 1
 
-    def close(self, step: int) -> dict[str, Any]:
+    def speed(self, step: int, examples: int) -> dict[str, float]:
+        """Steps and examples a second since the last call."""
         now = time.perf_counter()
+        rate = (step - self.step) / (now - self.began)
+        self.step, self.began = step, now
+        found = {"steps_per_second": rate}
+        return found | ({"examples_per_second": rate * examples} if examples else {})
+
+    def close(self) -> dict[str, Any]:
         means = {name: value / self.count for name, value in self.sums.items()}
-        means["steps_per_second"] = (step - self.step) / (now - self.began)
-        self.sums, self.count, self.step, self.began = {}, 0, step, now
+        self.sums, self.count = {}, 0
         return means
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _program(step_fn: StepFn, structure, frozen_structure, pinned):
     """`step_fn` jitted over flat lists: flattening modules at every call costs milliseconds."""
 

@@ -54,6 +54,12 @@ class MetricsWriter:
             for name, value in values.items():
                 self._events.add_scalar(name, float(np.mean(value)), step)
 
+    def write_speed(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line to `speed.jsonl`, apart from the metrics, which are equal in every run."""
+        if self._active:
+            with open(self.path.with_name("speed.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
     def close(self) -> None:
         """Close the files; a later `write` opens them again."""
         for file in (self._file, self._events):

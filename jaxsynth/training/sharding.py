@@ -156,12 +156,12 @@ def shardings_for(tree: PyTree, mesh: Mesh, table: Table, *, min_size: int = MIN
 
 def shard(tree: PyTree, mesh: Mesh, table: Table, *, min_size: int = MIN_SIZE) -> PyTree:
     """`tree` placed by `table`; of several processes, each passes the same whole values."""
-    return _place(tree, shardings_for(tree, mesh, table, min_size=min_size))
+    return place(tree, shardings_for(tree, mesh, table, min_size=min_size))
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """`tree` whole on every device, as adapters and their optimiser state should be."""
-    return _place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+    return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
 def shard_stack(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -180,7 +180,7 @@ def shard_stack(tree: PyTree, mesh: Mesh) -> PyTree:
             )
         return NamedSharding(mesh, PartitionSpec("data"))
 
-    return _place(tree, jax.tree_util.tree_map_with_path(choose, tree))
+    return place(tree, jax.tree_util.tree_map_with_path(choose, tree))
 
 
 def shard_batch(batch: PyTree, mesh: Mesh, *, spec: PartitionSpec = BATCH) -> PyTree:
@@ -195,7 +195,7 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, spec: PartitionSpec = BATCH) -> Py
     names = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
     parts = math.prod(mesh.shape[name] for name in names)
 
-    def place(path, leaf):
+    def put(path, leaf):
         rows = np.shape(leaf)[0] * jax.process_count()
         if rows % parts:
             raise ValueError(
@@ -206,7 +206,7 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, spec: PartitionSpec = BATCH) -> Py
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
-    return jax.tree_util.tree_map_with_path(place, batch)
+    return jax.tree_util.tree_map_with_path(put, batch)
 
 
 def gather(tree: PyTree) -> PyTree:
@@ -254,7 +254,8 @@ def _spec(shape: tuple[int, ...], rule: PartitionSpec, mesh: Mesh, min_size: int
     return PartitionSpec(*axes)
 
 
-def _place(tree: PyTree, shardings: PyTree) -> PyTree:
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """`tree` with each leaf where `shardings` says; of several processes, each has the whole."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
     return jax.tree.map(_put_everywhere, tree, shardings)

@@ -128,6 +128,8 @@ def budgeted(
             "are final"
         )
 
+    inner = optax.with_extra_args_support(inner)
+
     def init(params: Any) -> BudgetState:
         zeros = {
             path: {name: jnp.zeros_like(value) for name, value in factors.items()}
@@ -138,11 +140,11 @@ def budgeted(
         kept = {path: jnp.ones(own["lora_E"].shape, bool) for path, own in zeros.items()}
         return BudgetState(inner.init(params), jnp.zeros((), jnp.int32), zeros, zeros, kept)
 
-    def update(grads: Any, state: BudgetState, params: Any = None):
+    def update(grads: Any, state: BudgetState, params: Any = None, **extra):
         if params is None:
             raise ValueError("AdaLoRA: update needs params")
         step = state.step + 1
-        updates, inner_state = inner.update(grads, state.inner, params)
+        updates, inner_state = inner.update(grads, state.inner, params, **extra)
         old, gradient = _layers(params), _layers(grads)
         new = _layers(optax.apply_updates(params, updates))
         learning = step < last
@@ -185,7 +187,7 @@ def budgeted(
         updates = jax.tree_util.tree_map_with_path(prune, updates)
         return updates, BudgetState(inner_state, step, importance, uncertainty, kept)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _score(factors: dict[str, Array]) -> Float[Array, "*lead r"]:

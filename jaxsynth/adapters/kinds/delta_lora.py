@@ -100,13 +100,15 @@ def following(inner: optax.GradientTransformation, start: int) -> optax.Gradient
     if start < 0:
         raise ValueError(f"Delta-LoRA: start is {start}, expected at least 0")
 
+    inner = optax.with_extra_args_support(inner)
+
     def init(params: Any) -> FollowingState:
         return FollowingState(inner.init(params), jnp.zeros((), jnp.int32))
 
-    def update(grads: Any, state: FollowingState, params: Any = None):
+    def update(grads: Any, state: FollowingState, params: Any = None, **extra):
         if params is None:
             raise ValueError("Delta-LoRA: update needs params")
-        updates, inner_state = inner.update(grads, state.inner, params)
+        updates, inner_state = inner.update(grads, state.inner, params, **extra)
         step = state.step + 1
         new = _by_path(optax.apply_updates(params, updates))
         old = _by_path(params)
@@ -122,7 +124,7 @@ def following(inner: optax.GradientTransformation, start: int) -> optax.Gradient
         kept = jax.tree_util.tree_map_with_path(keep, updates)
         return kept, FollowingState(inner_state, step)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _by_path(tree: Any) -> dict[tuple[str, ...], Array]:

@@ -139,7 +139,9 @@ def shared(
         found = [(t, i) for i, name in enumerate(names) for t in targets if name == t]
         return (*found[-1][:1], *names[found[-1][1] + 1 :], value.shape) if found else None
 
-    def update(grads: Any, state: Any, params: Any = None):
+    inner = optax.with_extra_args_support(inner)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra):
         sums: dict[tuple, Array] = {}
         for path, value in jax.tree_util.tree_leaves_with_path(grads):
             if name := group(path, value):
@@ -149,6 +151,8 @@ def shared(
             name = group(path, value)
             return sums[name] if name else value
 
-        return inner.update(jax.tree_util.tree_map_with_path(replace, grads), state, params)
+        return inner.update(
+            jax.tree_util.tree_map_with_path(replace, grads), state, params, **extra
+        )
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -170,7 +170,7 @@ class ControlNet(nnx.Module):
         *,
         conditioning_scale: float | Float[Array, ""] = 1.0,
         guess_mode: bool = False,
-        remat: bool = False,
+        remat: str | None = None,
     ) -> ControlNetOutput:
         """Residuals for the denoiser at `sample`, times `conditioning_scale`.
 

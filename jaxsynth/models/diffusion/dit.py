@@ -10,7 +10,7 @@ initialisation. diffusers' `DiTTransformer2DModel` differs in two details that `
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import fields, layers
+from jaxsynth.models.remat import checkpointed
 from jaxsynth.ops.attention import attention
 
-Remat = Literal["block", "dots"]
-
 # What a block keeps for the backward pass besides its input.
-_POLICIES = {
-    "block": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 _TIME_FEATURES = 256
 # Of every norm but the one before the feed-forward, in both implementations.
 _EPSILON = 1e-6
@@ -196,7 +191,7 @@ class DiT(nnx.Module):
         labels: Int[Array, " b"],
         *,
         condition: Float[Array, "b h w k"] | None = None,
-        remat: Remat | None = None,
+        remat: str | None = None,
     ) -> Float[Array, "b h w o"]:
         """The prediction for latents `x` (height and width any multiples of the patch) at `t`.
 
@@ -376,15 +371,13 @@ def _scan(
     depth: int,
     tokens: Float[Array, "b n d"],
     embedded: Float[Array, "b d"],
-    remat: Remat | None,
+    remat: str | None,
 ) -> Float[Array, "b n d"]:
     """`block` applied `depth` times, each time with its own slice of every Variable.
 
     Adapters inside the block may hold arrays that are no Variables: a strength is the same for all
     layers, and a random key becomes one key a layer.
     """
-    if remat is not None and remat not in _POLICIES:
-        raise ValueError(f"remat: expected None or one of {sorted(_POLICIES)}, got {remat!r}")
     leaves, treedef = jax.tree.flatten(block, is_leaf=lambda node: isinstance(node, nnx.Variable))
     stacks = {place: leaf.get_value() for place, leaf in enumerate(leaves) if _is_variable(leaf)}
     for place, value in stacks.items():
@@ -405,9 +398,7 @@ def _scan(
         owned = [own(place, leaf, *layer) for place, leaf in enumerate(leaves)]
         return jax.tree.unflatten(treedef, owned)(tokens, embedded), None
 
-    if remat is not None:
-        # A scan's body is compiled on its own: nothing outside could undo the recomputation.
-        body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
+    body = checkpointed(body, remat, in_scan=True)
     return jax.lax.scan(body, tokens, (jnp.arange(depth), stacks))[0]
 
 

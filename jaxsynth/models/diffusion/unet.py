@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxsynth.models import fields, layers
 from jaxsynth.models.diffusion.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxsynth.models.diffusion.transformer2d import Transformer2DModel
+from jaxsynth.models.remat import checkpointed
 
 # What diffusers' class can do and this one does not: only the value that switches it off is read.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -188,16 +188,15 @@ class UNet2DCondition(nnx.Module):
         *,
         down_block_additional_residuals: Sequence[Float[Array, "b _h _w _c"]] | None = None,
         mid_block_additional_residual: Float[Array, "b _h _w _c"] | None = None,
-        remat: bool = False,
+        remat: str | None = None,
     ) -> Float[Array, "b h w o"]:
         """The prediction for `sample` at `timesteps` (any height and width).
 
         `down_block_additional_residuals` (one per skip connection, in the order they are made) and
         `mid_block_additional_residual` are what a ControlNet adds; ValueError if their number is
-        wrong. `remat` keeps between the passes only what enters each block, and computes its inside
-        again.
+        wrong. `remat` names what of each block the backward pass computes again
+        (`models.remat`).
         """
-        run = _recomputed if remat else _plain
         time = self.time_embedding(time_features(self.config, timesteps).astype(self.dtype))
         context = encoder_hidden_states.astype(self.dtype)
         x, skips = encode(self, self.conv_in(sample), time, context, remat=remat)
@@ -214,7 +213,7 @@ class UNet2DCondition(nnx.Module):
         for block in self.up_blocks:
             taken = len(block.resnets)
             size = skips[-taken - 1].shape[1:3] if block.upsamplers else None
-            x = run(partial(block, size=size), x, skips[: -taken - 1 : -1], time, context)
+            x = _run(partial(block, size=size), remat, x, skips[: -taken - 1 : -1], time, context)
             skips = skips[:-taken]
         return self.conv_out(self.act(self.conv_norm_out(x)))
 
@@ -237,23 +236,18 @@ def encode(
     time: Float[Array, "b e"],
     context: Float[Array, "b t d"],
     *,
-    remat: bool,
+    remat: str | None,
 ) -> tuple[Float[Array, "b h2 w2 c2"], list[Float[Array, "b _h _w _c"]]]:
     """What `mid_block` makes of `x` after `down_blocks`, and the skip connections on the way."""
-    run = _recomputed if remat else _plain
     skips = [x]
     for block in model.down_blocks:
-        x, made = run(block, x, time, context)
+        x, made = _run(block, remat, x, time, context)
         skips += made
-    return run(model.mid_block, x, time, context), skips
+    return _run(model.mid_block, remat, x, time, context), skips
 
 
-def _plain(block: Callable, *inputs: Any) -> Any:
-    return block(*inputs)
-
-
-def _recomputed(block: Callable, *inputs: Any) -> Any:
-    return jax.checkpoint(lambda *inputs: block(*inputs))(*inputs)
+def _run(block: Callable, remat: str | None, *inputs: Any) -> Any:
+    return checkpointed(lambda *inputs: block(*inputs), remat)(*inputs)
 
 
 class TimestepEmbedding(nnx.Module):

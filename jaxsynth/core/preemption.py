@@ -1,0 +1,47 @@
+"""Stopping in order when the machine is taken away: SIGTERM, as SLURM, Kubernetes and TPUs send it.
+
+Whatever works for long asks `requested` between two pieces of work that it can save, saves, and
+raises `Preempted`; the same command then goes on from there. Of several processes all stop at the
+same step, which JAX's coordination service agrees on.
+"""
+
+import signal
+import threading
+
+from jaxsynth.core.errors import UserError
+
+EXIT_CODE = 128 + signal.SIGTERM
+_asked = threading.Event()
+
+
+class Preempted(UserError):
+    """The run was asked to stop and has saved its work; the command's exit code is 143."""
+
+
+def install() -> None:
+    """Take SIGTERM as a request; a second one ends the process at once."""
+
+    def ask(number, frame):
+        _asked.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ask)
+
+
+def requested(step: int | None = None) -> bool:
+    """Whether to stop now; with `step`, at the step that all processes agree on."""
+    import jax
+
+    if jax.process_count() > 1:
+        if step is None:
+            return False
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+    return _asked.is_set()
+
+
+def stop_if_requested(what: str) -> None:
+    """Raise `Preempted` in a single process that was asked to stop; `what` has been saved."""
+    if requested():
+        raise Preempted(f"stopped on SIGTERM; {what} is saved, the same command goes on there")

@@ -1,0 +1,520 @@
+"""The one trainer: a `Task` says what is trained, a `TrainingConfig` how, and `train` trains it.
+
+    task = Task(
+        model=add_lora(network),        # what is `Trainable` in it learns
+        loss=Denoising(snr_gamma=5.0),  # (model, constants, batch, key) -> (loss, metrics)
+        batches=Resident(data, sharded=("mean", "std"), next_batch=Rows(batch_size=8)),
+        table=sharding.UNET,
+        key=jax.random.key(seed),
+        identity={"base": digest},
+    )
+    model = train(task, config, folder, mesh=mesh)
+
+`train_stacked` trains many tasks of one structure in one program (an adapter for each class, rates
+of a sweep), and `plan` compiles the very program of either from shapes alone. All three build it by
+`_assemble`, so that what is planned is what runs.
+
+Programs are kept: a loss and a `next_batch` are frozen dataclasses, compared by value, and rates,
+lengths and keys are arguments, so trainings of one shape share one compiled program.
+
+On a mesh the base's weights are cut by the task's table, what learns is replicated (`learns`:
+"replicate"), cut by the table too ("table") or stacked over "data" ("stack"), the arrays that
+batches are drawn from lie over "data" and "fsdp", and a batch's rows as well.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key, PyTree, UInt8
+from PIL import Image
+
+from jaxsynth.adapters import optim_hooks
+from jaxsynth.adapters.inject import Constant, Trainable, config_of, stack, unstack
+from jaxsynth.core.errors import UserError
+from jaxsynth.core.records import to_json
+from jaxsynth.training import loop, sharding
+from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.metrics import MetricsWriter
+from jaxsynth.training.optim import Rate, make_optimizer, unused_patterns
+from jaxsynth.training.planning import Plan, compile_plan
+from jaxsynth.training.step import (
+    StepFn,
+    TrainState,
+    averaged,
+    init_stacked,
+    init_state,
+    make_train_step,
+    scan_steps,
+    stacked,
+)
+
+Loss = Callable[[Any, PyTree, PyTree, Key[Array, ""]], tuple[Array, dict[str, Array]]]
+Learns = Literal["replicate", "table", "stack"]
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Batches drawn on the device from arrays that lie there: cached latents, small images.
+
+    Args:
+        data: arrays, or their shapes for a plan. Those named in `sharded` have the examples on
+            their first axis and are cut over the devices; the others are on every device.
+        next_batch: `(step, data) -> batch`, a frozen dataclass; it must not draw rows beyond the
+            number of examples, because arrays that do not divide are filled up.
+    """
+
+    data: dict[str, Any]
+    next_batch: Callable[[Array, dict[str, Array]], PyTree]
+    sharded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Batches from the host, such as a Grain pipeline's.
+
+    Args:
+        start: makes the iterator of this process's rows of each batch; it has `get_state` and
+            `set_state` where a resumed training is to see the same data as an undisturbed one.
+        shapes: of the whole batch, for a plan.
+    """
+
+    start: Callable[[], Iterator[PyTree]]
+    shapes: PyTree = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Args:
+        model: the network; its `Trainable` variables learn. For a plan it may be of shapes alone.
+        loss: `(model, constants, batch, key) -> (mean over the batch, metrics)`, a frozen
+            dataclass: compared by value, a second training finds the compiled program. Or one for
+            each phase by the name of the model's part that it moves (`step.make_train_step`).
+        batches: where batches come from.
+        table: the sharding rules of the model's weights.
+        key: decides all that is random in the steps.
+        constants: arrays that the loss needs besides: text states, a noise schedule.
+        identity: JSON that checkpoints must agree on, such as the base's digest.
+        learns: where what learns lies on a mesh.
+        evaluate: `(model, step) -> scalars`, every `evaluate_every` steps (by default each epoch's
+            `evaluate_steps`), logged as "eval/<name>".
+        sample: `model -> images`, every `sample_every` steps, written beside the metrics.
+    """
+
+    model: nnx.Module
+    loss: Loss | Mapping[str, Loss]
+    batches: Resident | Streamed
+    table: sharding.Table
+    key: Key[Array, ""]
+    constants: PyTree = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    learns: Learns | Mapping[str, Learns] = "replicate"
+    evaluate: Callable[[nnx.Module, int], Mapping[str, Any]] | None = None
+    sample: Callable[[nnx.Module], UInt8[np.ndarray, "n h w 3"]] | None = None
+
+
+def train(
+    task: Task,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    mesh: Mesh | None = None,
+    description: str = "train",
+) -> nnx.Module:
+    """The task's model after training (its average where there is one).
+
+    Resumes from `folder/checkpoints`; metrics go to `folder`.
+
+    Raises:
+        UserError: a batch does not divide over the mesh, a pattern of `config` matches nothing.
+        NonFiniteError: the loss or gradient is not finite; the message names the step.
+    """
+    built = _assemble([task], config, mesh, together=False)
+    (model,) = _fit(built, config, folder, description)
+    return model
+
+
+def train_stacked(
+    tasks: Sequence[Task],
+    config: TrainingConfig | Sequence[TrainingConfig],
+    folder: Path,
+    *,
+    mesh: Mesh | None = None,
+    description: str = "train",
+) -> list[nnx.Module]:
+    """`train` for tasks of one structure around one frozen base, all in one compiled program.
+
+    Model i becomes what `train` makes of task i alone, up to rounding. The tasks' data have one
+    shape; their constants are those of the first. `config` may be one for each task, which differ
+    in rates and warm-up alone. On a mesh the tasks lie along "data"; where their number is not
+    divisible by it, the last one is trained more than once.
+    """
+    count = len(tasks)
+    configs = [config] * count if isinstance(config, TrainingConfig) else list(config)
+    short = 0 if mesh is None else -count % mesh.shape["data"]
+    tasks, configs = [*tasks, *tasks[-1:] * short], [*configs, *configs[-1:] * short]
+    built = _assemble(tasks, configs[0], mesh, together=True, configs=configs)
+    return _fit(built, configs[0], folder, description)[:count]
+
+
+def plan(
+    name: str,
+    task: Task,
+    config: TrainingConfig,
+    mesh: Mesh,
+    *,
+    count: int = 0,
+    note: str = "",
+) -> Plan:
+    """What the program of `train` needs on `mesh`, compiled from shapes; nothing is allocated.
+
+    With `count` it is that of `train_stacked` for so many tasks like this one.
+
+    Raises:
+        UserError: as `train`.
+    """
+    tasks = [task] * (count + -count % mesh.shape["data"]) if count else [task]
+    built = _assemble(tasks, config, mesh, together=bool(count), abstract=True)
+    shapes = (built.state, built.frozen, built.data)
+    return compile_plan(name, built.step, *shapes, steps=config.steps_per_call, note=note)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A training program with its arguments in place: arrays, or for a plan their shapes."""
+
+    step: StepFn
+    state: TrainState
+    frozen: PyTree
+    data: PyTree
+    task: Task
+    graphdef: Any
+    # What does not learn, as it was given: off the mesh.
+    rest: tuple[PyTree, PyTree]
+    count: int
+    together: bool
+    mesh: Mesh | None
+
+
+def _assemble(
+    tasks: Sequence[Task],
+    config: TrainingConfig,
+    mesh: Mesh | None,
+    *,
+    together: bool,
+    configs: Sequence[TrainingConfig] = (),
+    abstract: bool = False,
+) -> _Built:
+    task = tasks[0]
+    adapter = config_of(task.model)
+    graphdef, trainable, buffers, base = nnx.split(task.model, Trainable, Constant, ...)
+    for name in ("rates", "decays"):
+        if unused := unused_patterns(getattr(config, name), trainable):
+            raise UserError(f"{name}: {unused[0]!r} matches no parameter that learns")
+    phases = tuple(task.loss.items()) if isinstance(task.loss, Mapping) else task.loss
+    resident = isinstance(task.batches, Resident)
+    if mesh is not None and not together:
+        _check_rows(config, mesh)
+    step = _step(
+        phases,
+        task.batches.next_batch if resident else None,
+        _program_of(config, adapter),
+        graphdef,
+        adapter,
+        None if together else mesh,
+        together,
+    )
+    tx = optim_hooks.optimiser(adapter, make_optimizer(config), config.steps)
+    ema, parts = bool(config.ema_decay), tuple(task.loss) if isinstance(task.loss, Mapping) else ()
+    rates = [Rate.of(one) for one in configs or [config]]
+
+    def init(values: PyTree, key: Array, rate: Rate) -> TrainState:
+        if together:
+            return init_stacked(values, tx, key, rate, ema=ema)
+        return init_state(values, tx, key, rate, parts=parts, ema=ema)
+
+    start = (trainable, task.key, rates[0])
+    if together and abstract:
+        start = jax.tree.map(lambda leaf: _repeated(leaf, len(tasks)), start)
+    elif together:
+        every = [(nnx.state(one.model, Trainable), one.key) for one in tasks]
+        values, keys = stack([values for values, _ in every]), jnp.stack([key for _, key in every])
+        each = [rates[i % len(rates)] for i in range(len(tasks))]
+        start = (values, keys, jax.tree.map(lambda *leaves: np.stack(leaves), *each))
+    frozen = (buffers, base, task.constants)
+    if abstract:
+        state, data = jax.eval_shape(init, *start), _shapes_of(task.batches, len(tasks), together)
+    else:
+        state, data = init(*start), _data_of([one.batches for one in tasks], together)
+    if mesh is not None:
+        place = _shaped if abstract else sharding.place
+        state = place(state, _state_places(state, task, mesh, together))
+        whole = NamedSharding(mesh, PartitionSpec())
+        frozen_places = (
+            jax.tree.map(lambda _: whole, buffers),
+            sharding.shardings_for(base, mesh, task.table),
+            jax.tree.map(lambda _: whole, task.constants),
+        )
+        frozen = place(frozen, frozen_places)
+        if resident:
+            data = _filled(data, task.batches.sharded, mesh, together, abstract)
+            data = place(data, _data_places(data, task.batches.sharded, mesh, together))
+        elif abstract:
+            rows = NamedSharding(mesh, sharding.BATCH)
+            data = place(data, jax.tree.map(lambda _: rows, data))
+    elif not abstract:
+        frozen, data = jax.tree.map(jnp.asarray, (frozen, data))
+    return _Built(
+        step, state, frozen, data, task, graphdef, (buffers, base), len(tasks), together, mesh
+    )
+
+
+@lru_cache(maxsize=64)
+def _step(
+    loss: Loss | tuple[tuple[str, Loss], ...],
+    next_batch: Callable | None,
+    config: TrainingConfig,
+    graphdef: Any,
+    adapter: Any,
+    mesh: Mesh | None,
+    together: bool,
+) -> StepFn:
+    """The step function; equal arguments give the same one, whose compiled program `fit` keeps."""
+
+    def of(one: Loss):
+        def value(trainable, frozen, batch, key):
+            buffers, base, constants = frozen
+            if mesh is not None:
+                rows = NamedSharding(mesh, sharding.BATCH)
+                batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
+            return one(nnx.merge(graphdef, trainable, buffers, base), constants, batch, key)
+
+        return optim_hooks.penalised(value, adapter)
+
+    losses = {part: of(one) for part, one in loss} if isinstance(loss, tuple) else of(loss)
+    tx = optim_hooks.optimiser(adapter, make_optimizer(config), config.steps)
+    step = make_train_step(
+        losses,
+        tx,
+        schedule=config.schedule,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+    )
+    if next_batch is not None:
+        step = scan_steps(step, next_batch, config.steps_per_call)
+    step = stacked(step) if together else step
+
+    def precise(state, frozen, batch):
+        with jax.default_matmul_precision(config.precision):
+            return step(state, frozen, batch)
+
+    return step if config.precision == "default" else precise
+
+
+def _program_of(config: TrainingConfig, adapter: Any) -> TrainingConfig:
+    """The config without what a program takes as an argument or does not depend on."""
+    plain = TrainingConfig()
+    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)}
+    argued = ["learning_rate", "min_lr", "warmup_steps", "epochs", "min_steps", "warmup_epochs"]
+    argued += [f.name for f in dataclasses.fields(plain) if not f.metadata.get("identity", True)]
+    kept |= {name: getattr(plain, name) for name in argued}
+    if optim_hooks.needs_length(adapter):
+        return TrainingConfig(**kept)
+    return TrainingConfig(**kept | {"steps": 0})
+
+
+def _fit(built: _Built, config: TrainingConfig, folder: Path, description: str) -> list[nnx.Module]:
+    task, mesh = built.task, built.mesh
+    batches: Any = loop.Constant(built.data)
+    place = None
+    if isinstance(task.batches, Streamed):
+        batches = task.batches.start()
+        if mesh is not None:
+            place = lambda batch: sharding.shard_batch(batch, mesh)  # noqa: E731
+    streams = isinstance(task.batches, Streamed)
+    identity = {
+        "task": dict(task.identity),
+        "config": to_json(config, identity=True),
+        "tasks": built.count if built.together else 0,
+    }
+
+    def models(state: TrainState) -> list[nnx.Module]:
+        learned = sharding.gather(averaged(state, config.ema_decay))
+        buffers, base = built.rest
+        values = unstack(learned) if built.together else [learned]
+        return [nnx.merge(built.graphdef, one, buffers, base) for one in values]
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        (model,) = models(state)
+        return dict(task.evaluate(model, int(state.step)))
+
+    def sample(state: TrainState) -> None:
+        (model,) = models(state)
+        _write_samples(folder / "samples" / f"{int(state.step):07d}.png", task.sample(model))
+
+    with (
+        Checkpoints(
+            folder / "checkpoints",
+            every=config.checkpoint_every,
+            minutes=config.checkpoint_minutes,
+            keep=1,
+            identity=identity,
+        ) as checkpoint,
+        MetricsWriter(folder, tensorboard=config.tensorboard) as metrics,
+    ):
+        state = loop.fit(
+            built.state,
+            built.frozen,
+            batches,
+            built.step,
+            steps=config.steps,
+            steps_per_call=1 if streams else config.steps_per_call,
+            examples=config.batch_size * (built.count if built.together else 1),
+            place=place,
+            checkpoint=checkpoint,
+            metrics=metrics,
+            log_every=config.log_every,
+            evaluate=None if task.evaluate is None or built.together else evaluate,
+            evaluate_every=config.evaluate_every,
+            sample=None if task.sample is None or built.together else sample,
+            sample_every=config.sample_every,
+            profile=folder / "profile" if config.profile else None,
+            description=description,
+        )
+    return models(state)
+
+
+def _write_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
+    """One row of images; written by process 0."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(list(images), axis=1)).save(path)
+
+
+def _check_rows(config: TrainingConfig, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size // config.accumulate % parts:
+        cut = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
+        raise UserError(
+            f"batch_size: {config.batch_size}{cut} is not divisible over data x fsdp = {parts} "
+            f"devices; the next that is: {-(-config.batch_size // parts) * parts}"
+        )
+
+
+def _data_of(batches: Sequence[Resident | Streamed], together: bool) -> PyTree:
+    if isinstance(batches[0], Streamed):
+        if together:
+            raise ValueError("train_stacked: batches from the host, expected Resident ones")
+        return None
+    if not together:
+        return batches[0].data
+    return jax.tree.map(lambda *leaves: _stacked(leaves), *[one.data for one in batches])
+
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+    host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return np.stack(leaves) if host else jnp.stack(leaves)
+
+
+def _shapes_of(batches: Resident | Streamed, count: int, together: bool) -> PyTree:
+    given = batches.data if isinstance(batches, Resident) else batches.shapes
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        if together:
+            return _repeated(leaf, count)
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+    return jax.tree.map(shape, given)
+
+
+def _repeated(leaf: Any, count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), jnp.result_type(leaf))
+
+
+def _state_places(state: TrainState, task: Task, mesh: Mesh, together: bool) -> TrainState:
+    """The NamedSharding of every leaf of a state."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    stack_place = NamedSharding(mesh, PartitionSpec("data"))
+    if together:
+        return jax.tree.map(lambda _: stack_place, state)
+
+    def choose(how: Learns, tree: PyTree) -> PyTree:
+        if how == "table":
+            return sharding.shardings_for(tree, mesh, task.table)
+        if how == "stack":
+            return jax.tree.map(lambda leaf: stack_place if leaf.ndim else whole, tree)
+        return jax.tree.map(lambda _: whole, tree)
+
+    def of_parts(tree: PyTree) -> PyTree:
+        if isinstance(task.learns, Mapping):
+            return type(tree)({part: choose(how, tree[part]) for part, how in task.learns.items()})
+        return choose(task.learns, tree)
+
+    everywhere = lambda tree: jax.tree.map(lambda _: whole, tree)  # noqa: E731
+    return TrainState(
+        step=whole,
+        trainable=of_parts(state.trainable),
+        opt_state=of_parts(state.opt_state),
+        ema=None
+        if state.ema is None
+        else state.ema._replace(count=whole, ema=of_parts(state.ema.ema)),
+        rate=everywhere(state.rate),
+        key=whole,
+    )
+
+
+def _filled(
+    data: dict[str, Any], names: Sequence[str], mesh: Mesh, together: bool, abstract: bool
+) -> dict[str, Any]:
+    """Arrays of examples filled up to a multiple of the devices; the filling is never drawn."""
+    if together:
+        return data
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    filled = dict(data)
+    for name in names:
+        short = -len(data[name]) % parts if not abstract else -data[name].shape[0] % parts
+        if not short:
+            continue
+        if abstract:
+            leaf = data[name]
+            filled[name] = jax.ShapeDtypeStruct(
+                (leaf.shape[0] + short, *leaf.shape[1:]), leaf.dtype
+            )
+        else:
+            host = np.asarray(data[name])
+            filled[name] = np.concatenate([host, np.zeros((short, *host.shape[1:]), host.dtype)])
+    return filled
+
+
+def _data_places(
+    data: dict[str, Any], names: Sequence[str], mesh: Mesh, together: bool
+) -> dict[str, NamedSharding]:
+    def choose(name: str) -> PartitionSpec:
+        if together:
+            return PartitionSpec("data")
+        return sharding.BATCH if name in names else PartitionSpec()
+
+    return {
+        name: jax.tree.map(lambda _: NamedSharding(mesh, choose(name)), leaf)  # noqa: B023
+        for name, leaf in data.items()
+    }
+
+
+def _shaped(tree: PyTree, places: PyTree) -> PyTree:
+    """Shapes with their shardings."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=place),
+        tree,
+        places,
+    )
