@@ -26,8 +26,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.decode import IMAGE_SUFFIXES, center_crop, resize_short
-from jaxsynth.data.load import ArraySource, ImageSource, Subset
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.views import Subset
 
 CHANNELS = {"edges": 1, "low_resolution": 3, "segmentation": 3, "depth": 1, "mask": 1}
 # The kinds that an image alone does not tell.

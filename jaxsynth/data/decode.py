@@ -1,4 +1,4 @@
-"""Image files to uint8 RGB arrays and back, and class names to folder names and back.
+"""Image files to uint8 RGB arrays and back.
 
 Every source, the image store and the exports share these few functions, so that a picture means the
 same array wherever it is read. Photos come in all kinds: grey, palette, CMYK, 16-bit, with an alpha
@@ -9,9 +9,7 @@ names the file.
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 import numpy as np
 from jaxtyping import UInt8
@@ -92,23 +90,3 @@ def square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s
     if not size or image.shape[:2] == (size, size):
         return image
     return np.array(center_crop(resize_short(Image.fromarray(image), size), size))
-
-
-def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key that puts "img2" before "img10"."""
-    parts = re.findall(r"\d+|\D+", text)
-    return tuple((0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts)
-
-
-def safe_name(name: str) -> str:
-    """A class name as one portable folder name: percent-encoded, no "/", space or first dot."""
-    if not name:
-        raise ValueError("a class name is empty")
-    safe = quote(name, safe="")
-    return "%2E" + safe[1:] if safe.startswith(".") else safe
-
-
-def class_of_folder(folder: str) -> str:
-    """The class that `safe_name` wrote as `folder`; any other folder name is the class itself."""
-    name = unquote(folder)
-    return name if name and safe_name(name) == folder else folder

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsynth.data.decode import natural_key
-from jaxsynth.data.load import Dataset, ImageSource, SourceError, Subset
+from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
+from jaxsynth.data.names import natural_key
+from jaxsynth.data.views import Subset
 
 
 @dataclass(frozen=True)

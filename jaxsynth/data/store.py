@@ -27,8 +27,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int, UInt8
 
-from jaxsynth.data.decode import decode_image, encode_png, safe_name
-from jaxsynth.data.load import Record
+from jaxsynth.data.dataset import Record
+from jaxsynth.data.decode import decode_image, encode_png
+from jaxsynth.data.names import safe_name
 
 FORMAT = 1
 logger = logging.getLogger(__name__)

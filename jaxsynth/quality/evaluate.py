@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.decode import IMAGE_SUFFIXES, natural_key
-from jaxsynth.data.load import FileSource, ImageSource
-from jaxsynth.data.sources.folder import BESIDE, folder_source
+from jaxsynth.data.dataset import ImageSource
+from jaxsynth.data.decode import IMAGE_SUFFIXES
+from jaxsynth.data.names import natural_key
+from jaxsynth.data.sources.folder import BESIDE, FileSource, folder_source
 from jaxsynth.data.store import ImageStore
 from jaxsynth.quality.features import FeatureExtractor, read_images
 from jaxsynth.quality.metrics import QualityConfig, evaluate, least_samples

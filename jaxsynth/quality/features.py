@@ -21,9 +21,10 @@ from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.load import ArraySource, ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import EvalTransform
 from jaxsynth.data.pipeline.batches import eval_batches
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.models.classifiers import inception
 from jaxsynth.quality.metrics import Statistics
 from jaxsynth.weights import hub

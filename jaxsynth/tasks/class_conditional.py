@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from jaxsynth.adapters import optim_hooks
 from jaxsynth.adapters.inject import Trainable, config_of, seed_dropout, stack, unstack
 from jaxsynth.data.conditions import as_bytes, as_fractions, space_to_depth
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.diffusion.learned_range import learned_range_loss
 from jaxsynth.diffusion.losses import diffusion_loss
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise

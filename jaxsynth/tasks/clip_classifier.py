@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters import optim_hooks, registry
 from jaxsynth.adapters.inject import Trainable, extract, seed_dropout
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
 from jaxsynth.data.pipeline.mixing import mix_batch, one_hot

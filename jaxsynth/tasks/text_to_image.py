@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters import optim_hooks, registry
 from jaxsynth.adapters.inject import AdapterState, Trainable, extract, seed_dropout, unstack
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.diffusion.losses import diffusion_loss
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise

@@ -7,8 +7,10 @@ import pytest
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.data import prompts
-from jaxsynth.data.load import DataConfig, SourceError, load_dataset, select_classes
+from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.splits import few_shot, load_shots
+from jaxsynth.data.views import select_classes
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 
+from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.decode import decode_image
 from jaxsynth.data.export import export
-from jaxsynth.data.load import DataConfig, Subset, load_dataset
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.store import Entry, ImageStore, StoreError, StoreWriter, copy_store
+from jaxsynth.data.views import Subset
 
 CLASSES = ("F/A-18", "crème brûlée", "v1.0 plain")
 

@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.load import ArraySource, DataConfig, Subset, load_dataset
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.store import Entry, ImageStore, StoreWriter
+from jaxsynth.data.views import Subset
 from jaxsynth.quality.evaluate import compare, open_images
 from jaxsynth.quality.features import clip_extractor
 from jaxsynth.quality.metrics import QualityConfig, evaluate

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
-from jaxsynth.data.load import ArraySource
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.learned_range import learned_range_loss
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.methods.diffscaler.recipes import adapted, first_label

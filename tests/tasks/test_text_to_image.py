@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import extract
-from jaxsynth.data.load import ArraySource
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import GenerateConfig, Generator, image_keys

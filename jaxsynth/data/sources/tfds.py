@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxsynth.data.dataset import DataConfig, ImageSource, Record, SourceError
 from jaxsynth.data.decode import decode_image, square
-from jaxsynth.data.load import ImageSource, Record, SourceError, held_out
-
-if TYPE_CHECKING:
-    from jaxsynth.data.load import DataConfig
+from jaxsynth.data.views import held_out
 
 TESTS = ("test", "validation", "val")
 

@@ -34,7 +34,8 @@ from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.console import console
 from jaxsynth.core.io import write_json
 from jaxsynth.data.conditions import CHANNELS, as_bytes, source_conditions
-from jaxsynth.data.load import DataConfig, Dataset, load_dataset
+from jaxsynth.data.dataset import DataConfig, Dataset
+from jaxsynth.data.load import load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.controlled import draw_controlled
 from jaxsynth.generation.generate import GenerateConfig

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxsynth.core.console import console
 from jaxsynth.core.io import write_json
-from jaxsynth.data.load import DataConfig, Dataset, ImageSource, load_dataset
+from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.report.grids import write_grid

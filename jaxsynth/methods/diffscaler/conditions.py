@@ -37,7 +37,7 @@ from jaxsynth.data.conditions import (
     known_map,
     source_condition,
 )
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.generate import fill_store
 from jaxsynth.methods.diffscaler.recipes import adapted, first_label

@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 
 from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.load import DataConfig, joined, load_dataset
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.views import joined
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.methods.diffscaler.recipes import adapted
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig

@@ -12,8 +12,10 @@ import numpy as np
 
 from jaxsynth.core.console import console
 from jaxsynth.core.io import write_json
-from jaxsynth.data.load import DataConfig, Subset, load_dataset
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.store import ImageStore
+from jaxsynth.data.views import Subset
 from jaxsynth.methods.diffscaler.recipes import RECIPES
 from jaxsynth.quality.adherence import MEASURES
 from jaxsynth.report.grids import write_grid

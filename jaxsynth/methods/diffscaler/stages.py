@@ -21,7 +21,9 @@ from jaxsynth.adapters.inject import (
 )
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
-from jaxsynth.data.load import Dataset, ImageSource, Subset, joined, load_dataset
+from jaxsynth.data.dataset import Dataset, ImageSource
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.views import Subset, joined
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.generate import fill_store

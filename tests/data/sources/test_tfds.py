@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxsynth.data.load import DataConfig, SourceError, load_dataset
+from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.data.load import load_dataset
 from jaxsynth.methods.robustness.sets import SetConfig, SetsConfig, load_sets
 
 BUILDER = '''
