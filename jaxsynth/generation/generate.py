@@ -24,7 +24,8 @@ from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.routing import per_image
-from jaxsynth.tasks.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.vae import decode_scaled
 from jaxsynth.training import sharding
 from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.hf import StableDiffusion
@@ -114,10 +115,7 @@ class Generator:
         def draw(arrays, labels, indices):
             factors, frozen, vae, cond, uncond = arrays
             latents = self._sample(factors, frozen, cond, uncond, labels, indices)
-            decoder = nnx.merge(vae_graphdef, vae)
-            images = decoder.decode(latents / decoder.config.scaling_factor)
-            pixels = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255
-            return jnp.round(pixels).astype(jnp.uint8)
+            return decode_scaled(nnx.merge(vae_graphdef, vae), latents)
 
         self._draw = jax.jit(draw)
 

@@ -8,7 +8,6 @@ and their images, so all classes train in one compiled program around one frozen
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters import optim_hooks, registry
 from jaxsynth.adapters.inject import AdapterState, Trainable, extract, seed_dropout, unstack
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
+from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.losses import diffusion_loss
+from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
-from jaxsynth.models.clip import CLIPTextModel
-from jaxsynth.models.diffusion.unet import UNet2DCondition
-from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.training import sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
@@ -41,14 +41,6 @@ from jaxsynth.training.step import (
     stacked,
 )
 from jaxsynth.weights.hf import StableDiffusion
-
-
-class TextToImage(nnx.Module):
-    """The two networks that fine-tuning adapts: paths start with "unet." or "text_encoder."."""
-
-    def __init__(self, unet: UNet2DCondition, text_encoder: CLIPTextModel):
-        self.unet = unet
-        self.text_encoder = text_encoder
 
 
 @dataclass(frozen=True)
@@ -143,78 +135,17 @@ def encode_examples(
             image = source[i].image
             pixels += [cut(image, np.random.default_rng([seed, i, k])) for k in range(crops)]
         for found, values in zip(
-            (means, stds), encode_pixels(pipeline.vae, np.stack(pixels), batch_size), strict=True
+            (means, stds), encode_images(pipeline.vae, np.stack(pixels), batch_size), strict=True
         ):
             found.append(values.reshape(-1, crops, *values.shape[1:]))
     ids = pipeline.tokenizer(list(prompts))[np.asarray(source.labels)]
     return Examples(np.concatenate(means), np.concatenate(stds), ids)
 
 
-def encode_pixels(
-    vae: AutoencoderKL, pixels: Float[np.ndarray, "n h w 3"], batch_size: int = 8
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the latents of images in [-1, 1], times the scaling factor."""
-    means, stds = [], []
-    for start in range(0, len(pixels), batch_size):
-        chunk = pixels[start : start + batch_size]
-        # One compiled shape: the last batch is filled up.
-        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
-        mean, std = _encode(vae, padded.astype(np.float32))
-        means.append(np.asarray(mean, np.float32)[: len(chunk)])
-        stds.append(np.asarray(std, np.float32)[: len(chunk)])
-    return np.concatenate(means), np.concatenate(stds)
-
-
-@jax.jit
-def _encode(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
-    posterior = vae.encode(images)
-    factor = vae.config.scaling_factor
-    return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
-
-
-def decode_pixels(
-    vae: AutoencoderKL, latents: Float[np.ndarray, "n h w c"], batch_size: int = 8
-) -> UInt8[np.ndarray, "n height width 3"]:
-    """The images of latents that are scaled as `encode_pixels` scales them."""
-    images = []
-    for start in range(0, len(latents), batch_size):
-        chunk = latents[start : start + batch_size]
-        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
-        images.append(np.asarray(_decode(vae, padded.astype(np.float32)))[: len(chunk)])
-    return np.concatenate(images)
-
-
-@jax.jit
-def _decode(vae: AutoencoderKL, latents: Array) -> Array:
-    images = vae.decode(latents / vae.config.scaling_factor).astype(jnp.float32)
-    return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-
 def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
     """The pipeline's networks with fresh adapters; the base weights are shared, not copied."""
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
     return registry.add(model, config.adapter_config(), rngs=key)
-
-
-def epoch_rows(key: Array, step: Array, count: int, batch_size: int) -> Int[Array, " b"]:
-    """The rows of one batch: every epoch is a fresh order, its last batch filled from its start."""
-    per_epoch = -(-count // batch_size)
-    order = jax.random.permutation(jax.random.fold_in(key, step // per_epoch), count)
-    order = jnp.resize(order, per_epoch * batch_size)
-    return jax.lax.dynamic_slice(order, ((step % per_epoch) * batch_size,), (batch_size,))
-
-
-def draw(batch: dict[str, Array], key: Array, schedule: NoiseSchedule) -> tuple[Array, ...]:
-    """What one step draws: of each example a crop's latent x0, its noise and its timestep."""
-    keys = [jax.random.fold_in(key, i) for i in range(4)]
-    count, crops = batch["mean"].shape[:2]
-    crop = jax.random.randint(keys[3], (count,), 0, crops)
-    pick = partial(jnp.take_along_axis, indices=crop[:, None, None, None, None], axis=1)
-    mean, std = pick(batch["mean"])[:, 0], pick(batch["std"])[:, 0]
-    x0 = mean + std * jax.random.normal(keys[0], mean.shape)
-    noise = jax.random.normal(keys[1], x0.shape)
-    t = jax.random.randint(keys[2], (count,), 0, schedule.num_train_timesteps)
-    return x0, noise, t
 
 
 def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: Mesh | None = None):
@@ -235,7 +166,7 @@ def make_loss(graphdef, schedule: NoiseSchedule, config: FinetuneConfig, mesh: M
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
         model = nnx.merge(graphdef, trainable, frozen)
         model = seed_dropout(model, jax.random.fold_in(key, 4))
-        x0, noise, t = draw(batch, key, schedule)
+        x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
         noisy = add_noise(schedule, x0, noise, t)
         output = denoise(model, noisy, t, batch)
         return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=config.snr_gamma), {}
@@ -398,8 +329,7 @@ def _texts(pipeline: StableDiffusion, sets: Sequence[Examples], *, cache: bool) 
     most = max(len(texts) for texts, _ in found)
     # Filled up with repetitions, since sets are stacked.
     ids = np.stack([np.resize(texts, (most, texts.shape[1])) for texts, _ in found])
-    encode = jax.jit(lambda model, ids: model(ids).last_hidden_state)
-    states = encode(pipeline.text_encoder, ids.reshape(-1, ids.shape[-1]))
+    states = encode_text(pipeline.text_encoder, ids.reshape(-1, ids.shape[-1]))
     return {
         "states": states.reshape(*ids.shape, -1),
         "state": np.stack([rows.reshape(-1) for _, rows in found]),

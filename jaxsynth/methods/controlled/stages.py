@@ -39,6 +39,7 @@ from jaxsynth.data.load import load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.controlled import draw_controlled
 from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.models.diffusion.controlled import Controlled
 from jaxsynth.quality.adherence import MEASURES, agreement
 from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
@@ -47,7 +48,6 @@ from jaxsynth.runs.results import stage_details
 from jaxsynth.runs.stage import MANIFEST, Artifact, load_artifact, run_stage
 from jaxsynth.tasks.controlled import (
     ControlConfig,
-    Controlled,
     Triples,
     encode_triples,
     finetune_controlled,

@@ -43,11 +43,11 @@ from jaxsynth.generation.generate import fill_store
 from jaxsynth.methods.diffscaler.recipes import adapted, first_label
 from jaxsynth.methods.diffscaler.report import images_of
 from jaxsynth.models.diffusion.dit import DiT
+from jaxsynth.models.diffusion.vae import decode_latents
 from jaxsynth.quality.adherence import agreement
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.class_conditional import Latents, adapt, held_out_error
-from jaxsynth.tasks.text_to_image import decode_pixels
 from jaxsynth.weights.adapters.native import read_state, write_state
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class ConditionTask:
         used = np.unique(rows)
         # What the autoencoder does to a photo, no drawn image can undo.
         latents = self.work.latents(self.name, "test").mean[used, 0]
-        decoded = decode_pixels(self.work.vae, latents, self.work.config.generate.batch_size)
+        decoded = decode_latents(self.work.vae, latents, self.work.config.generate.batch_size)
         images = np.stack([record.image for record in drawn])
         pairs = {
             "own": (images, rows),

@@ -170,7 +170,7 @@ def with_condition(
 ) -> DiT:
     """`model` with a trainable input for condition images of `channels` channels.
 
-    The image is of the latents' size (`data.conditions.space_to_depth`) and enters beside them:
+    The image is of the latents' size (`ops.space_to_depth`) and enters beside them:
     the patch embedding gets a second kernel, Kaiming-normal behind a scalar gate of zero, so that
     the network starts as what it was without a zero convolution; `gate` False starts from a kernel
     of zeros instead. Adapters elsewhere then learn to use it. An image of zeros is no condition.
