@@ -205,7 +205,8 @@ class ConditionTask:
 
         def build(folder: Path) -> dict:
             real = self._sources["test"]
-            store = images_of(images.path, self.name)
+            classes = self.work.classes(self.name)
+            store = images_of(images.path, self.name, classes)
             labels = np.asarray(store.labels)
             # The store has the images of a class in the order of their numbers.
             rows = rows_of(np.asarray(real.labels), labels, ranks(labels))
@@ -217,7 +218,8 @@ class ConditionTask:
             )
             found = {}
             if self.kind not in WITH_PARTNER or known_map(real, 0, self.kind) is not None:
-                found = self._found(store, images_of(plain.path, self.name), rows, given)
+                unconditioned = images_of(plain.path, self.name, classes)
+                found = self._found(store, unconditioned, rows, given)
             write_json(folder / "following.json", {**found, "images": len(store)})
             return found
 

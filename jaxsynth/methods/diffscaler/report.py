@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.load import load_dataset
@@ -34,13 +35,25 @@ def page_of(workdir: Path) -> Path:
     return workdir / "report.html"
 
 
-def images_of(store: Path, name: str) -> Subset:
-    """The images of one data set in a store of several, labelled by its own classes."""
+def images_of(store: Path, name: str, classes: Sequence[str]) -> Subset:
+    """The images of one data set in a store of several, labelled by its own `classes`.
+
+    The store calls a class by its data set and its name. UserError where it lacks one of `classes`,
+    or has one twice.
+    """
     source = ImageStore(store, verify=False)
+    titles = [f"{name} {title}" for title in classes]
+    for title in titles:
+        if (times := source.class_names.count(title)) != 1:
+            raise UserError(
+                f"{store}: {times} classes are called {title!r}, expected 1; found "
+                f"{list(source.class_names)}"
+            )
     labels = np.asarray(source.labels)
-    own = [i for i, title in enumerate(source.class_names) if title.startswith(f"{name} ")]
-    rows = np.flatnonzero(np.isin(labels, own))
-    return Subset(source, rows, labels[rows] - own[0])
+    places = np.full(len(source.class_names), -1, np.int32)
+    places[[source.class_names.index(title) for title in titles]] = np.arange(len(titles))
+    rows = np.flatnonzero(places[labels] >= 0)
+    return Subset(source, rows, places[labels[rows]])
 
 
 def write(workdir: Path) -> Path:
@@ -74,8 +87,9 @@ def write(workdir: Path) -> Path:
         Section(
             "Images of every data set from one model",
             "Real images on the left; on the right what one transformer drew, each data set with "
-            "its own parameters, all of them in one mixed batch. The floor is what real images get "
-            "against other real images of the same number.",
+            "its own parameters, all of them in one mixed batch. The table says which real images "
+            "each distance is from. The floor is what real images get against other real images of "
+            "the same number.",
             tables=[] if quality is None else [quality],
             images=[Picture(grid, pixelated=True) for grid in _grids(workdir)],
         )
@@ -212,12 +226,13 @@ def _quality(workdir: Path) -> Table | None:
             if part == "floor" and any(row[0] == f"{name}: {title}" for row in body):
                 continue
             values = [Measure(tuple(found[part][column]["values"])) for column in columns]
-            body.append([f"{name}: {title}", found["samples"]["matched"], *values])
+            counted = found["samples"]["matched"]
+            body.append([f"{name}: {title}", found["reference"], counted, *values])
     if not body:
         return None
     body.sort(key=lambda row: (row[0].split(":")[0], "real against" in row[0], row[0]))
     return Table(
-        ["Images", "of each", *columns],
+        ["Images", "against", "of each", *columns],
         body,
         caption=f"In features of {network}, mean ± standard deviation of repeated splits",
         better=None,
@@ -235,7 +250,7 @@ def _grids(workdir: Path) -> list[Path]:
             continue
         values = load_artifact(folder).manifest["config"]["data"]
         dataset = load_dataset(DataConfig(**values | {"class_names": tuple(values["class_names"])}))
-        drawn = images_of(store, folder.name)
+        drawn = images_of(store, folder.name, dataset.display_names)
         lines = []
         for label in range(min(dataset.num_classes, MAX_CLASSES)):
             line = []

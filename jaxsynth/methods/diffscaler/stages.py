@@ -34,6 +34,7 @@ from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.quality.evaluate import compare
 from jaxsynth.quality.features import FeatureExtractor, clip_extractor, inception_extractor
+from jaxsynth.quality.metrics import least_samples
 from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.class_conditional import (
     Latents,
@@ -398,15 +399,28 @@ class Work:
         return {"images": count}
 
     def measure(self, label: str, images: Artifact, names: tuple[str, ...]) -> dict[str, Artifact]:
-        """FID and its companions of each data set's images against its held-out photos."""
+        """FID and its companions of each data set's images against its held-out photos.
+
+        A data set with too few of those is measured against its training images, and the result
+        says so.
+        """
         config, made = self.config, {}
         for name in names:
 
             def build(folder: Path, name: str = name) -> dict:
                 dataset = load_dataset(config.data[name])
-                store = report.images_of(images.path, name)
-                extractor = _extractor(config.features)
-                found = compare(dataset.train, store, extractor, config.quality, seed=0)
+                store = report.images_of(images.path, name, self.classes(name))
+                real, reference = dataset.test, "held-out images"
+                if len(real) < 2 * least_samples(config.quality):
+                    real, reference = dataset.train, "training images"
+                found = compare(
+                    real,
+                    store,
+                    _extractor(config.features),
+                    config.quality,
+                    reference=reference,
+                    seed=0,
+                )
                 write_json(folder / "quality.json", found)
                 return {"fid": found["all"]["fid"]}
 
@@ -414,6 +428,7 @@ class Work:
                 "features": config.features,
                 "quality": config.quality,
                 "data": config.data[name],
+                "reference": "held-out images where there are enough",
             }
             made[name] = run_stage(
                 f"quality: {label}, {name}",
