@@ -50,13 +50,13 @@ class ClassifyConfig:
     per data set unpublished; 50 is what followers use (ProtoAug). An epoch is as many images as the
     synthetic set holds, whatever the mode, so that every mode takes the same number of steps;
     `steps` overrides it. `real_fraction` is the share of real images in a batch of both kinds.
-    `adapter` is what learns: LoRA, or any other kind, of which `rank`, `alpha` and `dropout` are
-    the defaults.
+    `adapter` is what learns: LoRA, or any other kind. `rank`, `alpha` and `dropout` are settings of
+    it; left open, the rank is 16, the dropout 0.1 and the scale 2, where the kind has them.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.1
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     learning_rate: float = 1e-4
     min_lr: float = 1e-8
@@ -80,7 +80,10 @@ class ClassifyConfig:
     def adapter_config(self) -> Any:
         """The adapter on both towers."""
         return self.adapter.config(
-            targets=self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout
+            targets=self.targets,
+            given={"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout},
+            defaults={"rank": 16, "dropout": 0.1},
+            scale=2.0,
         )
 
     def num_steps(self, images: int) -> int:

@@ -7,7 +7,7 @@ and their images, so all classes train in one compiled program around one frozen
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class FinetuneConfig:
     per step, since the VAE is frozen; a square image has one crop only. `min_steps` gives very few
     shots more epochs, and `steps` overrides both.
 
-    `adapter` is what learns: LoRA as in the paper, or any other kind, of which `rank`, `alpha` and
-    `dropout` are the defaults. It goes on `unet_targets` and `text_targets`, unless it has targets
-    of its own.
+    `adapter` is what learns: LoRA of rank 16 as in the paper, or any other kind. `rank`, `alpha`
+    and `dropout` are settings of it; left open, the rank is 16 where the kind has one, and the
+    scale 1. It goes on `unet_targets` and `text_targets`, unless it has targets of its own.
     """
 
     epochs: int = 200
@@ -67,9 +67,9 @@ class FinetuneConfig:
     weight_decay: float = 1e-2
     eps: float = 1e-8
     clip_norm: float = 1.0
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
     unet_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     snr_gamma: float | None = None
@@ -77,7 +77,7 @@ class FinetuneConfig:
     accumulate: int = 1
     remat: bool = False
     checkpoint_every: int = 1000
-    adapter: registry.AdapterChoice = field(default_factory=registry.AdapterChoice)
+    adapter: registry.AdapterChoice | None = None
 
     def __post_init__(self):
         self.adapter_config()
@@ -88,10 +88,15 @@ class FinetuneConfig:
 
     def adapter_config(self) -> Any:
         """The adapter over both networks; no `text_targets` leaves the text encoder frozen."""
-        defaults = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
-        if self.adapter.kind in ("lora", "dora", "rslora"):
+        choice = registry.AdapterChoice() if self.adapter is None else self.adapter
+        defaults: dict[str, Any] = {"rank": 16}
+        if choice.kind in ("lora", "dora", "rslora"):
             defaults["init"] = "gaussian"
-        return self.adapter.config(targets=(*self.unet_targets, *self.text_targets), **defaults)
+        return choice.config(
+            targets=(*self.unet_targets, *self.text_targets),
+            given={"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout},
+            defaults=defaults,
+        )
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,11 @@ SETTINGS = {
 def test_any_kind_is_made_written_and_attached_again(pipeline, tmp_path, kind):
     choice = registry.AdapterChoice(kind, SETTINGS.get(kind, {}))
     targets = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_v",)
-    config = dataclasses.replace(CONFIG, adapter=choice, unet_targets=targets, text_targets=())
+    known = registry.KINDS[kind].fields
+    sizes = {name: getattr(CONFIG, name) if name in known else None for name in ("rank", "alpha")}
+    config = dataclasses.replace(
+        CONFIG, adapter=choice, unet_targets=targets, text_targets=(), **sizes
+    )
     state = extract(text_to_image.adapted(pipeline, config, jax.random.key(0)))
     write_adapter(tmp_path, state)
     (path,) = adapter_files(tmp_path, ("a", "b"))

@@ -88,7 +88,7 @@ def _adapted(pipeline: StableDiffusion, channels: int, config: Any, key: jax.Arr
 
 
 def _chosen(pipeline, channels, rank, adapter: AdapterChoice, key) -> Controlled:
-    return _adapted(pipeline, channels, adapter.config(targets=ALL, rank=rank), key)
+    return _adapted(pipeline, channels, adapter.config(targets=ALL, defaults={"rank": rank}), key)
 
 
 def _controlnet(pipeline, channels, _, __, key) -> Controlled:

@@ -104,6 +104,10 @@ class Config:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: {self.dtype!r}, expected float32 or bfloat16")
         if self.adapter is not None:
+            if self.finetune.adapter not in (None, self.adapter):
+                raise ValueError(
+                    "adapter and finetune.adapter are both given, and are one setting; give one"
+                )
             chosen = dataclasses.replace(self.finetune, adapter=self.adapter)
             object.__setattr__(self, "finetune", chosen)
 

@@ -457,7 +457,7 @@ def _config_to_peft(config: LoRAConfig) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True if config.init == "kaiming" else config.init,
-        "lora_alpha": peft_settings.number(config.rank if config.alpha is None else config.alpha),
+        "lora_alpha": peft_settings.alpha_of(config),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",

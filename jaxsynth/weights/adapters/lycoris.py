@@ -33,7 +33,8 @@ from jaxsynth.adapters.kinds.ia3 import IA3Config
 from jaxsynth.adapters.kinds.loha import LoHaConfig
 from jaxsynth.adapters.kinds.lokr import LoKrConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
-from jaxsynth.adapters.kinds.update import Place, UpdateLayer
+from jaxsynth.adapters.kinds.place import Place
+from jaxsynth.adapters.kinds.update import UpdateLayer
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors
