@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxsynth.ops.resize import CropRounding, crop_start
+
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
 )  # fmt: skip
@@ -79,9 +81,9 @@ def resize_short(image: Image.Image, size: int, resample=Image.Resampling.BICUBI
     return image.resize((max(size, int(size * width / height)), size), resample)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
+def center_crop(image: Image.Image, size: int, rounding: CropRounding = "round") -> Image.Image:
     """The middle `size` x `size` pixels of an image at least that large."""
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    left, top = (crop_start(side, size, rounding) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
