@@ -126,7 +126,8 @@ def load_model(
 ) -> Model:
     """A network from config.json and safetensors (one file or shards) in `folder`.
 
-    Parameters are stored in `dtype`; `compute_dtype` (default: `dtype`) is what layers compute in.
+    Parameters are stored in `dtype` (norms and scalars in float32 at least); `compute_dtype`
+    (default: `dtype`) is what layers compute in.
     UserError naming file and key for an unknown, missing or doubly given key, a shape other than
     the config's, an integer tensor, a file that is cut short, or a config field not supported.
     """
@@ -150,7 +151,8 @@ def save_model(
 ) -> None:
     """Write config.json and one safetensors file that diffusers or transformers loads.
 
-    `config` None takes the model's own; `dtype` None keeps each parameter's. A model that still has
+    `config` None takes the model's own; `dtype` None keeps each parameter's, another spares norms
+    and scalars as `load_model` does. A model that still has
     adapter layers is a ValueError: merge it first.
     """
     folder = Path(folder)

@@ -26,6 +26,7 @@ from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
 from jaxsynth.training.planning import Plan, plan_adapt
 from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.layout import stored
 from jaxsynth.weights.networks.dit import SCHEDULER
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _pretrained(config: Config) -> DiTConfig:
 def _network(config: DiTConfig, dtype: str) -> DiT:
     """A frozen network stored and computed in `dtype`; to be traced."""
     graphdef, state = nnx.split(DiT(config, dtype=jax.numpy.dtype(dtype), rngs=nnx.Rngs(0)))
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+    return nnx.merge(graphdef, stored(state, dtype))
 
 
 def _views(config: Config, name: str) -> int:

@@ -20,14 +20,21 @@ from jaxsynth.models.diffusion.blocks import Downsample2D, ResnetBlock2D, Upsamp
 from jaxsynth.ops.attention import attention
 
 _NORM_EPSILON = 1e-6
+# Statistics of latents that the autoencoders of Stable Diffusion 3, FLUX and video have.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "shift_factor": (None, 0.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
     """Shape of the autoencoder; field names and defaults are diffusers'.
 
-    Latents are multiplied by `scaling_factor` (after `shift_factor` is taken off) before they are
-    noised, by the caller: `AutoencoderKL` itself never scales.
+    Latents are multiplied by `scaling_factor` before they are noised, by the caller:
+    `AutoencoderKL` itself never scales. With `force_upcast` the computation is in float32, whatever
+    type the other networks compute in. `sample_size` is a note of the training's image size.
     """
 
     in_channels: int = 3
@@ -41,7 +48,6 @@ class AutoencoderKLConfig:
     norm_num_groups: int = 32
     sample_size: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float = 0.0
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -64,11 +70,7 @@ class AutoencoderKLConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """From a vae folder's config.json; an unknown field or value is a ValueError naming it."""
-        known = fields.known_fields(
-            cls, config, only={"latents_mean": (None,), "latents_std": (None,)}
-        )
-        known["shift_factor"] = known.get("shift_factor") or 0.0
-        return cls(**known)
+        return cls(**fields.known_fields(cls, config, only=ONLY))
 
     @property
     def downscale(self) -> int:
@@ -96,8 +98,12 @@ class AutoencoderKL(nnx.Module):
     def __init__(
         self, config: AutoencoderKLConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ):
-        """`dtype` is that of the computation; parameters are created in float32."""
+        """`dtype` is that of the computation unless the configuration forces float32.
+
+        Parameters are created in float32.
+        """
         self.config = config
+        dtype = jnp.promote_types(dtype, jnp.float32) if config.force_upcast else dtype
         latent = config.latent_channels
         make = {"dtype": dtype, "rngs": layers.InitKeys(rngs)}
         self.encoder = Encoder(config, **make)
