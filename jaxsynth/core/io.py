@@ -120,8 +120,13 @@ def _key(path: str | os.PathLike) -> tuple[str, int, int, int, int]:
     )
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is remembered: $XDG_CACHE_HOME/jaxsynth, or ~/.cache/..."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth"
+
+
 def _cache() -> sqlite3.Connection:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth"
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(folder / "digests.sqlite", timeout=10)
     connection.execute(

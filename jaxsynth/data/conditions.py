@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.decode import IMAGE_SUFFIXES, center_crop, resize_short
 from jaxsynth.data.sources.arrays import ArraySource
@@ -234,6 +235,17 @@ def partner_file(folder: str | Path, name: str) -> Path:
         what = f"found {[path.name for path in found]}" if found else "there is none"
         raise UserError(f"{stem}.*: expected one condition image for {name!r}, {what}")
     return found[0]
+
+
+def partner_digests(source: ImageSource, folder: str | Path) -> dict[str, str]:
+    """SHA-256 (hex) of each image's condition file, by the image's id. Errors: `partner_file`."""
+    return dict(
+        zip(
+            source.ids,
+            file_digests_cached([partner_file(folder, id_) for id_ in source.ids]),
+            strict=True,
+        )
+    )
 
 
 def source_conditions(

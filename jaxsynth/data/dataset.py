@@ -1,16 +1,25 @@
 """What a data set is: records, sources of them, a labeled data set, and the config that names one.
 
 These types lie below everything that makes them (`data.sources`) or reads them.
+
+Data is identified by content: `Dataset.digest` and `source_digest` stand for the names of classes,
+the ids and labels of records and the bytes that their pixels come from. Where the files lie is no
+part of it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
+
+Indices = Sequence[int] | np.ndarray
 
 
 class Record(NamedTuple):
@@ -27,7 +36,7 @@ class SourceError(ValueError):
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Random access to records. `labels` and `ids` do not decode images."""
+    """Random access to records. `labels`, `ids` and `record_digests` do not decode images."""
 
     @property
     def labels(self) -> Int[np.ndarray, " n"]: ...
@@ -38,6 +47,32 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        """For each record (of `indices`) a text that is another one where its pixels differ."""
+        ...
+
+
+def source_listing(source: ImageSource) -> dict[str, str]:
+    """For each record's id a text of its label and content; ids that meet are numbered."""
+    listing: dict[str, str] = {}
+    labels = np.asarray(source.labels)
+    for id_, label, digest in zip(source.ids, labels, source.record_digests(), strict=True):
+        name, again = id_, 1
+        while name in listing:
+            again += 1
+            name = f"{id_} ({again})"
+        listing[name] = f"{label} {digest}"
+    return listing
+
+
+def source_digest(source: ImageSource) -> str:
+    """SHA-256 (hex) of a source's ids, labels and contents, in order."""
+    return _digest([list(item) for item in source_listing(source).items()])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -58,6 +93,23 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @cached_property
+    def listing(self) -> dict[str, str]:
+        """What the data set holds, by name: its classes in order, its template, every record."""
+        found = {
+            f"class {label}": json.dumps(names)
+            for label, names in enumerate(zip(self.class_names, self.display_names, strict=True))
+        }
+        found["template"] = self.template
+        for part, source in (("train", self.train), ("test", self.test)):
+            found |= {f"{part}: {key}": text for key, text in source_listing(source).items()}
+        return found
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the classes, the template, and both parts' ids, labels and contents."""
+        return _digest([list(item) for item in self.listing.items()])
 
 
 @dataclass(frozen=True)

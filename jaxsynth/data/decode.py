@@ -22,6 +22,10 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 
 
+# Raised when a file's pixels come out otherwise than before.
+DECODING = 1
+
+
 class ImageError(ValueError):
     """An image that cannot be turned into RGB; the message names it."""
 
@@ -60,6 +64,11 @@ def decode_image(data: bytes | Path, name: str = "") -> UInt8[np.ndarray, "h w 3
         raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{name}: cannot be decoded as an image ({error})") from error
+
+
+def decoded_digest(file_digest: str, image_size: int) -> str:
+    """Stands for the pixels that come of a file's bytes at an `image_size` (0: as stored)."""
+    return f"{file_digest} decoding {DECODING}" + (f" size {image_size}" if image_size else "")
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:

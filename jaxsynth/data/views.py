@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsynth.data import prompts
-from jaxsynth.data.dataset import Dataset, ImageSource, Record, SourceError
+from jaxsynth.data.dataset import Dataset, ImageSource, Indices, Record, SourceError
 from jaxsynth.data.names import natural_key
 
 
@@ -41,6 +41,10 @@ class Subset:
         record = self.source[int(self.indices[index])]
         return record if self._labels is None else record._replace(label=int(self._labels[index]))
 
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        own = self.indices if indices is None else self.indices[np.asarray(indices, np.int64)]
+        return self.source.record_digests(own)
+
 
 class Joined:
     """Sources one after the other; labels and ids are given, as theirs may meet."""
@@ -60,6 +64,10 @@ class Joined:
         start = self._ends[number] - len(self.sources[number])
         image = self.sources[number][int(index - start)].image
         return Record(image, int(self.labels[index]), self.ids[index])
+
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        digests = [digest for source in self.sources for digest in source.record_digests()]
+        return digests if indices is None else [digests[i] for i in indices]
 
 
 def held_out(

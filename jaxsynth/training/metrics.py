@@ -7,13 +7,14 @@ checkpoint; `resume` drops those lines, so that the finished file equals an unin
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxsynth.core.io import write_text
 
 
 class MetricsWriter:
@@ -36,9 +37,7 @@ class MetricsWriter:
         self.close()
         kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
         self._open(step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import write_json
 from jaxsynth.data.procedural import edits
 from jaxsynth.data.procedural.edits import Edit
-from jaxsynth.weights.hub import write_json
 
 FAMILIES = ("artistic", "character", "facial modification")
 # Of all colours, those that a look can have: black and white hide the picture.
@@ -204,7 +204,7 @@ def _words(concept: Concept) -> set[str]:
 def save_concepts(path: str | Path, concepts: Sequence[Concept]) -> None:
     """Write the JSON that `read_concepts` reads."""
     items = [asdict(c) | {"edits": [asdict(e) for e in c.edits]} for c in concepts]
-    write_json(Path(path), {"concepts": items})
+    write_json(path, {"concepts": items}, indent=2, sort_keys=True)
 
 
 def read_concepts(path: str | Path, family: str = "") -> list[Concept]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxsynth.data.dataset import ImageSource, Record, SourceError
+from jaxsynth.data.dataset import ImageSource, Indices, Record, SourceError
 from jaxsynth.data.views import Subset
 
 
@@ -46,6 +47,12 @@ class ArraySource:
     def __getitem__(self, index: int) -> Record:
         return Record(self.images[index], int(self.labels[index]), self.ids[index])
 
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        return [
+            _digest(self.images[i], *(self.maps[kind][i] for kind in sorted(self.maps)))
+            for i in (range(len(self)) if indices is None else indices)
+        ]
+
 
 class Cached:
     """A source decoded once, in one flat uint8 array; images may differ in size. See `cached`."""
@@ -63,6 +70,20 @@ class Cached:
         start = self.starts[index]
         flat = self.pixels[start : start + int(height) * int(width) * 3]
         return Record(flat.reshape(height, width, 3), int(self.labels[index]), self.ids[index])
+
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        return [
+            _digest(self[int(i)].image) for i in (range(len(self)) if indices is None else indices)
+        ]
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """SHA-256 (hex) of arrays' shapes and bytes."""
+    whole = hashlib.sha256()
+    for array in arrays:
+        whole.update(repr(array.shape).encode())
+        whole.update(np.ascontiguousarray(array).data)
+    return whole.hexdigest()
 
 
 def cached(source: ImageSource, limit_bytes: int = 2**30) -> ImageSource:

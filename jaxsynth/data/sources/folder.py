@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jaxsynth.data.dataset import DataConfig, ImageSource, Record, SourceError
-from jaxsynth.data.decode import IMAGE_SUFFIXES, decode_image, square
+from jaxsynth.core.io import file_digests_cached
+from jaxsynth.data.dataset import DataConfig, ImageSource, Indices, Record, SourceError
+from jaxsynth.data.decode import IMAGE_SUFFIXES, decode_image, decoded_digest, square
 from jaxsynth.data.names import class_of_folder, natural_key
 from jaxsynth.data.views import held_out
 
@@ -40,6 +41,11 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         image = decode_image(self.root / self.ids[index])
         return Record(square(image, self.image_size), int(self.labels[index]), self.ids[index])
+
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        ids = self.ids if indices is None else [self.ids[i] for i in indices]
+        digests = file_digests_cached([self.root / id_ for id_ in ids])
+        return [decoded_digest(digest, self.image_size) for digest in digests]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -232,7 +232,7 @@ def _grid(workdir: Path, dataset: Dataset, shots: int, seed: int, modes: list[st
         stores[f"DataDream {mode}" if len(modes) > 1 else "DataDream"] = folder / mode / "images"
     for name, path in stores.items():
         if (path / MANIFEST).is_file():  # a page can be made while the run is under way
-            sources.append((name, ImageStore(path, verify=False)))
+            sources.append((name, ImageStore(path)))
     count = dataset.num_classes
     labels = np.unique(np.linspace(0, count - 1, min(count, MAX_CLASSES)).round().astype(int))
     sides = COLUMNS_PER_SOURCE

@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.core.console import console
-from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.store import ImageStore
-from jaxsynth.data.views import Subset
 from jaxsynth.methods.diffscaler.recipes import RECIPES
 from jaxsynth.quality.adherence import MEASURES
 from jaxsynth.report.grids import write_grid
@@ -33,27 +31,6 @@ COLUMNS = 5
 def page_of(workdir: Path) -> Path:
     """Where `write` puts the page."""
     return workdir / "report.html"
-
-
-def images_of(store: Path, name: str, classes: Sequence[str]) -> Subset:
-    """The images of one data set in a store of several, labelled by its own `classes`.
-
-    The store calls a class by its data set and its name. UserError where it lacks one of `classes`,
-    or has one twice.
-    """
-    source = ImageStore(store, verify=False)
-    titles = [f"{name} {title}" for title in classes]
-    for title in titles:
-        if (times := source.class_names.count(title)) != 1:
-            raise UserError(
-                f"{store}: {times} classes are called {title!r}, expected 1; found "
-                f"{list(source.class_names)}"
-            )
-    labels = np.asarray(source.labels)
-    places = np.full(len(source.class_names), -1, np.int32)
-    places[[source.class_names.index(title) for title in titles]] = np.arange(len(titles))
-    rows = np.flatnonzero(places[labels] >= 0)
-    return Subset(source, rows, places[labels[rows]])
 
 
 def write(workdir: Path) -> Path:
@@ -250,7 +227,7 @@ def _grids(workdir: Path) -> list[Path]:
             continue
         values = load_artifact(folder).manifest["config"]["data"]
         dataset = load_dataset(DataConfig(**values | {"class_names": tuple(values["class_names"])}))
-        drawn = images_of(store, folder.name, dataset.display_names)
+        drawn = ImageStore(store).of_dataset(folder.name, dataset.display_names)
         lines = []
         for label in range(min(dataset.num_classes, MAX_CLASSES)):
             line = []

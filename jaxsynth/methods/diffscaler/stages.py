@@ -23,12 +23,12 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.load import load_dataset
+from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset, joined
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.generate import fill_store
 from jaxsynth.generation.routing import routing_differences
-from jaxsynth.methods.diffscaler import report
 from jaxsynth.methods.diffscaler.recipes import CHOSEN, RECIPES, adapted, first_label
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
@@ -387,15 +387,25 @@ class Work:
 
     def _fill(self, folder: Path, models: list[DiT], names: list[str]) -> dict:
         config, first = self.config, first_label(self.dit)
-        classes, titles = [], []
+        classes, class_names, datasets = [], [], []
         for number, name in enumerate(names):
             for label, title in enumerate(self.classes(name)):
                 classes.append(ClassOf(number, first + label))
-                titles.append(f"{name} {title}")
+                class_names.append(title)
+                datasets.append(name)
         generator = ClassGenerator(
             models, self.vae, self.scheduler_config, classes, config.generate, seed=config.seeds[0]
         )
-        count = fill_store(generator, folder, titles, titles, config.generate, seed=config.seeds[0])
+        titles = [f"{name} {title}" for name, title in zip(datasets, class_names, strict=True)]
+        count = fill_store(
+            generator,
+            folder,
+            class_names,
+            titles,
+            config.generate,
+            seed=config.seeds[0],
+            datasets=datasets,
+        )
         return {"images": count}
 
     def measure(self, label: str, images: Artifact, names: tuple[str, ...]) -> dict[str, Artifact]:
@@ -409,7 +419,7 @@ class Work:
 
             def build(folder: Path, name: str = name) -> dict:
                 dataset = load_dataset(config.data[name])
-                store = report.images_of(images.path, name, self.classes(name))
+                store = ImageStore(images.path).of_dataset(name, self.classes(name))
                 real, reference = dataset.test, "held-out images"
                 if len(real) < 2 * least_samples(config.quality):
                     real, reference = dataset.train, "training images"

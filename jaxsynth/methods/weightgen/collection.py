@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from jaxsynth.adapters.flatten import Layout, Per
 from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 
 _FORMAT = "jaxsynth.weights"
@@ -147,7 +148,7 @@ def write_collection(path: Path, collection: WeightCollection) -> None:
     metadata = {"format": _FORMAT, "collection": json.dumps(note, ensure_ascii=False)}
     tensors = {"blocks": collection.blocks, "mean": statistics.mean, "std": statistics.std}
     data = hub.to_bytes({k: np.asarray(v, np.float32) for k, v in tensors.items()}, metadata)
-    with hub.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 

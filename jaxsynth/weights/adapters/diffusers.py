@@ -35,6 +35,7 @@ from jaxsynth.adapters.inject import (
 )
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors, peft_settings
 from jaxsynth.weights.adapters import peft as peft_kinds
@@ -504,5 +505,5 @@ def _wide(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with hub.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
