@@ -32,6 +32,13 @@ class Shots:
     train: tuple[tuple[str, ...], ...]
     val: tuple[tuple[str, ...], ...]
 
+    def __post_init__(self):
+        if not len(self.train) == len(self.val) == len(self.class_names):
+            raise SourceError(
+                f"Shots: train and val have {len(self.train)} and {len(self.val)} lists of ids, "
+                f"expected one for each of {len(self.class_names)} classes"
+            )
+
     @property
     def has_validation(self) -> bool:
         return any(self.val)
@@ -65,13 +72,8 @@ def select_ids(source: ImageSource, ids: list[str]) -> Subset:
 
 
 def load_shots(path: str | Path) -> Shots:
-    """What `Shots.save` wrote."""
-    data = read_json(path)
-    try:
-        lists = {key: tuple(tuple(ids) for ids in data[key]) for key in ("train", "val")}
-        return Shots(**(data | lists | {"class_names": tuple(data["class_names"])}))
-    except (KeyError, TypeError) as error:
-        raise SourceError(f"{path}: not a file of shots ({error!r})") from error
+    """What `Shots.save` wrote; UserError naming the file and the field for anything else."""
+    return read_json(path, Shots)
 
 
 def few_shot(

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES
 from jaxsynth.data.procedural.cues import (
@@ -32,7 +33,6 @@ from jaxsynth.data.procedural.cues import (
 from jaxsynth.data.procedural.shapes import SHAPES
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.sources.folder import FileSource, folder_source
-from jaxsynth.weights.hub import read_json
 
 VARIANTS = ("original", "mixed_same", "mixed_rand")
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters import optim_hooks, registry
 from jaxsynth.adapters.inject import Trainable, extract, seed_dropout
+from jaxsynth.core.documents import read_json
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
@@ -39,7 +40,7 @@ from jaxsynth.training.step import init_state, make_train_step
 from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.hf import Clip
-from jaxsynth.weights.hub import read_json, write_json
+from jaxsynth.weights.hub import write_json
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint
 from jaxtyping import PyTree
 
+from jaxsynth.core.documents import parse_json
 from jaxsynth.core.records import differences, to_json
 
 # Orbax 1.0 makes this interface the top level; in 0.12 it is a sub-module of it.
@@ -139,7 +140,7 @@ class _Note:
                     f"{file} is missing (there are {found}): restore with the "
                     "number of processes that saved"
                 )
-            self.value = json.loads(file.read_text())
+            self.value = parse_json(file.read_bytes(), file)
 
         return read()
 

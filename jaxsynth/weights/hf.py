@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
@@ -32,7 +33,7 @@ from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
-from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, to_file
 from jaxsynth.weights.tokenizer import Tokenizer
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsynth.core import io
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -70,22 +71,6 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     if not text or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise UserError(f"{text!r}: no such folder, and not a hub id (owner/name)")
     return _download(*text.partition("@")[::2])
-
-
-def read_json(path: str | os.PathLike, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object; UserError naming the file if missing (unless `optional`: {}) or malformed."""
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if optional:
-            return {}
-        raise UserError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.ops.resize import (
     CROP_ROUNDINGS,
@@ -24,7 +25,6 @@ from jaxsynth.ops.resize import (
     crop_start,
     resize_matrix,
 )
-from jaxsynth.weights.hub import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

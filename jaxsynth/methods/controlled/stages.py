@@ -32,6 +32,7 @@ from jaxsynth.adapters.kinds.affiner import AffinerConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.data.conditions import CHANNELS, as_bytes, source_conditions
 from jaxsynth.data.dataset import DataConfig, Dataset
@@ -288,7 +289,7 @@ class _Work:
 
     def _following(self, model: Controlled, folder: Path) -> dict[str, float]:
         config, test = self.config, self.part("test")
-        prompts = json.loads((self.triples.path / "test.json").read_text("utf-8"))
+        prompts = read_json(self.triples.path / "test.json", list[str])
         rows = np.arange(config.images) % len(test)
         given = test.condition[rows]
         chosen = [prompts[row] for row in rows]

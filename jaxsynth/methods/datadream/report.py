@@ -4,13 +4,13 @@ Everything is read from the stages' folders, so the page can be made again at an
 figure names the artifact it comes from.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource
 from jaxsynth.data.load import load_dataset
@@ -144,7 +144,7 @@ def _folder(workdir: Path, row: Row, shots: int, seed: int) -> Path | None:
 
 def _scores(workdir: Path, row: Row, shots: int, seed: int) -> dict:
     folder = _folder(workdir, row, shots, seed)
-    scores = json.loads((folder / "scores.json").read_text("utf-8"))
+    scores = read_json(folder / "scores.json", finite=False)
     return {**scores, "artifact": folder.relative_to(workdir).as_posix()}
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsynth.adapters.inject import mark_trainable
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.load import load_dataset
@@ -25,7 +26,7 @@ from jaxsynth.methods.diffscaler.recipes import adapted
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
 from jaxsynth.training.planning import Plan, plan_adapt
-from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import stored
 from jaxsynth.weights.networks.dit import SCHEDULER
 

@@ -4,13 +4,13 @@ Everything is read from the stages' folders, so the page can be made again at an
 figure names the artifact it comes from.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.load import load_dataset
@@ -196,7 +196,7 @@ def _quality(workdir: Path) -> Table | None:
     body, network = [], ""
     columns = ("fid", "kid", "precision", "recall", "density", "coverage")
     for path in sorted(workdir.glob(f"quality/*/*/{MANIFEST}")):
-        found = json.loads((path.parent / "quality.json").read_text("utf-8"))
+        found = read_json(path.parent / "quality.json", finite=False)
         network = found["features"]["network"]
         label, name = path.parent.parent.name, path.parent.name
         for part, title in (("matched", label), ("floor", "real against real")):
@@ -249,7 +249,7 @@ def _conditions(workdir: Path) -> Section | None:
     for path in sorted(workdir.glob(f"conditions/*/*/following/{MANIFEST}")):
         kind, name = path.parent.parent.name, path.parent.parent.parent.name
         adapter = load_artifact(path.parent.parent / "adapter").counts
-        found = json.loads((path.parent / "following.json").read_text("utf-8"))
+        found = read_json(path.parent / "following.json", finite=False)
         title = f"{kind} of {name}"
         columns = ("own", "another", "none", "plain")
         errors.append([title, f"{adapter['trainable']:,}", *(adapter[key] for key in columns)])
@@ -294,7 +294,7 @@ def _conditions(workdir: Path) -> Section | None:
 
 
 def _routing(path: Path) -> str:
-    found = json.loads(path.read_text("utf-8"))
+    found = read_json(path, finite=False)
     return (
         f"- A batch that mixes all data sets differs from separate runs by at most "
         f"{found['mixed']:.1e} (outputs reach {found['scale']:.1f}).\n"

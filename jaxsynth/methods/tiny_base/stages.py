@@ -7,7 +7,6 @@ frozen, as in Stable Diffusion 1.x (Rombach et al., 2022); the UNet predicts v (
 tokens a side and few channels keep a step in tens of milliseconds on two CPU cores.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.shapes import Captioned, render_digits, render_shapes
@@ -168,7 +168,7 @@ class _Corpus:
 
     @classmethod
     def read(cls, folder: Path) -> "_Corpus":
-        captions = json.loads((folder / "captions.json").read_text())
+        captions = read_json(folder / "captions.json", list[str])
         return cls(np.load(folder / "images.npy"), captions, np.load(folder / "photo.npy"))
 
     def tokens(self, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +179,7 @@ class _Corpus:
 
 
 def _build_tokenizer(config: Config, corpus: Path, folder: Path) -> dict:
-    captions = json.loads((corpus / "captions.json").read_text())
+    captions = read_json(corpus / "captions.json", list[str])
     train_tokenizer(captions, config.vocab_size, config.max_length, folder)
     return {"max_length": Tokenizer(folder).max_length}
 

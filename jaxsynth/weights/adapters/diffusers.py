@@ -34,6 +34,7 @@ from jaxsynth.adapters.inject import (
     trainable_variables,
 )
 from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
@@ -121,7 +122,7 @@ def read_peft(
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; expected a peft adapter folder")
     where = folder / PEFT_CONFIG
-    fields = hub.read_json(where)
+    fields = read_json(where)
     source = folder / PEFT_WEIGHTS
     tensors, _ = _read_safetensors(source)
     kind = fields.get("peft_type", "LORA")
