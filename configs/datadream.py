@@ -59,8 +59,6 @@ def _sd21() -> ConfigDict:
                 "warmup_steps": 100,
                 "weight_decay": 1e-2,
                 "clip_norm": 1.0,
-                "rank": 16,
-                "alpha": 16.0,
                 "unet_targets": ("to_q", "to_k", "to_v", "to_out.0"),
                 "text_targets": ("q_proj", "k_proj", "v_proj", "out_proj"),
                 "remat": "block",
@@ -74,9 +72,6 @@ def _sd21() -> ConfigDict:
                 "batches_per_shard": 8,
             },
             "classify": {
-                "rank": 16,
-                "alpha": 32.0,
-                "dropout": 0.1,
                 "targets": ("q_proj", "v_proj"),
                 "learning_rate": 1e-4,
                 "weight_decay": 1e-4,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxsynth.data.load import ArraySource
 from jaxsynth.data.procedural.shapes import DIGITS
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.generation.generate import GenerateConfig, Generator
 from jaxsynth.tasks.clip_classifier import predict, scores
 from jaxsynth.weights.hf import load_clip, load_pipeline

@@ -1,11 +1,11 @@
 """All kinds of adapters by name: what `--config.adapter=` takes, and what a state's file may hold.
 
-BitFit, norm tuning and training in place are no kinds of layer but `base.mark_trainable`; DiffFit's
-scales are an Affiner of rank 0 (`affiner`).
+BitFit, norm tuning and training in place are no kinds of layer but `inject.mark_trainable`;
+DiffFit's scales are an Affiner of rank 0 (`affiner`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from flax import nnx
@@ -126,19 +126,46 @@ class AdapterChoice:
         """The dataclass whose fields the settings of a kind are."""
         return kind_of(kind).config
 
-    def config(self, *, targets: tuple[str, ...], **defaults: Any) -> Any:
-        """The configuration: the settings, and the method's `targets` and `defaults`.
+    def config(
+        self,
+        *,
+        targets: tuple[str, ...],
+        given: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        scale: float = 1.0,
+    ) -> Any:
+        """The configuration: the choice's settings, those of the method, and its `targets`.
 
-        Of `defaults` a kind takes those that it has. An alpha belongs to its rank, and is left out
-        where the rank is another; targets are where the kind has no places of its own.
+        `given` are settings that the method's user made elsewhere, None where they were left open;
+        a kind without them refuses them. `defaults` are the method's, for kinds that have them.
+        An alpha that nobody gives is `scale` times the rank of each layer. Kinds with places of
+        their own leave `targets` out.
+
+        Raises ValueError naming a given setting that the kind does not have, or that is given in
+        both places.
         """
         kind = kind_of(self.kind)
-        if "rank" in self.settings or defaults.get("alpha") == defaults.get("rank"):
-            defaults.pop("alpha", None)
+        given = {name: value for name, value in (given or {}).items() if value is not None}
+        for name, value in given.items():
+            if name not in kind.fields:
+                raise ValueError(
+                    f"{name} is {value}, and adapters of kind {self.kind} have no {name}; they "
+                    f"have {', '.join(sorted(kind.fields))}"
+                )
+            if name in self.settings:
+                raise ValueError(
+                    f"{name} is given twice, {value} and {self.settings[name]} (adapter.{name}); "
+                    "give one of them"
+                )
+        known = {name: value for name, value in (defaults or {}).items() if name in kind.fields}
         if not kind.has_places:
-            defaults["targets"] = targets
-        known = {name: value for name, value in defaults.items() if name in kind.fields}
-        return make_config(self.kind, **known | self.settings)
+            known["targets"] = targets
+        config = make_config(self.kind, **known | given | self.settings)
+        if scale == 1 or getattr(config, "alpha", scale) is not None:
+            return config
+        ranks = {pattern: scale * rank for pattern, rank in config.rank_pattern.items()}
+        alphas = {**config.alpha_pattern, **ranks, **config.alpha_pattern}
+        return replace(config, alpha=scale * config.rank, alpha_pattern=alphas)
 
 
 def maker(config: Any) -> inject.Maker:
@@ -149,5 +176,5 @@ def maker(config: Any) -> inject.Maker:
 
 
 def add(model: inject.T, config: Any, *, rngs: nnx.Rngs | Key[Array, ""]) -> inject.T:
-    """A copy of `model` with adapters of any kind on `config.targets`; see `base.inject`."""
+    """A copy of `model` with adapters of any kind on `config.targets`; see `inject.inject`."""
     return inject.inject(model, maker(config), targets=config.targets, rngs=rngs)

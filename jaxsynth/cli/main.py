@@ -252,16 +252,13 @@ def _start_fake_devices(count: int) -> None:
 
 
 def _read_run(workdir: Path) -> dict[str, Any]:
-    import json
+    from jaxsynth.core.documents import read_json
 
     path = workdir / RUN_FILE
     if not path.is_file():
         kind = "holds no run" if workdir.is_dir() else "does not exist"
         raise UsageError(f"{workdir} {kind}: {RUN_FILE} is missing")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return read_json(path)
 
 
 def _enable_compile_cache() -> None:

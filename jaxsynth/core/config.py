@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from jaxsynth.core.errors import UsageError
+from jaxsynth.core.errors import UsageError, quoted
 
 T = TypeVar("T")
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_MOST_SHOWN, _LONGEST_NAME = 8, 80
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -119,11 +120,12 @@ def to_dataclass(cls: type[T], config: Mapping[str, Any], *, path: str = "config
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{path}.{name}: no such field{_nearest(str(name), list(fields))}")
+            near = _nearest(str(name)[:_LONGEST_NAME], list(fields))
+            raise ConfigError(f"{path}.{_shortened(name)}: no such field{near}")
     kwargs = {}
     for name, field in fields.items():
         if name in values:
-            kwargs[name] = _convert(hints[name], values[name], f"{path}.{name}")
+            kwargs[name] = convert(hints[name], values[name], f"{path}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name}: missing, expected {_describe(hints[name])}")
     try:
@@ -157,13 +159,13 @@ def _maybe_plain(value: Any) -> Any:
     return _plain(value) if nested else value
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as `hint` asks, or a ConfigError that names `path`."""
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint` asks; ConfigError naming the field `path` where it cannot be."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, Text) and value.fields and not _may_be_chosen(hint):
         raise ConfigError(f"{path}.{next(iter(value.fields))}: {path} is a value and has no fields")
     if origin is typing.Annotated:
-        return _convert(args[0], value, path)
+        return convert(args[0], value, path)
     if hint is Any or isinstance(hint, TypeVar):
         return _guess(value.text) if isinstance(value, Text) else value
     if origin in (Union, types.UnionType):
@@ -183,7 +185,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise _mistyped(path, hint, value)
         value_hint = args[1] if args else Any
-        return {key: _convert(value_hint, item, f"{path}.{key}") for key, item in value.items()}
+        return {
+            key: convert(value_hint, item, f"{path}.{_shortened(key)}")
+            for key, item in value.items()
+        }
     if hint is None or hint is type(None):
         if value is None or (isinstance(value, Text) and value.text.lower() == "none"):
             return None
@@ -220,7 +225,7 @@ def _convert_choice(hint: Any, value: Any, path: str) -> Any:
         for name in fields:
             if name not in known:
                 raise ConfigError(f"{path}.{name}: no such field of {kind}{_nearest(name, known)}")
-        settings = {n: _convert(hints[n], x, f"{path}.{n}") for n, x in fields.items()}
+        settings = {n: convert(hints[n], x, f"{path}.{n}") for n, x in fields.items()}
         return hint(kind, settings)
     except ConfigError:
         raise
@@ -260,10 +265,10 @@ def _convert_union(hint: Any, args: tuple, value: Any, path: str) -> Any:
         nested = [arg for arg in order if dataclasses.is_dataclass(arg)]
         none = isinstance(value, Text) and value.text.lower() == "none"
         if len(nested) == 1 and not none and len(order) == 2 and type(None) in order:
-            return _convert(nested[0], value, path)
+            return convert(nested[0], value, path)
     for arg in order:
         try:
-            return _convert(arg, value, path)
+            return convert(arg, value, path)
         except ConfigError:
             continue
     raise _mistyped(path, hint, value)
@@ -275,7 +280,7 @@ def _convert_literal(hint: Any, args: tuple, value: Any, path: str) -> Any:
             return choice
         if type(value) is type(choice) and value == choice:
             return choice
-    text = value.text if isinstance(value, Text) else value
+    text = value.text if isinstance(value, Text) else quoted(value)
     guess = difflib.get_close_matches(str(text), [str(arg) for arg in args], n=1)
     hint_text = f"; did you mean {guess[0]!r}?" if guess else ""
     raise ConfigError(f"{path}={_show(value)}: expected {_describe(hint)}{hint_text}")
@@ -294,7 +299,7 @@ def _convert_sequence(hint: Any, args: tuple, value: Any, path: str) -> Any:
     else:
         raise ConfigError(f"{path}: expected {len(args)} values, found {len(value)}")
     items = [
-        _convert(item_hint, item, f"{path}[{i}]")
+        convert(item_hint, item, f"{path}[{i}]")
         for i, (item_hint, item) in enumerate(zip(item_hints, value, strict=True))
     ]
     return items if as_list else tuple(items)
@@ -326,6 +331,12 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; the fields here are {', '.join(known)}" if known else "; there are no fields here"
 
 
+def _shortened(name: Any) -> str:
+    """A field's name as an error shows it; a file's may be anything."""
+    text = str(name)
+    return text if len(text) <= _LONGEST_NAME and text.isprintable() else quoted(text)
+
+
 def _mistyped(path: str, hint: Any, value: Any) -> ConfigError:
     return ConfigError(f"{path}={_show(value)}: expected {_describe(hint)}")
 
@@ -333,7 +344,12 @@ def _mistyped(path: str, hint: Any, value: Any) -> ConfigError:
 def _show(value: Any) -> str:
     if isinstance(value, Text):
         return repr(value.text)
-    return f"{value!r} ({type(value).__name__})"
+    if isinstance(value, (list, tuple)) and len(value) <= _MOST_SHOWN:
+        # Of parts that hold others only the type is shown: a file's may have any size and depth.
+        return f"[{', '.join(map(quoted, value))}] ({type(value).__name__})"
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return f"{quoted(value)} ({type(value).__name__})"
+    return quoted(value)
 
 
 def _describe(hint: Any) -> str:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, JSON, and digests of files.
+"""Files written whole or not at all, and digests of files.
 
 Every file that another process or a later run may read is written here: to a temporary neighbor
 first, which then takes the file's name. A reader sees the old file or the new one, never a part.
@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json as read_json
 
 # Ends the name of every temporary file; the names begin with a dot.
 TEMPORARY = ".tmp"
@@ -62,17 +62,6 @@ def write_json(
     """Write JSON with a line break at its end, the whole file or none of it."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=sort_keys)
     write_text(path, text + "\n")
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """The value of a JSON file. UserError naming a file that is missing or not JSON."""
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -120,8 +109,13 @@ def _key(path: str | os.PathLike) -> tuple[str, int, int, int, int]:
     )
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is remembered: $XDG_CACHE_HOME/jaxsynth, or ~/.cache/..."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth"
+
+
 def _cache() -> sqlite3.Connection:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth"
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(folder / "digests.sqlite", timeout=10)
     connection.execute(

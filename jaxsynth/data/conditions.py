@@ -26,8 +26,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import file_digests_cached
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.decode import IMAGE_SUFFIXES, center_crop, resize_short
-from jaxsynth.data.load import ArraySource, ImageSource, Subset
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.views import Subset
 
 CHANNELS = {"edges": 1, "low_resolution": 3, "segmentation": 3, "depth": 1, "mask": 1}
 # The kinds that an image alone does not tell.
@@ -234,6 +237,17 @@ def partner_file(folder: str | Path, name: str) -> Path:
     return found[0]
 
 
+def partner_digests(source: ImageSource, folder: str | Path) -> dict[str, str]:
+    """SHA-256 (hex) of each image's condition file, by the image's id. Errors: `partner_file`."""
+    return dict(
+        zip(
+            source.ids,
+            file_digests_cached([partner_file(folder, id_) for id_ in source.ids]),
+            strict=True,
+        )
+    )
+
+
 def source_conditions(
     source: ImageSource, kind: str, size: int, *, folder: str | Path | None = None, **options: Any
 ) -> Float32[np.ndarray, "n size size k"]:
@@ -292,23 +306,6 @@ def square_condition(
         for channel in np.moveaxis(condition, -1, 0)
     ]
     return np.clip(np.stack(channels, axis=-1), 0, 1)
-
-
-def space_to_depth(condition: Values, factor: int) -> Values:
-    """A condition at the size of latents that are `factor` times smaller than their pixels.
-
-    (..., h, w, k) to (..., h / factor, w / factor, factor^2 k): the pixels below a latent become
-    its channels, row by row. Nothing is lost: means over them, or any other linear reduction, are
-    among what a network's first kernel can learn, and thin lines are not blurred before it sees
-    them. T2I-Adapter (arXiv 2302.08453) does the same. ValueError for sizes that `factor` does not
-    divide.
-    """
-    *lead, height, width, channels = condition.shape
-    if height % factor or width % factor:
-        raise ValueError(f"space_to_depth: {width}x{height} pixels, expected multiples of {factor}")
-    shape = (*lead, height // factor, factor, width // factor, factor, channels)
-    squares = condition.reshape(shape).swapaxes(-4, -3)
-    return squares.reshape(*lead, height // factor, width // factor, factor**2 * channels)
 
 
 def as_bytes(condition: Float32[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:

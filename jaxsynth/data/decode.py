@@ -1,4 +1,4 @@
-"""Image files to uint8 RGB arrays and back, and class names to folder names and back.
+"""Image files to uint8 RGB arrays and back.
 
 Every source, the image store and the exports share these few functions, so that a picture means the
 same array wherever it is read. Photos come in all kinds: grey, palette, CMYK, 16-bit, with an alpha
@@ -9,17 +9,21 @@ names the file.
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxsynth.ops.resize import CropRounding, crop_start
+
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
 )  # fmt: skip
+
+
+# Raised when a file's pixels come out otherwise than before.
+DECODING = 1
 
 
 class ImageError(ValueError):
@@ -62,6 +66,11 @@ def decode_image(data: bytes | Path, name: str = "") -> UInt8[np.ndarray, "h w 3
         raise ImageError(f"{name}: cannot be decoded as an image ({error})") from error
 
 
+def decoded_digest(file_digest: str, image_size: int) -> str:
+    """Stands for the pixels that come of a file's bytes at an `image_size` (0: as stored)."""
+    return f"{file_digest} decoding {DECODING}" + (f" size {image_size}" if image_size else "")
+
+
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     """PNG bytes without metadata: the same pixels give the same bytes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -81,9 +90,9 @@ def resize_short(image: Image.Image, size: int, resample=Image.Resampling.BICUBI
     return image.resize((max(size, int(size * width / height)), size), resample)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
+def center_crop(image: Image.Image, size: int, rounding: CropRounding = "round") -> Image.Image:
     """The middle `size` x `size` pixels of an image at least that large."""
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    left, top = (crop_start(side, size, rounding) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -92,23 +101,3 @@ def square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s
     if not size or image.shape[:2] == (size, size):
         return image
     return np.array(center_crop(resize_short(Image.fromarray(image), size), size))
-
-
-def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key that puts "img2" before "img10"."""
-    parts = re.findall(r"\d+|\D+", text)
-    return tuple((0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts)
-
-
-def safe_name(name: str) -> str:
-    """A class name as one portable folder name: percent-encoded, no "/", space or first dot."""
-    if not name:
-        raise ValueError("a class name is empty")
-    safe = quote(name, safe="")
-    return "%2E" + safe[1:] if safe.startswith(".") else safe
-
-
-def class_of_folder(folder: str) -> str:
-    """The class that `safe_name` wrote as `folder`; any other folder name is the class itself."""
-    name = unquote(folder)
-    return name if name and safe_name(name) == folder else folder

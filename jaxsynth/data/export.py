@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from jaxsynth.data.decode import safe_name
+from jaxsynth.data.names import safe_name
 from jaxsynth.data.store import ImageStore, StoreError
 
 

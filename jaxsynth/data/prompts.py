@@ -10,12 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxsynth.core.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxsynth.data.load import Dataset
+from jaxsynth.data.dataset import Dataset
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 

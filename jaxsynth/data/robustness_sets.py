@@ -23,10 +23,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jaxsynth.data.decode import IMAGE_SUFFIXES, natural_key
-from jaxsynth.data.load import ArraySource, FileSource, ImageSource, SourceError, Subset
-from jaxsynth.data.sources.folder import BESIDE, folder_source
-from jaxsynth.weights.hub import read_json
+from jaxsynth.core.documents import read_json
+from jaxsynth.data.dataset import ImageSource, SourceError
+from jaxsynth.data.decode import IMAGE_SUFFIXES
+from jaxsynth.data.names import natural_key
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.folder import BESIDE, FileSource, folder_source
+from jaxsynth.data.views import Subset
 
 SEVERITIES = (1, 2, 3, 4, 5)
 CIFAR10_CLASSES = (

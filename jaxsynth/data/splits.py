@@ -9,16 +9,16 @@ a result.
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from jaxsynth.data.decode import natural_key
-from jaxsynth.data.load import Dataset, ImageSource, SourceError, Subset
+from jaxsynth.core.io import read_json, write_json
+from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
+from jaxsynth.data.names import natural_key
+from jaxsynth.data.views import Subset
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,20 @@ class Shots:
     train: tuple[tuple[str, ...], ...]
     val: tuple[tuple[str, ...], ...]
 
+    def __post_init__(self):
+        if not len(self.train) == len(self.val) == len(self.class_names):
+            raise SourceError(
+                f"Shots: train and val have {len(self.train)} and {len(self.val)} lists of ids, "
+                f"expected one for each of {len(self.class_names)} classes"
+            )
+
     @property
     def has_validation(self) -> bool:
         return any(self.val)
 
     def save(self, path: str | Path) -> None:
         """One JSON file, written whole or not at all."""
-        path = Path(path)
-        part = path.with_name(path.name + ".partial")
-        part.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(part, path)
+        write_json(path, asdict(self))
 
     def train_source(self, dataset: Dataset) -> Subset:
         return self._source(dataset, self.train)
@@ -68,14 +72,8 @@ def select_ids(source: ImageSource, ids: list[str]) -> Subset:
 
 
 def load_shots(path: str | Path) -> Shots:
-    """What `Shots.save` wrote."""
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text("utf-8"))
-        lists = {key: tuple(tuple(ids) for ids in data[key]) for key in ("train", "val")}
-        return Shots(**(data | lists | {"class_names": tuple(data["class_names"])}))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise SourceError(f"{path}: not a file of shots ({error!r})") from error
+    """What `Shots.save` wrote; UserError naming the file and the field for anything else."""
+    return read_json(path, Shots)
 
 
 def few_shot(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,14 +26,27 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int, UInt8
 
-from jaxsynth.data.decode import decode_image, encode_png, safe_name
-from jaxsynth.data.load import Record
+from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import (
+    TEMPORARY,
+    file_digest,
+    file_digests_cached,
+    read_json,
+    replacing,
+    write_json,
+    write_text,
+)
+from jaxsynth.data.dataset import Indices, Record
+from jaxsynth.data.decode import decode_image, decoded_digest, encode_png
+from jaxsynth.data.names import safe_name
+from jaxsynth.data.views import Subset
 
 FORMAT = 1
+SEALED = (".array_record", ".jsonl")
 logger = logging.getLogger(__name__)
 
 
-class StoreError(ValueError):
+class StoreError(UserError, ValueError):
     """A store that is incomplete, damaged or another one than expected; the message names it."""
 
 
@@ -44,6 +56,7 @@ class Entry:
 
     index: the image's number within its class. seed, guidance: of the sampler. adapter: digest of
     the adapter. scores: figures by name, such as a filter's. extra: whatever else is worth keeping.
+    dataset: whose class it is, in a store of several data sets.
     """
 
     label: int
@@ -55,25 +68,17 @@ class Entry:
     adapter: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
+    dataset: str = ""
+
+    @property
+    def title(self) -> str:
+        """The class, and its data set before it where a store has several."""
+        return f"{self.dataset} {self.class_name}" if self.dataset else self.class_name
 
     @property
     def id(self) -> str:
-        return f"{safe_name(self.class_name)}/{self.index:06d}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The whole file or none of it, and on disk when this returns."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        names = [name for name in (self.dataset, self.class_name) if name]
+        return "/".join([*map(safe_name, names), f"{self.index:06d}"])
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -84,49 +89,75 @@ def damage(folder: Path, number: int) -> str:
     """What is wrong with a sealed shard, in words; "" for an intact one."""
     base = _shard(folder, number)
     try:
-        seal = json.loads(base.with_suffix(".seal").read_text("utf-8"))
-        wanted = {suffix: seal[suffix] for suffix in (".array_record", ".jsonl")}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        return f"{base}.seal cannot be read ({error!r})"
-    for suffix, digest in wanted.items():
-        path = base.with_suffix(suffix)
+        seal = _read_seal(base)
+    except UserError as error:
+        return str(error)
+    paths = [base.with_suffix(suffix) for suffix in SEALED]
+    for path in paths:
         if not path.exists():
             return f"{path} is missing"
-        if _sha256(path) != digest:
+    # Remembered for files that have not changed, so that a store is read through once.
+    for path, digest in zip(paths, file_digests_cached(paths), strict=True):
+        if digest != seal[path.suffix]:
             return f"{path} differs from what was written (SHA-256)"
     return ""
+
+
+def _read_seal(base: Path) -> dict[str, str]:
+    """The digests of a shard's files by their suffixes."""
+    path = base.with_suffix(".seal")
+    seal = read_json(path)
+    if not isinstance(seal, dict) or not all(isinstance(seal.get(x), str) for x in SEALED):
+        raise StoreError(f"{path}: expected the SHA-256 of {' and '.join(SEALED)}")
+    return {suffix: seal[suffix] for suffix in SEALED}
 
 
 class StoreWriter:
     """Writes a store of `count` images, `shard_size` per shard, in any order and by any process.
 
     An existing folder is continued if it was begun for the same images, otherwise `StoreError`.
+
+    Args:
+        datasets: in a store of several data sets, that of each class.
+        first: whether this process writes the head; of several processes one does.
     """
 
     def __init__(
-        self, folder: str | Path, class_names: Sequence[str], count: int, shard_size: int = 256
+        self,
+        folder: str | Path,
+        class_names: Sequence[str],
+        count: int,
+        shard_size: int = 256,
+        *,
+        datasets: Sequence[str] = (),
+        first: bool = True,
     ):
         if count < 1 or shard_size < 1:
             raise StoreError(f"count {count} and shard_size {shard_size}: expected 1 or more")
         self.folder, self.count, self.shard_size = Path(folder), count, shard_size
-        self.class_names = tuple(class_names)
-        head = {
+        self.class_names, self.datasets = tuple(class_names), tuple(datasets)
+        if datasets and len(datasets) != len(class_names):
+            raise StoreError(f"{len(datasets)} data sets for {len(class_names)} classes")
+        head: dict[str, object] = {
             "format": FORMAT,
             "count": count,
             "shard_size": shard_size,
             "class_names": list(class_names),
         }
+        if datasets:
+            head["datasets"] = list(datasets)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "store.json"
         if path.exists():
-            there = json.loads(path.read_text("utf-8"))
+            there = read_json(path)
             for key, value in head.items():
-                if there.get(key) != value:
+                if not isinstance(there, dict) or there.get(key) != value:
+                    found = there.get(key) if isinstance(there, dict) else there
                     raise StoreError(
-                        f"{path}: begun with {key} {there.get(key)!r}, now {value!r} is asked for"
+                        f"{path}: begun with {key} {found!r}, now {value!r} is asked for"
                     )
-        else:
-            _write(path, json.dumps(head, indent=1, ensure_ascii=False).encode())
+        elif first:
+            write_json(path, head)
 
     @property
     def num_shards(self) -> int:
@@ -174,45 +205,53 @@ class StoreWriter:
             )
         for entry in entries:
             known = 0 <= entry.label < len(self.class_names)
-            if not known or self.class_names[entry.label] != entry.class_name:
+            dataset = self.datasets[entry.label] if known and self.datasets else ""
+            named = known and self.class_names[entry.label] == entry.class_name
+            if not named or dataset != entry.dataset:
                 raise StoreError(
                     f"shard {shard}: an entry has label {entry.label} and class "
-                    f"{entry.class_name!r}; the store's classes are {list(self.class_names)}"
+                    f"{entry.title!r}; the store's classes are {list(self.class_names)}"
                 )
         base = _shard(self.folder, shard)
         base.with_suffix(".seal").unlink(missing_ok=True)
-        for stale in self.folder.glob(f"{base.name}.*partial"):  # of a run that was killed
+        for stale in self.folder.glob(f".{base.name}.*{TEMPORARY}"):  # of a run that was killed
             stale.unlink()
-        part = base.with_name(f"{base.name}.{os.getpid()}.partial")
-        # PNG does not compress further; groups of one keep random access cheap.
-        writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
-        for png in pngs:
-            writer.write(png)
-        writer.close()
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, base.with_suffix(".array_record"))
+        with replacing(base.with_suffix(".array_record")) as part:
+            # PNG does not compress further; groups of one keep random access cheap.
+            writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
+            for png in pngs:
+                writer.write(png)
+            writer.close()
         lines = [
             json.dumps({"id": entry.id, **asdict(entry)}, ensure_ascii=False) for entry in entries
         ]
-        _write(base.with_suffix(".jsonl"), ("\n".join(lines) + "\n").encode())
-        seal = {".array_record": _sha256(base.with_suffix(".array_record"))}
-        seal |= {".jsonl": _sha256(base.with_suffix(".jsonl")), "count": expected}
-        _write(base.with_suffix(".seal"), json.dumps(seal).encode())
+        write_text(base.with_suffix(".jsonl"), "\n".join(lines) + "\n")
+        seal: dict[str, object] = {x: file_digest(base.with_suffix(x)) for x in SEALED}
+        write_json(base.with_suffix(".seal"), seal | {"count": expected}, indent=None)
 
 
 class ImageStore:
-    """A complete store, as a source of images. `verify` reads every byte against its digest."""
+    """A complete store, as a source of images.
 
-    def __init__(self, folder: str | Path, *, verify: bool = True):
+    Opening it compares every file with its digest; StoreError for one that is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         path = self.folder / "store.json"
         if not path.exists():
             raise StoreError(f"{path}: not found, so {self.folder} is not an image store")
-        head = json.loads(path.read_text("utf-8"))
-        if head["format"] != FORMAT:
-            raise StoreError(f"{path}: format {head['format']}, expected {FORMAT}")
+        head = read_json(path)
+        found = head.get("format") if isinstance(head, dict) else None
+        if found != FORMAT:
+            raise StoreError(f"{path}: format {found!r}, expected {FORMAT}")
+        fields = {"count": int, "shard_size": int, "class_names": list}
+        wrong = [key for key, kind in fields.items() if not isinstance(head.get(key), kind)]
+        if wrong or min(head["count"], head["shard_size"]) < 1:
+            raise StoreError(f"{path}: expected a store's head, with {', '.join(fields)}")
         self.class_names = tuple(head["class_names"])
+        self.datasets = tuple(head.get("datasets", ()))
+        self._shard_size = head["shard_size"]
         shards = range(-(-head["count"] // head["shard_size"]))
         bases = [_shard(self.folder, number) for number in shards]
         missing = [base.name for base in bases if not base.with_suffix(".seal").exists()]
@@ -221,18 +260,12 @@ class ImageStore:
                 f"{self.folder}: incomplete, {len(missing)} of {len(bases)} shards are missing, "
                 f"the first is {missing[0]}"
             )
-        if verify:
-            for number in shards:
-                fault = damage(self.folder, number)
-                if fault:
-                    raise StoreError(f"{self.folder}: damaged: {fault}")
-        entries = []
-        for base in bases:
-            for line in base.with_suffix(".jsonl").read_text("utf-8").split("\n"):
-                if line:
-                    values = json.loads(line)
-                    values.pop("id")
-                    entries.append(Entry(**values))
+        for number in shards:
+            fault = damage(self.folder, number)
+            if fault:
+                raise StoreError(f"{self.folder}: damaged: {fault}")
+        self._seals = [_read_seal(base) for base in bases]
+        entries = [entry for base in bases for entry in _read_entries(base.with_suffix(".jsonl"))]
         self.entries = tuple(entries)
         self._records = ArrayRecordDataSource([str(b.with_suffix(".array_record")) for b in bases])
         if not len(self._records) == len(entries) == head["count"]:
@@ -255,6 +288,37 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def of_dataset(self, name: str, classes: Sequence[str]) -> Subset:
+        """The images of one data set of a store of several, labels being places in `classes`.
+
+        StoreError where the store lacks one of the data set's classes, or has it twice.
+        """
+        known = list(zip(self.datasets, self.class_names, strict=True)) if self.datasets else []
+        places = np.full(len(self.class_names), -1, np.int32)
+        for place, class_name in enumerate(classes):
+            if (times := known.count((name, class_name))) != 1:
+                own = [other for dataset, other in known if dataset == name]
+                raise StoreError(
+                    f"{self.folder}: has class {class_name!r} of data set {name!r} {times} times, "
+                    f"expected once; found {own} of {list(dict.fromkeys(self.datasets))}"
+                )
+            places[known.index((name, class_name))] = place
+        rows = np.flatnonzero(places[self.labels] >= 0)
+        return Subset(self, rows, places[self.labels[rows]])
+
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        size = self._shard_size
+        return [
+            decoded_digest(f"{self._seals[i // size]['.array_record']} {i % size}", 0)
+            for i in (range(len(self)) if indices is None else map(int, indices))
+        ]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the store's head and of what its seals say of images and manifest."""
+        head = (self.folder / "store.json").read_text("utf-8")
+        return hashlib.sha256(json.dumps([head, self._seals]).encode()).hexdigest()
+
     def encoded(self, index: int) -> bytes:
         """The PNG bytes of an image."""
         return self._records[index]
@@ -265,28 +329,15 @@ class ImageStore:
         return Record(image, entry.label, entry.id)
 
 
-def copy_store(
-    store: ImageStore,
-    folder: str | Path,
-    keep: Sequence[int] | None = None,
-    scores: Sequence[Mapping[str, float]] | None = None,
-    shard_size: int = 256,
-) -> ImageStore:
-    """A store of the images at the positions `keep` (all by default), their bytes as they are.
-
-    `scores`, one mapping per kept image, are added to its entry: how a filter leaves its figures.
-    """
-    keep = range(len(store)) if keep is None else [int(i) for i in keep]
-    if scores is not None and len(scores) != len(keep):
-        raise StoreError(f"{len(scores)} scores for {len(keep)} images")
-    writer = StoreWriter(folder, store.class_names, len(keep), shard_size)
-    for shard in writer.pending():
-        pngs, entries = [], []
-        for position in writer.span(shard):
-            values = asdict(store.entries[keep[position]])
-            if scores is not None:
-                values["scores"] = {**values["scores"], **scores[position]}
+def _read_entries(path: Path) -> list[Entry]:
+    entries = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            values = json.loads(line)
+            values.pop("id")
             entries.append(Entry(**values))
-            pngs.append(store.encoded(keep[position]))
-        writer.write_encoded(shard, pngs, entries)
-    return ImageStore(folder)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path}, line {number}: no image's entry ({error!r})") from None
+    return entries

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxsynth.diffusion.ancestral import as_x0_eps, clip_of, to_table
 from jaxsynth.diffusion.losses import diffusion_loss
-from jaxsynth.diffusion.samplers import as_x0_eps
 from jaxsynth.diffusion.schedules import NoiseSchedule, at, to_x0_eps
 from jaxsynth.diffusion.timesteps import in_range, spaced
 
@@ -233,5 +233,4 @@ def make_learned_range(
         np.log(beta),
         timesteps > 0,
     )
-    clip = float(options["clip_sample_range"]) if options["clip_sample"] else None
-    return LearnedRange(timesteps, np.stack(columns, axis=1).astype(np.float32), clip=clip)
+    return LearnedRange(timesteps, to_table(columns), clip=clip_of(options))

@@ -1,4 +1,5 @@
-"""Deterministic samplers that run as one `lax.scan`: DDIM, PNDM (PLMS), DPM-Solver++(2M), Euler.
+"""Samplers that run as one `lax.scan`: DDIM, PNDM (PLMS), DPM-Solver++(2M), Euler; and by name
+those of `diffusion.ancestral`, which add noise at every step.
 
 A sampler is a frozen table: everything that depends on the step only is computed once on the host
 in float64 and indexed by the step, so a step is a few multiply-adds on x and the model output.
@@ -24,6 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jaxsynth.diffusion.ancestral import (
+    as_x0_eps,
+    clip_of,
+    make_ddpm,
+    make_euler_ancestral,
+    make_lcm,
+    to_table,
+)
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.diffusion.timesteps import (
     finish,
@@ -40,6 +49,9 @@ NAMES = {
     "pndm": "PNDMScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "ddpm": "DDPMScheduler",
+    "lcm": "LCMScheduler",
 }
 
 Denoise = Callable[[Array, Array], Array]
@@ -234,8 +246,8 @@ def make_sampler(
 ) -> Sampler:
     """A sampler by name or by a scheduler_config.json dict, over `schedule`.
 
-    By name ("ddim", "pndm", "dpmsolver++", "euler" or the diffusers class name), its options are
-    those that the schedule's own config states, over the class's defaults. A dict must describe the
+    By name (one of `NAMES` or the diffusers class name), its options are those that the schedule's
+    own config states, over the class's defaults (`NoiseSchedule.options`). A dict must describe the
     same noise schedule and names the class in `_class_name`. `eta` is DDIM's noise, 0 to 1.
     Build it outside `jit`. Raises ValueError naming the field or argument.
     """
@@ -272,6 +284,9 @@ def make_sampler(
         "PNDMScheduler": _make_pndm,
         "DPMSolverMultistepScheduler": _make_dpm,
         "EulerDiscreteScheduler": _make_euler,
+        "EulerAncestralDiscreteScheduler": make_euler_ancestral,
+        "DDPMScheduler": make_ddpm,
+        "LCMScheduler": make_lcm,
     }[class_name]
     return build(schedule, num_inference_steps, options)
 
@@ -330,21 +345,6 @@ def _noise(keys: Array, stream: Array | int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
 
 
-def as_x0_eps(prediction_type: str, signal: np.ndarray, sigma: np.ndarray) -> tuple:
-    """Factors of (x, output) in x_0 and of (x, output) in epsilon, for x = signal x_0 + sigma e."""
-    zero, one = np.zeros_like(signal), np.ones_like(signal)
-    if prediction_type == "epsilon":
-        if np.any(signal == 0):
-            raise ValueError(
-                "prediction_type 'epsilon' cannot start from zero terminal SNR (division by zero); "
-                "expected v_prediction or sample with rescale_betas_zero_snr"
-            )
-        return 1 / signal, -sigma / signal, zero, one
-    if prediction_type == "v_prediction":
-        return signal, -sigma, sigma, signal
-    return zero, one, 1 / sigma, -signal / sigma
-
-
 def _product_at(
     schedule: NoiseSchedule, timesteps: np.ndarray, options: Mapping[str, Any]
 ) -> np.ndarray:
@@ -369,8 +369,7 @@ def _make_ddim(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any], 
         direction,
         std,
     )
-    clip = float(options["clip_sample_range"]) if options["clip_sample"] else None
-    return DDIM(timesteps, _table(columns), clip=clip, stochastic=eta > 0)
+    return DDIM(timesteps, to_table(columns), clip=clip_of(options), stochastic=eta > 0)
 
 
 def _make_pndm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> PNDM:
@@ -399,7 +398,7 @@ def _make_pndm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) 
     start[3] /= 12
     weights[:4] = start[: len(timesteps)]
     columns = (*weights.T, np.sqrt(a_next / a) - factor * eps_x, -factor * eps_m)
-    return PNDM(timesteps, _table(columns))
+    return PNDM(timesteps, to_table(columns))
 
 
 def _make_dpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> DPMSolverPP:
@@ -436,7 +435,7 @@ def _make_dpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -
     correction[at] = slope * h / previous_h
     x0_x, x0_m, *_ = as_x0_eps(schedule.prediction_type, signal[:-1], sigma[:-1])
     columns = (x0_x, x0_m, sigma[1:] / sigma[:-1], -shrink + correction, -correction)
-    return DPMSolverPP(timesteps, _table(columns))
+    return DPMSolverPP(timesteps, to_table(columns))
 
 
 def _second_order_steps(n: int, options: Mapping[str, Any]) -> np.ndarray:
@@ -465,10 +464,6 @@ def _make_euler(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any])
     unit_start = options["timestep_spacing"] == "leading"
     return Euler(
         timesteps,
-        _table((signal, 1 + delta * eps_x * signal, delta * eps_m)),
+        to_table((signal, 1 + delta * eps_x * signal, delta * eps_m)),
         init_noise_sigma=float(np.sqrt(largest**2 + 1) if unit_start else largest),
     )
-
-
-def _table(columns: tuple[np.ndarray, ...]) -> np.ndarray:
-    return np.stack(columns, axis=1).astype(np.float32)

@@ -1,8 +1,10 @@
 """Noise schedules: betas and their cumulative products, read from a diffusers scheduler config.
 
 Everything about a scheduler_config.json is checked here, because a field that is silently ignored
-gives images that are only slightly wrong: an unknown field, an unknown value and an option that
-this package does not implement are errors that name the field.
+gives images that are only slightly wrong. Training needs the betas and the prediction type, which
+are checked at once. The rest belongs to one sampler and is checked where that sampler is made: an
+unknown class or field, an unknown value and an option that this package does not implement are
+then errors that name the field.
 
 The tables follow the float32 arithmetic that the published checkpoints were trained with, to the
 bit where that is possible, so that sampling timesteps agree exactly with diffusers.
@@ -88,7 +90,25 @@ FIELDS: dict[str, dict[str, Any]] = {
         "sigma_max": None,
         "timestep_type": "discrete",
     },
-    # For its noise schedule, and for ancestral sampling where the variance is learned.
+    "EulerAncestralDiscreteScheduler": {
+        **_BASE,
+        "timestep_spacing": "linspace",
+        "rescale_betas_zero_snr": False,
+    },
+    "LCMScheduler": {
+        **_BASE,
+        **_THRESHOLDING,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "original_inference_steps": 50,
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "leading",
+        "timestep_scaling": 10.0,
+        "rescale_betas_zero_snr": False,
+    },
     "DDPMScheduler": {
         **_BASE,
         **_THRESHOLDING,
@@ -99,7 +119,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Values that exist and are implemented, checked for every config.
+# What the noise schedule itself is made of; every other field belongs to a sampler.
+_OF_THE_SCHEDULE = (*_BASE, "rescale_betas_zero_snr")
+
+# Values that exist and are implemented.
 _CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": PREDICTION_TYPES,
@@ -136,7 +159,10 @@ _IMPLEMENTED = {
 
 # Options whose meaning is not tied to one sampler: where the chosen sampler has no such option,
 # diffusers drops them; here they must be off.
-_MUST_BE_OFF = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_karras_sigmas")
+# The first is part of the noise schedule, and so holds for any sampler.
+_MUST_BE_OFF = ("rescale_betas_zero_snr", "clip_sample", "thresholding", "use_karras_sigmas")
+
+_KNOWN = {name: default for fields in FIELDS.values() for name, default in fields.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -160,13 +186,15 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """The schedule of a scheduler_config.json dict.
+        """The schedule of a scheduler_config.json dict, of whatever class.
 
-        Raises ValueError naming the field for an unknown field, an unknown value or a value of the
-        wrong type. Options that concern one sampler are checked where that sampler is made.
+        Raises ValueError naming the field for betas or a prediction type that are not implemented,
+        or of the wrong type. Options of samplers are checked where a sampler is made (`options`).
         """
         stated = _stated(config)
-        values = {**_BASE, "rescale_betas_zero_snr": False, **stated}
+        defaults = FIELDS.get(config.get("_class_name", ""), {})
+        own = {name: value for name, value in defaults.items() if name in _BASE}
+        values = {**_BASE, "rescale_betas_zero_snr": False, **own, **stated}
         betas = _betas(values)
         # torch accumulates a float32 cumulative product in float64; so do we, for equal tables.
         cumprod = _cumprod(np.float32(1) - betas)
@@ -176,7 +204,7 @@ class NoiseSchedule:
             alphas_cumprod=cumprod,
             prediction_type=values["prediction_type"],
             class_name=config.get("_class_name"),
-            stated=tuple(sorted(stated.items())),
+            stated=tuple(sorted((name, _hashable(value)) for name, value in stated.items())),
         )
 
     def options(self, class_name: str) -> dict[str, Any]:
@@ -184,48 +212,75 @@ class NoiseSchedule:
 
         This is what diffusers' `Scheduler.from_config(other.config)` does, except that an option
         which would change the images and which we lack is an error. Options that only another
-        class has (`skip_prk_steps` for DDIM) do not apply.
+        class has (`skip_prk_steps` for DDIM) do not apply. Where the config is of another class,
+        that class's sampler is being replaced: what only it can do is left at the default. Raises
+        ValueError naming the field.
         """
         stated = dict(self.stated)
         known = FIELDS[class_name]
-        for name in _MUST_BE_OFF:
+        replaces = self.class_name not in (None, class_name)
+        for name in _MUST_BE_OFF[:1] if replaces else _MUST_BE_OFF:
             if name not in known and stated.get(name):
                 raise ValueError(
                     f"scheduler config field {name!r}: {stated[name]!r} cannot be honoured by "
                     f"{class_name}, which has no such option; expected it off"
                 )
-        options = {**known, **{k: v for k, v in stated.items() if k in known}}
-        for name, allowed in _IMPLEMENTED.items():
-            if name in options and options[name] not in allowed:
+        options = dict(known)
+        for name, value in stated.items():
+            if replaces and name not in _OF_THE_SCHEDULE and not _is_implemented(name, value):
+                continue
+            if name not in _KNOWN:
                 raise ValueError(
-                    f"scheduler config field {name!r}: {options[name]!r} is not implemented for "
-                    f"{class_name}; expected one of {list(allowed)}"
+                    f"scheduler config field {name!r} (value {value!r}) is unknown; "
+                    f"known fields: {sorted(_KNOWN)}"
                 )
+            checked = _checked(name, value, _KNOWN[name])
+            if name not in known:
+                continue
+            if checked not in _IMPLEMENTED.get(name, (checked,)):
+                raise ValueError(
+                    f"scheduler config field {name!r}: {checked!r} is not implemented for "
+                    f"{class_name}; expected one of {list(_IMPLEMENTED[name])}"
+                )
+            options[name] = checked
         return options
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked fields of `config` without the private ones and those at their class default."""
-    class_name = config.get("_class_name")
-    if class_name is not None and class_name not in FIELDS:
-        raise ValueError(
-            f"scheduler config field '_class_name': {class_name!r} is not implemented; "
-            f"expected one of {sorted(FIELDS)}"
-        )
-    known = {name: default for fields in FIELDS.values() for name, default in fields.items()}
+    """The fields of `config` without the private ones and those at their class default.
+
+    Those of the noise schedule are checked. Of the fields of 2022 `tensor_format` said what arrays
+    to return, and `predict_epsilon` is today's `prediction_type`.
+    """
     # diffusers lists here what the user never set: another class then uses its own default.
     unset = set(config.get("_use_default_values", ()))
-    stated = {}
-    for name, value in config.items():
-        if name.startswith("_") or name in unset:
-            continue
-        if name not in known:
-            raise ValueError(
-                f"scheduler config field {name!r} (value {value!r}) is unknown; "
-                f"known fields: {sorted(known)}"
-            )
-        stated[name] = _checked(name, value, known[name])
+    stated = {
+        name: _checked(name, value, _KNOWN[name]) if name in _OF_THE_SCHEDULE else value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in unset and name != "tensor_format"
+    }
+    predicts_noise = stated.pop("predict_epsilon", True)
+    if predicts_noise not in (True, False):
+        raise ValueError(
+            f"scheduler config field 'predict_epsilon': expected a bool, found {predicts_noise!r}"
+        )
+    if not predicts_noise:
+        stated.setdefault("prediction_type", "sample")
     return stated
+
+
+def _is_implemented(name: str, value: Any) -> bool:
+    """Whether a sampler's option is one that this package knows, with a value that it has."""
+    try:
+        checked = _checked(name, value, _KNOWN[name])
+    except (KeyError, ValueError):
+        return False
+    return checked in _IMPLEMENTED.get(name, (checked,))
+
+
+def _hashable(value: Any) -> Any:
+    """Lists as tuples, since a schedule's static fields are hashed."""
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:

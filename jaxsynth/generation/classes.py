@@ -24,7 +24,7 @@ from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import GenerateConfig, image_keys
 from jaxsynth.generation.routing import per_image
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.models.diffusion.vae import AutoencoderKL, decode_scaled
 
 ANCESTRAL = "ancestral"
 
@@ -104,10 +104,7 @@ class ClassGenerator:
             factors, frozen, vae_state = arrays
             keys = image_keys(seed, numbers, indices)
             latents = self._sample(factors, frozen, which, labels, keys, condition)
-            decoder = nnx.merge(vae_graphdef, vae_state)
-            images = decoder.decode(latents / decoder.config.scaling_factor)
-            pixels = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255
-            return jnp.round(pixels).astype(jnp.uint8)
+            return decode_scaled(nnx.merge(vae_graphdef, vae_state), latents)
 
         self._draw = jax.jit(draw)
         self._latents = jax.jit(self._sample)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -13,7 +12,9 @@ from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import GenerateConfig, image_keys
-from jaxsynth.tasks.controlled import Controlled
+from jaxsynth.models.diffusion.controlled import Controlled
+from jaxsynth.models.diffusion.text_to_image import encode_text
+from jaxsynth.models.diffusion.vae import decode_scaled
 from jaxsynth.weights.hf import StableDiffusion
 
 
@@ -51,13 +52,9 @@ def draw_controlled(
         )
         x_T = initial_noise(keys, (side, side, channels), sampler)
         latents = sample(guided, x_T, sampler, keys=keys)
-        decoder = nnx.merge(vae_graph, vae_state)
-        images = decoder.decode(latents / decoder.config.scaling_factor)
-        pixels = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255
-        return jnp.round(pixels).astype(jnp.uint8)
+        return decode_scaled(nnx.merge(vae_graph, vae_state), latents)
 
-    encode = jax.jit(lambda model, ids: model(ids).last_hidden_state)
-    states = partial(encode, pipeline.text_encoder)
+    states = partial(encode_text, pipeline.text_encoder)
     empty = states(pipeline.tokenizer([config.negative_prompt]))
     ids = pipeline.tokenizer(list(prompts))
     made = []

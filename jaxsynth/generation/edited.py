@@ -22,6 +22,8 @@ from jaxsynth.diffusion.guidance import nested
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import image_keys
+from jaxsynth.models.diffusion.text_to_image import encode_text
+from jaxsynth.models.diffusion.vae import decode_scaled
 from jaxsynth.weights.hf import StableDiffusion
 
 
@@ -79,7 +81,7 @@ def edit_images(
     shape = (height // downscale, width // downscale, channels)
     networks = (*nnx.split(pipeline.unet), *nnx.split(pipeline.vae))
     scales = (config.image_guidance_scale, config.guidance_scale)
-    empty = _encode(pipeline.text_encoder, pipeline.tokenizer([config.negative_prompt]))
+    empty = encode_text(pipeline.text_encoder, pipeline.tokenizer([config.negative_prompt]))
     ids = pipeline.tokenizer(list(prompts))
     made = []
     for start in range(0, len(images), config.batch_size):
@@ -87,15 +89,10 @@ def edit_images(
         end = min(start + config.batch_size, len(images))
         rows = np.resize(np.arange(start, end), config.batch_size)
         keys = image_keys(seed, np.zeros_like(rows), rows)
-        text = _encode(pipeline.text_encoder, ids[rows])
+        text = encode_text(pipeline.text_encoder, ids[rows])
         found = _draw(*networks, sampler, keys, images[rows], text, empty, scales, shape)
         made.append(np.asarray(found)[: end - start])
     return np.concatenate(made)
-
-
-@jax.jit
-def _encode(encoder: nnx.Module, ids: Array) -> Array:
-    return encoder(ids).last_hidden_state
 
 
 @partial(jax.jit, static_argnames=("unet_graph", "vae_graph", "scales", "shape"))
@@ -114,5 +111,4 @@ def _draw(
     conditions = ((empty, jnp.zeros_like(seen)), (empty, seen), (text, seen))
     guided = nested(denoise, scales, conditions)
     latents = sample(guided, initial_noise(keys, shape, sampler), sampler, keys=keys)
-    made = vae.decode(latents / vae.config.scaling_factor).astype(jnp.float32)
-    return jnp.round(jnp.clip(made / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    return decode_scaled(vae, latents)

@@ -24,7 +24,8 @@ from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.routing import per_image
-from jaxsynth.tasks.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.vae import decode_scaled
 from jaxsynth.training import sharding
 from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.hf import StableDiffusion
@@ -114,10 +115,7 @@ class Generator:
         def draw(arrays, labels, indices):
             factors, frozen, vae, cond, uncond = arrays
             latents = self._sample(factors, frozen, cond, uncond, labels, indices)
-            decoder = nnx.merge(vae_graphdef, vae)
-            images = decoder.decode(latents / decoder.config.scaling_factor)
-            pixels = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255
-            return jnp.round(pixels).astype(jnp.uint8)
+            return decode_scaled(nnx.merge(vae_graphdef, vae), latents)
 
         self._draw = jax.jit(draw)
 
@@ -171,17 +169,20 @@ def fill_store(
     *,
     seed: int,
     adapter_digests: Sequence[str] = (),
+    datasets: Sequence[str] = (),
     description: str = "generate",
 ) -> int:
     """Write `images_per_class` images of every class to a store; returns how many it holds.
 
     Classes take turns, so that a batch mixes them. Of several processes each writes every n-th
-    shard. `adapter_digests` (one, or one per class) go into the manifest.
+    shard. `adapter_digests` (one, or one per class) go into the manifest, as do `datasets`: whose
+    class each is, where the classes are those of several data sets.
     """
     classes = len(class_names)
     total = classes * config.images_per_class
     shard_size = config.batch_size * config.batches_per_shard
-    writer = StoreWriter(folder, class_names, total, shard_size)
+    first = jax.process_index() == 0
+    writer = StoreWriter(folder, class_names, total, shard_size, datasets=datasets, first=first)
     share = range(jax.process_index(), writer.num_shards, jax.process_count())
     mine = sorted(set(share) & set(writer.pending()))
     own = sum(len(writer.span(shard)) for shard in share)
@@ -206,6 +207,7 @@ def fill_store(
                     seed=seed,
                     guidance=config.guidance_scale,
                     adapter=digests[label % len(digests)],
+                    dataset=datasets[label] if datasets else "",
                 )
                 for label, index in zip(labels, indices, strict=True)
             ]

@@ -14,6 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
+# Where a central crop begins if it cannot be central: transformers rounds half a pixel down, and
+# torchvision (and timm with it) to the even number.
+CropRounding = Literal["floor", "round"]
+CROP_ROUNDINGS: tuple[CropRounding, ...] = ("floor", "round")
 
 _CUBIC, _TORCH_CUBIC = -0.5, -0.75
 
@@ -61,6 +65,13 @@ def resize_matrix(size: int, new_size: int, method: Filter) -> Float[np.ndarray,
     weights = kernel((pixels + 0.5 - centres[:, None]) / stretch)
     weights = np.where((pixels >= low[:, None]) & (pixels < high[:, None]), weights, 0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def crop_start(size: int, crop: int, rounding: CropRounding) -> int:
+    """The first of the middle `crop` of `size` pixels; ValueError for an unknown rounding."""
+    if rounding not in CROP_ROUNDINGS:
+        raise ValueError(f"rounding {rounding!r}: expected one of {', '.join(CROP_ROUNDINGS)}")
+    return (size - crop) // 2 if rounding == "floor" else round((size - crop) / 2)
 
 
 @lru_cache(maxsize=32)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.decode import IMAGE_SUFFIXES, natural_key
-from jaxsynth.data.load import FileSource, ImageSource
-from jaxsynth.data.sources.folder import BESIDE, folder_source
+from jaxsynth.data.dataset import ImageSource
+from jaxsynth.data.decode import IMAGE_SUFFIXES
+from jaxsynth.data.names import natural_key
+from jaxsynth.data.sources.folder import BESIDE, FileSource, folder_source
 from jaxsynth.data.store import ImageStore
 from jaxsynth.quality.features import FeatureExtractor, read_images
 from jaxsynth.quality.metrics import QualityConfig, evaluate, least_samples
@@ -21,11 +22,16 @@ def compare(
     extractor: FeatureExtractor,
     config: QualityConfig = QualityConfig(),
     *,
+    reference: str,
     seed: int,
     per_class: bool = False,
     class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`metrics.evaluate` of the two sets' features, and which network made them; for JSON.
+
+    `reference` says in words which images the real ones are, such as "held-out images" or "training
+    images" (against which a generator that copies its training set looks perfect): every distance
+    is from them, and the result carries the words.
 
     Either set is a source or a path for `open_images`. Images are as they are stored: cut both to
     one size first (`DataConfig.image_size`) where the real ones are photos of any shape, since
@@ -34,15 +40,21 @@ def compare(
     "features" is the extractor's identity. With `per_class`, "classes" holds the same figures
     within each label, and "left_out" says of each class with too few images how many it has.
     `class_names`, in label order, name them; a store's or folder's own must agree with them.
-    UserError for too few images, and labels or class names that do not agree.
+    UserError for too few images, no reference, and labels or class names that do not agree.
     """
+    if not reference.strip():
+        raise UserError("reference: expected which images the real ones are, in words")
     real, real_names = _opened(real_images)
     generated, generated_names = _opened(generated_images)
     labels = [np.asarray(source.labels) for source in (real, generated)]
     if per_class:
         names = _agreed(tuple(class_names), real_names, generated_names, labels)
     features = [extractor.of_source(source) for source in (real, generated)]
-    result = {"features": extractor.identity, **evaluate(*features, config, seed=seed)}
+    result = {
+        "reference": reference,
+        "features": extractor.identity,
+        **evaluate(*features, config, seed=seed),
+    }
     if not per_class:
         return result
     least = least_samples(config)

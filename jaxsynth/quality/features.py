@@ -21,12 +21,13 @@ from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.load import ArraySource, ImageSource
+from jaxsynth.core.io import replacing
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import EvalTransform
 from jaxsynth.data.pipeline.batches import eval_batches
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.models.classifiers import inception
 from jaxsynth.quality.metrics import Statistics
-from jaxsynth.weights import hub
 from jaxsynth.weights.hf import load_clip
 from jaxsynth.weights.networks.inception import load_inception
 
@@ -193,7 +194,7 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: expected a name ending in .npz")
-    with hub.replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             mu=statistics.mu,

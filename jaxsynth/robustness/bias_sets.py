@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxsynth.core.documents import read_json
+from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES
-from jaxsynth.data.load import ArraySource, FileSource, ImageSource, SourceError
 from jaxsynth.data.procedural.cues import (
     Cues,
     render_backgrounds,
@@ -30,8 +31,8 @@ from jaxsynth.data.procedural.cues import (
     render_contexts,
 )
 from jaxsynth.data.procedural.shapes import SHAPES
-from jaxsynth.data.sources.folder import folder_source
-from jaxsynth.weights.hub import read_json
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.folder import FileSource, folder_source
 
 VARIANTS = ("original", "mixed_same", "mixed_rand")
 

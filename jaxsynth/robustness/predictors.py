@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float, Int, UInt8
 
 from jaxsynth.data.conditions import depth, known_map, partner_file
-from jaxsynth.data.load import ImageSource, SourceError
+from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.robustness.attacks.evaluate import batches
 from jaxsynth.robustness.checks import check_labels
 

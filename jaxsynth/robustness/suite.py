@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Key
 
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.robustness.attacks.autoattack import autoattack
 from jaxsynth.robustness.attacks.common import Predict, image_keys
 from jaxsynth.robustness.attacks.evaluate import Attack, attacked, correct

@@ -48,7 +48,8 @@ from rich.console import Console
 
 from jaxsynth.core.console import stage_line
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.io import TEMPORARY, file_digests_cached, read_json, write_json
+from jaxsynth.core.documents import read_json
+from jaxsynth.core.io import TEMPORARY, file_digests_cached, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
 
 MANIFEST = "manifest.json"

@@ -26,15 +26,15 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxsynth.adapters import optim_hooks
 from jaxsynth.adapters.inject import Trainable, config_of, seed_dropout, stack, unstack
-from jaxsynth.data.conditions import as_bytes, as_fractions, space_to_depth
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.conditions import as_bytes, as_fractions
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.diffusion.learned_range import learned_range_loss
 from jaxsynth.diffusion.losses import diffusion_loss
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.models.diffusion.vae import AutoencoderKL, encode_images
+from jaxsynth.ops.space_to_depth import space_to_depth
 from jaxsynth.quality.errors import mean_error
-from jaxsynth.tasks.text_to_image import encode_pixels
 from jaxsynth.training import sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
@@ -147,7 +147,7 @@ class Latents:
         """The same with condition images, of the images' size and mirrored where they are.
 
         `pixels` are fractions or uint8 in 255ths; stored as the latter, at the latents' size with
-        nothing lost (`data.conditions.space_to_depth`). ValueError where sizes do not fit.
+        nothing lost (`ops.space_to_depth`). ValueError where sizes do not fit.
         """
         values = pixels if pixels.dtype == np.uint8 else as_bytes(pixels)
         views = [values, values[:, :, ::-1]][: self.mean.shape[1]]
@@ -179,7 +179,7 @@ def encode_latents(
         rows = range(start, min(start + batch_size, len(source)))
         images = np.stack([source[i].image for i in rows]).astype(np.float32) / 127.5 - 1
         views = [images, images[:, :, ::-1]] if mirror else [images]
-        encoded = [encode_pixels(vae, view, batch_size=batch_size) for view in views]
+        encoded = [encode_images(vae, view, batch_size=batch_size) for view in views]
         parts.append([np.stack(part, axis=1) for part in zip(*encoded, strict=True)])
     mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Latents(mean, std, np.asarray(source.labels, np.int32))

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters import optim_hooks, registry
 from jaxsynth.adapters.inject import Trainable, extract, seed_dropout
-from jaxsynth.data.load import ImageSource
+from jaxsynth.core.documents import read_json
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
 from jaxsynth.data.pipeline.mixing import mix_batch, one_hot
@@ -39,7 +40,7 @@ from jaxsynth.training.step import init_state, make_train_step
 from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.hf import Clip
-from jaxsynth.weights.hub import read_json, write_json
+from jaxsynth.weights.hub import write_json
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class ClassifyConfig:
     per data set unpublished; 50 is what followers use (ProtoAug). An epoch is as many images as the
     synthetic set holds, whatever the mode, so that every mode takes the same number of steps;
     `steps` overrides it. `real_fraction` is the share of real images in a batch of both kinds.
-    `adapter` is what learns: LoRA, or any other kind, of which `rank`, `alpha` and `dropout` are
-    the defaults.
+    `adapter` is what learns: LoRA, or any other kind. `rank`, `alpha` and `dropout` are settings of
+    it; left open, the rank is 16, the dropout 0.1 and the scale 2, where the kind has them.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.1
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     learning_rate: float = 1e-4
     min_lr: float = 1e-8
@@ -80,7 +81,10 @@ class ClassifyConfig:
     def adapter_config(self) -> Any:
         """The adapter on both towers."""
         return self.adapter.config(
-            targets=self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout
+            targets=self.targets,
+            given={"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout},
+            defaults={"rank": 16, "dropout": 0.1},
+            scale=2.0,
         )
 
     def num_steps(self, images: int) -> int:

@@ -26,14 +26,17 @@ from jaxtyping import Array, Float, Int, UInt8
 from jaxsynth.adapters import inject, optim_hooks
 from jaxsynth.adapters.inject import Trainable, mark_trainable, seed_dropout
 from jaxsynth.adapters.surgery.input_channels import extend_input
-from jaxsynth.data.conditions import space_to_depth
 from jaxsynth.data.pipeline.augment import DiffusionTransform
+from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.losses import diffusion_loss
+from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
+from jaxsynth.models.diffusion.controlled import ByAdapters, ByControlNet, Controlled
 from jaxsynth.models.diffusion.controlnet import ControlNet, embedding_channels
+from jaxsynth.models.diffusion.text_to_image import encode_text
 from jaxsynth.models.diffusion.unet import UNet2DCondition
+from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.quality.errors import mean_error
-from jaxsynth.tasks.text_to_image import draw, encode_pixels, epoch_rows
 from jaxsynth.training import sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
@@ -41,58 +44,6 @@ from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
 from jaxsynth.training.step import init_state, make_train_step, scan_steps
 from jaxsynth.weights.hf import StableDiffusion
-
-
-class ByControlNet(nnx.Module):
-    """A denoiser steered by the residuals of a ControlNet."""
-
-    def __init__(self, unet: UNet2DCondition, controlnet: ControlNet):
-        self.unet = unet
-        self.controlnet = controlnet
-
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Int[Array, " b"],
-        text: Float[Array, "b n d"],
-        condition: Float[Array, "b h2 w2 k"],
-        *,
-        remat: str | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """The denoiser's prediction; `condition` is in [0, 1] and of the size of the pixels."""
-        control = self.controlnet(x, t, text, condition, remat=remat)
-        return self.unet(
-            x,
-            t,
-            text,
-            down_block_additional_residuals=control.down_block_res_samples,
-            mid_block_additional_residual=control.mid_block_res_sample,
-            remat=remat,
-        )
-
-
-class ByAdapters(nnx.Module):
-    """A denoiser that reads the condition beside the noisy latents."""
-
-    def __init__(self, unet: UNet2DCondition, downscale: int):
-        self.unet = unet
-        self.downscale = downscale
-
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Int[Array, " b"],
-        text: Float[Array, "b n d"],
-        condition: Float[Array, "b h2 w2 k"],
-        *,
-        remat: str | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """The denoiser's prediction; `condition` is in [0, 1] and of the size of the pixels."""
-        small = space_to_depth(condition, self.downscale).astype(x.dtype)
-        return self.unet(jnp.concatenate([x, small], axis=-1), t, text, remat=remat)
-
-
-Controlled = ByControlNet | ByAdapters
 
 
 def with_controlnet(pipeline: StableDiffusion, channels: int, *, rngs: nnx.Rngs) -> ByControlNet:
@@ -232,11 +183,10 @@ def encode_triples(
             f"encode_triples: conditions of {condition.shape[1:3]} pixels, expected {(size, size)}"
         )
     cut = DiffusionTransform(size, random_crop=False)
-    mean, std = encode_pixels(pipeline.vae, np.stack([cut(image) for image in images]), batch_size)
+    mean, std = encode_images(pipeline.vae, np.stack([cut(image) for image in images]), batch_size)
     ids, prompt = np.unique(pipeline.tokenizer(list(prompts)), axis=0, return_inverse=True)
     ids = np.concatenate([pipeline.tokenizer([""]), ids])
-    encode = jax.jit(lambda model, ids: model(ids).last_hidden_state)
-    text = np.asarray(encode(pipeline.text_encoder, ids), np.float32)
+    text = np.asarray(encode_text(pipeline.text_encoder, ids), np.float32)
     return Triples(mean, std, np.asarray(condition, np.float32), text, prompt.reshape(-1) + 1)
 
 
@@ -248,7 +198,7 @@ def make_loss(graphdef, schedule: NoiseSchedule, config: ControlConfig, mesh: Me
             rows = NamedSharding(mesh, sharding.BATCH)
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
         model = seed_dropout(nnx.merge(graphdef, trainable, frozen), jax.random.fold_in(key, 4))
-        x0, noise, t = draw(batch, key, schedule)
+        x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
         noisy = add_noise(schedule, x0, noise, t)
         output = model(noisy, t, batch["text"], batch["condition"], remat=config.remat)
         return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=config.snr_gamma), {}
@@ -295,7 +245,7 @@ def finetune_controlled(
     step = scan_steps(step, partial(draw_batch, config=config), config.steps_per_call)
     state = init_state(trainable, tx, key)
     data = {
-        # `draw` expects several crops of each image.
+        # `sample_noise` expects several crops of each image.
         "mean": triples.mean[:, None],
         "std": triples.std[:, None],
         "condition": triples.condition,

@@ -7,8 +7,7 @@ and their images, so all classes train in one compiled program around one frozen
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,18 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import AdapterState, Trainable, extract, seed_dropout
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
+from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.losses import diffusion_loss
+from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
-from jaxsynth.models.clip import CLIPTextModel
-from jaxsynth.models.diffusion.unet import UNet2DCondition
-from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.training import sharding
 from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.trainer import Resident, Task, train, train_stacked
 from jaxsynth.weights.hf import StableDiffusion
-
-
-class TextToImage(nnx.Module):
-    """The two networks that fine-tuning adapts: paths start with "unet." or "text_encoder."."""
-
-    def __init__(self, unet: UNet2DCondition, text_encoder: CLIPTextModel):
-        self.unet = unet
-        self.text_encoder = text_encoder
-
 
 # Images of the adapted networks, uint8 (n, h, w, 3).
 Sampler = Callable[[TextToImage], UInt8[np.ndarray, "n h w 3"]]
@@ -55,9 +46,9 @@ class FinetuneConfig(TrainingConfig):
     per step, since the VAE is frozen; a square image has one crop only. `min_steps` gives very few
     shots more epochs, and `steps` overrides both.
 
-    `adapter` is what learns: LoRA as in the paper, or any other kind, of which `rank`, `alpha` and
-    `dropout` are the defaults. It goes on `unet_targets` and `text_targets`, unless it has targets
-    of its own.
+    `adapter` is what learns: LoRA of rank 16 as in the paper, or any other kind. `rank`, `alpha`
+    and `dropout` are settings of it; left open, the rank is 16 where the kind has one, and the
+    scale 1. It goes on `unet_targets` and `text_targets`, unless it has targets of its own.
     """
 
     epochs: int = 200
@@ -65,14 +56,14 @@ class FinetuneConfig(TrainingConfig):
     warmup_steps: int = 100
     weight_decay: float = 1e-2
     clip_norm: float = 1.0
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
     unet_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     snr_gamma: float | None = None
     crops_per_image: int = 4
-    adapter: registry.AdapterChoice = field(default_factory=registry.AdapterChoice)
+    adapter: registry.AdapterChoice | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,10 +71,15 @@ class FinetuneConfig(TrainingConfig):
 
     def adapter_config(self) -> Any:
         """The adapter over both networks; no `text_targets` leaves the text encoder frozen."""
-        defaults = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
-        if self.adapter.kind in ("lora", "dora", "rslora"):
+        choice = registry.AdapterChoice() if self.adapter is None else self.adapter
+        defaults: dict[str, Any] = {"rank": 16}
+        if choice.kind in ("lora", "dora", "rslora"):
             defaults["init"] = "gaussian"
-        return self.adapter.config(targets=(*self.unet_targets, *self.text_targets), **defaults)
+        return choice.config(
+            targets=(*self.unet_targets, *self.text_targets),
+            given={"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout},
+            defaults=defaults,
+        )
 
 
 @dataclass(frozen=True)
@@ -127,78 +123,17 @@ def encode_examples(
             image = source[i].image
             pixels += [cut(image, np.random.default_rng([seed, i, k])) for k in range(crops)]
         for found, values in zip(
-            (means, stds), encode_pixels(pipeline.vae, np.stack(pixels), batch_size), strict=True
+            (means, stds), encode_images(pipeline.vae, np.stack(pixels), batch_size), strict=True
         ):
             found.append(values.reshape(-1, crops, *values.shape[1:]))
     ids = pipeline.tokenizer(list(prompts))[np.asarray(source.labels)]
     return Examples(np.concatenate(means), np.concatenate(stds), ids)
 
 
-def encode_pixels(
-    vae: AutoencoderKL, pixels: Float[np.ndarray, "n h w 3"], batch_size: int = 8
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the latents of images in [-1, 1], times the scaling factor."""
-    means, stds = [], []
-    for start in range(0, len(pixels), batch_size):
-        chunk = pixels[start : start + batch_size]
-        # One compiled shape: the last batch is filled up.
-        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
-        mean, std = _encode(vae, padded.astype(np.float32))
-        means.append(np.asarray(mean, np.float32)[: len(chunk)])
-        stds.append(np.asarray(std, np.float32)[: len(chunk)])
-    return np.concatenate(means), np.concatenate(stds)
-
-
-@jax.jit
-def _encode(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
-    posterior = vae.encode(images)
-    factor = vae.config.scaling_factor
-    return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
-
-
-def decode_pixels(
-    vae: AutoencoderKL, latents: Float[np.ndarray, "n h w c"], batch_size: int = 8
-) -> UInt8[np.ndarray, "n height width 3"]:
-    """The images of latents that are scaled as `encode_pixels` scales them."""
-    images = []
-    for start in range(0, len(latents), batch_size):
-        chunk = latents[start : start + batch_size]
-        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
-        images.append(np.asarray(_decode(vae, padded.astype(np.float32)))[: len(chunk)])
-    return np.concatenate(images)
-
-
-@jax.jit
-def _decode(vae: AutoencoderKL, latents: Array) -> Array:
-    images = vae.decode(latents / vae.config.scaling_factor).astype(jnp.float32)
-    return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-
 def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
     """The pipeline's networks with fresh adapters; the base weights are shared, not copied."""
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
     return registry.add(model, config.adapter_config(), rngs=key)
-
-
-def epoch_rows(key: Array, step: Array, count: int, batch_size: int) -> Int[Array, " b"]:
-    """The rows of one batch: every epoch is a fresh order, its last batch filled from its start."""
-    per_epoch = -(-count // batch_size)
-    order = jax.random.permutation(jax.random.fold_in(key, step // per_epoch), count)
-    order = jnp.resize(order, per_epoch * batch_size)
-    return jax.lax.dynamic_slice(order, ((step % per_epoch) * batch_size,), (batch_size,))
-
-
-def draw(batch: dict[str, Array], key: Array, schedule: NoiseSchedule) -> tuple[Array, ...]:
-    """What one step draws: of each example a crop's latent x0, its noise and its timestep."""
-    keys = [jax.random.fold_in(key, i) for i in range(4)]
-    count, crops = batch["mean"].shape[:2]
-    crop = jax.random.randint(keys[3], (count,), 0, crops)
-    pick = partial(jnp.take_along_axis, indices=crop[:, None, None, None, None], axis=1)
-    mean, std = pick(batch["mean"])[:, 0], pick(batch["std"])[:, 0]
-    x0 = mean + std * jax.random.normal(keys[0], mean.shape)
-    noise = jax.random.normal(keys[1], x0.shape)
-    t = jax.random.randint(keys[2], (count,), 0, schedule.num_train_timesteps)
-    return x0, noise, t
 
 
 @dataclass(frozen=True)
@@ -213,7 +148,7 @@ class Denoising:
 
     def __call__(self, model: TextToImage, schedule: NoiseSchedule, batch: dict, key: Array):
         model = seed_dropout(model, jax.random.fold_in(key, 4))
-        x0, noise, t = draw(batch, key, schedule)
+        x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
         text = batch.get("text")
         if text is None:
             text = model.text_encoder(batch["ids"]).last_hidden_state
@@ -342,8 +277,7 @@ def _texts(pipeline: StableDiffusion, sets: Sequence[Examples], *, cache: bool) 
     most = max(len(texts) for texts, _ in found)
     # Filled up with repetitions, since sets are stacked.
     ids = np.stack([np.resize(texts, (most, texts.shape[1])) for texts, _ in found])
-    encode = jax.jit(lambda model, ids: model(ids).last_hidden_state)
-    states = encode(pipeline.text_encoder, ids.reshape(-1, ids.shape[-1]))
+    states = encode_text(pipeline.text_encoder, ids.reshape(-1, ids.shape[-1]))
     return {
         "states": states.reshape(*ids.shape, -1),
         "state": np.stack([rows.reshape(-1) for _, rows in found]),

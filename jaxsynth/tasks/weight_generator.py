@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsynth.adapters.flatten import PER, Layout, Per
 from jaxsynth.adapters.inject import AdapterState, extract, mark_trainable
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.methods.weightgen.baselines import (
     Ridge,
@@ -43,7 +44,7 @@ from jaxsynth.tasks.weight_diffusion import (
     train,
 )
 from jaxsynth.weights.adapters.native import read_network, write_state
-from jaxsynth.weights.hub import read_json, write_json
+from jaxsynth.weights.hub import write_json
 from jaxsynth.weights.tokenizer import Tokenizer
 
 Prior = Literal["none", "mean", "nearest", "ridge"]

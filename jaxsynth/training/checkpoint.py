@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint
 from jaxtyping import PyTree
 
+from jaxsynth.core.documents import parse_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import differences, to_json
 
@@ -187,7 +188,7 @@ class _Note:
                 if not files:
                     raise CheckpointError(f"{directory} is damaged: it has no process_*.json")
                 file, self.processes = files[0], len(files)
-            self.value = json.loads(file.read_text())
+            self.value = parse_json(file.read_bytes(), file)
 
         return read()
 

@@ -7,13 +7,15 @@ checkpoint; `resume` drops those lines, so that the finished file equals an unin
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxsynth.core.documents import read_lines
+from jaxsynth.core.io import write_text
 
 
 class MetricsWriter:
@@ -36,9 +38,7 @@ class MetricsWriter:
         self.close()
         kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
         self._open(step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -90,22 +90,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file in order; a missing file has none.
 
     Raises:
-        ValueError: a line other than a cut-off last one is no JSON; file and line are named.
+        UserError: a line other than a cut-off last one is no JSON; file and line are named.
     """
-    return list(_lines(Path(path)))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith("\n"):
-            return
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    path = Path(path)
+    return list(read_lines(path, cut=True)) if path.is_file() else []
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
@@ -32,7 +33,7 @@ from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
-from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, to_file
 from jaxsynth.weights.tokenizer import Tokenizer
 
@@ -126,7 +127,8 @@ def load_model(
 ) -> Model:
     """A network from config.json and safetensors (one file or shards) in `folder`.
 
-    Parameters are stored in `dtype`; `compute_dtype` (default: `dtype`) is what layers compute in.
+    Parameters are stored in `dtype` (norms and scalars in float32 at least); `compute_dtype`
+    (default: `dtype`) is what layers compute in.
     UserError naming file and key for an unknown, missing or doubly given key, a shape other than
     the config's, an integer tensor, a file that is cut short, or a config field not supported.
     """
@@ -150,7 +152,8 @@ def save_model(
 ) -> None:
     """Write config.json and one safetensors file that diffusers or transformers loads.
 
-    `config` None takes the model's own; `dtype` None keeps each parameter's. A model that still has
+    `config` None takes the model's own; `dtype` None keeps each parameter's, another spares norms
+    and scalars as `load_model` does. A model that still has
     adapter layers is a ValueError: merge it first.
     """
     folder = Path(folder)

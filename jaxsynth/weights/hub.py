@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxsynth.core import io
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -71,38 +73,9 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     return _download(*text.partition("@")[::2])
 
 
-def read_json(path: str | os.PathLike, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object; UserError naming the file if missing (unless `optional`: {}) or malformed."""
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if optional:
-            return {}
-        raise UserError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> None:
     """Write JSON, sorted by key where it is indented, through a temporary file."""
-    text = json.dumps(content, ensure_ascii=False, indent=indent, sort_keys=indent is not None)
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that takes its place when the block ends without error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    io.write_json(path, content, indent=indent, sort_keys=indent is not None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -167,7 +140,7 @@ def read_tensor(handle, path: Path, key: str, shape: tuple[int, ...]) -> np.ndar
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write a safetensors file that torch libraries read, through a temporary file."""
-    with replacing(path) as temporary:
+    with io.replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 
 

@@ -53,13 +53,38 @@ def keys_of(model: nnx.Module, *, copies: bool = True) -> dict[Parts, Keys]:
     return found
 
 
+def storage_dtypes(shapes: Mapping[Parts, tuple[int, ...]], dtype: Any) -> dict[Parts, Any]:
+    """The type to store each parameter in: `dtype`, but of norms and scalars float32 at least.
+
+    They are few, and bfloat16 rounds CLIP's logit scale of 4.6052 to 4.59375: a factor of 98.9
+    instead of 100. A norm is what has a `scale`.
+    """
+    norms = {path[:-1] for path in shapes if path[-1] == "scale"}
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return {
+        path: wide if not shape or path[:-1] in norms else jnp.dtype(dtype)
+        for path, shape in shapes.items()
+    }
+
+
+def stored(state: nnx.State, dtype: Any) -> nnx.State:
+    """`state` with each parameter in its `storage_dtypes`."""
+    flat = dict(nnx.to_flat_state(state))
+    dtypes = storage_dtypes({path: variable.shape for path, variable in flat.items()}, dtype)
+    cast = [(path, v.replace(v[...].astype(dtypes[path]))) for path, v in flat.items()]
+    return nnx.from_flat_state(cast)
+
+
 def to_file(model: nnx.Module, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Every key of `model`'s file with its tensor, in torch's layout; `dtype` None keeps each."""
+    """Every key of `model`'s file with its tensor, in torch's layout.
+
+    `dtype` None keeps each parameter's; another is that of `storage_dtypes`.
+    """
     tensors = {}
     keys = keys_of(model)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    state = nnx.state(model)
+    for path, variable in nnx.to_flat_state(state if dtype is None else stored(state, dtype)):
         value = np.asarray(variable[...])
-        value = value if dtype is None else value.astype(dtype)
         layers = value if keys[path].stacked else [value] * len(keys[path].names)
         for name, layer in zip(keys[path].names, layers, strict=True):
             tensors[name] = to_hf(path[-1], layer)
@@ -74,10 +99,11 @@ class Filling:
     """
 
     def __init__(self, abstract: nnx.Module, dtype: Any, *, copies: bool = True):
-        """`abstract` is what `hf.describe` gives; its parameters will be stored in `dtype`."""
+        """`abstract` is what `hf.describe` gives; `dtype` that of `storage_dtypes`."""
         self._graphdef, state = nnx.split(abstract)
         self._variables = dict(nnx.to_flat_state(state))
-        self._dtype = dtype
+        shapes = {path: variable.shape for path, variable in self._variables.items()}
+        self._dtypes = storage_dtypes(shapes, dtype)
         self._keys = keys_of(abstract, copies=copies)
         self._places = {
             name: (path, number)
@@ -111,11 +137,11 @@ class Filling:
         stacked = self._keys[path].stacked
         shape = self._variables[path].shape[1 if stacked else 0 :]
         tensor = from_hf(path[-1], read(hf_shape(path[-1], shape)))
-        tensor = tensor.astype(self._dtype, copy=False)
+        tensor = tensor.astype(self._dtypes[path], copy=False)
         if stacked:
             if path not in self._values:
                 depth = len(self._keys[path].names)
-                self._values[path] = np.empty((depth, *shape), self._dtype)
+                self._values[path] = np.empty((depth, *shape), self._dtypes[path])
             self._values[path][number] = tensor
         elif path not in self._values:
             self._values[path] = jnp.asarray(tensor)

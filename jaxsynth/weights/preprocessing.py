@@ -16,9 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
-from jaxsynth.ops.resize import Filter, resize_matrix
-from jaxsynth.weights.hub import read_json
+from jaxsynth.ops.resize import (
+    CROP_ROUNDINGS,
+    CropRounding,
+    Filter,
+    crop_start,
+    resize_matrix,
+)
 
 PREPROCESSOR = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,6 +40,8 @@ _BY_NUMBER: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 # short one.
 _SQUARE = ("ViT", "DeiT")
 _SHORT = ("Bit", "CLIP", "ConvNext")
+# A field of our own in preprocessor_config.json.
+_ROUNDING = "crop_rounding"
 # transformers' ConvNextImageProcessor crops only below this size.
 _CONVNEXT_CROPS_BELOW = 384
 
@@ -44,7 +52,9 @@ class Preprocessing:
 
     The image is resized to `resize` pixels (its short side, or with `squash` both, whatever its
     shape), the middle `image_size` x `image_size` is cut out, and pixels in [0, 1] are normalised
-    by `mean` and `std`, which `Classifier.predict` does itself.
+    by `mean` and `std`, which `Classifier.predict` does itself. `crop_rounding` is where the crop
+    begins if as many pixels cannot be left on both sides: "floor" in transformers, "round" in
+    torchvision and timm.
     """
 
     image_size: int
@@ -53,6 +63,7 @@ class Preprocessing:
     interpolation: Filter
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crop_rounding: CropRounding
 
     def __post_init__(self):
         if not 0 < self.image_size <= self.resize:
@@ -64,6 +75,11 @@ class Preprocessing:
             raise ValueError(
                 f"Preprocessing.interpolation: {self.interpolation!r}, expected one of "
                 f"{', '.join(_PIL)}"
+            )
+        if self.crop_rounding not in CROP_ROUNDINGS:
+            raise ValueError(
+                f"Preprocessing.crop_rounding: {self.crop_rounding!r}, expected one of "
+                f"{', '.join(CROP_ROUNDINGS)}"
             )
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
@@ -100,11 +116,11 @@ class Preprocessing:
         return jnp.clip(jnp.einsum("rh,bhck->brck", down, rows), 0, 1)
 
     def _corner(self, size: int) -> int:
-        return round((size - self.image_size) / 2)
+        return crop_start(size, self.image_size, self.crop_rounding)
 
 
 # torchvision's original evaluation, which its ResNets of 2016 to 2021 and most others' use.
-IMAGENET = Preprocessing(224, 256, False, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+IMAGENET = Preprocessing(224, 256, False, "bilinear", IMAGENET_MEAN, IMAGENET_STD, "round")
 NAMED = {"imagenet": IMAGENET}
 
 
@@ -160,6 +176,7 @@ def from_transformers(path: Path) -> Preprocessing:
         interpolation=_BY_NUMBER[config["resample"]],
         mean=config["image_mean"],
         std=config["image_std"],
+        crop_rounding=config.get(_ROUNDING, "floor"),
     )
 
 
@@ -186,15 +203,21 @@ def from_timm(path: Path, config: Mapping[str, Any]) -> Preprocessing:
         interpolation=config["interpolation"],
         mean=config["mean"],
         std=config["std"],
+        crop_rounding="round",
     )
 
 
 def to_transformers(preprocessing: Preprocessing) -> dict[str, Any]:
-    """A preprocessor_config.json that transformers and `from_transformers` read the same way."""
+    """A preprocessor_config.json for transformers and `from_transformers`.
+
+    transformers has one rounding of crops, "floor"; another is noted in a field of our own, which
+    transformers passes over: there the crop of every fourth size begins one pixel earlier.
+    """
     size, crop = preprocessing.resize, preprocessing.image_size
     squash = preprocessing.squash
     return {
         "crop_size": {"height": crop, "width": crop},
+        **({} if preprocessing.crop_rounding == "floor" else {_ROUNDING: "round"}),
         "do_center_crop": True,
         "do_normalize": True,
         "do_rescale": True,
@@ -221,7 +244,7 @@ def _made(path: Path, *, mean: Any, std: Any, **values: Any) -> Preprocessing:
 def _size(path: Path, size: Any, kind: str) -> tuple[int, bool]:
     """The side that images are resized to, and whether both are."""
     if isinstance(size, Mapping):
-        if "shortest_edge" in size:
+        if set(size) == {"shortest_edge"}:
             return int(size["shortest_edge"]), False
         sides = {size.get("height"), size.get("width")}
         if len(sides) == 1 and None not in sides:

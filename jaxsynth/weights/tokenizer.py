@@ -26,8 +26,9 @@ from tokenizers import (
     trainers,
 )
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights.hub import read_json, write_json
+from jaxsynth.weights.hub import write_json
 
 _SUFFIX = "</w>"
 _WORDS = (

@@ -18,7 +18,10 @@ PLAIN = {"targets": ("conv", "linear")}
 TABLE = {
     "lora": RANKED,
     "locon": RANKED,
-    "dora": RANKED,
+    "lora-bias": RANKED | {"bias": ("linear",)},
+    "pissa": RANKED,
+    "olora": RANKED,
+    "dora": RANKED | {"bias": True},
     "dora-input": RANKED | {"decompose": "input", "detach_norm": False},
     "loha": RANKED | {"dropout": 0.1},
     "loha-whole": RANKED | {"rank": 9, "use_tucker": True},
@@ -198,6 +201,118 @@ def test_a_kind_obeys_the_algebra(name, tmp_path):
     fresh = registry.add(net(), state.config, rngs=jax.random.key(3))
     again = nnx.split(inject.load_state(fresh, state), inject.Trainable, ...)[1]
     jax.tree.map(np.testing.assert_array_equal, again, trainable)
+
+
+def dropping(name: str) -> list[str]:
+    """The settings of dropout that a row's kind has, as it is configured there."""
+    kind = registry.kind_of(name.partition("-")[0])
+    fields = ("dropout", "module_dropout", "rank_dropout")
+    exempt = {"delta_lora": ("dropout",), "glora-hadamard": fields}.get(name, ())
+    return [field for field in fields if field in kind.fields and field not in exempt]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [(name, setting) for name in TABLE for setting in dropping(name)]
+)
+def test_dropout_leaves_out_what_it_says(name, setting):
+    rate = 0.9 if setting == "module_dropout" else 0.5
+    plain = {"dropout": 0.0} if "dropout" in dropping(name) else {}
+    config = registry.make_config(name.partition("-")[0], **TABLE[name] | plain | {setting: rate})
+    model = registry.add(net(), config, rngs=jax.random.key(3))
+    moved = {
+        key: value + 0.5 * scrambled(inject.extract(model), 5).arrays[key]
+        for key, value in inject.extract(model).arrays.items()
+    }
+    model = inject.load_state(model, inject.AdapterState(moved, config))
+    seeded = [inject.seed_dropout(model, jax.random.key(seed)) for seed in range(12)]
+    inputs = {"conv": IMAGES[0], "linear": IMAGES[0].repeat(3, axis=-1)}
+    for place in config.targets:
+        base = np.asarray(getattr(net(), place)(inputs[place]))
+        full = np.asarray(getattr(model, place)(inputs[place]))
+        assert np.abs(full - base).max() > 1e-2
+        found = [np.asarray(getattr(one, place)(inputs[place])) for one in seeded]
+        if setting != "module_dropout":
+            assert len({one.tobytes() for one in found}) > 1
+            assert max(np.abs(one - full).max() for one in found) > 1e-2
+            continue
+        # A step leaves out all of an update, DoRA's new directions with it, or nothing.
+        off = [np.abs(one - base).max() < 1e-5 for one in found]
+        on = [np.abs(one - full).max() < 1e-4 for one in found]
+        assert all(a != b for a, b in zip(off, on, strict=True)) and sum(off) > len(off) / 2
+
+
+@EACH
+def test_every_array_is_trainable_constant_or_the_base_s(name):
+    config = registry.make_config(name.partition("-")[0], **TABLE[name])
+    model = registry.add(net(), config, rngs=jax.random.key(3))
+    _, trainable, constant, rest = nnx.split(model, inject.Trainable, inject.Constant, ...)
+    base = {id(leaf) for leaf in jax.tree.leaves(nnx.split(net())[1])}
+    assert {id(leaf) for leaf in jax.tree.leaves(rest)} == base
+    assert jax.tree.leaves(trainable)
+    start = name in ("vera", "pissa", "olora")
+    assert bool(jax.tree.leaves(constant)) == start
+
+
+SETTINGS = sorted({field for kind in registry.KINDS.values() for field in kind.fields})
+NEEDED = {"delta_lora": {"ratio": 0.5}}
+
+
+@pytest.mark.parametrize("name", registry.KINDS)
+def test_a_setting_that_a_kind_has_not_is_refused_and_named(name):
+    kind = registry.kind_of(name)
+    choice = registry.AdapterChoice(name, NEEDED.get(name, {}))
+    for setting in SETTINGS:
+        if setting in kind.fields:
+            continue
+        with pytest.raises(ValueError, match=rf"adapter {name}: no setting \['{setting}'\]"):
+            registry.make_config(name, **{setting: 1}, **NEEDED.get(name, {}))
+        with pytest.raises(ValueError, match=f"{setting} is 1, and adapters of kind {name} have"):
+            choice.config(targets=("x",), given={setting: 1})
+        # What a method proposes and nobody asked for is left out.
+        assert choice.config(targets=("x",), defaults={setting: 1})
+    if "rank" in kind.fields:
+        twice = registry.AdapterChoice(name, NEEDED.get(name, {}) | {"rank": 9})
+        with pytest.raises(ValueError, match=r"rank is given twice, 3 and 9 \(adapter.rank\)"):
+            twice.config(targets=("x",), given={"rank": 3})
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, kind in registry.KINDS.items() if "alpha" in kind.fields]
+)
+def test_an_alpha_that_nobody_gives_is_one_scale_at_every_rank(name):
+    ranks = {"rank": 6, "rank_pattern": {"few": 2}} | NEEDED.get(name, {})
+    ranks |= {"target_rank": 1} if name == "adalora" else {}
+    stable = {"few": 2**0.5, "many": 6**0.5} if name == "rslora" else {"few": 1, "many": 1}
+    for scale in (1.0, 2.0):
+        for where in ({"settings": ranks}, {"settings": NEEDED.get(name, {})}):
+            choice = registry.AdapterChoice(name, **where)
+            given = {key: value for key, value in ranks.items() if key not in choice.settings}
+            config = choice.config(targets=("x",), given=given, scale=scale)
+            for path, expected in stable.items():
+                assert config.scaling_at(path) == pytest.approx(scale * expected)
+    fixed = registry.AdapterChoice(name, ranks).config(
+        targets=("x",), given={"alpha": 3.0}, scale=2.0
+    )
+    assert (fixed.alpha_at("few"), fixed.alpha_at("many")) == (3, 3)
+
+
+def test_lora_and_the_affiner_can_start_from_one_scale():
+    wide = nnx.Linear(256, 4, rngs=nnx.Rngs(0))
+    for kind, own, factor in (("lora", 3**-0.5, "lora_A"), ("affiner", 2**0.5, "down")):
+        more = {"init": "gaussian"} if kind == "lora" else {}
+        for scale, expected in ((None, own), (0.8, 0.8)):
+            settings = {"rank": 64, "targets": ("",)} | ({} if scale is None else more)
+            config = registry.make_config(kind, **settings, initial_scale=scale)
+            layer = registry.maker(config)("", wide, jax.random.key(0))
+            deviation = np.asarray(getattr(layer, factor)[...]).std() * 16
+            assert deviation == pytest.approx(expected, rel=0.03)
+    uniform = registry.make_config("lora", rank=64, initial_scale=0.8)
+    layer = registry.maker(uniform)("", wide, jax.random.key(0))
+    assert np.asarray(layer.lora_A[...]).std() * 16 == pytest.approx(0.8, rel=0.03)
+    with pytest.raises(ValueError, match="LoRAConfig: init 'pissa' has no initial_scale"):
+        registry.make_config("pissa", initial_scale=1.0)
+    with pytest.raises(ValueError, match=r"initial_scale is 0, expected more than 0"):
+        registry.make_config("affiner", initial_scale=0)
 
 
 def test_names_and_settings():

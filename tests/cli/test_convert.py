@@ -9,7 +9,7 @@ from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.data.store import Entry, StoreWriter
-from jaxsynth.tasks.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.weights.adapters.components import join_networks, split_networks
 from jaxsynth.weights.adapters.diffusers import attach, read_diffusers, read_peft, write_peft
 from jaxsynth.weights.adapters.native import read_state, write_state

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import sqlite3
@@ -7,7 +6,6 @@ import time
 import pytest
 
 from jaxsynth.core import io
-from jaxsynth.core.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +50,6 @@ def test_two_writers_of_one_process_id_do_not_meet(tmp_path):
 def test_a_name_of_the_longest_kind_can_be_written(tmp_path):
     io.write_text(tmp_path / ("n" * 255), "x")
     assert (tmp_path / ("n" * 255)).read_text() == "x"
-
-
-def test_read_json_names_the_file(tmp_path):
-    with pytest.raises(UserError, match=r"none\.json: missing"):
-        io.read_json(tmp_path / "none.json")
-    for content in (b"{", b"\xff\xfe"):
-        (tmp_path / "bad.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
-            io.read_json(tmp_path / "bad.json")
-    (tmp_path / "good.json").write_text(json.dumps([1]))
-    assert io.read_json(tmp_path / "good.json") == [1]
 
 
 def test_digests_are_remembered_until_the_file_changes(tmp_path, monkeypatch, cache):

@@ -15,12 +15,14 @@ from jaxsynth.data.conditions import (
     make_condition,
     partner_file,
     source_conditions,
-    space_to_depth,
 )
-from jaxsynth.data.load import ArraySource, SourceError, Subset
+from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.procedural.scenes import render_scenes
 from jaxsynth.data.procedural.shapes import COLOURS, SHAPES
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.sources.folder import folder_source
+from jaxsynth.data.views import Subset
+from jaxsynth.ops.space_to_depth import space_to_depth
 
 
 def picture(height=16, width=20):

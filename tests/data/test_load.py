@@ -4,24 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxsynth.data.decode import (
-    ImageError,
-    class_of_folder,
-    decode_image,
-    encode_png,
-    natural_key,
-    safe_name,
-    square,
-)
-from jaxsynth.data.load import (
-    DataConfig,
-    ImageSource,
-    SourceError,
-    Subset,
-    cached,
-    joined,
-    load_dataset,
-)
+from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
+from jaxsynth.data.decode import ImageError, decode_image, encode_png, square
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.names import class_of_folder, natural_key, safe_name
+from jaxsynth.data.sources.arrays import cached
+from jaxsynth.data.views import Subset, joined
 
 COLOUR = (200, 30, 90)
 

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from jaxsynth.data import robustness_sets as sets
+from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.decode import ImageError
-from jaxsynth.data.load import ArraySource, SourceError
 from jaxsynth.data.robustness_sets import CIFAR10_CLASSES, LabelSpace
+from jaxsynth.data.sources.arrays import ArraySource
 
 WNIDS = tuple(f"n0144{i:04d}" for i in range(12))
 SPACE = LabelSpace(WNIDS, tuple(f"thing {i}" for i in range(12)))

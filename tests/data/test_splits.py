@@ -7,8 +7,10 @@ import pytest
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.data import prompts
-from jaxsynth.data.load import DataConfig, SourceError, load_dataset, select_classes
+from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.splits import few_shot, load_shots
+from jaxsynth.data.views import select_classes
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +52,20 @@ def test_saved_and_read_again(digits, tmp_path):
     assert [train[i].id for i in range(3)] == list(shots.train[0])
     with pytest.raises(SourceError, match="drawn for classes"):
         shots.train_source(select_classes(digits, ("1",)))
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"other\.json"):
-        load_shots(tmp_path / "other.json")
+    good = json.loads((tmp_path / "shots.json").read_text())
+    for change, message in (
+        ({"seed": None}, "seed=None .* expected an integer"),
+        ({"train": {}}, "train=.* expected a list"),
+        ({"val": [[1]] * 10}, r"val\[0\]\[0\]=1 .* expected a string"),
+        (
+            {"class_names": ["0"]},
+            "Shots: train and val have 10 and 10 lists of ids, expected one for each of 1",
+        ),
+        ({"more": 1}, "more: no such field"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=rf"other\.json: {message}"):
+            load_shots(tmp_path / "other.json")
 
 
 def test_too_few_images_name_class_and_count(digits):

@@ -4,14 +4,18 @@ import json
 import logging
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from jaxsynth.core import io
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.dataset import DataConfig, source_digest, source_listing
 from jaxsynth.data.decode import decode_image
 from jaxsynth.data.export import export
-from jaxsynth.data.load import DataConfig, Subset, load_dataset
-from jaxsynth.data.store import Entry, ImageStore, StoreError, StoreWriter, copy_store
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.store import Entry, ImageStore, StoreError, StoreWriter
 
 CLASSES = ("F/A-18", "crème brûlée", "v1.0 plain")
 
@@ -56,7 +60,7 @@ def test_what_was_written_is_read(store):
         record = store[position]
         np.testing.assert_array_equal(record.image, image)
         assert (record.label, record.id) == (entry.label, entry.id)
-    assert not list(store.folder.glob("*.partial"))
+    assert not list(store.folder.glob(".*"))
     line = json.loads((store.folder / "00000.jsonl").read_text().splitlines()[1])
     assert line["class_name"] == CLASSES[1] and line["scores"] == {"clip": 0.125}
 
@@ -68,13 +72,13 @@ def test_restart_writes_only_what_is_missing(tmp_path):
     before = (tmp_path / "00001.array_record").stat().st_mtime_ns
     # What a kill in the middle of a shard leaves: its files without the seal.
     (tmp_path / "00002.array_record").write_bytes(b"half")
-    (tmp_path / "00002.jsonl.123.partial").write_bytes(b"half")
+    (tmp_path / ".00002.jsonl.0123.tmp").write_bytes(b"half")
     with pytest.raises(StoreError, match="incomplete, 2 of 3 shards are missing"):
         ImageStore(tmp_path)
     again = StoreWriter(tmp_path, CLASSES, 11, shard_size=4)
     assert again.done_shards() == {1} and again.pending() == [0, 2]
     fill(again, again.pending())
-    assert len(ImageStore(tmp_path)) == 11 and not list(tmp_path.glob("*.partial"))
+    assert len(ImageStore(tmp_path)) == 11 and not list(tmp_path.glob(".*"))
     assert (tmp_path / "00001.array_record").stat().st_mtime_ns == before
 
 
@@ -121,14 +125,88 @@ def test_writer_refuses_what_does_not_belong(tmp_path):
         ImageStore(tmp_path / "twice")
 
 
-def test_copy_keeps_bytes_and_adds_scores(store, tmp_path):
-    keep = [7, 2, 5]
-    scores = [{"probability": i / 10} for i in keep]
-    kept = copy_store(store, tmp_path / "kept", keep, scores, shard_size=2)
-    assert kept.ids == tuple(store.ids[i] for i in keep)
-    assert [kept.encoded(i) for i in range(3)] == [store.encoded(i) for i in keep]
-    assert kept.entries[0].scores == {"clip": 7 / 8, "probability": 0.7}
-    assert Subset(store, keep).labels.tolist() == kept.labels.tolist()
+def test_a_store_of_several_data_sets_keeps_them_apart(tmp_path):
+    datasets = ("photos", "photos", "photos night", "photos night")
+    names = ("cat", "night cat", "cat", "owl")
+    writer = StoreWriter(tmp_path, names, 8, datasets=datasets)
+    entries = [
+        Entry(label, names[label], index, dataset=datasets[label])
+        for index in range(2)
+        for label in range(4)
+    ]
+    images = [np.full((2, 2, 3), 10 * e.label + e.index, np.uint8) for e in entries]
+    with pytest.raises(StoreError, match="label 0 and class 'cat'"):
+        writer.write_shard(0, images, [replace(e, dataset="") for e in entries])
+    writer.write_shard(0, images, entries)
+    store = ImageStore(tmp_path)
+    assert store.ids[0] == "photos/cat/000000" and len(set(store.ids)) == 8
+    for dataset, first in (("photos", 0), ("photos night", 20)):
+        own = store.of_dataset(
+            dataset, [n for n, d in zip(names, datasets, strict=True) if d == dataset]
+        )
+        assert own.labels.tolist() == [0, 1, 0, 1]
+        assert [r.image[0, 0, 0] for r in own] == [first, first + 10, first + 1, first + 11]
+    turned = store.of_dataset("photos night", ("owl", "cat"))
+    assert [r.image[0, 0, 0] for r in turned] == [20, 30, 21, 31]
+    assert turned.labels.tolist() == [1, 0, 1, 0]
+    with pytest.raises(StoreError, match=r"class 'owl' of data set 'photos' 0 times.*'night cat'"):
+        store.of_dataset("photos", ("cat", "owl"))
+    with pytest.raises(StoreError, match=r"data set 'phot' 0 times.*'photos', 'photos night'"):
+        store.of_dataset("phot", ("cat",))
+
+
+def test_identity_is_of_the_content(store, tmp_path):
+    again = StoreWriter(tmp_path / "again", CLASSES, 11, shard_size=4)
+    fill(again, again.pending())
+    same = ImageStore(tmp_path / "again")
+    assert same.digest == store.digest and source_digest(same) == source_digest(store)
+    images, entries = zip(*map(make, again.span(2)), strict=True)
+    again.write_shard(2, images, [replace(e, prompt="another") for e in entries])
+    prompted = ImageStore(tmp_path / "again")
+    assert prompted.digest != store.digest and source_digest(prompted) == source_digest(store)
+    again.write_shard(2, [255 - image for image in images], entries)
+    other = ImageStore(tmp_path / "again")
+    assert other.digest != store.digest
+    changed = {
+        key for key, value in source_listing(other).items() if source_listing(store)[key] != value
+    }
+    assert changed == {store.ids[i] for i in (8, 9, 10)}
+
+
+def test_files_of_an_unchanged_store_are_read_once(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(io, "_SETTLED", 0.0)
+    read = []
+    plain = io.file_digest
+    monkeypatch.setattr(io, "file_digest", lambda path: read.append(path) or plain(path))
+    ImageStore(store.folder)
+    assert len(read) == 2 * 3
+    ImageStore(store.folder)
+    assert len(read) == 2 * 3
+
+
+def test_one_process_writes_the_head(tmp_path):
+    StoreWriter(tmp_path, CLASSES, 11, first=False)
+    assert not list(tmp_path.iterdir())
+    StoreWriter(tmp_path, CLASSES, 11)
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
+    with pytest.raises(StoreError, match="begun with count 11, now 12"):
+        StoreWriter(tmp_path, CLASSES, 12, first=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("store.json", "{", r"store\.json: not valid JSON"),
+        ("store.json", "[]", "format None, expected 1"),
+        ("store.json", '{"format": 1}', "expected a store's head, with count"),
+        ("00000.seal", "[]", r"00000\.seal: expected the SHA-256 of \.array_record and \.jsonl"),
+    ],
+)
+def test_files_that_say_nothing_are_named(store, name, content, message):
+    (store.folder / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        ImageStore(store.folder)
 
 
 def test_imagefolder_reads_back(store, tmp_path):

@@ -9,8 +9,11 @@ import pytest
 import torch
 from diffusers.schedulers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
 
@@ -316,13 +319,103 @@ def test_trailing_spacing_has_as_many_steps_as_asked():
         ("euler", {"timestep_type": "continuous"}, "timestep_type"),
         ("euler", {"sigma_max": 3.0}, "sigma_max"),
         ("euler", {"use_beta_sigmas": True}, "use_beta_sigmas"),
-        ("ddpm", {}, "no sampler 'ddpm'"),
+        ("unipc", {}, "no sampler 'unipc'"),
+        ("euler_ancestral", {"prediction_type": "sample"}, "prediction_type"),
+        ("ddpm", {"variance_type": "fixed_large_log"}, "variance_type.*fixed_large_log"),
+        ("ddpm", {"variance_type": "learned"}, "variance_type.*learned"),
+        ("ddpm", {"thresholding": True}, "thresholding"),
+        ("lcm", {"original_inference_steps": 8}, "num_inference_steps.*original_inference_steps"),
+        ("ddim", {"timestep_spacing": "middle"}, "timestep_spacing.*middle"),
+        ("euler", {"final_sigmas_type": "one"}, "final_sigmas_type"),
+        ("ddim", {"betas_end": 0.1}, "'betas_end'.*unknown"),
+        ("pndm", {"skip_prk_steps": "yes"}, "skip_prk_steps.*expected a bool"),
     ],
 )
 def test_an_option_that_is_not_implemented_is_named(name, config, named):
     schedule = NoiseSchedule.from_config({**SD, **config})
     with pytest.raises(ValueError, match=named):
         make_sampler(name, schedule, 10)
+
+
+def compare_with_the_same_noise(monkeypatch, cls, steps, **config):
+    """Every step against diffusers', which is given the noise that ours is given."""
+    theirs, ours = built(cls, steps, **config)
+    drawn = np.random.default_rng(1)
+    shape = (2, 3, 3, 2)
+    noises = [drawn.standard_normal(shape).astype(np.float32) for _ in range(steps)]
+    np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+    np.testing.assert_allclose(ours.init_noise_sigma, float(theirs.init_noise_sigma), rtol=1e-6)
+    start = drawn.standard_normal(shape).astype(np.float32) * float(ours.init_noise_sigma)
+    a, b, carry = torch.tensor(start), jnp.asarray(start), ()
+    for i, t in enumerate(theirs.timesteps):
+        monkeypatch.setattr(
+            f"{cls.__module__}.randn_tensor", lambda *_, i=i, **__: torch.tensor(noises[i])
+        )
+        output = torch.tensor(model(theirs.scale_model_input(a, t).numpy(), float(t)))
+        ours_output = model(ours.scale_model_input(b, i), float(t))
+        a = theirs.step(output, t, a).prev_sample
+        b, carry = jit_step(ours, carry, ours_output, i, b, noises[i])
+        error = np.abs(a.numpy() - np.asarray(b)).max() / np.abs(a.numpy()).max()
+        assert error < TOLERANCE, f"step {i} (t={t}): relative error {error}"
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_euler_ancestral(monkeypatch, spacing, prediction):
+    for steps in STEPS:
+        config = {"timestep_spacing": spacing, "prediction_type": prediction}
+        compare_with_the_same_noise(monkeypatch, EulerAncestralDiscreteScheduler, steps, **config)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_ddpm(monkeypatch, variance, prediction):
+    for steps, spacing, clip in zip(STEPS, SPACINGS, (True, False, True), strict=True):
+        config = {
+            "timestep_spacing": spacing,
+            "prediction_type": prediction,
+            "variance_type": variance,
+            "clip_sample": clip,
+            "steps_offset": int(spacing == "leading"),
+        }
+        compare_with_the_same_noise(monkeypatch, DDPMScheduler, steps, **config)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_lcm(monkeypatch, prediction):
+    for steps, distilled, clip in ((1, 50, False), (4, 50, True), (7, 30, False), (50, 50, False)):
+        config = {
+            "prediction_type": prediction,
+            "original_inference_steps": distilled,
+            "clip_sample": clip,
+        }
+        compare_with_the_same_noise(monkeypatch, LCMScheduler, steps, **config)
+
+
+def test_a_sampler_that_is_asked_for_replaces_the_one_of_the_config():
+    """What only the config's own class can do is dropped, what is the schedule's is kept."""
+    config = {
+        **SD,
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "v_prediction",
+        "solver_type": "bh2",
+        "use_karras_sigmas": True,
+        "timestep_spacing": "trailing",
+        "disable_corrector": [0, 1],
+    }
+    schedule = NoiseSchedule.from_config(config)
+    plain = NoiseSchedule.from_config({**SD, "prediction_type": "v_prediction"})
+    np.testing.assert_array_equal(schedule.alphas_cumprod, plain.alphas_cumprod)
+    assert schedule.prediction_type == "v_prediction" and isinstance(hash(schedule.stated), int)
+    for name in ("ddim", "dpmsolver++", "euler", "euler_ancestral", "ddpm", "lcm"):
+        make_sampler(name, schedule, 10)
+    assert make_sampler("ddim", schedule, 10).timesteps[0] == 999  # trailing, as stated
+    with pytest.raises(ValueError, match="no sampler 'UniPCMultistepScheduler'"):
+        make_sampler(config, schedule, 10)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        make_sampler(
+            "pndm", NoiseSchedule.from_config({**config, "rescale_betas_zero_snr": True}), 9
+        )
 
 
 def test_bad_arguments_are_named():

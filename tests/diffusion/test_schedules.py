@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers.schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
 
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise, to_x0_eps, velocity
 
@@ -93,14 +98,9 @@ def test_schedule_passes_through_jit_as_an_argument(key):
     [
         ({"beta_schedule": "sigmoid"}, "beta_schedule.*sigmoid"),
         ({"prediction_type": "flow_prediction"}, "prediction_type.*flow_prediction"),
-        ({"timestep_spacing": "middle"}, "timestep_spacing.*middle"),
-        ({"final_sigmas_type": "one"}, "final_sigmas_type"),
-        ({"variance_type": "learned"}, "variance_type"),
-        ({"betas_end": 0.1}, "'betas_end'.*unknown"),
-        ({"_class_name": "LMSDiscreteScheduler"}, "_class_name.*LMSDiscreteScheduler"),
         ({"beta_start": "0.1"}, "beta_start.*expected a float"),
         ({"steps_offset": 1.5}, "steps_offset.*expected a int"),
-        ({"skip_prk_steps": "yes"}, "skip_prk_steps.*expected a bool"),
+        ({"predict_epsilon": "no"}, "predict_epsilon.*expected a bool"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas.*1000"),
         ({"beta_end": 1.5}, r"betas must lie in \[0, 1\)"),
@@ -109,6 +109,37 @@ def test_schedule_passes_through_jit_as_an_argument(key):
 def test_a_field_that_cannot_be_honoured_is_named(change, named):
     with pytest.raises(ValueError, match=named):
         NoiseSchedule.from_config({**SD15, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_class_name": "LMSDiscreteScheduler"},
+        {"_class_name": "DPMSolverSDEScheduler", "noise_sampler_seed": None},
+        {"tensor_format": "pt"},
+        {"betas_end": 0.1},
+        {"timestep_spacing": "middle"},
+        {"variance_type": "learned"},
+        {"predict_epsilon": True},
+    ],
+)
+def test_training_needs_the_betas_and_the_prediction_type_alone(change):
+    plain, found = NoiseSchedule.from_config(SD15), NoiseSchedule.from_config({**SD15, **change})
+    np.testing.assert_array_equal(found.alphas_cumprod, plain.alphas_cumprod)
+    assert found.prediction_type == plain.prediction_type == "epsilon"
+    assert hash(jax.tree.structure(found)) is not None
+
+
+def test_predict_epsilon_is_the_prediction_type_of_2022():
+    old = {"beta_schedule": "linear", "predict_epsilon": False}
+    assert NoiseSchedule.from_config(old).prediction_type == "sample"
+    assert "tensor_format" not in dict(NoiseSchedule.from_config({"tensor_format": "np"}).stated)
+
+
+def test_a_class_has_its_own_betas_where_the_config_states_none():
+    theirs = LCMScheduler()
+    found = NoiseSchedule.from_config({"_class_name": "LCMScheduler"})
+    np.testing.assert_array_equal(found.alphas_cumprod, theirs.alphas_cumprod.numpy())
 
 
 def test_fields_that_were_never_set_take_the_chosen_class_default():

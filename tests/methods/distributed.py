@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxsynth.data.load import ArraySource
 from jaxsynth.data.pipeline.augment import RECIPES
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.methods.datadream.stages import read_adapter, write_adapter

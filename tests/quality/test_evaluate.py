@@ -7,13 +7,17 @@ import pytest
 from PIL import Image
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.load import ArraySource, DataConfig, Subset, load_dataset
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.store import Entry, ImageStore, StoreWriter
+from jaxsynth.data.views import Subset
 from jaxsynth.quality.evaluate import compare, open_images
 from jaxsynth.quality.features import clip_extractor
 from jaxsynth.quality.metrics import QualityConfig, evaluate
 
 QUICK = QualityConfig(kid_subsets=5, repeats=2)
+TRAINING = "training images"
 NAMES = ("0", "1", "2")
 
 
@@ -48,8 +52,9 @@ def write_store(folder, source, class_names=NAMES):
 def test_a_store_against_a_source(clip, digits, tmp_path):
     generated = first(digits.test, 30)
     folder = write_store(tmp_path / "store", generated)
-    found = compare(digits.train, folder, clip, QUICK, seed=1)
+    found = compare(digits.train, folder, clip, QUICK, reference=TRAINING, seed=1)
     assert found.pop("features") == clip.identity
+    assert found.pop("reference") == TRAINING
     features = clip.of_source(digits.train), clip.of_source(generated)
     assert found == evaluate(*features, QUICK, seed=1)
     assert found["samples"]["generated"] == 90
@@ -66,7 +71,8 @@ def test_what_is_missing_shows(clip, digits):
         "noise": ArraySource(noise, np.zeros(90, np.int32), tuple(map(str, range(90)))),
     }
     found = {
-        name: compare(digits.train, source, clip, QUICK, seed=0) for name, source in sets.items()
+        name: compare(digits.train, source, clip, QUICK, reference=TRAINING, seed=0)
+        for name, source in sets.items()
     }
 
     def mean(name, figure):
@@ -88,7 +94,16 @@ def test_classes(clip, digits, tmp_path):
     real, generated = first(digits.train, 30), first(digits.test, 20)
     swapped = Subset(generated, np.arange(60), np.array([1, 0, 2])[generated.labels])
     found, wrong = (
-        compare(real, source, clip, QUICK, seed=0, per_class=True, class_names=NAMES)
+        compare(
+            real,
+            source,
+            clip,
+            QUICK,
+            reference=TRAINING,
+            seed=0,
+            per_class=True,
+            class_names=NAMES,
+        )
         for source in (generated, swapped)
     )
     assert list(found["classes"]) == list(NAMES) and found["left_out"] == {}
@@ -103,7 +118,7 @@ def test_classes(clip, digits, tmp_path):
 def test_classes_with_too_few_images_are_named(clip, digits):
     generated = first(digits.test, 20)
     few = Subset(generated, np.flatnonzero((generated.labels != 1) | (np.arange(60) < 23)))
-    found = compare(digits.train, few, clip, QUICK, seed=0, per_class=True)
+    found = compare(digits.train, few, clip, QUICK, reference=TRAINING, seed=0, per_class=True)
     assert list(found["classes"]) == ["0", "2"]
     counted = int((np.asarray(digits.train.labels) == 1).sum())
     assert found["left_out"] == {"1": {"real": counted, "generated": 3}}
@@ -113,14 +128,34 @@ def test_labels_must_mean_the_same(clip, digits, tmp_path):
     generated = first(digits.test, 8)
     store = ImageStore(write_store(tmp_path / "store", generated, ("a", "b", "c")))
     with pytest.raises(UserError, match=r"classes of generated are \['a', 'b', 'c'\], of class_n"):
-        compare(digits.train, store, clip, QUICK, seed=0, per_class=True, class_names=NAMES)
+        compare(
+            digits.train,
+            store,
+            clip,
+            QUICK,
+            reference=TRAINING,
+            seed=0,
+            per_class=True,
+            class_names=NAMES,
+        )
     with pytest.raises(UserError, match="labels up to 2, but class_names has 2 classes"):
-        compare(digits.train, generated, clip, QUICK, seed=0, per_class=True, class_names=NAMES[:2])
+        compare(
+            digits.train,
+            generated,
+            clip,
+            QUICK,
+            reference=TRAINING,
+            seed=0,
+            per_class=True,
+            class_names=NAMES[:2],
+        )
 
 
-def test_too_few_images(clip, digits):
+def test_too_few_images_or_no_reference(clip, digits):
+    with pytest.raises(UserError, match="reference: expected which images"):
+        compare(digits.train, digits.test, clip, QUICK, reference=" ", seed=0)
     with pytest.raises(UserError, match="generated: 3 samples, expected 6 or more"):
-        compare(digits.train, first(digits.test, 1), clip, QUICK, seed=0)
+        compare(digits.train, first(digits.test, 1), clip, QUICK, reference=TRAINING, seed=0)
 
 
 def test_paths(digits, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.load import ArraySource, digits_source
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.digits import digits_source
 from jaxsynth.quality.features import (
     clip_extractor,
     inception_extractor,

@@ -407,3 +407,38 @@ class TestBatches:
                 run(*args, key, **{"eps": EPS, **settings})
         with pytest.raises(ValueError, match=r"predict: expected logits \(64, classes\)"):
             pgd(lambda x: x, digits.images, digits.labels, key, eps=EPS)
+
+
+class Stored:
+    """Images that are only read by the batch, as from a file."""
+
+    def __init__(self, images):
+        self._images, self.shape = images, images.shape
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, rows):
+        return self._images[rows]
+
+    def __array__(self, dtype=None, copy=None):
+        raise AssertionError("all images were asked for at once")
+
+
+def test_only_a_batch_of_images_is_read_and_put_on_the_device_at_once(key):
+    images = np.random.default_rng(0).random((10, 4, 4, 3)).astype(np.float32)
+    labels = np.zeros(10, int)
+    seen = []
+
+    def attack(predict, images, labels, keys, *, eps):
+        seen.append((images.shape, labels.shape, keys.shape))
+        return images
+
+    def predict(images):
+        return jnp.stack([images.sum((1, 2, 3)), 0 * images.sum((1, 2, 3))], 1)
+
+    stored = Stored(images)
+    moved = attacked(attack, predict, stored, labels, key, eps=0.1, batch_size=4)
+    np.testing.assert_array_equal(moved, images)
+    assert seen == [((4, 4, 4, 3), (4,), (4,))] * 3
+    assert correct(predict, stored, labels, batch_size=4).all()

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from jaxsynth.data.dataset import DataConfig, Record
 from jaxsynth.data.decode import square
-from jaxsynth.data.load import ArraySource, DataConfig, Record, Subset, load_dataset
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.cues import hue_of
 from jaxsynth.data.procedural.shapes import SHAPES
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.views import Subset
 from jaxsynth.robustness import bias_sets, suite
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.bootstrap import evaluate

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
-from jaxsynth.data.load import ArraySource
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.learned_range import learned_range_loss
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.methods.diffscaler.recipes import adapted, first_label
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
+from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.tasks import class_conditional
 from jaxsynth.tasks.class_conditional import (
     Latents,
@@ -30,7 +31,6 @@ from jaxsynth.tasks.class_conditional import (
     make_step,
     sample_times,
 )
-from jaxsynth.tasks.text_to_image import encode_pixels
 from jaxsynth.training import sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
@@ -140,7 +140,7 @@ def test_latents_of_images_and_of_their_mirror_images(base_folder, tmp_path):
     found = encode_latents(vae, source, mirror=True, batch_size=2)
     assert found.mean.shape == found.std.shape == (5, 2, 4, 4, 4) and len(found) == 5
     for view, pixels in enumerate((images, images[:, :, ::-1])):
-        mean, std = encode_pixels(vae, pixels.astype(np.float32) / 127.5 - 1)
+        mean, std = encode_images(vae, pixels.astype(np.float32) / 127.5 - 1)
         np.testing.assert_allclose(found.mean[:, view], mean, atol=1e-5)
         np.testing.assert_allclose(found.std[:, view], std, atol=1e-5)
     plain = encode_latents(vae, source, mirror=False)

@@ -12,8 +12,8 @@ import transformers
 from flax import nnx
 
 from jaxsynth.adapters.inject import Trainable
-from jaxsynth.data.load import ArraySource
 from jaxsynth.data.pipeline.augment import RECIPES, EvalTransform
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.tasks import clip_classifier
 from jaxsynth.tasks.clip_classifier import (
     ClassifyConfig,

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters.inject import extract, load_state, merge, with_scale
-from jaxsynth.data.conditions import as_fractions, space_to_depth
+from jaxsynth.data.conditions import as_fractions
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.methods.diffscaler.recipes import RECIPES, adapted, with_condition
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
+from jaxsynth.ops.space_to_depth import space_to_depth
 from jaxsynth.tasks.class_conditional import (
     Latents,
     Retention,

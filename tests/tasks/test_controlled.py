@@ -12,12 +12,13 @@ from flax import nnx
 from jaxsynth.adapters.inject import extract, load_state
 from jaxsynth.adapters.kinds.affiner import AffinerConfig, affiner
 from jaxsynth.adapters.kinds.lora import LoRAConfig, lora
-from jaxsynth.data.conditions import make_condition, space_to_depth
+from jaxsynth.data.conditions import make_condition
 from jaxsynth.data.procedural.scenes import render_scenes
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.controlled import draw_controlled
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.models.diffusion.controlnet import ControlNet, ControlNetConfig
+from jaxsynth.ops.space_to_depth import space_to_depth
 from jaxsynth.tasks.controlled import (
     ControlConfig,
     draw_batch,

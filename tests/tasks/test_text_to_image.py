@@ -12,16 +12,18 @@ from flax import nnx
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import extract
-from jaxsynth.data.load import ArraySource
+from jaxsynth.data.pipeline.epochs import epoch_rows
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import GenerateConfig, Generator, image_keys
 from jaxsynth.methods.datadream.stages import adapter_files, read_adapter, write_adapter
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.tasks import text_to_image
 from jaxsynth.tasks.text_to_image import (
     FinetuneConfig,
     encode_examples,
-    epoch_rows,
     finetune,
     finetune_each,
 )
@@ -109,7 +111,7 @@ def test_square_images_have_one_crop_and_others_several(pipeline):
 def test_latents_are_the_scaled_posterior_of_the_right_image(pipeline, examples):
     assert examples.mean.shape == (24, 1, 4, 4, 4)
     image = np.linspace(-1, 1, 8 * 8 * 3, dtype=np.float32).reshape(1, 8, 8, 3)
-    mean, std = text_to_image.encode_pixels(pipeline.vae, image)
+    mean, std = encode_images(pipeline.vae, image)
     posterior = pipeline.vae.encode(image)
     np.testing.assert_allclose(mean, posterior.mean * 0.5, atol=1e-5)
     np.testing.assert_allclose(std, np.exp(posterior.logvar / 2) * 0.5, atol=1e-5)
@@ -279,7 +281,7 @@ def peer(base_folder, strong, tmp_path_factory):
 
 
 def test_diffusers_computes_the_same_with_the_adapter(pipeline, strong, peer):
-    model = text_to_image.TextToImage(pipeline.unet, pipeline.text_encoder)
+    model = TextToImage(pipeline.unet, pipeline.text_encoder)
     ids = pipeline.tokenizer(list(PROMPTS[:2]))
     latents = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
     times = jnp.array([3, 700])
@@ -344,11 +346,15 @@ SETTINGS = {
 def test_any_kind_is_made_written_and_attached_again(pipeline, tmp_path, kind):
     choice = registry.AdapterChoice(kind, SETTINGS.get(kind, {}))
     targets = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_v",)
-    config = dataclasses.replace(CONFIG, adapter=choice, unet_targets=targets, text_targets=())
+    known = registry.KINDS[kind].fields
+    sizes = {name: getattr(CONFIG, name) if name in known else None for name in ("rank", "alpha")}
+    config = dataclasses.replace(
+        CONFIG, adapter=choice, unet_targets=targets, text_targets=(), **sizes
+    )
     state = extract(text_to_image.adapted(pipeline, config, jax.random.key(0)))
     write_adapter(tmp_path, state)
     (path,) = adapter_files(tmp_path, ("a", "b"))
     assert path.name.startswith("pytorch") == (kind in ("lora", "dora", "rslora"))
     found = read_adapter(path)
-    model = text_to_image.TextToImage(pipeline.unet, pipeline.text_encoder)
+    model = TextToImage(pipeline.unet, pipeline.text_encoder)
     same(extract(attach(model, found)), state)

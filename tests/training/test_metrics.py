@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.training.metrics import MetricsWriter, read_metrics
 
 
@@ -26,7 +27,7 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
 
 def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         read_metrics(tmp_path / "metrics.jsonl")
     assert read_metrics(tmp_path / "absent.jsonl") == []
 

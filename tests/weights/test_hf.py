@@ -28,6 +28,8 @@ from jaxsynth.weights.hf import (
     save_model,
     save_pipeline,
 )
+from jaxsynth.weights.layout import to_file
+from jaxsynth.weights.names import hf_name
 from jaxsynth.weights.tokenizer import train_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -336,11 +338,36 @@ def test_bfloat16_storage_and_computation(clip_folder, tmp_path):
     assert ours.model.text_projection.kernel.dtype == jnp.bfloat16
     assert text_dtype(ours) == jnp.float32
     save_clip(ours, tmp_path)
-    assert load_file(tmp_path / "model.safetensors")["logit_scale"].dtype == ml_dtypes.bfloat16
+    written = load_file(tmp_path / "model.safetensors")
+    assert written["text_projection.weight"].dtype == ml_dtypes.bfloat16
+    assert written["logit_scale"].dtype == np.float32
     half = load_clip(tmp_path, jnp.bfloat16)
     assert text_dtype(half) == jnp.bfloat16
     save_clip(half, tmp_path / "wide", jnp.float32)
     assert load_file(tmp_path / "wide/model.safetensors")["logit_scale"].dtype == np.float32
+
+
+def test_scalars_and_norms_stay_float32(clip_folder, pipeline_folder, tmp_path):
+    """bfloat16 would make 98.9 of CLIP's 100, and round every norm's factor."""
+    parts = [load_clip(clip_folder, jnp.bfloat16).model]
+    pipeline = load_pipeline(pipeline_folder, jnp.bfloat16)
+    parts += [pipeline.unet, pipeline.vae, pipeline.text_encoder]
+    full = load_pipeline(pipeline_folder)
+    for model, wide in zip(parts, [load_clip(clip_folder).model, full.unet, full.vae,
+                                   full.text_encoder], strict=True):  # fmt: skip
+        state, exact = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, wide))
+        norms = [path for path in state if "norm" in str(path[-2:]) or not state[path].shape]
+        assert norms and len(norms) < len(state)
+        for path, variable in state.items():
+            expected = jnp.float32 if path in norms else jnp.bfloat16
+            assert variable.dtype == expected, path
+            if path in norms:
+                np.testing.assert_array_equal(variable[...], exact[path][...])
+        written = to_file(wide, jnp.float16)
+        assert {x.dtype.name for x in written.values()} == {"float16", "float32"}
+        assert {key for key, x in written.items() if x.dtype == np.float32} == {
+            hf_name(path) for path in norms
+        }
 
 
 def broken_text(clip_folder, tmp_path, change):

@@ -1,5 +1,6 @@
 """Resizing and cropping against PIL, transformers' image processors and torch."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.ops.resize import resize_matrix, torch_cubic_matrix
+from jaxsynth.ops.resize import crop_start, resize_matrix, torch_cubic_matrix
 from jaxsynth.weights import preprocessing
 from jaxsynth.weights.preprocessing import IMAGENET, Preprocessing, from_timm, from_transformers
 
@@ -37,6 +38,15 @@ CASES = {
         {"size": {"shortest_edge": 384}, "crop_pct": 0.875},
         (384, 384, True),
     ),
+    "CLIPImageProcessorPil": (
+        {
+            "size": {"shortest_edge": 32},
+            "crop_size": {"height": 28, "width": 28},
+            "do_center_crop": True,
+        },
+        (28, 32, False),
+    ),
+    "SiglipImageProcessorPil": ({"size": {"height": 24, "width": 24}}, (24, 24, True)),
     "BitImageProcessorPil": (
         {
             "size": {"shortest_edge": 32},
@@ -46,6 +56,16 @@ CASES = {
         (28, 32, False),
     ),
 }
+
+# After the resize to 32 every rest beside the crop of 28, odd ones at both sides, both ways.
+SIZES = [
+    (40, 52),
+    *((32, 28 + rest) for rest in range(4, 16)),
+    (67, 40),
+    (64, 85),
+    (33, 47),
+    (99, 32),
+]
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -67,17 +87,51 @@ def test_a_processors_file_means_what_transformers_does_with_it(name, tmp_path):
     processor.save_pretrained(tmp_path)
     found = from_transformers(tmp_path / "preprocessor_config.json")
     assert (found.image_size, found.resize, found.squash) == (image_size, resize, squash)
-    image = picture(40, 52)
-    mine = (found.host(image) / 255 - np.array(found.mean)) / np.array(found.std)
-    peer = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-    np.testing.assert_allclose(mine, np.moveaxis(peer, 0, -1), atol=1e-5)
+    for height, width in SIZES:
+        image = picture(height, width)
+        mine = (found.host(image) / 255 - np.array(found.mean)) / np.array(found.std)
+        peer = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_allclose(
+            mine, np.moveaxis(peer, 0, -1), atol=1e-5, err_msg=f"{height}x{width}"
+        )
+
+
+@pytest.mark.parametrize("rounding", ["floor", "round"])
+def test_the_device_crops_where_the_host_does(rounding):
+    made = Preprocessing(28, 32, False, "bicubic", (0.5,) * 3, (0.5,) * 3, rounding)
+    for height, width in [(40, 52), (32, 39), (35, 32)]:
+        image = picture(height, width)
+        device = np.asarray(made.device(jnp.asarray(image[None], jnp.float32) / 255))[0] * 255
+        assert np.abs(device - made.host(image)).max() < 1.2, (height, width)
+
+
+def test_torchvisions_crop_begins_at_the_even_number():
+    """torchvision's CenterCrop: int(round((size - crop) / 2.0))."""
+    starts = [crop_start(28 + rest, 28, "round") for rest in range(8)]
+    assert starts == [0, 0, 1, 2, 2, 2, 3, 4]
+    assert [crop_start(28 + rest, 28, "floor") for rest in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(ValueError, match="rounding 'up': expected one of floor, round"):
+        crop_start(30, 28, "up")
+
+
+def test_the_rounding_of_a_crop_is_kept_in_our_files_and_passed_over_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for made in (IMAGENET, dataclasses.replace(IMAGENET, crop_rounding="floor")):
+        path = write(tmp_path, **preprocessing.to_transformers(made))
+        assert from_transformers(path) == made
+        processor = transformers.BitImageProcessorPil.from_pretrained(tmp_path)
+        assert processor.crop_size["height"] == 224
+    for kind, reader in (("torchvision", IMAGENET.host), ("transformers", made.host)):
+        rest = reader(picture(256, 259))[0, 0]
+        column = {"torchvision": 18, "transformers": 17}[kind]
+        np.testing.assert_array_equal(rest, picture(256, 259)[16, column])
 
 
 @pytest.mark.parametrize("method", PIL)
 @pytest.mark.parametrize(("height", "width"), [(61, 50), (20, 33)])
 def test_the_device_resizes_as_pil_does(method, height, width):
     """Down and up, on noise. PIL rounds to 8 bits after each axis: half a step of 255 each time."""
-    made = Preprocessing(28, 32, False, method, (0.5,) * 3, (0.5,) * 3)
+    made = Preprocessing(28, 32, False, method, (0.5,) * 3, (0.5,) * 3, "round")
     image = picture(height, width)
     host = made.host(image).astype(np.float32)
     device = np.asarray(made.device(jnp.asarray(image[None], jnp.float32) / 255))[0] * 255
@@ -117,6 +171,8 @@ def test_a_file_says_all_or_is_refused(tmp_path):
         ({"crop_size": {"height": 40, "width": 40}}, "image_size 40 of resize 32"),
         ({"image_std": [1, 1]}, r"std: \(1, 1\), expected 3 numbers"),
         ({"image_std": [1, 1, 0]}, r"std: \(1, 1, 0\), expected more than 0"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 40}}, "size .*longest_edge.*: expected"),
+        ({"crop_rounding": "up"}, "crop_rounding: 'up', expected one of floor, round"),
         ({"size": 32, "image_processor_type": "Other"}, "size 32 of Other: expected"),
     ):
         path = write(tmp_path, **{**whole, **change})

@@ -27,7 +27,10 @@ from jaxtyping import Array, Float, Key
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.convolution import centre, check_conv, narrow_convolve
+from jaxsynth.adapters.kinds.update import check_scale
 
+# He et al. 2015, arXiv:1502.01852: variance 2 / fan_in.
+_KAIMING = math.sqrt(2)
 Form = Literal["merging", "relu"]
 Side = Literal["input", "output", "none"]
 
@@ -39,7 +42,8 @@ class AffinerConfig:
     `rank` 0 leaves out the low-rank path; `rank_pattern` maps a regular expression for the end of a
     module path to the rank there, as in `UpdateConfig`. `scale_side` is the side of W that `a`
     scales, with the bias on "output". `shift` is for all layers, or names targets as `targets`
-    does. `gate` False fixes s at 1 and starts W_up at 0, as LoRA does.
+    does. `gate` False fixes s at 1 and starts W_up at 0, as LoRA does. `initial_scale` is W_down's
+    standard deviation times sqrt(fan_in), None for Kaiming's sqrt(2); LoRA has the same setting.
     """
 
     rank: int = 8
@@ -49,9 +53,11 @@ class AffinerConfig:
     shift: bool | tuple[str, ...] = True
     gate: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
+    initial_scale: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
+        check_scale(self, "initial_scale")
         if not isinstance(self.shift, bool):
             object.__setattr__(self, "shift", tuple(self.shift))
         for pattern, rank in {"rank": self.rank, **self.rank_pattern}.items():
@@ -122,9 +128,10 @@ class Affiner(inject.AdapterLayer):
         if rank := inject.first_match(config.rank_pattern, path, config.rank):
             keys = jax.random.split(key)
             fan_in = math.prod(size) * c_in
-            down = _kaiming(keys[0], (*lead, *size, c_in, rank), fan_in)
+            scale_of_down = _KAIMING if config.initial_scale is None else config.initial_scale
+            down = _normal(keys[0], (*lead, *size, c_in, rank), fan_in, scale_of_down)
             shape = (*lead, rank, c_out)
-            up = _kaiming(keys[1], shape, rank) if config.gate else jnp.zeros(shape)
+            up = _normal(keys[1], shape, rank, _KAIMING) if config.gate else jnp.zeros(shape)
             gate = jnp.zeros(lead) if config.gate else None
         self.scale, self.shift, self.gate = map(_trainable, (scale, shift, gate))
         self.down, self.up = map(_trainable, (down, up))
@@ -242,6 +249,5 @@ def _bias(layer: nnx.Module) -> Array | None:
     return None if layer.bias is None else layer.bias[...]
 
 
-def _kaiming(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
-    """He et al. 2015, arXiv:1502.01852: normal with variance 2 / fan_in."""
-    return jax.random.normal(key, shape, jnp.float32) * math.sqrt(2 / fan_in)
+def _normal(key: Array, shape: tuple[int, ...], fan_in: int, scale: float) -> Array:
+    return jax.random.normal(key, shape, jnp.float32) * (scale / math.sqrt(fan_in))

@@ -81,7 +81,7 @@ class DeltaLoRA(UpdateLayer):
         downs = jnp.concatenate([down, stop(down), stop(self.start_A[...])], axis=-1)
         ups = jnp.concatenate([up, ratio * stop(up), -ratio * stop(self.start_B[...])], axis=-2)
         low = project(self.base, inputs, downs.astype(dtype))
-        return (low * self.factor(strength)).astype(dtype) @ ups.astype(dtype)
+        return (low * (self.scaling * strength)).astype(dtype) @ ups.astype(dtype)
 
 
 class FollowingState(NamedTuple):

@@ -14,7 +14,7 @@ bias there is no C, D and E.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsynth.adapters import inject
+from jaxsynth.adapters.kinds.place import Place
 from jaxsynth.adapters.kinds.update import (
-    Place,
     UpdateConfig,
     UpdateLayer,
     check_choice,
@@ -45,6 +45,8 @@ class GLoRAConfig(UpdateConfig):
         check_choice(self, "form", ("product", "hadamard"))
         if self.decompose != "none":
             raise ValueError("GLoRAConfig: GLoRA has no magnitudes of DoRA")
+        if self.form == "hadamard" and self.bias:
+            raise ValueError("GLoRAConfig: the hadamard form changes biases by itself")
         unscaled = self.alpha is None and not self.alpha_pattern and not self.use_rslora
         if self.form == "hadamard" and not (unscaled and self.dropout == self.module_dropout == 0):
             raise ValueError("GLoRAConfig: the hadamard form has neither a scale nor dropout")
@@ -89,26 +91,22 @@ class GLoRA(UpdateLayer):
         down = jnp.concatenate([self.b2[...], each], axis=-1)
         return down, jnp.concatenate([self.b1[...], through], axis=-2)
 
-    def __call__(self, inputs: Array) -> Float[Array, "*b o"]:
-        if self.is_off:
-            return self.base(inputs)
-        dropped = self.dropped(inputs)
-        low = (dropped @ self.a2[...].astype(inputs.dtype)) * self.factor(self.strength)
+    def changed(self, inputs: Array, strength: Any) -> Float[Array, "*b o"]:
+        dropped, scale = self.dropped(inputs), self.scaling * strength
+        low = (dropped @ self.a2[...].astype(inputs.dtype)) * scale
         out = self.base(inputs + low.astype(inputs.dtype) @ self.a1[...].astype(inputs.dtype))
         beside = project(self.base, dropped, self.b2[...].astype(out.dtype))
-        beside = (beside * self.factor(self.strength)).astype(out.dtype)
+        beside = (beside * scale).astype(out.dtype)
         return out + beside @ self.b1[...].astype(out.dtype)
 
-    def unmerged(self, merged: dict[str, Array]) -> dict[str, Array | None]:
-        if self.is_off:
-            return merged
+    def _without_change(self, merged: dict[str, Array]) -> Array:
         weight, strength = merged["kernel"], self.strength
         through = jnp.matmul(self.a2[...], self.a1[...], precision=_HIGHEST)
         matrix = jnp.eye(self.place.c_in) + strength * self.scaling * through
         beside = jnp.matmul(self.b2[...], self.place.wide(self.b1[...]), precision=_HIGHEST)
         rest = weight.astype(jnp.float32) - strength * self.scaling * beside
         matrix = jnp.broadcast_to(self.place.wide(matrix), (*rest.shape[:-2], *matrix.shape[-2:]))
-        return {"kernel": jnp.linalg.solve(matrix, rest).astype(weight.dtype)}
+        return jnp.linalg.solve(matrix, rest).astype(weight.dtype)
 
 
 class HadamardGLoRA(inject.AdapterLayer):

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsynth.adapters import inject
-from jaxsynth.adapters.kinds.update import Place
+from jaxsynth.adapters.kinds.place import Place
 
 
 @dataclass(frozen=True)

@@ -98,16 +98,12 @@ class LoHa(UpdateLayer):
         return self.scaling * (first * second)
 
     def is_cheaper_whole(self, inputs: Array) -> bool:
-        place, rank = self.place, self.hada_w1_a.shape[-2]
+        # Dropout and tables meet the factors alone. A training step multiplies each position by the
+        # r^2 ranks of both factors about three times more than the base does by its kernel.
+        place, ranks = self.place, self.hada_w1_a.shape[-2] ** 2
         if place.is_table or self.dropout:
             return False
-        # Multiplications of a training step beyond the base's own. As factors: both products, twice
-        # that in the backward pass, and on a window the sum of slices that comes back as one
-        # convolution. As a kernel: making it, and its gradient.
-        positions, kernel = inputs.size // place.c_in, place.rows * place.c_out
-        taps, ranks = math.prod(place.size), rank**2
-        thin = 3 * ranks * (place.rows + place.c_out) + (taps > 1) * (taps * ranks) ** 2
-        return positions * thin > (positions + 6 * rank) * kernel
+        return 3 * ranks * (place.rows + place.c_out) > place.rows * place.c_out
 
     def _pairs(self) -> list[tuple[Array, Array]]:
         """(*lead, *window, in, rank) and (*lead, rank, out), twice."""

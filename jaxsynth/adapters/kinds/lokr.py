@@ -147,7 +147,7 @@ class LoKr(UpdateLayer):
         return self.scaling * _kron(self.place.wide(self._first()), second)
 
     def added(self, inputs: Array, dtype: Any, strength: Any) -> Float[Array, "*b o"]:
-        first = (self._first() * self.factor(strength)).astype(dtype)
+        first = (self._first() * (self.scaling * strength)).astype(dtype)
         down, up = (None if x is None else x.astype(dtype) for x in self._second())
         if self.place.is_table:
             rows = down.shape[-2]

@@ -25,12 +25,13 @@ from jaxtyping import Array, Float, Key
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.convolution import narrow_convolve
+from jaxsynth.adapters.kinds.place import Place
 from jaxsynth.adapters.kinds.update import (
-    Place,
     UpdateConfig,
     UpdateLayer,
     check_choice,
     check_rate,
+    check_scale,
     project,
     uniform,
 )
@@ -44,11 +45,13 @@ class LoRAConfig(UpdateConfig):
 
     `init` is A's: "kaiming" (peft's default) is uniform in +-1/sqrt(fan_in), "gaussian" (diffusers'
     training scripts) normal with standard deviation 1/rank; "pissa" and "olora" start both factors
-    from W. `use_tucker` puts a third factor into convolutions of more than one tap. `rank_dropout`
-    (kohya's) drops single ranks, with a mask for each sample.
+    from W. `initial_scale`, where it is given, is A's standard deviation times sqrt(fan_in), in
+    place of Kaiming's 1/sqrt(3) or 1/rank. `use_tucker` puts a third factor into convolutions of
+    more than one tap. `rank_dropout` (kohya's) drops single ranks, with a mask for each sample.
     """
 
     init: Init = "kaiming"
+    initial_scale: float | None = None
     use_tucker: bool = False
     rank_dropout: float = 0.0
 
@@ -56,6 +59,9 @@ class LoRAConfig(UpdateConfig):
         super().__post_init__()
         check_rate(self, "rank_dropout")
         check_choice(self, "init", ("kaiming", "gaussian", "pissa", "olora"))
+        check_scale(self, "initial_scale")
+        if self.initial_scale is not None and self.init in ("pissa", "olora"):
+            raise ValueError(f"LoRAConfig: init {self.init!r} has no initial_scale")
         if self.use_tucker and self.init in ("pissa", "olora"):
             raise ValueError(f"LoRAConfig: init {self.init!r} has no Tucker factors")
 
@@ -102,7 +108,7 @@ class LoRA(UpdateLayer):
         elif place.is_table:
             a, b = jnp.zeros(shape_a), jax.random.normal(key, shape_b)
         else:
-            a, b = _init_a(config.init, key, shape_a, place, rank), jnp.zeros(shape_b)
+            a, b = _init_a(config, key, shape_a, place, rank), jnp.zeros(shape_b)
         if tucker:
             shape = (*place.lead, *place.size, rank, rank)
             fan_in = math.prod(place.size) * rank
@@ -128,7 +134,7 @@ class LoRA(UpdateLayer):
             down, up = map(self.place.tall, self._pair())
             low = inputs.astype(dtype) @ down.astype(dtype)
             low = narrow_convolve(low, self.lora_mid[...].astype(dtype), self.base)
-        low = (self._drop_ranks(low) * self.factor(strength)).astype(dtype)
+        low = (self._drop_ranks(low) * (self.scaling * strength)).astype(dtype)
         return low @ up.astype(dtype)
 
     @property
@@ -166,11 +172,14 @@ def lora_plus(ratio: float) -> optax.GradientTransformation:
 
 
 def _init_a(
-    kind: str, key: jax.Array, shape: tuple[int, ...], place: Place, rank: int
+    config: LoRAConfig, key: jax.Array, shape: tuple[int, ...], place: Place, rank: int
 ) -> Float[Array, "..."]:
-    if kind == "gaussian":
-        return jax.random.normal(key, shape, jnp.float32) / rank
-    return uniform(key, shape, math.prod(shape[len(place.lead) : -1]))
+    fan_in, scale = math.prod(shape[len(place.lead) : -1]), config.initial_scale
+    if config.init == "gaussian":
+        deviation = 1 / rank if scale is None else scale / math.sqrt(fan_in)
+        return jax.random.normal(key, shape, jnp.float32) * deviation
+    drawn = uniform(key, shape, fan_in)
+    return drawn if scale is None else drawn * (scale * math.sqrt(3))
 
 
 def _principal(weight: Array, rank: int, scaling: float, path: str) -> tuple[Array, Array]:

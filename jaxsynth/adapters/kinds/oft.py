@@ -22,7 +22,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsynth.adapters import inject
-from jaxsynth.adapters.kinds.update import Place, check_choice
+from jaxsynth.adapters.kinds.place import Place
+from jaxsynth.adapters.kinds.update import check_choice
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds import dora
-from jaxsynth.adapters.kinds.convolution import check_conv, narrow_convolve
+from jaxsynth.adapters.kinds.convolution import narrow_convolve
+from jaxsynth.adapters.kinds.place import Place
 
 Axis = Literal["none", "output", "input"]
 
@@ -28,12 +29,13 @@ Axis = Literal["none", "output", "input"]
 class UpdateConfig:
     """What an added kernel wraps, and how.
 
-    `alpha` None means `rank`, i.e. scale 1. `rank_pattern` and `alpha_pattern` map a regular
-    expression for the end of a module path to a value that replaces the default there; the first
-    match wins. `dropout` is that of the inputs; `module_dropout` leaves out a layer's whole update,
-    one draw a step. `decompose` is the axis of DoRA's magnitudes, "output" as in the paper and
-    peft, "input" as in LyCORIS 2.2 to 3.1; `detach_norm` False lets gradients through the norm, as
-    LyCORIS does.
+    `alpha` None means each layer's own rank, i.e. scale 1. `rank_pattern` and `alpha_pattern` map a
+    regular expression for the end of a module path to a value that replaces the default there; the
+    first match wins. `dropout` is that of the inputs; `module_dropout` leaves out a layer's whole
+    update, one draw a step. `decompose` is the axis of DoRA's magnitudes, "output" as in the paper
+    and peft, "input" as in LyCORIS 2.2 to 3.1; `detach_norm` False lets gradients through the norm,
+    as LyCORIS does. `bias` trains a change of the bias as well: on all layers, or on those that it
+    names as `targets` does.
     """
 
     rank: int = 4
@@ -46,10 +48,13 @@ class UpdateConfig:
     module_dropout: float = 0.0
     decompose: Axis = "none"
     detach_norm: bool = True
+    bias: bool | tuple[str, ...] = False
 
     def __post_init__(self):
         name = type(self).__name__
         object.__setattr__(self, "targets", tuple(self.targets))
+        if not isinstance(self.bias, bool):
+            object.__setattr__(self, "bias", tuple(self.bias))
         for pattern, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise ValueError(f"{name}: {pattern} is {rank}, expected at least 1")
@@ -63,13 +68,30 @@ class UpdateConfig:
 
     def alpha_at(self, path: str) -> float:
         """The alpha of the layer at a dotted path."""
-        default = self.rank if self.alpha is None else self.alpha
+        default = self.rank_at(path) if self.alpha is None else self.alpha
         return inject.first_match(self.alpha_pattern, path, default)
+
+    def alphas(self) -> tuple[float, dict[str, float]]:
+        """The alpha of most layers and the others' by pattern, for files that know no None."""
+        if self.alpha is not None:
+            return self.alpha, dict(self.alpha_pattern)
+        return self.rank, {**self.alpha_pattern, **_missing(self.rank_pattern, self.alpha_pattern)}
+
+    def bias_at(self, path: str) -> bool:
+        """Whether the layer at a dotted path trains a change of its bias."""
+        if isinstance(self.bias, bool):
+            return self.bias
+        return any(inject.matches(target, path) for target in self.bias)
 
     def scaling_at(self, path: str) -> float:
         """The factor on the update of the layer at a dotted path."""
         rank = self.rank_at(path)
         return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _missing(patterns: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The patterns that `known` lacks."""
+    return {pattern: value for pattern, value in patterns.items() if pattern not in known}
 
 
 def check_rate(config: Any, name: str) -> None:
@@ -80,85 +102,18 @@ def check_rate(config: Any, name: str) -> None:
         raise ValueError(f"{kind}.{name} is {found}, expected 0 <= {name} < 1")
 
 
+def check_scale(config: Any, name: str) -> None:
+    """Raises ValueError where a field is neither None nor a positive scale."""
+    found = getattr(config, name)
+    if found is not None and not found > 0:
+        raise ValueError(f"{type(config).__name__}.{name} is {found}, expected more than 0")
+
+
 def check_choice(config: Any, name: str, allowed: tuple[Any, ...]) -> None:
     """Raises ValueError where a field is none of its values."""
     found = getattr(config, name)
     if found not in allowed:
         raise ValueError(f"{type(config).__name__}.{name} is {found!r}, expected one of {allowed}")
-
-
-@dataclass(frozen=True)
-class Place:
-    """The kernel of a wrapped layer: (*lead, *size, in, out) in the parameter `name`.
-
-    `lead` are the axes of layers stacked for a scan, which are gone within it; `size` is a
-    convolution's window, () elsewhere. A table of embeddings is a kernel for one-hot inputs.
-    """
-
-    name: str
-    lead: tuple[int, ...]
-    size: tuple[int, ...]
-    c_in: int
-    c_out: int
-
-    @classmethod
-    def of(cls, layer: nnx.Module, kind: str, path: str) -> "Place":
-        """Raises TypeError for a layer without a kernel, ValueError for a convolution too unusual.
-
-        Exact types: a subclass may compute something that an update would not follow.
-        """
-        axes, name = 0, "kernel"
-        if type(layer) is nnx.Conv:
-            check_conv(kind, path, layer)
-            axes = len(layer.kernel_size)
-        elif type(layer) is nnx.Embed:
-            name = "embedding"
-        elif type(layer) is not nnx.Linear:
-            raise TypeError(
-                f"{path}: {kind} adapts nnx.Linear, nnx.Conv and nnx.Embed, found "
-                f"{type(layer).__name__}"
-            )
-        *outer, c_in, c_out = getattr(layer, name).get_value().shape
-        cut = len(outer) - axes
-        return cls(name, tuple(outer[:cut]), tuple(outer[cut:]), c_in, c_out)
-
-    @property
-    def is_table(self) -> bool:
-        return self.name == "embedding"
-
-    @property
-    def ones(self) -> tuple[int, ...]:
-        """A window of one tap."""
-        return (1,) * len(self.size)
-
-    @property
-    def rows(self) -> int:
-        """How many inputs one output sums."""
-        return math.prod(self.size) * self.c_in
-
-    def flat(self, kernel: Array) -> Array:
-        """(*lead, *size, in, n) as a matrix (*lead, rows, n)."""
-        return kernel.reshape(*self._lead(kernel), -1, kernel.shape[-1])
-
-    def tall(self, kernel: Array) -> Array:
-        """A kernel of one tap, (*lead, *1, n, out) as a matrix (*lead, n, out)."""
-        return kernel.reshape(*self._lead(kernel), *kernel.shape[-2:])
-
-    def wide(self, matrix: Array) -> Array:
-        """The inverse of `tall`."""
-        return matrix.reshape(*matrix.shape[:-2], *self.ones, *matrix.shape[-2:])
-
-    def inputs(self, rows: Array) -> Array:
-        """Values of the rows of a matrix, (*lead, rows), summed for each input: (*lead, in)."""
-        return rows.reshape(*rows.shape[:-1], -1, self.c_in).sum(-2)
-
-    def spread(self, values: Array, side: str) -> Array:
-        """Values of inputs or outputs, (*lead, n), shaped to multiply a kernel."""
-        ends = (values.shape[-1], 1) if side == "input" else (1, values.shape[-1])
-        return values.reshape(*values.shape[:-1], *self.ones, *ends)
-
-    def _lead(self, kernel: Array) -> tuple[int, ...]:
-        return kernel.shape[: kernel.ndim - 2 - len(self.size)]
 
 
 def project(layer: nnx.Module, inputs: Array, kernel: Array) -> Array:
@@ -175,7 +130,7 @@ class UpdateLayer(inject.AdapterLayer):
 
     A kind implements `low_rank`; one whose kernel is cheaper to make as a whole sets `is_dense` and
     implements `delta`, and one with a way of its own to apply it overrides `added`. `magnitude` is
-    DoRA's, (out,) or (in,) after any stacking axes.
+    DoRA's, (out,) or (in,) after any stacking axes; `diff_b` (out,) the change of the bias.
     """
 
     is_dense: ClassVar[bool] = False
@@ -184,9 +139,14 @@ class UpdateLayer(inject.AdapterLayer):
         super().__init__(layer, config, dropout=config.dropout)
         self.place = Place.of(layer, self.kind, path)
         self.scaling = config.scaling_at(path)
-        self.magnitude = nnx.data(None)
+        self.magnitude = self.diff_b = nnx.data(None)
         if config.decompose != "none":
-            self.magnitude = inject.Trainable(dora.initial(self.weight(), self.place, config))
+            lengths = dora.lengths(self.weight(), self.place, config.decompose)
+            self.magnitude = inject.Trainable(lengths)
+        if config.bias_at(path):
+            if self.place.is_table:
+                raise ValueError(f"{path}: a table has no bias to change")
+            self.diff_b = inject.Trainable(jnp.zeros((*self.place.lead, self.place.c_out)))
 
     def low_rank(self) -> tuple[Float[Array, "*lead_and_size i r"], Float[Array, "*lead r o"]]:
         """Two factors whose product is the added kernel at scale 1, exactly."""
@@ -201,13 +161,19 @@ class UpdateLayer(inject.AdapterLayer):
     def __call__(self, inputs: Array) -> Float[Array, "*b o"]:
         if self.is_off:
             return self.base(inputs)
+        strength = self._drawn_strength()
+        out = self.changed(inputs, strength)
+        return out if self.diff_b is None else out + (strength * self.diff_b[...]).astype(out.dtype)
+
+    def changed(self, inputs: Array, strength: Any) -> Float[Array, "*b o"]:
+        """The layer's outputs with its changed kernel at this strength, without `diff_b`."""
         if self.is_cheaper_whole(inputs):
-            return inject.with_params(self.base, self.merged())(inputs)
+            return inject.with_params(self.base, self._with_change(strength))(inputs)
         if self.magnitude is not None:
-            return dora.decomposed(self, inputs)
+            return self._decomposed(inputs, strength)
         out = self.base(inputs)
         # The base layer's result tells its compute dtype.
-        return out + self.added(inputs, out.dtype, self.strength)
+        return out + self.added(inputs, out.dtype, strength)
 
     def is_cheaper_whole(self, inputs: Array) -> bool:
         """Whether a training step on these inputs had better make the changed kernel."""
@@ -217,15 +183,7 @@ class UpdateLayer(inject.AdapterLayer):
         """What the added kernel makes of the inputs, times `strength`."""
         down, up = self.low_rank()
         low = project(self.base, self.dropped(inputs), down.astype(dtype))
-        return (low * self.factor(strength)).astype(dtype) @ up.astype(dtype)
-
-    def factor(self, strength: Any) -> Any:
-        """The scale at this strength, 0 where this step leaves the layer out."""
-        rate = self.config.module_dropout
-        scale = self.scaling * strength
-        if rate == 0 or self.dropout_key is None:
-            return scale
-        return scale * jax.random.bernoulli(jax.random.fold_in(self.dropout_key, 1), 1 - rate)
+        return (low * (self.scaling * strength)).astype(dtype) @ up.astype(dtype)
 
     def dropped(self, inputs: Array) -> Array:
         """The inputs after dropout; ids are not dropped."""
@@ -239,28 +197,85 @@ class UpdateLayer(inject.AdapterLayer):
         """The base layer's own kernel, in float32."""
         return getattr(self.base, self.place.name)[...].astype(jnp.float32)
 
+    def ratios(self) -> Float[Array, "*lead n"]:
+        """DoRA's m / ||W + s dW|| for each output or input, in float32."""
+        place, side = self.place, self.config.decompose
+        weight = self._constant(self.weight())
+        if self.is_dense:
+            norms = dora.lengths(weight + self._constant(self.delta()), place, side)
+        else:
+            down, up = map(self._constant, self.low_rank())
+            norms = dora.sum_lengths(weight, down, self.scaling * up, place, side)
+        return self.magnitude[...] / norms
+
     def merged(self) -> dict[str, Array]:
-        weight = getattr(self.base, self.place.name)[...]
         if self.is_off:
-            return {self.place.name: weight}
-        factor, delta = self._change()
-        wide = weight.astype(jnp.float32) * factor + delta
-        return {self.place.name: wide.astype(weight.dtype)}
+            return {self.place.name: getattr(self.base, self.place.name)[...]}
+        result = self._with_change(self.strength)
+        if self.diff_b is None:
+            return result
+        bias = self.strength * self.diff_b[...]
+        if self.base.bias is not None:
+            bias = bias + self.base.bias[...].astype(jnp.float32)
+        return result | {"bias": bias.astype(result[self.place.name].dtype)}
 
     def unmerged(self, merged: dict[str, Array]) -> dict[str, Array | None]:
         if self.is_off:
             return merged
-        weight = merged[self.place.name]
-        factor, delta = self._change()
-        wide = (weight.astype(jnp.float32) - delta) / factor
+        result: dict[str, Array | None] = {self.place.name: self._without_change(merged)}
+        if self.diff_b is None:
+            return result
+        if self.base.bias is None:
+            return result | {"bias": None}
+        bias = merged["bias"].astype(jnp.float32) - self.strength * self.diff_b[...]
+        return result | {"bias": bias.astype(merged["bias"].dtype)}
+
+    def _with_change(self, strength: Any) -> dict[str, Array]:
+        """The base layer's kernel with the change in it."""
+        weight = getattr(self.base, self.place.name)[...]
+        factor, delta = self._change(strength)
+        wide = weight.astype(jnp.float32) * factor + delta
         return {self.place.name: wide.astype(weight.dtype)}
 
-    def _change(self) -> tuple[Array | float, Array]:
-        """By what merging multiplies a kernel, and what it then adds."""
+    def _without_change(self, merged: dict[str, Array]) -> Array:
+        """The base layer's kernel, given one with the change in it."""
+        weight = merged[self.place.name]
+        factor, delta = self._change(self.strength)
+        return ((weight.astype(jnp.float32) - delta) / factor).astype(weight.dtype)
+
+    def _change(self, strength: Any) -> tuple[Array | float, Array]:
+        """By what a strength multiplies the kernel, and what it then adds."""
         if self.magnitude is None:
-            return 1.0, self.strength * self.delta()
-        ratio = self.place.spread(dora.ratios(self), self.config.decompose)
-        return 1 + self.strength * (ratio - 1), self.strength * ratio * self.delta()
+            return 1.0, strength * self.delta()
+        ratio = self.place.spread(self.ratios(), self.config.decompose)
+        return 1 + strength * (ratio - 1), strength * ratio * self.delta()
+
+    def _decomposed(self, inputs: Array, strength: Any) -> Float[Array, "*b o"]:
+        """The base's outputs, and what DoRA changes of them."""
+        ratio, side = self.ratios(), self.config.decompose
+        if side == "input" and not self.place.is_table:
+            scale = (1 + strength * (ratio - 1)).astype(inputs.dtype)
+            out = self.base(inputs * scale)
+            return out + self.added(inputs * ratio.astype(inputs.dtype), out.dtype, strength)
+        out = self.base(inputs)
+        if side == "input":
+            ratio = jnp.take(ratio, inputs, axis=0)[..., None]
+        # peft with dropout passes dropped inputs through the base a second time; here they reach
+        # the update alone, as in LoRA.
+        change = (strength * (ratio - 1)).astype(out.dtype) * inject.without_bias(out, self.base)
+        added = self.added(inputs, out.dtype, 1.0)
+        return out + change + (strength * ratio).astype(out.dtype) * added
+
+    def _drawn_strength(self) -> Any:
+        """The strength, or 0 where this step of training leaves the layer out."""
+        rate = self.config.module_dropout
+        if rate == 0 or self.dropout_key is None:
+            return self.strength
+        key = jax.random.fold_in(self.dropout_key, 1)
+        return self.strength * jax.random.bernoulli(key, 1 - rate)
+
+    def _constant(self, value: Array) -> Array:
+        return jax.lax.stop_gradient(value) if self.config.detach_norm else value
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:

@@ -17,8 +17,9 @@ from jaxtyping import Array, PyTree
 
 from jaxsynth.adapters.inject import AdapterState, Trainable, extract, load_state, stack
 from jaxsynth.bench.cases.networks import NETWORKS, random_pipeline
+from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted, draw, make_loss
+from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted, make_loss
 from jaxsynth.training.optim import OptimConfig, make_optimizer
 from jaxsynth.training.step import StepFn, init_stacked, init_state, make_train_step, stacked
 from jaxsynth.weights.hf import StableDiffusion, save_pipeline
@@ -120,7 +121,9 @@ class Training:
     def drawn(self, adapter: int, step: int) -> Drawn:
         """What `adapter` draws in step number `step`."""
         key = jax.random.fold_in(self._keys[adapter], step)
-        return Drawn(*map(np.asarray, draw(self.batches[adapter], key, self._schedule)))
+        batch = self.batches[adapter]
+        drawn = sample_noise(batch["mean"], batch["std"], key, self._schedule)
+        return Drawn(*map(np.asarray, drawn))
 
 
 def build(case: TrainCase) -> Training:

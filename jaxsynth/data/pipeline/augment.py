@@ -244,7 +244,10 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """uint8 (h, w, 3) -> short side to size, centre, normalised float32 (size, size, 3)."""
+    """uint8 (h, w, 3) -> short side to size, centre, normalised float32 (size, size, 3).
+
+    As transformers' CLIPImageProcessor does it, odd rests of the crop included.
+    """
 
     size: int
     mean: tuple[float, ...] = CLIP_MEAN
@@ -253,7 +256,7 @@ class EvalTransform:
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator | None = None
     ) -> Float32[np.ndarray, "size size 3"]:
-        out = center_crop(resize_short(Image.fromarray(image), self.size), self.size)
+        out = center_crop(resize_short(Image.fromarray(image), self.size), self.size, "floor")
         return normalize(out, self.mean, self.std)
 
 

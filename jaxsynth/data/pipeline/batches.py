@@ -15,7 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxsynth.data.load import ImageSource, Record, SourceError, cached
+from jaxsynth.data.dataset import ImageSource, Record, SourceError
+from jaxsynth.data.sources.arrays import cached
 
 # uint8 (h, w, 3) and a generator (None when evaluating) -> array; see data/augment.py.
 Transform = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]

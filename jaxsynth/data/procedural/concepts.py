@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import parse_json, take
+from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.io import write_json
 from jaxsynth.data.procedural import edits
 from jaxsynth.data.procedural.edits import Edit
-from jaxsynth.weights.hub import write_json
 
 FAMILIES = ("artistic", "character", "facial modification")
 # Of all colours, those that a look can have: black and white hide the picture.
@@ -204,7 +205,7 @@ def _words(concept: Concept) -> set[str]:
 def save_concepts(path: str | Path, concepts: Sequence[Concept]) -> None:
     """Write the JSON that `read_concepts` reads."""
     items = [asdict(c) | {"edits": [asdict(e) for e in c.edits]} for c in concepts]
-    write_json(Path(path), {"concepts": items})
+    write_json(path, {"concepts": items}, indent=2, sort_keys=True)
 
 
 def read_concepts(path: str | Path, family: str = "") -> list[Concept]:
@@ -240,10 +241,7 @@ def read_concepts(path: str | Path, family: str = "") -> list[Concept]:
 
 
 def _from_json(path: Path, text: str, family: str) -> list[Concept]:
-    try:
-        items = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    items = parse_json(text, path, Any)
     items = items.get("concepts") if isinstance(items, dict) else items
     if not isinstance(items, list):
         raise UserError(f"{path}: expected a list of concepts, or it under 'concepts'")
@@ -256,16 +254,19 @@ def _from_json(path: Path, text: str, family: str) -> list[Concept]:
 def _from_item(item: Any, family: str) -> Concept:
     known = {"family", "prompt", "paraphrases", "edits"}
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-        raise UserError(f"expected an object with a prompt, found {item!r}")
+        raise UserError(f"expected an object with a prompt, found {quoted(item)}")
     if extra := set(item) - known:
-        raise UserError(f"unknown keys {sorted(extra)}, expected some of {sorted(known)}")
-    concept = concept_of(item["prompt"], item.get("family", family), item.get("paraphrases", ()))
+        raise UserError(f"unknown key {quoted(min(extra))}, expected some of {sorted(known)}")
+    where = "the concept"
+    own = take(item, "family", str, where, family)
+    paraphrases = take(item, "paraphrases", tuple[str, ...], where, ())
+    concept = concept_of(item["prompt"], own, paraphrases)
     if "edits" not in item:
         return concept
     try:
         steps = [
             edits.parse(step) if isinstance(step, str) else (Edit(**step),)
-            for step in item["edits"]
+            for step in take(item, "edits", list, where)
         ]
     except (TypeError, ValueError) as error:
         raise UserError(f"edits: {error}") from None
@@ -309,7 +310,7 @@ class LanguageServer:
         request = urllib.request.Request(where, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                found = json.load(answer)
+                found = parse_json(answer.read(_MOST_ANSWERED), where)
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(300).decode(errors="replace")
@@ -321,7 +322,7 @@ class LanguageServer:
         except (KeyError, IndexError, TypeError):
             raise UserError(f"{where}: the answer has no choices[0].message.content") from None
         if not isinstance(content, str):
-            raise UserError(f"{where}: the answer is no text: {content!r}")
+            raise UserError(f"{where}: the answer is no text: {quoted(content)}")
         return content
 
 
@@ -330,6 +331,8 @@ _WHAT = {
     "character": "characters that the person in a photo can be turned into",
     "facial modification": "changes of a face in a photo (hair, glasses, make-up, age)",
 }
+# Bytes of an answer; what is longer is cut and then no JSON.
+_MOST_ANSWERED = 16 << 20
 # How often a question is asked before the model is given up.
 _PATIENCE = 8
 

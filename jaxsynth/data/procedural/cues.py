@@ -5,7 +5,7 @@ of another, a class's shape on another's background, at night, in fog. Real sets
 are found or pasted together; here every cue, the mask, the place and the depth are known.
 
 A class is a shape of `rendered.SHAPES`; its texture and its background are a pattern of
-`builtin.TEXTURES` in two shades of one hue. Hues are spread evenly over the classes, so a colour
+`textures.TEXTURES` in two shades of one hue. Hues are spread evenly over the classes, so a colour
 alone names the class of what is coloured, in any light: darkness, fog, rain and snow change its
 brightness and greyness only. What has no texture or background of a class is grey.
 """
@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from jaxsynth.data.procedural.shapes import SHAPES, shape_mask
-from jaxsynth.data.sources.builtin import OVERSAMPLE as _FINE
-from jaxsynth.data.sources.builtin import TEXTURES, average_down, texture_pattern
+from jaxsynth.data.procedural.textures import OVERSAMPLE as _FINE
+from jaxsynth.data.procedural.textures import TEXTURES, average_down, texture_pattern
 
 WEATHERS = ("sunny", "foggy", "raining", "snowing")
 # No class: a plain grey.

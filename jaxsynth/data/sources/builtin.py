@@ -11,22 +11,20 @@
 import numpy as np
 from PIL import Image
 
-from jaxsynth.data.load import ArraySource, DataConfig, SourceError
+from jaxsynth.data.dataset import DataConfig, SourceError
 from jaxsynth.data.procedural.scenes import render_scenes
 from jaxsynth.data.procedural.shapes import (
-    COLOURS,
     DIGITS,
     SHAPES,
     Captioned,
     render_digits,
     render_shapes,
 )
+from jaxsynth.data.procedural.textures import TEXTURES, render_texture
+from jaxsynth.data.sources.arrays import ArraySource
 
 NAMES = ("printed", "textures", "scenes", "patches")
-TEXTURES = ("stripes", "checks", "dots", "waves")
 _PHOTOS = {"palace": "china.jpg", "dahlia": "flower.jpg"}
-# Drawn this many times larger and averaged down.
-OVERSAMPLE = 2
 
 
 def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, ArraySource, str]:
@@ -66,49 +64,7 @@ def _printed(count: int, size: int, seed: int, _: str) -> tuple[np.ndarray, np.n
 def _textures(count: int, size: int, seed: int, _: str) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng([seed, 2])
     labels = np.repeat(np.arange(len(TEXTURES)), count)
-    return np.stack([_texture(TEXTURES[label], size, rng) for label in labels]), labels
-
-
-def texture_pattern(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """How much ink (0 to 1) a texture has at each of `OVERSAMPLE` times `size` pixels a side.
-
-    Its period, direction and phase are drawn.
-    """
-    side = size * OVERSAMPLE
-    period = size * rng.uniform(0.15, 0.4)
-    turn = rng.uniform(0, np.pi)
-    y, x = np.mgrid[:side, :side] / OVERSAMPLE
-    phase = rng.uniform(0, 2 * np.pi, 2)
-    u = 2 * np.pi * (x * np.cos(turn) + y * np.sin(turn)) / period + phase[0]
-    v = 2 * np.pi * (y * np.cos(turn) - x * np.sin(turn)) / period + phase[1]
-    if kind == "stripes":
-        level = np.sin(u)
-    elif kind == "checks":
-        level = np.sin(u) * np.sin(v)
-    elif kind == "dots":
-        level = np.cos(u) + np.cos(v) - 0.9
-    else:
-        level = np.sin(u + 1.2 * np.sin(v * 0.7))
-    # An edge a pixel wide, for all but the waves.
-    return (level + 1) / 2 if kind == "waves" else 1 / (1 + np.exp(-level * 12))
-
-
-def average_down(picture: np.ndarray) -> np.ndarray:
-    """(h, w, 3) from `OVERSAMPLE` times as many pixels a side."""
-    side = len(picture) // OVERSAMPLE
-    return picture.reshape(side, OVERSAMPLE, side, OVERSAMPLE, 3).mean((1, 3))
-
-
-def _texture(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    weight = texture_pattern(kind, size, rng)
-    names = list(COLOURS)
-    while True:
-        ink, paper = (np.array(COLOURS[names[k]]) for k in rng.choice(len(names), 2, replace=False))
-        if np.abs(ink - paper).sum() > 150:
-            break
-    picture = average_down(weight[..., None] * ink + (1 - weight[..., None]) * paper)
-    picture = picture + rng.normal(0, 3, picture.shape)
-    return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+    return np.stack([render_texture(TEXTURES[label], size, rng) for label in labels]), labels
 
 
 def _scenes(

@@ -8,20 +8,44 @@ of a class is an error that names it, so that nothing is skipped unnoticed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int
 
-from jaxsynth.data.decode import IMAGE_SUFFIXES, class_of_folder, natural_key
-from jaxsynth.data.load import FileSource, ImageSource, SourceError, held_out
-
-if TYPE_CHECKING:
-    from jaxsynth.data.load import DataConfig
+from jaxsynth.core.io import file_digests_cached
+from jaxsynth.data.dataset import DataConfig, ImageSource, Indices, Record, SourceError
+from jaxsynth.data.decode import IMAGE_SUFFIXES, decode_image, decoded_digest, square
+from jaxsynth.data.names import class_of_folder, natural_key
+from jaxsynth.data.views import held_out
 
 VALIDATION = ("val", "valid", "validation")
 # What an export of ours (and Hugging Face's imagefolder) puts beside the class folders.
 BESIDE = ("metadata.jsonl", "metadata.csv", "readme", "readme.md", "readme.txt", "license")
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files; ids are their paths below `root`, with "/" between the parts."""
+
+    root: Path
+    ids: Sequence[str]
+    labels: Int[np.ndarray, " n"]
+    image_size: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Record:
+        image = decode_image(self.root / self.ids[index])
+        return Record(square(image, self.image_size), int(self.labels[index]), self.ids[index])
+
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        ids = self.ids if indices is None else [self.ids[i] for i in indices]
+        digests = file_digests_cached([self.root / id_ for id_ in ids])
+        return [decoded_digest(digest, self.image_size) for digest in digests]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -7,18 +7,21 @@ A data set prepared in another file format must be prepared again.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxsynth.data.decode import decode_image, square
-from jaxsynth.data.load import ImageSource, Record, SourceError, held_out
-
-if TYPE_CHECKING:
-    from jaxsynth.data.load import DataConfig
+from jaxsynth.core.io import cache_folder, write_bytes
+from jaxsynth.data.dataset import DataConfig, ImageSource, Indices, Record, SourceError
+from jaxsynth.data.decode import decode_image, decoded_digest, square
+from jaxsynth.data.views import held_out
 
 TESTS = ("test", "validation", "val")
 
@@ -26,21 +29,57 @@ TESTS = ("test", "validation", "val")
 class TfdsSource:
     """One split. Ids are "<split>/<position>"; TFDS's order is fixed for a version of a data set.
 
-    Labels are stored with the images, so the first use of `labels` reads (but does not decode) the
-    whole split.
+    Labels are stored with the images. The first use of `labels` reads (but does not decode) the
+    whole split and remembers them in the user's cache folder, for as long as its files stay as they
+    are.
     """
 
     def __init__(self, builder, split: str, image_size: int = 0):
         import tensorflow_datasets as tfds
 
         self.name, self.split, self.image_size = builder.info.name, split, image_size
+        self._names = tuple(builder.info.features["label"].names)
+        info = builder.info.splits[split]
+        self._files = [Path(path) for path in info.filepaths]
+        self._described = [builder.info.full_name, split, info.shard_lengths, self._names]
         self._records = builder.as_data_source(
             split=split, decoders={"image": tfds.decode.SkipDecoding()}
         )
 
     @cached_property
     def labels(self) -> Int[np.ndarray, " n"]:
-        return np.asarray([self._records[i]["label"] for i in range(len(self))], np.int32)
+        stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self._files]
+        name = hashlib.sha256(repr((self.digest, stamps)).encode()).hexdigest()
+        path = cache_folder() / "labels" / f"{name}.npy"
+        try:
+            found = np.load(path, allow_pickle=False)
+            if found.shape == (len(self),) and found.dtype == np.int32:
+                return found
+        except (OSError, ValueError, EOFError):
+            found = None  # not remembered yet, or not whole
+        labels = np.asarray([self._records[i]["label"] for i in range(len(self))], np.int32)
+        buffer = io.BytesIO()
+        np.save(buffer, labels)
+        # A cache folder that cannot be written costs the next start its time, and nothing else.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, buffer.getvalue())
+        return labels
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the data set's version, the split, its classes, shards and their sizes.
+
+        A prepared version of a TFDS data set does not change, so its files are not read.
+        """
+        sizes = [path.stat().st_size for path in self._files]
+        return hashlib.sha256(json.dumps([*self._described, sizes]).encode()).hexdigest()
+
+    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
+        return [
+            decoded_digest(f"{self.digest} {i}", self.image_size)
+            for i in (range(len(self)) if indices is None else map(int, indices))
+        ]
 
     @cached_property
     def ids(self) -> Sequence[str]:

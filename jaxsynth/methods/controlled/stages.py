@@ -32,12 +32,15 @@ from jaxsynth.adapters.kinds.affiner import AffinerConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.data.conditions import CHANNELS, as_bytes, source_conditions
-from jaxsynth.data.load import DataConfig, Dataset, load_dataset
+from jaxsynth.data.dataset import DataConfig, Dataset
+from jaxsynth.data.load import load_dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.controlled import draw_controlled
 from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.models.diffusion.controlled import Controlled
 from jaxsynth.quality.adherence import MEASURES, agreement
 from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
@@ -46,7 +49,6 @@ from jaxsynth.runs.results import stage_details
 from jaxsynth.runs.stage import MANIFEST, Artifact, load_artifact, run_stage
 from jaxsynth.tasks.controlled import (
     ControlConfig,
-    Controlled,
     Triples,
     encode_triples,
     finetune_controlled,
@@ -87,7 +89,7 @@ def _adapted(pipeline: StableDiffusion, channels: int, config: Any, key: jax.Arr
 
 
 def _chosen(pipeline, channels, rank, adapter: AdapterChoice, key) -> Controlled:
-    return _adapted(pipeline, channels, adapter.config(targets=ALL, rank=rank), key)
+    return _adapted(pipeline, channels, adapter.config(targets=ALL, defaults={"rank": rank}), key)
 
 
 def _controlnet(pipeline, channels, _, __, key) -> Controlled:
@@ -287,7 +289,7 @@ class _Work:
 
     def _following(self, model: Controlled, folder: Path) -> dict[str, float]:
         config, test = self.config, self.part("test")
-        prompts = json.loads((self.triples.path / "test.json").read_text("utf-8"))
+        prompts = read_json(self.triples.path / "test.json", list[str])
         rows = np.arange(config.images) % len(test)
         given = test.condition[rows]
         chosen = [prompts[row] for row in rows]

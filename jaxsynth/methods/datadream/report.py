@@ -4,15 +4,16 @@ Everything is read from the stages' folders, so the page can be made again at an
 figure names the artifact it comes from.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
-from jaxsynth.data.load import DataConfig, Dataset, ImageSource, load_dataset
+from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.report.grids import write_grid
@@ -143,7 +144,7 @@ def _folder(workdir: Path, row: Row, shots: int, seed: int) -> Path | None:
 
 def _scores(workdir: Path, row: Row, shots: int, seed: int) -> dict:
     folder = _folder(workdir, row, shots, seed)
-    scores = json.loads((folder / "scores.json").read_text("utf-8"))
+    scores = read_json(folder / "scores.json", finite=False)
     return {**scores, "artifact": folder.relative_to(workdir).as_posix()}
 
 
@@ -231,7 +232,7 @@ def _grid(workdir: Path, dataset: Dataset, shots: int, seed: int, modes: list[st
         stores[f"DataDream {mode}" if len(modes) > 1 else "DataDream"] = folder / mode / "images"
     for name, path in stores.items():
         if (path / MANIFEST).is_file():  # a page can be made while the run is under way
-            sources.append((name, ImageStore(path, verify=False)))
+            sources.append((name, ImageStore(path)))
     count = dataset.num_classes
     labels = np.unique(np.linspace(0, count - 1, min(count, MAX_CLASSES)).round().astype(int))
     sides = COLUMNS_PER_SOURCE

@@ -30,8 +30,9 @@ from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, write_json
-from jaxsynth.data.decode import safe_name
-from jaxsynth.data.load import DataConfig, Dataset, ImageSource, SourceError, load_dataset
+from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource, SourceError
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import Shots, few_shot, load_shots
 from jaxsynth.data.store import ImageStore
@@ -103,6 +104,10 @@ class Config:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: {self.dtype!r}, expected float32 or bfloat16")
         if self.adapter is not None:
+            if self.finetune.adapter not in (None, self.adapter):
+                raise ValueError(
+                    "adapter and finetune.adapter are both given, and are one setting; give one"
+                )
             chosen = dataclasses.replace(self.finetune, adapter=self.adapter)
             object.__setattr__(self, "finetune", chosen)
 

@@ -37,17 +37,17 @@ from jaxsynth.data.conditions import (
     known_map,
     source_condition,
 )
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
+from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.generate import fill_store
 from jaxsynth.methods.diffscaler.recipes import adapted, first_label
-from jaxsynth.methods.diffscaler.report import images_of
 from jaxsynth.models.diffusion.dit import DiT
+from jaxsynth.models.diffusion.vae import decode_latents
 from jaxsynth.quality.adherence import agreement
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.class_conditional import Latents, adapt, held_out_error
-from jaxsynth.tasks.text_to_image import decode_pixels
 from jaxsynth.weights.adapters.native import read_state, write_state
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ class ConditionTask:
         def build(folder: Path) -> dict:
             model = load_state(self._model(), read_state(adapter.path / "adapter.safetensors"))
             test, first = self.latents("test"), first_label(work.dit)
-            titles = [f"{self.name} {title}" for title in work.classes(self.name)]
+            classes = work.classes(self.name)
+            titles = [f"{self.name} {title}" for title in classes]
 
             def conditions(numbers: np.ndarray, indices: np.ndarray) -> np.ndarray:
                 return test.condition[rows_of(test.labels - first, numbers, indices), 0]
@@ -191,8 +192,8 @@ class ConditionTask:
                 conditions=conditions,
             )
             count = fill_store(
-                generator, folder, titles, titles, config.generate, seed=config.seeds[0],
-                description=f"draw by {self.kind}",
+                generator, folder, classes, titles, config.generate, seed=config.seeds[0],
+                datasets=[self.name] * len(classes), description=f"draw by {self.kind}",
             )  # fmt: skip
             return {"images": count}
 
@@ -205,7 +206,8 @@ class ConditionTask:
 
         def build(folder: Path) -> dict:
             real = self._sources["test"]
-            store = images_of(images.path, self.name)
+            classes = self.work.classes(self.name)
+            store = ImageStore(images.path).of_dataset(self.name, classes)
             labels = np.asarray(store.labels)
             # The store has the images of a class in the order of their numbers.
             rows = rows_of(np.asarray(real.labels), labels, ranks(labels))
@@ -217,7 +219,8 @@ class ConditionTask:
             )
             found = {}
             if self.kind not in WITH_PARTNER or known_map(real, 0, self.kind) is not None:
-                found = self._found(store, images_of(plain.path, self.name), rows, given)
+                unconditioned = ImageStore(plain.path).of_dataset(self.name, classes)
+                found = self._found(store, unconditioned, rows, given)
             write_json(folder / "following.json", {**found, "images": len(store)})
             return found
 
@@ -236,7 +239,7 @@ class ConditionTask:
         used = np.unique(rows)
         # What the autoencoder does to a photo, no drawn image can undo.
         latents = self.work.latents(self.name, "test").mean[used, 0]
-        decoded = decode_pixels(self.work.vae, latents, self.work.config.generate.batch_size)
+        decoded = decode_latents(self.work.vae, latents, self.work.config.generate.batch_size)
         images = np.stack([record.image for record in drawn])
         pairs = {
             "own": (images, rows),

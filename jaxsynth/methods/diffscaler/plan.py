@@ -16,14 +16,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsynth.adapters.inject import mark_trainable
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.load import DataConfig, joined, load_dataset
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.views import joined
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.methods.diffscaler.recipes import adapted
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
 from jaxsynth.training.planning import Plan, plan_adapt
-from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.hub import resolve
+from jaxsynth.weights.layout import stored
 from jaxsynth.weights.networks.dit import SCHEDULER
 
 if TYPE_CHECKING:
@@ -125,7 +129,7 @@ def _pretrained(config: Config) -> DiTConfig:
 def _network(config: DiTConfig, dtype: str) -> DiT:
     """A frozen network stored and computed in `dtype`; to be traced."""
     graphdef, state = nnx.split(DiT(config, dtype=jax.numpy.dtype(dtype), rngs=nnx.Rngs(0)))
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+    return nnx.merge(graphdef, stored(state, dtype))
 
 
 def _views(config: Config, name: str) -> int:

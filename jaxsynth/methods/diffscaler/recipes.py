@@ -5,6 +5,7 @@ but `scratch` start from the base with one new class row per class, and every ne
 unconditional one. Any of them also learns to follow a condition image (`with_condition`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -35,8 +36,9 @@ PLACES: dict[str, tuple[str, ...]] = {
 _ENDS = ("pos_embed.proj", "proj_out_1", "proj_out_2")
 # The branches and projections that DiffFit scales (arXiv 2304.06648).
 _DIFFFIT = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
-
-
+# The standard deviation of the down factor times sqrt(fan_in), Kaiming-normal as in the Affiner:
+# LoRA and the Affiner with ranks by layer are compared from one start.
+INITIAL_SCALE = math.sqrt(2)
 # The recipe that a run's `--config.adapter=` means.
 CHOSEN = "adapter"
 
@@ -75,7 +77,9 @@ def _free(model: DiT, place: str) -> tuple[str, ...]:
 
 def _affiner(place: str, *, ranked: bool = False, **options) -> Build:
     def build(model: DiT, sizes: Sizes, key: jax.Array) -> DiT:
-        ranks = _ranks(sizes.lora_rank) if ranked else {"rank": sizes.rank}
+        ranks = {"rank": sizes.rank}
+        if ranked:
+            ranks = _ranks(sizes.lora_rank) | {"initial_scale": INITIAL_SCALE}
         config = AffinerConfig(**ranks | {"targets": _free(model, place)} | options)
         return add_affiner(model, config, rngs=key)
 
@@ -84,7 +88,9 @@ def _affiner(place: str, *, ranked: bool = False, **options) -> Build:
 
 def _lora(place: str, *, ranked: bool = False) -> Build:
     def build(model: DiT, sizes: Sizes, key: jax.Array) -> DiT:
-        ranks = _ranks(sizes.lora_rank) if ranked else {"rank": sizes.lora_rank}
+        ranks = {"rank": sizes.lora_rank}
+        if ranked:
+            ranks = _ranks(sizes.lora_rank) | {"init": "gaussian", "initial_scale": INITIAL_SCALE}
         return add_lora(model, LoRAConfig(**ranks, targets=_free(model, place)), rngs=key)
 
     return build
@@ -100,7 +106,7 @@ def _ranks(rank: int) -> dict:
 
 
 def _chosen(model: DiT, sizes: Sizes, key: jax.Array) -> DiT:
-    config = sizes.adapter.config(targets=_free(model, "all"), rank=sizes.lora_rank)
+    config = sizes.adapter.config(targets=_free(model, "all"), defaults={"rank": sizes.lora_rank})
     return registry.add(model, config, rngs=key)
 
 
@@ -170,7 +176,7 @@ def with_condition(
 ) -> DiT:
     """`model` with a trainable input for condition images of `channels` channels.
 
-    The image is of the latents' size (`data.conditions.space_to_depth`) and enters beside them:
+    The image is of the latents' size (`ops.space_to_depth`) and enters beside them:
     the patch embedding gets a second kernel, Kaiming-normal behind a scalar gate of zero, so that
     the network starts as what it was without a zero convolution; `gate` False starts from a kernel
     of zeros instead. Adapters elsewhere then learn to use it. An image of zeros is no condition.

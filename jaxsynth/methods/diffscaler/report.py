@@ -4,15 +4,16 @@ Everything is read from the stages' folders, so the page can be made again at an
 figure names the artifact it comes from.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
-from jaxsynth.data.load import DataConfig, Subset, load_dataset
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.diffscaler.recipes import RECIPES
 from jaxsynth.quality.adherence import MEASURES
@@ -30,15 +31,6 @@ COLUMNS = 5
 def page_of(workdir: Path) -> Path:
     """Where `write` puts the page."""
     return workdir / "report.html"
-
-
-def images_of(store: Path, name: str) -> Subset:
-    """The images of one data set in a store of several, labelled by its own classes."""
-    source = ImageStore(store, verify=False)
-    labels = np.asarray(source.labels)
-    own = [i for i, title in enumerate(source.class_names) if title.startswith(f"{name} ")]
-    rows = np.flatnonzero(np.isin(labels, own))
-    return Subset(source, rows, labels[rows] - own[0])
 
 
 def write(workdir: Path) -> Path:
@@ -72,8 +64,9 @@ def write(workdir: Path) -> Path:
         Section(
             "Images of every data set from one model",
             "Real images on the left; on the right what one transformer drew, each data set with "
-            "its own parameters, all of them in one mixed batch. The floor is what real images get "
-            "against other real images of the same number.",
+            "its own parameters, all of them in one mixed batch. The table says which real images "
+            "each distance is from. The floor is what real images get against other real images of "
+            "the same number.",
             tables=[] if quality is None else [quality],
             images=[Picture(grid, pixelated=True) for grid in _grids(workdir)],
         )
@@ -203,19 +196,20 @@ def _quality(workdir: Path) -> Table | None:
     body, network = [], ""
     columns = ("fid", "kid", "precision", "recall", "density", "coverage")
     for path in sorted(workdir.glob(f"quality/*/*/{MANIFEST}")):
-        found = json.loads((path.parent / "quality.json").read_text("utf-8"))
+        found = read_json(path.parent / "quality.json", finite=False)
         network = found["features"]["network"]
         label, name = path.parent.parent.name, path.parent.name
         for part, title in (("matched", label), ("floor", "real against real")):
             if part == "floor" and any(row[0] == f"{name}: {title}" for row in body):
                 continue
             values = [Measure(tuple(found[part][column]["values"])) for column in columns]
-            body.append([f"{name}: {title}", found["samples"]["matched"], *values])
+            counted = found["samples"]["matched"]
+            body.append([f"{name}: {title}", found["reference"], counted, *values])
     if not body:
         return None
     body.sort(key=lambda row: (row[0].split(":")[0], "real against" in row[0], row[0]))
     return Table(
-        ["Images", "of each", *columns],
+        ["Images", "against", "of each", *columns],
         body,
         caption=f"In features of {network}, mean ± standard deviation of repeated splits",
         better=None,
@@ -233,7 +227,7 @@ def _grids(workdir: Path) -> list[Path]:
             continue
         values = load_artifact(folder).manifest["config"]["data"]
         dataset = load_dataset(DataConfig(**values | {"class_names": tuple(values["class_names"])}))
-        drawn = images_of(store, folder.name)
+        drawn = ImageStore(store).of_dataset(folder.name, dataset.display_names)
         lines = []
         for label in range(min(dataset.num_classes, MAX_CLASSES)):
             line = []
@@ -255,7 +249,7 @@ def _conditions(workdir: Path) -> Section | None:
     for path in sorted(workdir.glob(f"conditions/*/*/following/{MANIFEST}")):
         kind, name = path.parent.parent.name, path.parent.parent.parent.name
         adapter = load_artifact(path.parent.parent / "adapter").counts
-        found = json.loads((path.parent / "following.json").read_text("utf-8"))
+        found = read_json(path.parent / "following.json", finite=False)
         title = f"{kind} of {name}"
         columns = ("own", "another", "none", "plain")
         errors.append([title, f"{adapter['trainable']:,}", *(adapter[key] for key in columns)])
@@ -300,7 +294,7 @@ def _conditions(workdir: Path) -> Section | None:
 
 
 def _routing(path: Path) -> str:
-    found = json.loads(path.read_text("utf-8"))
+    found = read_json(path, finite=False)
     return (
         f"- A batch that mixes all data sets differs from separate runs by at most "
         f"{found['mixed']:.1e} (outputs reach {found['scale']:.1f}).\n"

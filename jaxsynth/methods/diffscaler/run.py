@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
-from jaxsynth.data.load import DataConfig
+from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.methods.diffscaler import plan as diffscaler_plan
 from jaxsynth.methods.diffscaler import report as diffscaler_report

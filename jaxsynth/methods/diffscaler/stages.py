@@ -21,17 +21,20 @@ from jaxsynth.adapters.inject import (
 )
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
-from jaxsynth.data.load import Dataset, ImageSource, Subset, joined, load_dataset
+from jaxsynth.data.dataset import Dataset, ImageSource
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.store import ImageStore
+from jaxsynth.data.views import Subset, joined
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.generate import fill_store
 from jaxsynth.generation.routing import routing_differences
-from jaxsynth.methods.diffscaler import report
 from jaxsynth.methods.diffscaler.recipes import CHOSEN, RECIPES, adapted, first_label
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.quality.evaluate import compare
 from jaxsynth.quality.features import FeatureExtractor, clip_extractor, inception_extractor
+from jaxsynth.quality.metrics import least_samples
 from jaxsynth.runs.stage import Artifact, run_stage
 from jaxsynth.tasks.class_conditional import (
     Latents,
@@ -384,27 +387,50 @@ class Work:
 
     def _fill(self, folder: Path, models: list[DiT], names: list[str]) -> dict:
         config, first = self.config, first_label(self.dit)
-        classes, titles = [], []
+        classes, class_names, datasets = [], [], []
         for number, name in enumerate(names):
             for label, title in enumerate(self.classes(name)):
                 classes.append(ClassOf(number, first + label))
-                titles.append(f"{name} {title}")
+                class_names.append(title)
+                datasets.append(name)
         generator = ClassGenerator(
             models, self.vae, self.scheduler_config, classes, config.generate, seed=config.seeds[0]
         )
-        count = fill_store(generator, folder, titles, titles, config.generate, seed=config.seeds[0])
+        titles = [f"{name} {title}" for name, title in zip(datasets, class_names, strict=True)]
+        count = fill_store(
+            generator,
+            folder,
+            class_names,
+            titles,
+            config.generate,
+            seed=config.seeds[0],
+            datasets=datasets,
+        )
         return {"images": count}
 
     def measure(self, label: str, images: Artifact, names: tuple[str, ...]) -> dict[str, Artifact]:
-        """FID and its companions of each data set's images against its held-out photos."""
+        """FID and its companions of each data set's images against its held-out photos.
+
+        A data set with too few of those is measured against its training images, and the result
+        says so.
+        """
         config, made = self.config, {}
         for name in names:
 
             def build(folder: Path, name: str = name) -> dict:
                 dataset = load_dataset(config.data[name])
-                store = report.images_of(images.path, name)
-                extractor = _extractor(config.features)
-                found = compare(dataset.train, store, extractor, config.quality, seed=0)
+                store = ImageStore(images.path).of_dataset(name, self.classes(name))
+                real, reference = dataset.test, "held-out images"
+                if len(real) < 2 * least_samples(config.quality):
+                    real, reference = dataset.train, "training images"
+                found = compare(
+                    real,
+                    store,
+                    _extractor(config.features),
+                    config.quality,
+                    reference=reference,
+                    seed=0,
+                )
                 write_json(folder / "quality.json", found)
                 return {"fid": found["all"]["fid"]}
 
@@ -412,6 +438,7 @@ class Work:
                 "features": config.features,
                 "quality": config.quality,
                 "data": config.data[name],
+                "reference": "held-out images where there are enough",
             }
             made[name] = run_stage(
                 f"quality: {label}, {name}",

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Table, to_markdown, to_rich
 from jaxsynth.robustness.metrics import table
 from jaxsynth.runs.results import stage_details
-from jaxsynth.weights.hub import read_json
 
 # A figure's name starts so where it is the accuracy under a corruption.
 _CORRUPTED = "corrupted "
@@ -20,7 +20,7 @@ _Found = dict[str, dict | None]
 def report(workdir: Path) -> Path:
     """Prints the table and writes table.md and report.html from the stages below `workdir`."""
     workdir = Path(workdir)
-    found = read_json(workdir / "figures" / "figures.json")
+    found = read_json(workdir / "figures" / "figures.json", finite=False)
     mode = found["mode"]
     models: dict[str, _Found] = found["models"][mode]
     main = _table("Figures in per cent, with their 95 % intervals", _without(models, _CORRUPTED))

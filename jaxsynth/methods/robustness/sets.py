@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.data import robustness_sets as published
-from jaxsynth.data.load import DataConfig, ImageSource, SourceError, Subset, load_dataset
+from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.shapes import SHAPES
 from jaxsynth.data.robustness_sets import LabelSpace
 from jaxsynth.data.sources.tfds import load_split
+from jaxsynth.data.views import Subset
 from jaxsynth.robustness import bias_sets
 from jaxsynth.robustness.suite import Sets
 

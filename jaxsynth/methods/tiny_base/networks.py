@@ -6,7 +6,7 @@ on one CPU core. Configurations are those of the Hugging Face folders.
 
 from dataclasses import dataclass, field
 
-from jaxsynth.data.load import DataConfig
+from jaxsynth.data.dataset import DataConfig
 
 PHOTO_TEMPLATES = ("a photo of a {}", "a photo of a {}", "a small photo of a {}", "a {}")
 # OpenAI CLIP's own statistics; any fixed pair would do for a model trained from scratch.

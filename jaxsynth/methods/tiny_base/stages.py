@@ -7,7 +7,6 @@ frozen, as in Stable Diffusion 1.x (Rombach et al., 2022); the UNet predicts v (
 tokens a side and few channels keep a step in tens of milliseconds on two CPU cores.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.shapes import Captioned, render_digits, render_shapes
@@ -38,11 +38,16 @@ from jaxsynth.methods.tiny_base.networks import (
     vae_config,
 )
 from jaxsynth.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
+from jaxsynth.models.diffusion.text_to_image import encode_text
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.models.diffusion.vae import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    decode_scaled,
+    encode_images,
+)
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, run_stage
-from jaxsynth.tasks.text_to_image import encode_pixels
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import Constant, fit
 from jaxsynth.training.metrics import MetricsWriter, read_metrics
@@ -163,7 +168,7 @@ class _Corpus:
 
     @classmethod
     def read(cls, folder: Path) -> "_Corpus":
-        captions = json.loads((folder / "captions.json").read_text())
+        captions = read_json(folder / "captions.json", list[str])
         return cls(np.load(folder / "images.npy"), captions, np.load(folder / "photo.npy"))
 
     def tokens(self, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +179,7 @@ class _Corpus:
 
 
 def _build_tokenizer(config: Config, corpus: Path, folder: Path) -> dict:
-    captions = json.loads((corpus / "captions.json").read_text())
+    captions = read_json(corpus / "captions.json", list[str])
     train_tokenizer(captions, config.vocab_size, config.max_length, folder)
     return {"max_length": Tokenizer(folder).max_length}
 
@@ -293,7 +298,7 @@ def _build_vae(config: Config, corpus: Path, folder: Path) -> dict:
     )
     model = _train(config.vae, model, loss, arrays, folder, config.seed)
     some = data.images[:: max(len(data.images) // 2000, 1)].astype(np.float32) / 127.5 - 1
-    latents, _ = encode_pixels(model, some, batch_size=100)
+    latents, _ = encode_images(model, some, batch_size=100)
     scaling = float(1 / latents.std())
     save_model(model, vae_config(config, scaling), folder)
     return {"steps": config.vae.steps, "scaling_factor": scaling}
@@ -305,15 +310,14 @@ def _build_unet(config: Config, corpus: Path, clip_dir: Path, vae_dir: Path, fol
     clip = load_clip(clip_dir)
     tokens, row = data.tokens(clip.tokenizer)
     empty = clip.tokenizer([""])
-    states = jax.jit(lambda text_model, ids: text_model(ids).last_hidden_state)
     mean, std = encode_corpus(vae, data)
     arrays = {
         "mean": mean,
         "std": std,
         # Mirrored photos follow the corpus, with their captions.
         "row": np.concatenate([row, row[data.is_photo]]),
-        "states": np.asarray(states(clip.model.text_model, tokens)),
-        "empty": np.asarray(states(clip.model.text_model, empty))[0],
+        "states": np.asarray(encode_text(clip.model.text_model, tokens)),
+        "empty": np.asarray(encode_text(clip.model.text_model, empty))[0],
     }
     schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
 
@@ -342,7 +346,7 @@ def encode_corpus(vae: AutoencoderKL, data: _Corpus) -> tuple[np.ndarray, np.nda
     """Scaled posterior means and standard deviations of the corpus, then of its mirrored photos."""
     images = np.concatenate([data.images, data.images[data.is_photo][:, :, ::-1]])
     parts = [
-        encode_pixels(vae, part.astype(np.float32) / 127.5 - 1, batch_size=256)
+        encode_images(vae, part.astype(np.float32) / 127.5 - 1, batch_size=256)
         for part in np.array_split(images, max(len(images) // 4096, 1))
     ]
     return tuple(np.concatenate(both) for both in zip(*parts, strict=True))
@@ -361,8 +365,7 @@ def preview(pipeline, prompts, count: int = 10, guidance_scale: float = 2.0, ste
         uncond = text_encoder(empty).last_hidden_state
         denoise = classifier_free(unet, guidance_scale, cond, uncond)
         latents = sample(denoise, initial_noise(keys, (size, size, channels), sampler), sampler)
-        images = vae.decode(latents / vae.config.scaling_factor)
-        return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+        return decode_scaled(vae, latents)
 
     ids = np.repeat(pipeline.tokenizer(list(prompts)), count, axis=0)
     keys = jax.random.split(jax.random.key(0), len(ids))

@@ -18,7 +18,9 @@ from jaxtyping import Array, Float
 
 from jaxsynth.adapters.flatten import Layout, Per
 from jaxsynth.adapters.inject import AdapterState
+from jaxsynth.core.documents import parse_json, take
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 
 _FORMAT = "jaxsynth.weights"
@@ -147,7 +149,7 @@ def write_collection(path: Path, collection: WeightCollection) -> None:
     metadata = {"format": _FORMAT, "collection": json.dumps(note, ensure_ascii=False)}
     tensors = {"blocks": collection.blocks, "mean": statistics.mean, "std": statistics.std}
     data = hub.to_bytes({k: np.asarray(v, np.float32) for k, v in tensors.items()}, metadata)
-    with hub.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -186,14 +188,12 @@ def read_collection(path: Path, layout: Layout, base: str) -> WeightCollection:
 
 
 def _note(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        note = json.loads(metadata.get("collection", ""))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: collection: not valid JSON: {error}") from None
-    fields = ("texts", "families", "layout", "base")
-    if not isinstance(note, dict) or (missing := [f for f in fields if f not in note]):
-        named = missing[0] if isinstance(note, dict) else "everything"
-        raise UserError(f"{path}: collection: {named} is missing")
+    where = f"{path}: collection"
+    note = parse_json(metadata.get("collection", ""), where)
+    take(note, "texts", list[list[str]], where)
+    take(note, "families", list[str], where)
+    take(note, "base", str, where)
+    take(note, "layout", dict, where)
     return note
 
 

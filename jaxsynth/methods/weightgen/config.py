@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxsynth.adapters.kinds.lora import LoRAConfig
-from jaxsynth.data.load import DataConfig
+from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.procedural.concepts import (
     COLOURS,
     FAMILIES,

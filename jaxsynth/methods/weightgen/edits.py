@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxsynth.core.io import replacing
 from jaxsynth.data.procedural.concepts import Concept
 from jaxsynth.generation.edited import EditConfig, edit_images
 from jaxsynth.weights.hf import StableDiffusion, load_pipeline
-from jaxsynth.weights.hub import replacing
 
 KINDS = ("procedural", "diffusion")
 

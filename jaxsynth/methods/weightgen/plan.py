@@ -23,6 +23,7 @@ from jaxsynth.adapters.inject import (
     mark_trainable,
     trainable_variables,
 )
+from jaxsynth.core.documents import read_json
 from jaxsynth.methods.weightgen.config import Config, Variant
 from jaxsynth.methods.weightgen.editors import with_text_width
 from jaxsynth.models.diffusion.weight_unet import WeightUNet
@@ -43,7 +44,7 @@ from jaxsynth.tasks.weight_generator import fitted
 from jaxsynth.training import sharding
 from jaxsynth.training.planning import Plan, plan
 from jaxsynth.training.step import init_state
-from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.hub import resolve
 
 # Stable Diffusion 1.x's, where the text encoder is not at hand.
 ASSUMED_WIDTH, ASSUMED_TOKENS = 768, 77

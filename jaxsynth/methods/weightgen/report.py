@@ -4,7 +4,6 @@ Everything is read from the stages' folders, so the page can be made again at an
 computed, not written: the sentences follow from the curves.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxsynth.core.console import console
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.methods.weightgen.scores import (
     CONTROLS,
@@ -49,7 +49,7 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
     paths = sorted(workdir.glob(f"seed*/comparison/{MANIFEST}"))
     if not paths:
         raise FileNotFoundError(f"{workdir}: no finished comparison (seed*/comparison)")
-    return [json.loads((path.parent / "comparison.json").read_text("utf-8")) for path in paths]
+    return [read_json(path.parent / "comparison.json", finite=False) for path in paths]
 
 
 def curves_of(result: dict[str, Any], name: str) -> Curves:

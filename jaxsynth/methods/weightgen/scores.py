@@ -67,7 +67,7 @@ class Curves:
 @dataclass(frozen=True)
 class Reached:
     """How fast one kind of weights reaches the targets: the share of concepts that do at all, and
-    the medians over all concepts, infinite where fewer than half do."""
+    the medians over all concepts, infinite where no more than half do."""
 
     share: float
     steps: float
@@ -79,7 +79,9 @@ def reached(curves: Sequence[Curves], targets: Sequence[Sequence[float]]) -> Rea
     steps: list[float] = []
     for own, wanted in zip(curves, targets, strict=True):
         steps += own.steps_to(wanted)
-    middle = float(np.sort(steps)[len(steps) // 2])
+    ordered = np.sort(steps)
+    # The median of an even number is the mean of two: infinite where one of them is.
+    middle = float(ordered[(len(steps) - 1) // 2] / 2 + ordered[len(steps) // 2] / 2)
     seconds = float(np.mean([own.seconds(middle) for own in curves]))
     return Reached(float(np.isfinite(steps).mean()), middle, seconds)
 

@@ -31,6 +31,7 @@ from jaxtyping import Float
 
 from jaxsynth.adapters.flatten import Layout, canonical
 from jaxsynth.adapters.inject import AdapterState
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.core.records import to_json
 from jaxsynth.data.load import load_dataset
@@ -68,7 +69,6 @@ from jaxsynth.tasks.weight_generator import (
 from jaxsynth.training.planning import Plan
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_pipeline
-from jaxsynth.weights.hub import read_json
 
 TRAINING = ".training"
 # Prompts that name nothing that was learnt; in turn.

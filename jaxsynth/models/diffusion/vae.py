@@ -11,22 +11,30 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from jaxsynth.models import fields, layers
 from jaxsynth.models.diffusion.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxsynth.ops.attention import attention
 
 _NORM_EPSILON = 1e-6
+# Statistics of latents that the autoencoders of Stable Diffusion 3, FLUX and video have.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "shift_factor": (None, 0.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
     """Shape of the autoencoder; field names and defaults are diffusers'.
 
-    Latents are multiplied by `scaling_factor` (after `shift_factor` is taken off) before they are
-    noised, by the caller: `AutoencoderKL` itself never scales.
+    Latents are multiplied by `scaling_factor` before they are noised, by the caller:
+    `AutoencoderKL` itself never scales. With `force_upcast` the computation is in float32, whatever
+    type the other networks compute in. `sample_size` is a note of the training's image size.
     """
 
     in_channels: int = 3
@@ -40,7 +48,6 @@ class AutoencoderKLConfig:
     norm_num_groups: int = 32
     sample_size: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float = 0.0
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -63,11 +70,7 @@ class AutoencoderKLConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """From a vae folder's config.json; an unknown field or value is a ValueError naming it."""
-        known = fields.known_fields(
-            cls, config, only={"latents_mean": (None,), "latents_std": (None,)}
-        )
-        known["shift_factor"] = known.get("shift_factor") or 0.0
-        return cls(**known)
+        return cls(**fields.known_fields(cls, config, only=ONLY))
 
     @property
     def downscale(self) -> int:
@@ -95,8 +98,12 @@ class AutoencoderKL(nnx.Module):
     def __init__(
         self, config: AutoencoderKLConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ):
-        """`dtype` is that of the computation; parameters are created in float32."""
+        """`dtype` is that of the computation unless the configuration forces float32.
+
+        Parameters are created in float32.
+        """
         self.config = config
+        dtype = jnp.promote_types(dtype, jnp.float32) if config.force_upcast else dtype
         latent = config.latent_channels
         make = {"dtype": dtype, "rngs": layers.InitKeys(rngs)}
         self.encoder = Encoder(config, **make)
@@ -128,6 +135,55 @@ class AutoencoderKL(nnx.Module):
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+
+def encode_images(
+    vae: AutoencoderKL, images: Float[np.ndarray, "n h w 3"], batch_size: int = 8
+) -> tuple[Float[np.ndarray, "n h2 w2 c"], Float[np.ndarray, "n h2 w2 c"]]:
+    """Mean and standard deviation of the latents of images in [-1, 1], times the scaling factor."""
+    means, stds = [], []
+    for start in range(0, len(images), batch_size):
+        chunk = images[start : start + batch_size]
+        # One compiled shape: the last batch is filled up.
+        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
+        mean, std = _scaled_posterior(vae, padded.astype(np.float32))
+        means.append(np.asarray(mean, np.float32)[: len(chunk)])
+        stds.append(np.asarray(std, np.float32)[: len(chunk)])
+    return np.concatenate(means), np.concatenate(stds)
+
+
+@jax.jit
+def _scaled_posterior(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
+    posterior = vae.encode(images)
+    factor = vae.config.scaling_factor
+    return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
+
+
+def decode_latents(
+    vae: AutoencoderKL, latents: Float[np.ndarray, "n h w c"], batch_size: int = 8
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """The images of latents that are scaled as `encode_images` scales them."""
+    images = []
+    for start in range(0, len(latents), batch_size):
+        chunk = latents[start : start + batch_size]
+        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]))])
+        images.append(np.asarray(_decode_scaled(vae, padded.astype(np.float32)))[: len(chunk)])
+    return np.concatenate(images)
+
+
+def decode_scaled(
+    vae: AutoencoderKL, latents: Float[Array, "b h w c"]
+) -> UInt8[Array, "b h2 w2 o"]:
+    """The pixels of one batch of scaled latents, for use inside a compiled program."""
+    return to_uint8(vae.decode(latents / vae.config.scaling_factor))
+
+
+_decode_scaled = jax.jit(decode_scaled)
+
+
+def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """Pixels 0 to 255 of images in [-1, 1], rounded to the nearest; values outside are clipped."""
+    return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
 class Encoder(nnx.Module):

@@ -43,7 +43,7 @@ def correct(
     predict = predict if isinstance(predict, Partial) else Partial(predict)
     found = np.empty(len(images), bool)
     for rows, batch in batches(len(images), batch_size):
-        right = _right(predict, check_images(images[batch]), jnp.asarray(labels)[batch])
+        right = _right(predict, check_images(images[batch]), jnp.asarray(labels[batch]))
         found[rows] = np.asarray(right)[: rows.stop - rows.start]
     return found
 
@@ -62,8 +62,9 @@ def attacked(
     found = np.empty(images.shape, np.float32)
     keys = fold_each(key, jnp.arange(len(images))) if not key.ndim else key
     for rows, batch in batches(len(images), batch_size):
+        # One batch at a time goes to the device, however many images there are.
         moved = attack(
-            predict, jnp.asarray(images)[batch], jnp.asarray(labels)[batch], keys[batch], eps=eps
+            predict, jnp.asarray(images[batch]), jnp.asarray(labels[batch]), keys[batch], eps=eps
         )
         found[rows] = np.asarray(moved)[: rows.stop - rows.start]
     return found

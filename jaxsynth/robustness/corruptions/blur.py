@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.ops.cpu_random import settled, uniform
+from jaxsynth.ops.materialize import materialize
 from jaxsynth.robustness.corruptions.filters import (
     blur_along,
     clipped_zoom,
@@ -63,7 +63,7 @@ def draw_glass_blur(key: Array, shape: tuple[int, ...]) -> Float[Array, "passes 
 
     Those near the edge have some too, and do not move.
     """
-    return uniform(key, (max(passes for *_, passes in GLASS), *shape[:2]))
+    return jax.random.uniform(key, (max(passes for *_, passes in GLASS), *shape[:2]))
 
 
 def glass_blur(
@@ -82,7 +82,7 @@ def glass_blur(
     sigma, far, passes = _glass(image.shape, severity)
     height, width = image.shape[:2]
     # An area of one colour keeps it: its sum may round to just below.
-    pixels = settled(jnp.floor(gaussian_blur(image, sigma) * 255 + 1e-3)).reshape(-1, 3)
+    pixels = materialize(jnp.floor(gaussian_blur(image, sigma) * 255 + 1e-3)).reshape(-1, 3)
     rows, columns = np.indices((height, width), np.int32)
 
     def inside(row: Array, column: Array) -> Array:
@@ -100,9 +100,9 @@ def glass_blur(
         offset = down * width + right
         taken_before = inside(rows + down, columns + right) & (offset > 0)
         source = (rows * width + columns + offset).ravel()
-        last = _chase(settled(jnp.where(taken_before.ravel(), source, ~source)))
+        last = _chase(materialize(jnp.where(taken_before.ravel(), source, ~source)))
         taken = last if taken is None else _read(taken, last)
-    again = gaussian_blur(settled(_read(pixels, taken)).reshape(image.shape) / 255, sigma)
+    again = gaussian_blur(materialize(_read(pixels, taken)).reshape(image.shape) / 255, sigma)
     return jnp.clip(again, 0, 1)
 
 

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.ops.cpu_random import normal, uniform
 from jaxsynth.robustness.corruptions.filters import along_height, along_width, sample, size_ratio
 from jaxsynth.robustness.corruptions.jpeg import (
     from_coefficients,
@@ -171,7 +170,7 @@ def shading_from_depth(depth: Float[Array, "h w"]) -> Float[Array, "h w"]:
 def draw_noise(key: Array, shape: tuple[int, ...]) -> Noise:
     """Noise of a camera."""
     first, second = jax.random.split(key)
-    return Noise(uniform(first, shape), normal(second, shape))
+    return Noise(jax.random.uniform(first, shape), jax.random.normal(second, shape))
 
 
 def low_light(image, depth, noise: Noise, severity: int) -> Float[Array, "h w 3"]:

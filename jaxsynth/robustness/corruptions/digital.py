@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxsynth.ops.cpu_random import settled, uniform
+from jaxsynth.ops.materialize import materialize
 from jaxsynth.robustness.corruptions.filters import gaussian_blur, sample, size_ratio
 from jaxsynth.robustness.corruptions.jpeg import jpeg
 
@@ -90,12 +90,12 @@ def pixelate(image: Float[Array, "h w 3"], noise: None, severity: int) -> Float[
             image[:, place] * weight
             for place, weight in zip(places, weights.repeat(3, 1), strict=True)
         )
-        image = settled(jnp.floor(sum(terms) + 0.5))
+        image = materialize(jnp.floor(sum(terms) + 0.5))
         places, weights = _box_places(before[0], after[0])
         terms = (
             image[place] * weight[:, None] for place, weight in zip(places, weights, strict=True)
         )
-        image = settled(jnp.floor(sum(terms) + 0.5))
+        image = materialize(jnp.floor(sum(terms) + 0.5))
     return image.reshape(*full, 3) / 255
 
 
@@ -122,7 +122,9 @@ def draw_elastic_transform(key: Array, shape: tuple[int, ...]) -> Elastic:
     """Noise for the corners and for the two displacements."""
     keys = jax.random.split(key, 3)
     shapes = (3, 2), shape[:2], shape[:2]
-    return Elastic(*(uniform(one, size, minval=-1) for one, size in zip(keys, shapes, strict=True)))
+    return Elastic(
+        *(jax.random.uniform(one, size, minval=-1) for one, size in zip(keys, shapes, strict=True))
+    )
 
 
 def elastic_transform(
@@ -137,9 +139,9 @@ def elastic_transform(
     strength, smooth, jitter = (unit * part for part in ELASTIC[severity - 1])
     rows, columns = (axis.astype(np.float32) for axis in np.indices((height, width)))
     y, x = _affine_source(rows, columns, jitter * draws.corners)
-    image = settled(sample(image, y, x, "mirror"))
+    image = materialize(sample(image, y, x, "mirror"))
     right, down = (
-        strength * settled(gaussian_blur(noise, smooth, truncate=3, mode="reflect"))
+        strength * materialize(gaussian_blur(noise, smooth, truncate=3, mode="reflect"))
         for noise in (draws.right, draws.down)
     )
     return jnp.clip(sample(image, rows + down, columns + right, "reflect"), 0, 1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxsynth.ops.cpu_random import settled
+from jaxsynth.ops.materialize import materialize
 
 # tan(22.5 degrees) in units of 2^-15, as OpenCV's Canny rounds it.
 _TAN_22 = round(np.tan(np.pi / 8) * 2**15)
@@ -31,7 +31,7 @@ def canny(layer: Float[Array, "h w"], low: int, high: int) -> Bool[Array, "h w"]
     down = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
     steep, flat = jnp.abs(down), jnp.abs(right)
     size = steep + flat
-    padded = settled(jnp.pad(size, 1))
+    padded = materialize(jnp.pad(size, 1))
 
     def beside(y: int, x: int) -> Array:
         return padded[1 + y : 1 + y + size.shape[0], 1 + x : 1 + x + size.shape[1]]
@@ -80,11 +80,11 @@ def chamfer(edges: Bool[Array, "h w"], farthest: float) -> Float[Array, "h w"]:
     beside = jnp.where(edges, 0, jnp.float32(farthest))
     for power in range(int(np.ceil(np.log2(max(farthest, 2))))):
         far = 2**power
-        around = settled(jnp.pad(beside, ((0, 0), (far, far)), constant_values=farthest))
+        around = materialize(jnp.pad(beside, ((0, 0), (far, far)), constant_values=farthest))
         moved = jnp.minimum(around[:, : -2 * far], around[:, 2 * far :])
         beside = jnp.minimum(beside, moved + side * far)
     reach = int(np.ceil(farthest))
-    around = settled(jnp.pad(beside, ((reach, reach), (0, 0)), constant_values=farthest))
+    around = materialize(jnp.pad(beside, ((reach, reach), (0, 0)), constant_values=farthest))
 
     def closer(number, distance):
         up = jnp.abs(number - reach).astype(jnp.float32)

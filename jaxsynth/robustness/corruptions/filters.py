@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.fft import next_fast_len
 
-from jaxsynth.ops.cpu_random import settled, uniform
+from jaxsynth.ops.materialize import materialize
 
 # The size whose parameters are published; others get them in proportion.
 REFERENCE_SIZE = 224
@@ -92,7 +92,7 @@ def gaussian_blur(
     flat = image.reshape(height, -1)
     # To the right a pixel's neighbour is as many places away as it has channels.
     channels = flat.shape[1] // width
-    blurred = settled(_shifted_sum(taps, rows, flat, axis=0, step=1))
+    blurred = materialize(_shifted_sum(taps, rows, flat, axis=0, step=1))
     return _shifted_sum(taps, columns, blurred, axis=1, step=channels).reshape(image.shape)
 
 
@@ -233,7 +233,7 @@ def sample(
 def draw_plasma(key: Array, shape: tuple[int, ...]) -> Float[Array, " points"]:
     """Uniform noise in [-1, 1] for a `plasma` of a power of two not below `shape`'s sides."""
     side = 1 << (max(shape[:2]) - 1).bit_length()
-    return uniform(key, (side * side - 1,), minval=-1)
+    return jax.random.uniform(key, (side * side - 1,), minval=-1)
 
 
 def plasma(noise: Float[Array, " points"], decay: float) -> Float[Array, "side side"]:

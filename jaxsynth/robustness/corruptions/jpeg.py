@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.ops.cpu_random import settled
+from jaxsynth.ops.materialize import materialize
 
 # ITU-T T.81, tables K.1 and K.2.
 _LUMA = np.int32(
@@ -95,7 +95,7 @@ def from_planes(
     more_red = (_fixed(1.402) * red + _HALF) >> 16
     more_green = (-_fixed(0.34414) * blue - _fixed(0.71414) * red + _HALF) >> 16
     more_blue = (_fixed(1.772) * blue + _HALF) >> 16
-    pixels = settled(jnp.stack([luma + more for more in (more_red, more_green, more_blue)]))
+    pixels = materialize(jnp.stack([luma + more for more in (more_red, more_green, more_blue)]))
     return jnp.clip(pixels, 0, 255).transpose(1, 2, 0) / jnp.float32(255)
 
 
@@ -109,8 +109,8 @@ def to_coefficients(
     rows, columns = plane.shape[0] // 8, plane.shape[1] // 8
     # Blocks last, so that a transform is a few operations on long rows.
     blocks = (plane - 128).reshape(rows, 8, columns, 8).transpose(3, 1, 0, 2)
-    blocks = settled(_forward(settled(blocks), 0, -_PASS_BITS))
-    blocks = settled(_forward(blocks, 1, _PASS_BITS))
+    blocks = materialize(_forward(materialize(blocks), 0, -_PASS_BITS))
+    blocks = materialize(_forward(blocks, 1, _PASS_BITS))
     # The transform leaves a factor of 8. A CPU divides whole numbers one by one: half a unit away
     # from a whole quotient, floating point ones round down to the same.
     steps = 8 * steps.T[..., None, None]
@@ -123,9 +123,9 @@ def from_coefficients(
 ) -> Int[Array, "a b"]:
     """The plane of quantised coefficients."""
     rows, columns = coefficients.shape[2:]
-    blocks = settled(coefficients * steps.T[..., None, None])
-    blocks = settled(_inverse(blocks, 1, -_PASS_BITS))
-    blocks = settled(_inverse(blocks, 0, _PASS_BITS + 3))
+    blocks = materialize(coefficients * steps.T[..., None, None])
+    blocks = materialize(_inverse(blocks, 1, -_PASS_BITS))
+    blocks = materialize(_inverse(blocks, 0, _PASS_BITS + 3))
     return jnp.clip(blocks.transpose(2, 1, 3, 0).reshape(8 * rows, 8 * columns) + 128, 0, 255)
 
 
@@ -201,9 +201,9 @@ def _doubled(plane: Int[Array, "a b"]) -> Int[Array, "c d"]:
     """Twice the size: 3/4 of the nearer and 1/4 of the farther, down and then right."""
     above = jnp.concatenate([plane[:1], plane[:-1]])
     below = jnp.concatenate([plane[1:], plane[-1:]])
-    tall = settled(jnp.stack([3 * plane + above, 3 * plane + below], 1))
+    tall = materialize(jnp.stack([3 * plane + above, 3 * plane + below], 1))
     tall = tall.reshape(-1, plane.shape[1])
     before = jnp.concatenate([tall[:, :1], tall[:, :-1]], 1)
     after = jnp.concatenate([tall[:, 1:], tall[:, -1:]], 1)
     pairs = jnp.stack([(3 * tall + before + 8) >> 4, (3 * tall + after + 7) >> 4], 2)
-    return settled(pairs).reshape(tall.shape[0], -1)
+    return materialize(pairs).reshape(tall.shape[0], -1)

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxsynth.ops.cpu_random import normal, uniform
-
 GAUSSIAN_SCALES = (0.08, 0.12, 0.18, 0.26, 0.38)
 SHOT_PHOTONS = (60, 25, 12, 5, 3)
 IMPULSE_SHARES = (0.03, 0.06, 0.09, 0.17, 0.27)
@@ -21,12 +19,12 @@ SPECKLE_SCALES = (0.15, 0.2, 0.35, 0.45, 0.6)
 
 def draw_normal(key: Array, shape: tuple[int, ...]) -> Float[Array, "h w 3"]:
     """Standard normal noise of the image's shape."""
-    return normal(key, shape)
+    return jax.random.normal(key, shape)
 
 
 def draw_uniform(key: Array, shape: tuple[int, ...]) -> Float[Array, "h w 3"]:
     """Uniform noise in [0, 1) of the image's shape."""
-    return uniform(key, shape)
+    return jax.random.uniform(key, shape)
 
 
 def gaussian_noise(

@@ -19,7 +19,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxsynth.data.load import ImageSource
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.robustness.attacks.evaluate import batches
 from jaxsynth.robustness.corruptions.codec import CODEC_CORRUPTIONS, corrupt_by_codec
 from jaxsynth.robustness.corruptions.common_3d import depth_from_inverse

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.ops.cpu_random import normal, settled, uniform
+from jaxsynth.ops.materialize import materialize
 from jaxsynth.robustness.corruptions.edges import canny, chamfer, equalise
 from jaxsynth.robustness.corruptions.filters import (
     blur_along,
@@ -90,7 +90,7 @@ def draw_frost(key: Array, shape: tuple[int, ...]) -> Frost:
         jax.random.randint(keys[0], (), 0, most),
         jax.random.randint(keys[1], (2,), 0, most),
         draw_plasma(keys[2], shape),
-        uniform(keys[3], shape[:2]),
+        jax.random.uniform(keys[3], shape[:2]),
         jax.random.uniform(keys[4], (_NEEDLES,), maxval=180),
     )
 
@@ -138,8 +138,8 @@ def frost_texture(draws: Frost) -> Float[Array, "h w 3"]:
     seeds = draws.seeds / _SEED_SHARE - jnp.arange(_NEEDLES, dtype=jnp.float32)[:, None, None]
     seeds = jnp.where((seeds > 0) & (seeds < 1), seeds, 0)
     needles = jax.lax.map(lambda draws: _grow_needles(*draws), (seeds, draws.angles)).max(0)
-    cloud = settled(plasma(draws.cloud, 2)[:height, :width])
-    ice = _BASE + _OF_CLOUD * cloud + _OF_NEEDLES * settled(needles)
+    cloud = materialize(plasma(draws.cloud, 2)[:height, :width])
+    ice = _BASE + _OF_CLOUD * cloud + _OF_NEEDLES * materialize(needles)
     return jnp.clip(ice, 0, 1)[..., None] * _ICE
 
 
@@ -150,7 +150,7 @@ def _grow_needles(layer: Float[Array, "h w"], angle: Float[Array, ""]) -> Float[
     for steps in _NEEDLE_STEPS:
         lengths = sorted({max(1, round(step * ratio)) for step in steps})
         reach = lengths[-1]
-        around = settled(jnp.pad(layer, reach))
+        around = materialize(jnp.pad(layer, reach))
         for far in lengths:
             down, right = (
                 jnp.round(far * part).astype(jnp.int32) for part in (jnp.sin(turn), jnp.cos(turn))
@@ -166,7 +166,9 @@ def _grow_needles(layer: Float[Array, "h w"], angle: Float[Array, ""]) -> Float[
 def draw_snow(key: Array, shape: tuple[int, ...]) -> Snow:
     """Flakes and their direction, -135 to -45 degrees."""
     flakes, angle = jax.random.split(key)
-    return Snow(normal(flakes, shape[:2]), jax.random.uniform(angle, minval=-135, maxval=-45))
+    return Snow(
+        jax.random.normal(flakes, shape[:2]), jax.random.uniform(angle, minval=-135, maxval=-45)
+    )
 
 
 def snow(image: Float[Array, "h w 3"], draws: Snow, severity: int) -> Float[Array, "h w 3"]:
@@ -175,7 +177,7 @@ def snow(image: Float[Array, "h w 3"], draws: Snow, severity: int) -> Float[Arra
     ratio = size_ratio(image.shape)
     layer = clipped_zoom(mean + deviation * draws.flakes, max(1, zoom * ratio))
     layer = jnp.floor(jnp.clip(jnp.where(layer < least, 0, layer), 0, 1) * 255) / 255
-    layer = settled(blur_along(layer, draws.angle, radius * ratio, sigma * ratio))[..., None]
+    layer = materialize(blur_along(layer, draws.angle, radius * ratio, sigma * ratio))[..., None]
     white = jnp.maximum(image, (image @ _GREY)[..., None] * 1.5 + 0.5)
     image = weight * image + (1 - weight) * white
     return jnp.clip(image + layer + layer[::-1, ::-1], 0, 1)
@@ -183,7 +185,7 @@ def snow(image: Float[Array, "h w 3"], draws: Snow, severity: int) -> Float[Arra
 
 def draw_spatter(key: Array, shape: tuple[int, ...]) -> Float[Array, "h w"]:
     """Standard normal noise, one number a pixel."""
-    return normal(key, shape[:2])
+    return jax.random.normal(key, shape[:2])
 
 
 def spatter(
@@ -197,7 +199,7 @@ def spatter(
         mask = gaussian_blur((layer > least).astype(jnp.float32), last * ratio)
         mask = jnp.where(mask < _MUD_LEAST, 0, mask)[..., None]
         return jnp.clip(image * (1 - mask) + mask * _MUD, 0, 1)
-    layer = settled(jnp.floor(jnp.clip(jnp.where(layer < least, 0, layer) * 255, 0, 255)))
+    layer = materialize(jnp.floor(jnp.clip(jnp.where(layer < least, 0, layer) * 255, 0, 255)))
     strength = layer * water_relief(layer, _FARTHEST * ratio)
     strength = last * strength / jnp.maximum(strength.max(), 1e-6)
     return jnp.clip(image + strength[..., None] * _WATER, 0, 1)
@@ -206,11 +208,11 @@ def spatter(
 def water_relief(layer: Float[Array, "h w"], farthest: float) -> Float[Array, "h w"]:
     """How light is a drop, 0 to 255: an embossed distance to the nearest edge of a drop."""
     distance = chamfer(canny(layer, *_EDGES), farthest)
-    level = settled(equalise(jnp.floor(mean_filter(distance)), int(np.ceil(farthest))))
+    level = materialize(equalise(jnp.floor(mean_filter(distance)), int(np.ceil(farthest))))
     around = jnp.pad(level, 1, mode="reflect")
     height, width = level.shape
     embossed = sum(
         int(weight) * around[row : row + height, column : column + width]
         for (row, column), weight in np.ndenumerate(_EMBOSS)
     )
-    return jnp.round(mean_filter(settled(jnp.clip(embossed, 0, 255))))
+    return jnp.round(mean_filter(materialize(jnp.clip(embossed, 0, 255))))

@@ -161,8 +161,8 @@ def _scaled(model: nnx.Module, sign: int) -> tuple[nnx.Module, bool]:
             return layer
         changed = True
         magnitude = layer.magnitude[...]
-        norms = magnitude / dora.ratios(layer)
-        ratio = dora.initial(layer.weight(), layer.place, layer.config) / norms
+        norms = magnitude / layer.ratios()
+        ratio = dora.lengths(layer.weight(), layer.place, "output") / norms
         value = magnitude * ratio if sign > 0 else magnitude / ratio
         return inject.with_attributes(layer, magnitude=inject.Trainable(value))
 

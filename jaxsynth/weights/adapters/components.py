@@ -54,13 +54,18 @@ def join_networks(states: Mapping[str, AdapterState], *, mixed: bool = False) ->
         ranked = all(hasattr(x, "rank_pattern") for x in (config, joined))
         if mixed and ranked and (config.rank, config.alpha) != (joined.rank, joined.alpha):
             everything = rf"^{re.escape(other)}\..*"
-            alpha = config.rank if config.alpha is None else config.alpha
+            ranks = {**config.rank_pattern, everything: config.rank}
+            alphas = dict(config.alpha_pattern)
+            if config.alpha is not None:
+                alphas[everything] = config.alpha
+            elif joined.alpha is not None:
+                alphas = {**alphas, **ranks, **alphas}
             config = dataclasses.replace(
                 config,
                 rank=joined.rank,
                 alpha=joined.alpha,
-                rank_pattern={**config.rank_pattern, everything: config.rank},
-                alpha_pattern={**config.alpha_pattern, everything: alpha},
+                rank_pattern=ranks,
+                alpha_pattern=alphas,
             )
         if _common(config) != _common(joined):
             raise ValueError(

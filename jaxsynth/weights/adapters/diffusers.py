@@ -34,7 +34,9 @@ from jaxsynth.adapters.inject import (
     trainable_variables,
 )
 from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors, peft_settings
 from jaxsynth.weights.adapters import peft as peft_kinds
@@ -120,7 +122,7 @@ def read_peft(
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; expected a peft adapter folder")
     where = folder / PEFT_CONFIG
-    fields = hub.read_json(where)
+    fields = read_json(where)
     source = folder / PEFT_WEIGHTS
     tensors, _ = _read_safetensors(source)
     kind = fields.get("peft_type", "LORA")
@@ -457,7 +459,7 @@ def _config_to_peft(config: LoRAConfig) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True if config.init == "kaiming" else config.init,
-        "lora_alpha": peft_settings.number(config.rank if config.alpha is None else config.alpha),
+        "lora_alpha": peft_settings.alpha_of(config),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
@@ -504,5 +506,5 @@ def _wide(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with hub.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)

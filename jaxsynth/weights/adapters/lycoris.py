@@ -33,8 +33,10 @@ from jaxsynth.adapters.kinds.ia3 import IA3Config
 from jaxsynth.adapters.kinds.loha import LoHaConfig
 from jaxsynth.adapters.kinds.lokr import LoKrConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
-from jaxsynth.adapters.kinds.update import Place, UpdateLayer
+from jaxsynth.adapters.kinds.place import Place
+from jaxsynth.adapters.kinds.update import UpdateLayer
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors
 
@@ -104,7 +106,7 @@ def save(
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     cast = {name: np.asarray(value, dtype) for name, value in tensors.items()}
-    with hub.replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.write_bytes(hub.to_bytes(cast, {"format": "pt", **(metadata or {})}))
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxsynth.adapters.inject import AdapterState, T, load_state, mark_trainable, with_values
 from jaxsynth.adapters.registry import MAKERS
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 
 STATE_FILE = "adapter.safetensors"
@@ -36,7 +37,7 @@ def write_state(path: Path, state: AdapterState) -> None:
     metadata = {"format": _FORMAT, "kind": kind, "config": json.dumps(config, sort_keys=True)}
     data = hub.to_bytes({name: np.asarray(x) for name, x in state.arrays.items()}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with hub.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 

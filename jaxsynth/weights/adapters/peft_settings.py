@@ -48,6 +48,14 @@ class Fields:
         """A setting's value, which then counts as understood."""
         return self._rest.pop(name, default)
 
+    def take_number(self, name: str, default: float) -> float:
+        """A setting that must be a number; 0 is one, and null stands for the default."""
+        found = self.take(name)
+        found = default if found is None else found
+        if isinstance(found, bool) or not isinstance(found, (int, float)):
+            raise UserError(f"{self.source}: {name} is {found!r}, expected a number")
+        return found
+
     def expect(self, name: str, allowed: tuple[Any, ...]) -> Any:
         """A setting that must be one of these, the first where it is missing."""
         found = self.take(name, allowed[0])
@@ -94,7 +102,7 @@ def ranked(fields: Fields, alpha: str = "alpha") -> dict[str, Any]:
     rank = fields.take("r", 8)
     return {
         "rank": rank,
-        "alpha": fields.take(alpha, 8) or rank,
+        "alpha": fields.take_number(alpha, 8),
         "targets": fields.targets(),
         "rank_pattern": fields.take("rank_pattern") or {},
         "alpha_pattern": fields.take("alpha_pattern") or {},
@@ -105,12 +113,13 @@ def patterns(config: Any) -> dict[str, Any]:
     """Ranks and alphas by pattern, as peft has them."""
     return {
         "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": {name: number(value) for name, value in config.alpha_pattern.items()},
+        "alpha_pattern": {name: number(value) for name, value in config.alphas()[1].items()},
     }
 
 
-def _alpha(config: Any) -> int | float:
-    return number(config.rank if config.alpha is None else config.alpha)
+def alpha_of(config: Any) -> int | float:
+    """The alpha of most layers, as peft has it."""
+    return number(config.alphas()[0])
 
 
 def _read_loha(fields: Fields) -> LoHaConfig:
@@ -126,7 +135,7 @@ def _read_loha(fields: Fields) -> LoHaConfig:
 def _write_loha(config: LoHaConfig) -> dict[str, Any]:
     return {
         "r": config.rank,
-        "alpha": _alpha(config),
+        "alpha": alpha_of(config),
         **patterns(config),
         "module_dropout": config.module_dropout,
         "use_effective_conv2d": config.use_tucker,
@@ -161,7 +170,7 @@ def _read_adalora(fields: Fields) -> AdaLoRAConfig:
         fields.take(name)
     return AdaLoRAConfig(
         rank=rank,
-        alpha=fields.take("lora_alpha", 8) or rank,
+        alpha=fields.take_number("lora_alpha", 8),
         targets=fields.targets(),
         dropout=fields.take("lora_dropout", 0.0),
         target_rank=fields.take("target_r", 8),
@@ -174,12 +183,12 @@ def _read_adalora(fields: Fields) -> AdaLoRAConfig:
 
 
 def _write_adalora(config: AdaLoRAConfig) -> dict[str, Any]:
-    if config.rank_pattern or config.alpha_pattern:
+    if config.rank_pattern or config.alpha_pattern:  # alpha None then follows the one rank
         raise ValueError("peft's AdaLoRA has one rank and one alpha for all layers")
     return {
         "init_r": config.rank,
         "target_r": config.target_rank,
-        "lora_alpha": _alpha(config),
+        "lora_alpha": alpha_of(config),
         "lora_dropout": config.dropout,
         "tinit": config.warmup,
         "tfinal": config.final,

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.tree_util import Partial
 from jaxtyping import Array
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.classifiers.convnext import ConvNextConfig, ConvNextForImageClassification
 from jaxsynth.models.classifiers.dinov2 import (
@@ -36,7 +37,7 @@ from jaxsynth.models.classifiers.swin import SwinConfig, SwinForImageClassificat
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.weights import hub, preprocessing
 from jaxsynth.weights.hf import describe
-from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, keys_of, to_file
 from jaxsynth.weights.networks import timm
 from jaxsynth.weights.networks.heads import LinearHead

@@ -16,12 +16,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig, position_embedding
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
 from jaxsynth.weights.hf import DIFFUSERS_VERSION, describe, load_model, save_model
-from jaxsynth.weights.hub import read_json, resolve
+from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling
 from jaxsynth.weights.torch_files.reader import read_state_dict
 

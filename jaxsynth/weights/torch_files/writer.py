@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsynth.weights import hub
+from jaxsynth.core.io import replacing
 
 _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -33,7 +33,7 @@ def write_pickled(path: str | Path, content: dict[Any, Any]) -> None:
         **{f"data/{i}": array.tobytes() for i, array in enumerate(writer.arrays)},
         "version": b"3\n",
     }
-    with hub.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, data in entries.items():
             archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}", _DATE), data)
 

@@ -40,6 +40,16 @@ def test_train_transform(recipe):
         np.testing.assert_array_equal(a, EvalTransform(24)(picture()))
 
 
+def test_evaluation_is_transformers():
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24)
+    for height, width in ((24, 27), (24, 28), (31, 24), (40, 47), (99, 50)):
+        image = picture(height, width)
+        peer = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        mine = EvalTransform(24)(image)
+        np.testing.assert_allclose(mine, np.moveaxis(peer, 0, -1), atol=1e-5)
+
+
 def test_normalisation_is_clips():
     white = np.full((8, 8, 3), 255, np.uint8)
     expected = (1 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from jaxsynth.data.load import ArraySource, SourceError
+from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
+from jaxsynth.data.sources.arrays import ArraySource
 
 
 def source(n, first=0, size=4):

@@ -88,11 +88,11 @@ def test_files_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", "{", "a.json: not JSON"),
+        ("a.json", "{", "a.json: not valid JSON"),
         ("a.json", "3", "a.json: expected a list of concepts"),
         ("a.json", "[]", "a.json: no concepts"),
         ("a.json", '[{"text": "x"}]', "a.json, concept 0: expected an object with a prompt"),
-        ("a.json", '[{"prompt": "x", "kind": 1}]', r"concept 0: unknown keys \['kind'\]"),
+        ("a.json", '[{"prompt": "x", "kind": 1}]', r"concept 0: unknown key 'kind'"),
         ("a.json", '[{"prompt": "x", "edits": [{"operation": "fly"}]}]', "Edit.operation: 'fly'"),
         ("a.json", '[{"prompt": "x", "family": "sport"}]', "concept family 'sport'"),
         ("a.txt", "x\nx\n", "the prompt 'x' comes twice"),

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxsynth.data.load import DataConfig, SourceError, load_dataset
+from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.sources.builtin import NAMES
 
 

@@ -1,13 +1,16 @@
 """TensorFlow Datasets without TensorFlow: a small data set of our own is written and read."""
 
 import importlib
+import os
+import shutil
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from jaxsynth.data.load import DataConfig, SourceError, load_dataset
+from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.data.load import load_dataset
 from jaxsynth.methods.robustness.sets import SetConfig, SetsConfig, load_sets
 
 BUILDER = '''
@@ -141,3 +144,46 @@ def test_a_failed_download_says_what_to_do(tmp_path):
     builder_class(tmp_path, "far_away", failing)
     with pytest.raises(SourceError, match=r"not prepared under .*no network.*give that folder"):
         load_dataset(DataConfig(source="tfds", name="far_away", path=str(tmp_path / "data")))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "jaxsynth" / "labels"
+
+
+def test_labels_are_read_once(prepared, cache):
+    config = DataConfig(source="tfds", name="colour_animals", path=prepared)
+    labels = load_dataset(config).train.labels
+    kept = list(cache.iterdir())
+    assert len(kept) == 2  # of train and of test
+    later = load_dataset(config).train
+    later._records = range(12)  # has a length, and no record
+    np.testing.assert_array_equal(later.labels, labels)
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:50])
+    np.testing.assert_array_equal(load_dataset(config).train.labels, labels)
+
+
+def test_labels_are_read_anew_where_the_files_are_others(prepared, cache, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(prepared, moved)
+    config = DataConfig(source="tfds", name="colour_animals", path=str(moved))
+    before = load_dataset(config).train
+    assert len(before.labels) == 12 and len(list(cache.iterdir())) == 2
+    for path in moved.rglob("*.array_record*"):
+        os.utime(path, ns=(1, 1))
+    assert len(load_dataset(config).train.labels) == 12 and len(list(cache.iterdir())) == 4
+
+
+def test_a_split_is_identified_without_reading_it(prepared, cache):
+    config = DataConfig(source="tfds", name="colour_animals", path=prepared)
+    data = load_dataset(config)
+    for source in (data.train, data.test):
+        source._records = range(len(source))  # has a length, and no record
+    assert len({*data.train.record_digests(), *data.test.record_digests()}) == 18
+    assert data.train.digest == load_dataset(config).train.digest != data.test.digest
+    small = load_dataset(replace(config, image_size=4))
+    assert small.train.record_digests([3]) != data.train.record_digests([3])
+    part = load_dataset(replace(config, train_split="train[:50%]")).train
+    assert len(part) == 6 and part.digest != data.train.digest

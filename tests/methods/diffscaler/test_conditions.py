@@ -8,7 +8,7 @@ import pytest
 from jaxsynth.adapters.inject import extract
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.conditions import as_bytes, source_condition
-from jaxsynth.data.load import DataConfig
+from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, fill_store
 from jaxsynth.methods.diffscaler import run

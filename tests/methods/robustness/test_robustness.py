@@ -80,7 +80,7 @@ def test_a_checkpoint_is_one_more_model(tmp_path):
     config = ResNetConfig(
         embedding_size=4, hidden_sizes=(8,), depths=(1,), layer_type="basic", num_labels=len(SHAPES)
     )
-    given = Preprocessing(32, 36, False, "bicubic", (0.5,) * 3, (0.25,) * 3)
+    given = Preprocessing(32, 36, False, "bicubic", (0.5,) * 3, (0.25,) * 3, "round")
     folder = tmp_path / "resnet"
     work = _Work(smoke(models={"mine": {"checkpoint": str(folder)}}, baseline=""), tmp_path / "run")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxsynth.core.config import ConfigError, to_dataclass
-from jaxsynth.data.load import SourceError
+from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.procedural.shapes import SHAPES
 from jaxsynth.methods.robustness.sets import SetsConfig, load_sets
 from tests.methods.robustness.published_sets import FOLDER, every, write, write_sets

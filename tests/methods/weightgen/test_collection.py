@@ -143,7 +143,7 @@ def note(**changes) -> dict[str, str]:
         ({"format": "pt"}, {}, "format 'pt', expected 'jaxsynth.weights'"),
         ({"collection": "{"}, {}, "collection: not valid JSON"),
         (note(base=None), {}, "collection: base is missing"),
-        (note(layout={"block": 4}), {}, "layout: KeyError: 'entries'"),
+        (note(layout={"block": 4}), {}, "collection: entries is missing"),
         (note(families=("artistic",)), {}, "1 families for 3 concepts"),
         (note(texts=(("a",), (), ("b",))), {}, "concept 1 has no text"),
         (note(), {"blocks": None}, "blocks is missing"),

@@ -21,6 +21,10 @@ def test_steps_and_seconds_to_a_target():
     assert result.seconds == 1.0 + 5 * 0.5
     # Most never get there: no number of steps is claimed.
     assert reached([found], [[0.01, 0.2, 0.01]]).steps == math.inf
+    # Of an even number the median lies between the two in the middle.
+    even = curves((0.3, 0.1, 0.1), (0.3, 0.3, 0.1))
+    assert reached([even], [[0.2, 0.2]]).steps == (5 + 20) / 2
+    assert reached([even], [[0.2, 0.01]]).steps == math.inf
     # Of two seeds: three of five concepts get there, the last of them after 5 steps.
     both = reached(
         [found, curves((0.1, 0.1, 0.1), (0.3, 0.3, 0.3), step=1.5)], [[0.2] * 3, [0.2] * 2]

@@ -75,7 +75,7 @@ def test_full_size_parameter_count():
     shapes = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert sum(int(np.prod(leaf.shape)) for leaf in shapes) == 83_653_863
     assert config.downscale == 8
-    assert (config.scaling_factor, config.shift_factor) == (0.18215, 0.0)
+    assert config.scaling_factor == 0.18215
 
 
 def test_gaussian_sample_has_its_moments():
@@ -87,8 +87,21 @@ def test_gaussian_sample_has_its_moments():
     assert (gaussian.mode() == gaussian.mean).all()
 
 
+def test_force_upcast_computes_in_float32():
+    """Whatever type is asked for, and with parameters in that type too."""
+    config = AutoencoderKLConfig.from_dict({**tiny(1), "force_upcast": True})
+    full = AutoencoderKL(config, rngs=nnx.Rngs(0))
+    half = AutoencoderKL(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    images = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3), minval=-1.0)
+    latents = half.encode(images).mode()
+    np.testing.assert_array_equal(latents, full.encode(images).mode())
+    assert half.decode(latents).dtype == jnp.float32
+    nnx.update(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(half)))
+    assert half.decode(half.encode(images).mode()).dtype == jnp.float32
+
+
 def test_bfloat16_computes_in_that_type_and_keeps_float32_moments():
-    config = AutoencoderKLConfig.from_dict(tiny(1))
+    config = AutoencoderKLConfig.from_dict({**tiny(1), "force_upcast": False})
     full = AutoencoderKL(config, rngs=nnx.Rngs(0))
     half = nnx.eval_shape(lambda: AutoencoderKL(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     nnx.update(half, nnx.state(full))
@@ -109,6 +122,7 @@ def test_image_that_does_not_divide_is_refused():
     ("change", "message"),
     [
         ({"latent_chanels": 4}, "unknown field 'latent_chanels'"),
+        ({"shift_factor": 0.0609}, "shift_factor: expected None or 0.0, got 0.0609"),
         ({"latents_mean": [0.0]}, "latents_mean: expected None"),
         ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types: expected 2 entries"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "down_block_types: expected"),

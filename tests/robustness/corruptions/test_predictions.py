@@ -7,8 +7,10 @@ import pytest
 from jax.tree_util import Partial
 from PIL import Image
 
-from jaxsynth.data.load import ArraySource, SourceError, Subset
+from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.procedural.shapes import SHAPES
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.views import Subset
 from jaxsynth.robustness import bias_sets, suite
 from jaxsynth.robustness.corruptions.predictions import (
     PAPER_CORRUPTIONS,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxsynth.data.load import SourceError
+from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.procedural.cues import (
     PLAIN,
     hue_of,

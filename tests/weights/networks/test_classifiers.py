@@ -311,7 +311,7 @@ def test_what_does_not_fit_is_refused(folder_of, tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"preprocessor_config.json: missing: it tells size, crop"):
         load_classifier(tmp_path)
-    given = Preprocessing(32, 36, False, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    given = Preprocessing(32, 36, False, "bicubic", (0.5,) * 3, (0.5,) * 3, "round")
     with pytest.raises(UserError, match="gives 32 pixels a side, the network takes 16"):
         load_classifier(tmp_path, preprocess=given)
     write_preprocessing(tmp_path, 16)

@@ -1,0 +1,21 @@
+"""scikit-learn's handwritten digits, which come with it."""
+
+import numpy as np
+from PIL import Image
+
+from jaxsynth.data.sources.arrays import ArraySource
+
+
+def digits_source(image_size: int = 0) -> ArraySource:
+    """scikit-learn's 1797 handwritten digits: 8 x 8 grey, enlarged (bicubic), white on black."""
+    from sklearn.datasets import load_digits  # slow to import, only this source needs it
+
+    size = image_size or 32
+    data = load_digits()
+    small = np.round(data.images * (255 / 16)).astype(np.uint8)
+    grey = [
+        np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC)) for x in small
+    ]
+    images = np.repeat(np.stack(grey)[..., None], 3, axis=-1)
+    ids = tuple(f"{label}/{i:04d}" for i, label in enumerate(data.target))
+    return ArraySource(images, data.target.astype(np.int32), ids)
