@@ -57,7 +57,10 @@ def test_saved_and_read_again(digits, tmp_path):
         ({"seed": None}, "seed=None .* expected an integer"),
         ({"train": {}}, "train=.* expected a list"),
         ({"val": [[1]] * 10}, r"val\[0\]\[0\]=1 .* expected a string"),
-        ({"class_names": ["0"]}, "Shots: train and val have 10 and 10 lists of ids, expected one for each of 1"),
+        (
+            {"class_names": ["0"]},
+            "Shots: train and val have 10 and 10 lists of ids, expected one for each of 1",
+        ),
         ({"more": 1}, "more: no such field"),
     ):
         (tmp_path / "other.json").write_text(json.dumps(good | change))
