@@ -17,8 +17,8 @@ NAMES = [
     "pattern",
     ["", "a", "ab|b", "a*", "a+b?", "(a|b)*1", "(?:a|)b", "(?P<x>a)b", ".*", r".*\.a", r"a\.b",
      "[ab]+", "[^ab]", "[a-b]1", r"[\d.]*", "[]a]", "[^]a]", "[a-]", r"\d", r"\D\w", r"[^\w]",
-     "a{2}", "a{1,2}b", "a{2,}", "a{,2}", "a{0}b", "(ab){2}", "a{x", "^a$", "^(a|b$)", "(^|a)b", "a$|b",
-     "a^b", "(a*)*b", "(a|ab)(1|b1)", "a*?b", r"\Aa\Z", r"down_blocks\.\d+\..*\.to_[qkv]$",
+     "a{2}", "a{1,2}b", "a{2,}", "a{,2}", "a{0}b", "(ab){2}", "a{x", "^a$", "^(a|b$)", "(^|a)b",
+     "a$|b", "a^b", "(a*)*b", "(a|ab)(1|b1)", "a*?b", r"\Aa\Z", r"down_blocks\.\d+\..*\.to_[qkv]$",
      r".*(to_q|to_out\.0)", "é_1", r"\n", "((a))", "(a|b){0,3}", "a|", "|", "()", "x{3}|."],
 )  # fmt: skip
 def test_as_python_matches(pattern):
