@@ -13,7 +13,6 @@ Training splits a network by variable type and sees only the factors:
 Many adapters on one base are a `jax.vmap` over stacked `trainable` with `frozen` unmapped.
 """
 
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
+
+from jaxsynth.core.patterns import matches_end, matches_whole
 
 T = TypeVar("T")
 Path = tuple[Any, ...]
@@ -153,7 +154,7 @@ def inject(model: T, make: Maker, *, targets: Sequence[str], rngs: nnx.Rngs | Ke
 
 def matches(target: str, path: str) -> bool:
     """Whether a target names `path`: all of it, its end after a dot, or by regular expression."""
-    return path == target or path.endswith(f".{target}") or bool(re.fullmatch(target, path))
+    return path == target or path.endswith(f".{target}") or matches_whole(target, path)
 
 
 def merge(model: T) -> T:
@@ -285,7 +286,7 @@ def seed_dropout(model: T, key: Key[Array, ""]) -> T:
 def first_match(patterns: dict, path: str, default):
     """The value of the first pattern that matches the path or its end after a dot (as in peft)."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if matches_end(pattern, path):
             return value
     return default
 

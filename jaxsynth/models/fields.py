@@ -26,6 +26,20 @@ _NOTES = """
 TRANSFORMERS_NOTES = frozenset(_NOTES.split())
 
 
+# What diffusers' EMAModel adds to the config.json of the network whose average it saves.
+EMA_NOTES = frozenset(
+    {
+        "decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+    }
+)
+
+
 def known_fields(
     cls: type,
     config: Mapping[str, Any],

@@ -8,7 +8,6 @@ that differs is an error, never a warning, since a silently random layer costs a
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +34,7 @@ from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, to_file
+from jaxsynth.weights.tensors import Tensors, expect_floats
 from jaxsynth.weights.tokenizer import Tokenizer
 
 __all__ = [
@@ -125,7 +125,7 @@ def load_model(
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
 ) -> Model:
-    """A network from config.json and safetensors (one file or shards) in `folder`.
+    """A network from config.json and the weights (one file or shards) in `folder`.
 
     Parameters are stored in `dtype` (norms and scalars in float32 at least); `compute_dtype`
     (default: `dtype`) is what layers compute in.
@@ -136,12 +136,19 @@ def load_model(
     config = _config(config_cls, folder / "config.json")
     compute = dtype if compute_dtype is None else compute_dtype
     filling = Filling(describe(model_cls, config, compute), dtype)
-    paths = hub.weight_files(folder)
-    for file in paths:
-        with hub.opened(file) as handle:
-            for key in handle.keys():  # noqa: SIM118, a safetensors handle is no mapping
-                filling.put(file, key, partial(hub.read_tensor, handle, file, key))
-    return filling.finish(paths[0] if len(paths) == 1 else folder)
+    weights = Tensors(hub.weight_files(folder))
+    fill(filling, weights)
+    return filling.finish(weights.where)
+
+
+def fill(filling: Filling, weights: Tensors, names: Mapping[str, str] | None = None) -> None:
+    """Put all tensors of some files into a network, those in `names` under these keys."""
+    for file, key, read in weights.items():
+
+        def tensor(shape, file=file, key=key, read=read):
+            return expect_floats(file, key, read(), shape)
+
+        filling.put(file, key if names is None else names[key], tensor)
 
 
 def save_model(

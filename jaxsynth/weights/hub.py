@@ -1,7 +1,7 @@
 """Folders of Hugging Face files: finding them, hub downloads, and streaming safetensors.
 
-Tensors are read one at a time through numpy, so loading never holds a second copy of a network, and
-pickled weights are never opened, because opening one runs code.
+Which of a folder's files holds its weights is decided here, for local folders and downloads alike.
+Their tensors are read by `tensors.Tensors`.
 """
 
 import hashlib
@@ -26,22 +26,17 @@ from jaxsynth.core.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
-# diffusers' and transformers' file names; half precision is only taken where it is all there is.
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
-_STEMS = ("diffusion_pytorch_model", "model")
-_CANDIDATES = [
-    name.format(stem)
-    for half in (False, True)
-    for stem in _STEMS
-    for name in (
-        ("{}.fp16.safetensors", "{}.fp16.safetensors.index.json", "{}.safetensors.index.fp16.json")
-        if half
-        else ("{}.safetensors", "{}.safetensors.index.json")
-    )
-]
+# A file of weights or the index of its shards, as diffusers, transformers and timm name them.
+_WEIGHTS = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(\.(?P<variant>\w+))?"
+    r"\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
+)
+_SHARD = re.compile(r"(\.(?P<variant>\w+))?-\d+-of-\d+\.(?P<kind>safetensors|bin)")
+# The order in which variants are taken; "" is the file of none. Others are taken where alone.
+_VARIANTS = ("", "fp32", "fp16", "bf16")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -54,8 +49,8 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     """The local folder of a model: a folder, "tiny" or "tiny/clip", or a hub id.
 
     An existing folder is taken as it is; "tiny" and what is below it come with the package;
-    anything else that looks like "owner/name" or "owner/name@revision" is downloaded (only
-    safetensors, json and txt files) or found in the hub's cache. UserError if none of it works.
+    anything else that looks like "owner/name" or "owner/name@revision" is downloaded (only json,
+    txt and the files of `weight_files`) or found in the hub's cache. UserError if none of it works.
     """
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
@@ -79,24 +74,50 @@ def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a folder's weights, all shards of an index included.
+    """The files that hold a folder's weights: one, or all the shards of an index.
 
-    UserError if there are none (saying how to convert pickled ones) or if a shard is missing.
+    Safetensors before PyTorch's own, and of several variants the full precision. UserError if there
+    are none, if a shard is missing, or for several variants of which none is known to be better.
     """
-    for name in _CANDIDATES:
-        path = folder / name
-        if not path.is_file():
+    names = sorted(file.name for file in folder.glob("*"))
+    chosen = choose_weights(folder, names)
+    if chosen is not None:
+        path = folder / chosen
+        return _shards(path) if chosen.endswith(".json") else [path]
+    found = [name for name in names if name.endswith((".safetensors", *_PICKLED))]
+    state = f"only {', '.join(found)} here" if found else "no weights"
+    state = state if folder.is_dir() else "no such folder, expected one"
+    raise UserError(
+        f"{folder}: {state}; expected {DIFFUSERS_WEIGHTS} or {TRANSFORMERS_WEIGHTS} (or such a "
+        "name with a variant, or .bin)"
+    )
+
+
+def choose_weights(folder: str | os.PathLike, names: Sequence[str]) -> str | None:
+    """The file among `names` that a folder's weights are read from, an index first; None if none.
+
+    UserError naming `folder` for several variants of which none is known to be better.
+    """
+    ranked = []
+    for name in names:
+        match = _WEIGHTS.fullmatch(name)
+        if match is None:
             continue
-        return _shards(path) if name.endswith(".json") else [path]
-    pickled = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLED)
-    if pickled:
+        variant = match["index_variant"] or match["variant"] or ""
+        order = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
+        stem = ("diffusion_pytorch_model", "model", "pytorch_model").index(match["stem"])
+        rank = (match["kind"] == "bin", order, stem, match["index"] is not None)
+        ranked.append((rank, variant, name))
+    if not ranked:
+        return None
+    rank, _, chosen = min(ranked)
+    rivals = {variant for other, variant, _ in ranked if other[:2] == rank[:2]}
+    if len(rivals) > 1:
         raise UserError(
-            f"{folder}: only {', '.join(pickled)} here, and loading pickled weights runs code. "
-            "Convert them once with the library that wrote them: "
-            "`Model.from_pretrained(folder).save_pretrained(new_folder)` writes safetensors"
+            f"{folder}: weights of the variants {', '.join(sorted(rivals))}, and none without; "
+            f"rename the file to be read to {_WEIGHTS.fullmatch(chosen)['stem']}.safetensors"
         )
-    state = "no weights" if folder.is_dir() else "no such folder, expected one"
-    raise UserError(f"{folder}: {state} ({DIFFUSERS_WEIGHTS} or {TRANSFORMERS_WEIGHTS})")
+    return chosen
 
 
 def _shards(index: Path) -> list[Path]:
@@ -104,12 +125,13 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{index}: no weight_map")
     files = sorted({index.parent / name for name in mapping.values()})
-    keys: set[str] = set()
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: missing, though {index.name} lists it")
+        if path.suffix != ".safetensors":
+            continue
         with opened(path) as handle:
-            keys.update(handle.keys())
+            keys = set(handle.keys())
         listed = sorted(key for key, name in mapping.items() if index.parent / name == path)
         absent = [key for key in listed if key not in keys]
         if absent:
@@ -125,17 +147,6 @@ def opened(path: Path):
             yield handle
     except SafetensorError as error:
         raise UserError(f"{path}: not a complete safetensors file: {error}") from None
-
-
-def read_tensor(handle, path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor; UserError naming file and key if it is no float or its shape is not `shape`."""
-    entry = handle.get_slice(key)
-    found, dtype = tuple(entry.get_shape()), entry.get_dtype()
-    if dtype not in _FLOATS:
-        raise UserError(f"{path}: {key}: dtype {dtype}, expected one of {', '.join(_FLOATS)}")
-    if found != tuple(shape):
-        raise UserError(f"{path}: {key}: shape {found}, expected {tuple(shape)}")
-    return handle.get_tensor(key)
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -218,31 +229,41 @@ def _cached(name: str, at: dict) -> Path | None:
 
 def _wanted(name: str, files: Sequence[str]) -> list[str]:
     """The files of a repository to download: per folder, the weights `weight_files` would take."""
-    if not any(file.endswith(".safetensors") for file in files):
-        pickled = ", ".join([file for file in files if file.endswith(_PICKLED)][:3])
-        only = f", only {pickled}, and loading pickled weights runs code" if pickled else ""
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, last = file.rpartition("/")
+        if folder.split("/")[0] not in _SKIPPED_FOLDERS:
+            folders.setdefault(folder, []).append(last)
+    wanted, weights = [], 0
+    for folder, names in folders.items():
+        taken = [last for last in names if last.endswith(_TEXT_FILES)]
+        chosen = choose_weights(f"{name}/{folder}", names)
+        if chosen is not None:
+            weights += 1
+            taken += [chosen, *(_shard_names(chosen, names) if chosen.endswith(".json") else ())]
+        wanted += [f"{folder}/{last}" if folder else last for last in set(taken)]
+    if not weights:
+        others = ", ".join([file for file in files if file.endswith(_PICKLED)][:3])
+        only = f", only {others}" if others else ""
         raise UserError(
-            f"{name!r}: the hub's repository has no safetensors{only}. "
+            f"{name!r}: the hub's repository has no {DIFFUSERS_WEIGHTS} and no "
+            f"{TRANSFORMERS_WEIGHTS} (or such a name with a variant, or .bin){only}. "
             f"Name a revision that has them, if there is one ({name}@refs/pr/1, say), or convert"
         )
-    files = [file for file in files if file.split("/")[0] not in _SKIPPED_FOLDERS]
-    wanted = [file for file in files if file.endswith(_TEXT_FILES)]
-    for folder in {file.rpartition("/")[0] for file in files}:
-        prefix = f"{folder}/" if folder else ""
-        present = [name for name in _CANDIDATES if prefix + name in files]
-        if present and present[0].endswith(".json"):
-            stem = present[0].split(".")[0]
-            half = ".fp16" in present[0]
-            wanted += [
-                file
-                for file in files
-                if file.startswith(f"{prefix}{stem}")
-                and file.endswith(".safetensors")
-                and ("fp16" in file) == half
-            ]
-        elif present:
-            wanted.append(prefix + present[0])
     return sorted(wanted)
+
+
+def _shard_names(index: str, names: Sequence[str]) -> list[str]:
+    """The names of an index's shards, which `weight_map` lists, before it can be read."""
+    match = _WEIGHTS.fullmatch(index)
+    stem, kind = match["stem"], match["kind"]
+    variant = match["index_variant"] or match["variant"]
+    shards = []
+    for name in names:
+        shard = _SHARD.fullmatch(name.removeprefix(stem)) if name.startswith(stem) else None
+        if shard and (shard["variant"], shard["kind"]) == (variant, kind):
+            shards.append(name)
+    return shards
 
 
 def _first_line(error: Exception) -> str:

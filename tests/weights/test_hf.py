@@ -394,7 +394,7 @@ KEY = "text_model.encoder.layers.1.mlp.fc1.weight"
         ),
         (
             lambda t: t.update({KEY: np.zeros((24, 16), np.int8)}),
-            f"{KEY}: dtype I8, expected one of",
+            f"{KEY}: int8, expected floats",
         ),
         (lambda t: (t.pop(KEY), t.pop("logit_scale")), "'logit_scale' missing and 1 more"),
     ],
@@ -444,14 +444,60 @@ def test_missing_shard_and_wrong_index_are_named(peer, tmp_path):
         load_model(UNet2DCondition, UNet2DConditionConfig, tmp_path)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(clip_folder, tmp_path):
+def test_folders_without_weights_say_what_is_there(clip_folder, tmp_path):
     shutil.copytree(clip_folder, tmp_path / "old")
-    (tmp_path / "old/model.safetensors").rename(tmp_path / "old/pytorch_model.bin")
-    with pytest.raises(UserError, match=r"only pytorch_model\.bin here.*save_pretrained"):
+    (tmp_path / "old/model.safetensors").rename(tmp_path / "old/flax_model.msgpack")
+    with pytest.raises(UserError, match=r"only flax_model\.msgpack here; expected diffusion_"):
         load_clip(tmp_path / "old")
-    (tmp_path / "old/pytorch_model.bin").unlink()
+    (tmp_path / "old/flax_model.msgpack").unlink()
     with pytest.raises(UserError, match="no weights"):
         load_clip(tmp_path / "old")
+
+
+def same_unet(folder, peer):
+    model = load_model(UNet2DCondition, UNet2DConditionConfig, folder)
+    theirs = peer.unet.state_dict()
+    for key, value in to_file(model).items():
+        np.testing.assert_array_equal(value, theirs[key].numpy(), err_msg=key)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("variant", [None, "fp16", "bf16", "non_ema"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_every_variant_that_diffusers_writes_is_read(peer, tmp_path, variant, safe, shards):
+    """Of shards too. The values are those of the full precision here, whatever the name says."""
+    limits = {"max_shard_size": "20KB"} if shards else {}
+    peer.unet.save_pretrained(tmp_path, variant=variant, safe_serialization=safe, **limits)
+    files = [path for path in tmp_path.iterdir() if path.suffix in (".safetensors", ".bin")]
+    assert (len(files) > 1) == shards
+    same_unet(tmp_path, peer)
+
+
+def test_the_average_of_a_training_is_read(peer, tmp_path):
+    """diffusers' EMAModel adds its settings to config.json."""
+    from diffusers.training_utils import EMAModel
+
+    unet = peer.unet
+    cls = diffusers.UNet2DConditionModel
+    average = EMAModel(unet.parameters(), model_cls=cls, model_config=unet.config)
+    average.save_pretrained(tmp_path)
+    assert "decay" in json.loads((tmp_path / "config.json").read_text())
+    same_unet(tmp_path, peer)
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_a_text_encoder_is_read_with_and_without_its_prefix(pipeline_folder, tmp_path, prefixed):
+    """transformers from 5.6 on writes no "text_model.", which older versions need."""
+    folder = tmp_path / "text"
+    shutil.copytree(pipeline_folder / "text_encoder", folder)
+    tensors = load_file(folder / "model.safetensors")
+    prefix = "text_model." if prefixed else ""
+    renamed = {prefix + key.removeprefix("text_model."): value for key, value in tensors.items()}
+    save_file(renamed, folder / "model.safetensors")
+    model = load_model(CLIPTextModel, CLIPTextConfig, folder)
+    for key, value in to_file(model).items():
+        assert key.startswith("text_model."), "what all versions of transformers read"
+        np.testing.assert_array_equal(value, renamed[prefix + key.removeprefix("text_model.")])
 
 
 def edited(folder, name, **changes):

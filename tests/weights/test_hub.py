@@ -41,6 +41,43 @@ def test_offline_hub_takes_the_cache(monkeypatch, tmp_path):
     assert resolve("owner/name").name == "c" * 40
 
 
+STEM = "diffusion_pytorch_model"
+INDEX = f"{STEM}.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        ([f"{STEM}.safetensors", f"{STEM}.fp16.safetensors", f"{STEM}.bin"], 0),
+        ([f"{STEM}.fp16.safetensors", f"{STEM}.bf16.safetensors"], 0),
+        ([f"{STEM}.fp32.safetensors", f"{STEM}.fp16.safetensors"], 0),
+        ([f"{STEM}.bf16.safetensors", f"{STEM}.non_ema.safetensors"], 0),
+        ([f"{STEM}.non_ema.safetensors"], 0),
+        (["model.ema.safetensors", "pytorch_model.bin"], 0),
+        ([INDEX, f"{STEM}-00001-of-00002.safetensors", f"{STEM}-00002-of-00002.safetensors"], 0),
+        ([f"{STEM}.safetensors.index.fp16.json", f"{STEM}.fp16-00001-of-00001.safetensors"], 0),
+        (["model.fp16.safetensors.index.json"], 0),
+        ([INDEX, f"{STEM}.fp16.safetensors"], 0),
+        (["model.safetensors", INDEX], 1),
+        (["pytorch_model.bin"], 0),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"], 0),
+        (["adapter_model.safetensors", "optimizer.bin", "model.ckpt", "config.json"], None),
+        ([], None),
+    ],
+)
+def test_the_weights_of_a_folder(names, chosen):
+    found = hub.choose_weights("folder", sorted(names))
+    assert found == (None if chosen is None else names[chosen])
+    assert hub.choose_weights("folder", sorted(names, reverse=True)) == found
+
+
+def test_variants_of_which_none_is_better_are_named():
+    names = [f"{STEM}.ema.safetensors", f"{STEM}.non_ema.safetensors"]
+    message = rf"folder: weights of the variants ema, non_ema, .* rename .* {STEM}\.safetensors"
+    with pytest.raises(UserError, match=message):
+        hub.choose_weights("folder", names)
+
+
 def test_only_needed_files_are_downloaded():
     repository = [
         "README.md",
@@ -72,7 +109,15 @@ def test_only_needed_files_are_downloaded():
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
     ]
-    with pytest.raises(UserError, match=r"no safetensors, only pytorch_model\.bin, .*refs/pr"):
-        hub._wanted("owner/name", ["config.json", "pytorch_model.bin"])
-    with pytest.raises(UserError, match=r"no safetensors\. Name"):
+    half = ["model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors"]
+    others = ["model-00001-of-00001.safetensors", "README.md"]
+    assert hub._wanted("owner/name", half + others) == sorted(half)
+    assert hub._wanted("owner/name", ["config.json", "pytorch_model.bin"]) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
+    message = r"no diffusion_pytorch_model\.safetensors .*, only v1\.ckpt\. Name .*refs/pr"
+    with pytest.raises(UserError, match=message):
+        hub._wanted("owner/name", ["config.json", "v1.ckpt"])
+    with pytest.raises(UserError, match=r"or \.bin\)\. Name"):
         hub._wanted("owner/name", ["README.md"])

@@ -43,7 +43,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_linear_projection": (False,),
 }
 # Scores are always float32 here, and there is no group norm.
-_IGNORED = ("norm_num_groups", "upcast_attention", "use_additional_conditions")
+_IGNORED = (
+    "norm_num_groups",
+    "upcast_attention",
+    "use_additional_conditions",
+    *fields.EMA_NOTES,
+)
 
 # Depth, width and heads (arXiv 2212.09748, table 1).
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

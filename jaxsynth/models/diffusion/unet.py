@@ -47,11 +47,12 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
-# Read only when one of the above is on.
+# Read only when one of the above is on, or never.
 IGNORED = (
     "addition_embed_type_num_heads",
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
+    *fields.EMA_NOTES,
 )
 _ATTENDS = {
     "CrossAttnDownBlock2D": True,

@@ -70,7 +70,7 @@ class AutoencoderKLConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """From a vae folder's config.json; an unknown field or value is a ValueError naming it."""
-        return cls(**fields.known_fields(cls, config, only=ONLY))
+        return cls(**fields.known_fields(cls, config, only=ONLY, ignored=fields.EMA_NOTES))
 
     @property
     def downscale(self) -> int:

@@ -41,6 +41,7 @@ from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors, peft_settings
 from jaxsynth.weights.adapters import peft as peft_kinds
 from jaxsynth.weights.adapters.components import COMPONENTS
+from jaxsynth.weights.tensors import read_tensor
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -497,7 +498,7 @@ def _json(fields: dict[str, Any]) -> str:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with hub.opened(path) as handle:
-        tensors = {key: handle.get_tensor(key) for key in sorted(handle.keys())}
+        tensors = {key: read_tensor(handle, path, key) for key in sorted(handle.keys())}
         return tensors, handle.metadata() or {}
 
 

@@ -39,6 +39,7 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors
+from jaxsynth.weights.tensors import read_tensor
 
 # The prefixes of a pipeline's networks; LyCORIS' own, for any module, is "lycoris".
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lycoris")
@@ -155,7 +156,7 @@ def layer_paths(model: nnx.Module) -> list[str]:
 def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """A file's tensors and metadata."""
     with hub.opened(source) as handle:
-        tensors = {key: np.asarray(handle.get_tensor(key)) for key in sorted(handle.keys())}
+        tensors = {key: read_tensor(handle, source, key) for key in sorted(handle.keys())}
         return tensors, handle.metadata() or {}
 
 

@@ -18,6 +18,7 @@ from jaxsynth.adapters.registry import MAKERS
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
+from jaxsynth.weights.tensors import read_tensor
 
 STATE_FILE = "adapter.safetensors"
 _FORMAT = "jaxsynth.adapter"
@@ -58,7 +59,7 @@ def read_state(path: Path) -> AdapterState:
                 f"{path}: format {metadata.get('format')!r}, expected {_FORMAT!r}; adapters of "
                 "peft and diffusers are read by weights.adapters"
             )
-        arrays = {key: jnp.asarray(handle.get_tensor(key)) for key in sorted(handle.keys())}
+        arrays = {key: jnp.asarray(read_tensor(handle, path, key)) for key in sorted(handle.keys())}
     kind = metadata.get("kind")
     if kind == _NO_CONFIG:
         return AdapterState(arrays, None)

@@ -42,7 +42,7 @@ from jaxsynth.weights.layout import Filling, keys_of, to_file
 from jaxsynth.weights.networks import timm
 from jaxsynth.weights.networks.heads import LinearHead
 from jaxsynth.weights.preprocessing import Preprocessing
-from jaxsynth.weights.tensors import PICKLED, Tensors
+from jaxsynth.weights.tensors import PICKLED, Tensors, expect_floats
 
 _NETWORKS: dict[str, tuple[type[nnx.Module], Any]] = {
     "convnext": (ConvNextForImageClassification, ConvNextConfig),
@@ -394,13 +394,10 @@ def _part(
     pad: bool = False,
 ) -> np.ndarray:
     """Part `number` of `count` along the first axis, of `shape`; UserError if it is another."""
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise UserError(f"{path}: {key}: {value.dtype}, expected floats")
     if pad and value.ndim == 3 and 0 < shape[1] - value.shape[1] <= 2:
         value = np.pad(value, ((0, 0), (shape[1] - value.shape[1], 0), (0, 0)))
     whole = (count * shape[0], *shape[1:]) if shape else shape
-    if value.shape != whole:
-        raise UserError(f"{path}: {key}: shape {value.shape}, expected {whole}")
+    value = expect_floats(path, key, value, whole)
     return value if count == 1 else np.split(value, count)[number]
 
 

@@ -24,6 +24,7 @@ from jaxsynth.weights import hub
 from jaxsynth.weights.hf import DIFFUSERS_VERSION, describe, load_model, save_model
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling
+from jaxsynth.weights.tensors import expect_floats
 from jaxsynth.weights.torch_files.reader import read_state_dict
 
 # How the published networks were trained and are sampled (arXiv 2212.09748, section 5): linear
@@ -205,9 +206,7 @@ def _load_checkpoint(
 
 
 def _part(path: Path, key: str, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if not jnp.issubdtype(part.dtype, jnp.floating) or part.shape != shape:
-        raise UserError(f"{path}: {key}: {part.dtype} {part.shape}, expected floats {shape}")
-    return part
+    return expect_floats(path, key, part, shape)
 
 
 def _check_keys(path: Path, tensors: Mapping[str, np.ndarray], depth: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights.tensors import Tensors
+from jaxsynth.weights.tensors import Tensors, expect_floats
 
 # A linear layer alone, or in MAE's and SynCLR's heads after a batch norm without factors.
 _KEY = re.compile(
@@ -31,16 +31,19 @@ class LinearHead:
 
     @classmethod
     def read(cls, path: Path) -> "LinearHead":
-        """From a .safetensors, .pth or .pt file; UserError naming it for anything else in it."""
+        """From a file of `tensors.SUFFIXES`; UserError naming it for anything else in it."""
         found: dict[str, np.ndarray] = {}
-        for _, key, read in Tensors([path]).items():
+        for file, key, read in Tensors([path]).items():
             match = _KEY.fullmatch(key)
             if match is None or match["name"] in found:
                 raise UserError(
                     f"{path}: key {key!r}: expected a linear layer's weight and bias, and at most "
                     "a batch norm's running_mean and running_var"
                 )
-            found[match["name"]] = np.asarray(read(), np.float32)
+            # How many batches torch's batch norm has seen: an integer, and not needed.
+            if match["name"] == "num_batches_tracked":
+                continue
+            found[match["name"]] = expect_floats(file, key, read()).astype(np.float32)
         weight, bias = found.get("weight"), found.get("bias")
         if weight is None or weight.ndim != 2:
             shape = None if weight is None else weight.shape

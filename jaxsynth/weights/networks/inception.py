@@ -17,7 +17,7 @@ from flax import nnx
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.classifiers.inception import InceptionV3
 from jaxsynth.weights.names import from_hf, hf_name, hf_shape
-from jaxsynth.weights.tensors import SUFFIXES, Tensors
+from jaxsynth.weights.tensors import SUFFIXES, Tensors, expect_floats
 
 # The classifiers, and a counter that PyTorch's batch norm keeps while training.
 _UNUSED = re.compile(r"(fc|AuxLogits)\..*|.*\.num_batches_tracked")
@@ -42,10 +42,7 @@ def load_inception(path: str | os.PathLike) -> tuple[InceptionV3, str]:
             raise UserError(f"{file}: unknown key {key!r}: the FID's InceptionV3 has no such one")
         path = targets[key]
         shape, tensor = hf_shape(path[-1], flat[path].shape), read()
-        if tensor.dtype.kind != "f" or tensor.shape != shape:
-            raise UserError(
-                f"{file}: {key}: {tensor.dtype} {tensor.shape}, expected floats {shape}"
-            )
+        expect_floats(file, key, tensor, shape)
         tensor = np.ascontiguousarray(tensor, np.float32)
         digests[key] = hashlib.sha256(tensor.tobytes()).hexdigest()
         values[path] = jnp.asarray(from_hf(path[-1], tensor))

@@ -94,7 +94,7 @@ def test_pth_files(peer, model, folder, tmp_path, new):
         ({"Mixed_7c.branch_pool.bn.running_var": None}, "key 'Mixed_7c.*running_var' missing$"),
         (
             {"Conv2d_1a_3x3.conv.weight": np.zeros((32, 3, 3, 5), np.float32)},
-            r"Conv2d_1a_3x3.conv.weight: float32 \(32, 3, 3, 5\), expected floats \(32, 3, 3, 3\)",
+            r"Conv2d_1a_3x3.conv.weight: shape \(32, 3, 3, 5\), expected \(32, 3, 3, 3\)",
         ),
         ({"Conv2d_1a_3x3.bn.bias": np.zeros(32, np.int32)}, "bn.bias: int32"),
     ],
@@ -115,9 +115,9 @@ def test_files_that_are_not_there(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=r"found a\.pth, b\.safetensors"):
         load_inception(tmp_path)
-    (tmp_path / "weights.bin").touch()
-    with pytest.raises(UserError, match=r"weights\.bin: expected a file ending in \.safetensors"):
-        load_inception(tmp_path / "weights.bin")
+    (tmp_path / "weights.h5").touch()
+    with pytest.raises(UserError, match=r"weights\.h5: expected a file ending in \.safetensors"):
+        load_inception(tmp_path / "weights.h5")
     (tmp_path / "b.safetensors").write_bytes(b"12345678")
     with pytest.raises(UserError, match="not a complete safetensors file"):
         load_inception(tmp_path / "b.safetensors")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.robustness.attacks.gradient import fgsm
@@ -157,6 +159,24 @@ def test_a_timm_folder_gives_its_logits(name, tmp_path):
     assert classifier.preprocessing.resize == int(
         classifier.image_size / pretrained["crop_pct"] + 1e-9
     )
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "weights.pth"])
+def test_a_timm_folder_with_torchs_own_file(file, tmp_path):
+    """Among a training's other files."""
+    write_timm(tmp_path, "resnet18")
+    expected = load_classifier(tmp_path)
+    tensors = {
+        key: torch.from_numpy(x)
+        for key, x in load_file(tmp_path / hub.TRANSFORMERS_WEIGHTS).items()
+    }
+    torch.save(tensors, tmp_path / file)
+    (tmp_path / hub.TRANSFORMERS_WEIGHTS).unlink()
+    if file == "pytorch_model.bin":
+        torch.save({}, tmp_path / "optimizer.pt")
+    found = load_classifier(tmp_path)
+    for a, b in zip(*(jax.tree.leaves(nnx.state(c.model)) for c in (expected, found)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_swins_older_layout_is_the_same_network(tmp_path):

@@ -380,11 +380,11 @@ def test_other_widths_need_a_config(tmp_path):
         (lambda t: t.pop("blocks.1.mlp.fc1.bias"), "key 'blocks.1.mlp.fc1.bias' missing"),
         (
             lambda t: t.update({"blocks.0.attn.qkv.bias": torch.ones(36)}),
-            r"blocks\.0\.attn\.qkv\.bias: float32 \(12,\), expected floats \(384,\)",
+            r"blocks\.0\.attn\.qkv\.bias: shape \(12,\), expected \(384,\)",
         ),
         (
             lambda t: t.update({"t_embedder.mlp.0.bias": torch.ones(384, dtype=torch.int32)}),
-            r"t_embedder\.mlp\.0\.bias: int32 \(384,\), expected floats",
+            r"t_embedder\.mlp\.0\.bias: int32, expected floats",
         ),
         (lambda t: t.update(pos_embed=t["pos_embed"] + 0.1), "pos_embed .* not the sines"),
         (lambda t: t.clear(), r"key 'blocks\.0\..* missing and 21 more"),
