@@ -25,15 +25,14 @@ import jaxsynth
 from jaxsynth.cli import help
 from jaxsynth.core.errors import UsageError, UserError
 
-RUN_FILE = "run.json"
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def _datadream() -> ModuleType:
-    from jaxsynth.methods.datadream import stages
+    from jaxsynth.methods.datadream import run
 
-    return stages
+    return run
 
 
 def _tiny_base() -> ModuleType:
@@ -117,33 +116,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """`jaxsynth run`: starts a run, or goes on with it."""
-    from jaxsynth.core.config import to_dict
-
     name, method, config = _configured(args)
     _enable_compile_cache()
     _start_processes(args)
     import jax
 
     from jaxsynth.core.console import console, duration, set_quiet
-    from jaxsynth.core.io import write_json
-    from jaxsynth.runs.stage import versions
+    from jaxsynth.runs.run import RUN_FILE, read_record, write_record
 
     first = jax.process_index() == 0
     set_quiet(not first)
-    workdir = args.workdir
-    record = {
-        "method": name,
-        "config": to_dict(config),
-        "command": shlex.join(["jaxsynth", *args.argv]),
-        "versions": versions(),
-    }
-    if (workdir / RUN_FILE).is_file():
-        there = _read_run(workdir)["method"]
-        if there != name:
-            raise UsageError(f"{workdir} holds a run of method {there}, this config is for {name}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    if first and not (workdir / RUN_FILE).exists():
-        write_json(workdir / RUN_FILE, record)
+    workdir, command = args.workdir, shlex.join(["jaxsynth", *args.argv])
+    known = (workdir / RUN_FILE).is_file()
+    if known and (there := read_record(workdir)["method"]) != name:
+        raise UsageError(f"{workdir} holds a run of method {there}, this config is for {name}")
+    if first and not known:
+        write_record(workdir, name, config, command=command)
 
     devices = jax.devices()
     console.print(
@@ -154,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     result = method.run(config, workdir)
     if first:
-        write_json(workdir / RUN_FILE, record)
+        write_record(workdir, name, config, command=command)
     where = f": {result}" if isinstance(result, Path) else ""
     console.print(f"Done in {duration(time.monotonic() - began)}{where}", markup=False)
 
@@ -169,8 +157,8 @@ def plan(args: argparse.Namespace) -> None:
     import jax
 
     from jaxsynth.core.console import console
+    from jaxsynth.report.plans import plan_table
     from jaxsynth.report.tables import to_rich
-    from jaxsynth.training.planning import table
     from jaxsynth.training.sharding import make_mesh
 
     mesh = make_mesh(args.data, args.fsdp, args.tensor)
@@ -178,7 +166,7 @@ def plan(args: argparse.Namespace) -> None:
     device = jax.devices()[0].device_kind
     console.print(f"{name} on {mesh.size} x {device} ({shape})", markup=False)
     plans = method.plan(config, mesh)
-    console.print(to_rich(table(plans)))
+    console.print(to_rich(plan_table(plans)))
     for one in plans:
         if one.note:
             console.print(f"{one.name}: {one.note}", markup=False)
@@ -187,9 +175,10 @@ def plan(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """`jaxsynth report`: writes the page of each run again from what the run left."""
     from jaxsynth.core.console import console
+    from jaxsynth.runs.run import read_record
 
     for workdir in args.workdirs:
-        name = _read_run(workdir)["method"]
+        name = read_record(workdir)["method"]
         if name not in REPORTS:
             raise UsageError(f"{workdir}: method {name} has no report, only {', '.join(REPORTS)}")
         page = METHODS[name]().report(workdir)
@@ -249,16 +238,6 @@ def _start_fake_devices(count: int) -> None:
 
     if (found := len(jax.devices())) != count:
         raise UsageError(f"--devices={count}: this process has already started JAX with {found}")
-
-
-def _read_run(workdir: Path) -> dict[str, Any]:
-    from jaxsynth.core.documents import read_json
-
-    path = workdir / RUN_FILE
-    if not path.is_file():
-        kind = "holds no run" if workdir.is_dir() else "does not exist"
-        raise UsageError(f"{workdir} {kind}: {RUN_FILE} is missing")
-    return read_json(path)
 
 
 def _enable_compile_cache() -> None:

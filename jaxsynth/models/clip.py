@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import layers
 from jaxsynth.models.fields import TRANSFORMERS_NOTES, known_fields
+from jaxsynth.models.remat import checkpointed
 from jaxsynth.ops.attention import attention
 
 # The value that transformers wrote into every CLIP config before its pull request 24773; it means
@@ -212,11 +213,22 @@ class CLIPEncoder(nnx.Module):
             for _ in range(config.num_hidden_layers)
         )
 
-    def __call__(self, x: Array, mask: Array | None = None, causal: bool = False):
-        """The embeddings and every layer's output, a tuple of layers + 1 arrays (b, t, d)."""
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | None = None,
+        causal: bool = False,
+        *,
+        remat: str | None = None,
+    ):
+        """The embeddings and every layer's output, a tuple of layers + 1 arrays (b, t, d).
+
+        `remat` names what of each layer the backward pass computes again (`models.remat`).
+        """
         states = [x]
         for layer in self.layers:
-            states.append(layer(states[-1], mask, causal))
+            run = checkpointed(lambda x, layer=layer: layer(x, mask, causal), remat)
+            states.append(run(states[-1]))
         return tuple(states)
 
 
@@ -282,9 +294,15 @@ class CLIPTextTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
         self.final_layer_norm = _norm(config, dtype, rngs)
 
-    def __call__(self, input_ids: Array, attention_mask: Array | None = None) -> CLIPTextOutput:
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        remat: str | None = None,
+    ) -> CLIPTextOutput:
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        states = self.encoder(self.embeddings(input_ids), mask, causal=True)
+        states = self.encoder(self.embeddings(input_ids), mask, causal=True, remat=remat)
         last = self.final_layer_norm(states[-1])
         legacy = self.eos_token_id == LEGACY_EOS
         scores = input_ids if legacy else input_ids == self.eos_token_id
@@ -301,8 +319,8 @@ class CLIPVisionTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
         self.post_layernorm = _norm(config, dtype, rngs)
 
-    def __call__(self, pixels: Array) -> CLIPVisionOutput:
-        states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+    def __call__(self, pixels: Array, *, remat: str | None = None) -> CLIPVisionOutput:
+        states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), remat=remat)
         return CLIPVisionOutput(states[-1], self.post_layernorm(states[-1][:, 0]), states)
 
 
@@ -352,15 +370,21 @@ class CLIPModel(nnx.Module):
             setattr(self, f"{name}_projection", projection)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
-    def encode_image(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
+    def encode_image(
+        self, pixels: Float[Array, "b h w c"], *, remat: str | None = None
+    ) -> Float[Array, "b p"]:
         """Projected image features, not normalised; pixels normalised with CLIP's mean and std."""
-        return self.visual_projection(self.vision_model(pixels).pooled)
+        return self.visual_projection(self.vision_model(pixels, remat=remat).pooled)
 
     def encode_text(
-        self, input_ids: Int[Array, "b t"], attention_mask: Array | None = None
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Array | None = None,
+        *,
+        remat: str | None = None,
     ) -> Float[Array, "b p"]:
         """Projected text features, not normalised."""
-        return self.text_projection(self.text_model(input_ids, attention_mask).pooled)
+        return self.text_projection(self.text_model(input_ids, attention_mask, remat=remat).pooled)
 
 
 def _linear(d_in: int, d_out: int, *, std: float, dtype, rngs, use_bias: bool = True) -> nnx.Linear:

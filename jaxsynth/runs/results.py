@@ -13,5 +13,5 @@ def stage_details(workdir: Path) -> list[Details]:
         stage = load_artifact(path.parent)
         shown = {key: value for key, value in stage.manifest.items() if key != "files"}
         where = path.parent.relative_to(workdir).as_posix()
-        found.append(Details(f"{stage.manifest['stage']} ({where})", shown))
+        found.append(Details(f"{stage.manifest['label']} ({where})", shown))
     return found

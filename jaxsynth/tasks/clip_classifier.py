@@ -7,7 +7,7 @@ fixed number of each (the official code divides by zero where one kind is missin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.adapters import optim_hooks, registry
-from jaxsynth.adapters.inject import Trainable, extract, seed_dropout
+from jaxsynth.adapters import registry
+from jaxsynth.adapters.inject import extract, seed_dropout, trainable_variables
 from jaxsynth.core.documents import read_json
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
@@ -32,11 +33,8 @@ from jaxsynth.data.pipeline.mixing import mix_batch, one_hot
 from jaxsynth.data.prompts import check_template
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.training import sharding
-from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.loop import fit
-from jaxsynth.training.metrics import MetricsWriter
-from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
-from jaxsynth.training.step import init_state, make_train_step
+from jaxsynth.training.config import TrainingConfig, aside
+from jaxsynth.training.trainer import Streamed, Task, train
 from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.hf import Clip
@@ -44,7 +42,7 @@ from jaxsynth.weights.hub import write_json
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(TrainingConfig):
     """How the classifier is trained.
 
     Rank, targets, rates and augmentation are the official code's. It leaves the number of epochs
@@ -59,23 +57,23 @@ class ClassifyConfig:
     alpha: float | None = None
     dropout: float | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    learning_rate: float = 1e-4
-    min_lr: float = 1e-8
-    weight_decay: float = 1e-4
     epochs: int = 50
     warmup_epochs: int = 3
-    steps: int = 0
     batch_size: int = 64
+    schedule: str = "cosine"
+    min_lr: float = 1e-8
+    weight_decay: float = 1e-4
     real_weight: float = 0.8
     real_fraction: float = 0.5
     mix_probability: float = 0.2
     label_smoothing: float = 0.0
     augment: Augment = field(default_factory=Augment)
-    num_workers: int = 0
-    checkpoint_every: int = 500
+    num_workers: int = aside(0)
+    checkpoint_every: int = aside(500)
     adapter: registry.AdapterChoice = field(default_factory=registry.AdapterChoice)
 
     def __post_init__(self):
+        super().__post_init__()
         self.adapter_config()
 
     def adapter_config(self) -> Any:
@@ -87,16 +85,129 @@ class ClassifyConfig:
             scale=2.0,
         )
 
-    def num_steps(self, images: int) -> int:
-        """Updates where the synthetic set holds `images`."""
-        return self.steps or self.epochs * -(-images // self.batch_size)
+
+@dataclass(frozen=True)
+class Classification:
+    """The loss over a batch {"image", "label", "is_real"}: cross entropy, as the module says.
+
+    Its constants are the classes' token ids, or their text features where no part of the text tower
+    learns, and the mean and deviation of pixels. `num_real` of a batch's images are real; 0 where
+    all are of one kind.
+    """
+
+    num_classes: int
+    num_real: int
+    real_weight: float
+    label_smoothing: float
+    mix_probability: float
+    accumulate: int
+    remat: str | None
+
+    def __call__(self, model: CLIPModel, constants: dict[str, Array], batch: dict, key: Array):
+        keys = [jax.random.fold_in(key, i) for i in range(2)]
+        num_real = self.num_real // self.accumulate
+        if num_real:  # each process's part has its own real images first
+            order = jnp.argsort(~batch["is_real"], stable=True)
+            batch = {name: values[order] for name, values in batch.items()}
+        labels = one_hot(batch["label"], self.num_classes, self.label_smoothing)
+        # Divided by an array and not by a constant, whose reciprocal XLA would round.
+        pixels = (batch["image"].astype(jnp.float32) - constants["mean"]) / constants["std"]
+        images, labels = mix_batch(
+            keys[0], pixels, labels, num_real=num_real, probability=self.mix_probability
+        )
+        model = seed_dropout(model, keys[1])
+        text = constants.get("text")
+        if text is None:
+            text = _encode_text(model, constants["ids"], remat=self.remat)
+        logits = _compare(model, text, images, remat=self.remat)
+        each = optax.softmax_cross_entropy(logits, labels)
+        right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+        value = each.mean()
+        if num_real:
+            weight = self.real_weight
+            value = weight * each[:num_real].mean() + (1 - weight) * each[num_real:].mean()
+        return value, {"accuracy": right.mean()}
 
 
-def logits_of(
-    model: CLIPModel, pixels: Float[Array, "b h w 3"], ids: Int[Array, "c t"]
-) -> Float[Array, "b c"]:
-    """float32 class logits; `ids` are the tokens of the classes' prompts."""
-    return _compare(model, _encode_text(model, ids), pixels)
+def classifier_task(
+    clip: Clip,
+    prompts: Sequence[str],
+    config: ClassifyConfig,
+    *,
+    seed: int,
+    real: ImageSource | None = None,
+    synthetic: ImageSource | None = None,
+) -> Task:
+    """Training of the CLIP's adapters on real images, synthetic ones, or both.
+
+    UserError where a batch of both kinds cannot be cut as `config` asks.
+    """
+    if real is None and synthetic is None:
+        raise ValueError("classifier_task: neither real nor synthetic images")
+    parts = jax.process_count()
+    both = real is not None and synthetic is not None
+    num_real = 0
+    if both:
+        num_real = parts * real_count(config.batch_size // parts, config.real_fraction)
+        own = {"real": num_real // parts, "synthetic": (config.batch_size - num_real) // parts}
+        for what, rows in own.items():
+            if rows % config.accumulate:
+                raise UserError(
+                    f"accumulate: {config.accumulate} parts, but a process's batch has {rows} "
+                    f"{what} images; expected a divisor"
+                )
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    model = registry.add(clip.model, config.adapter_config(), rngs=init_key)
+    ids = jnp.asarray(clip.tokenizer(list(prompts)))
+    constants = {
+        "mean": np.asarray(clip.mean, np.float32) * 255,
+        "std": np.asarray(clip.std, np.float32) * 255,
+    }
+    if any(path.startswith("text_") for path in trainable_variables(model)):
+        constants["ids"] = ids
+    else:
+        constants["text"] = _encode_text(clip.model, ids)
+
+    def start():
+        transform = TrainTransform(clip.image_size, config.augment)
+        share = {
+            "process_index": jax.process_index(),
+            "process_count": parts,
+            "num_workers": config.num_workers,
+        }
+        if both:
+            args = (config.batch_size, seed, transform)
+            fraction = config.real_fraction
+            return mixed_batches(real, synthetic, *args, real_fraction=fraction, **share)
+        source = real if synthetic is None else synthetic
+        return train_batches(source, config.batch_size, seed, transform, **share)
+
+    return Task(
+        model=model,
+        loss=Classification(
+            num_classes=len(prompts),
+            num_real=num_real,
+            real_weight=config.real_weight,
+            label_smoothing=config.label_smoothing,
+            mix_probability=config.mix_probability,
+            accumulate=config.accumulate,
+            remat=config.remat,
+        ),
+        batches=Streamed(start, batch_shapes(clip.image_size, config.batch_size, both=both)),
+        table=sharding.CLIP,
+        key=step_key,
+        constants=constants,
+        identity={"base": clip.digest},
+    )
+
+
+def batch_shapes(size: int, rows: int, *, both: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of images of `size` pixels, of one kind or `both`."""
+    shapes = {
+        "image": jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((rows,), np.int32),
+    }
+    return shapes | ({"is_real": jax.ShapeDtypeStruct((rows,), np.bool_)} if both else {})
 
 
 def train_classifier(
@@ -105,7 +216,7 @@ def train_classifier(
     config: ClassifyConfig,
     folder: Path,
     *,
-    steps: int,
+    images: int,
     seed: int,
     real: ImageSource | None = None,
     synthetic: ImageSource | None = None,
@@ -115,116 +226,20 @@ def train_classifier(
 ) -> CLIPModel:
     """The CLIP with trained adapters; resumes from `folder/checkpoints`.
 
-    With both `real` and `synthetic` the loss is weighted; with one of them it is plain. The result
-    is the last step's, or the one that does best on `validation` (the first of equals), which is
-    looked at after every epoch and kept in `folder/best`.
+    An epoch is `images` images. With both `real` and `synthetic` the loss is weighted; with one of
+    them it is plain. The result is the last step's, or the one that does best on `validation` (the
+    first of equals), which is looked at every `config.evaluate_every` steps, by default after every
+    epoch, and kept in `folder/best`.
     """
-    if real is None and synthetic is None:
-        raise ValueError("train_classifier: neither real nor synthetic images")
-    key = jax.random.key(seed)
-    adapter = config.adapter_config()
-    init_key, step_key = jax.random.split(key)
-    model = registry.add(clip.model, adapter, rngs=init_key)
-    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
-    ids = jnp.asarray(clip.tokenizer(list(prompts)))
-    both = real is not None and synthetic is not None
-    parts = jax.process_count()
-    num_real = 0
-    if both:
-        num_real = parts * real_count(config.batch_size // parts, config.real_fraction)
-
-    def loss(trainable, rest, batch, key):
-        frozen, ids = rest
-        keys = [jax.random.fold_in(key, i) for i in range(2)]
-        if both and parts > 1:  # each process's part has its own real images first
-            order = jnp.argsort(~batch["is_real"], stable=True)
-            batch = {name: values[order] for name, values in batch.items()}
-        labels = one_hot(batch["label"], len(prompts), config.label_smoothing)
-        images, labels = mix_batch(
-            keys[0], batch["image"], labels, num_real=num_real, probability=config.mix_probability
-        )
-        model = seed_dropout(nnx.merge(graphdef, trainable, frozen), keys[1])
-        logits = logits_of(model, images, ids)
-        each = optax.softmax_cross_entropy(logits, labels)
-        right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
-        value = each.mean()
-        if both:
-            weight = config.real_weight
-            value = weight * each[:num_real].mean() + (1 - weight) * each[num_real:].mean()
-        return value, {"accuracy": right.mean()}
-
-    transform = TrainTransform(clip.image_size, config.augment, clip.mean, clip.std)
-    share = {
-        "process_index": jax.process_index(),
-        "process_count": parts,
-        "num_workers": config.num_workers,
-    }
-    if both:
-        batches = mixed_batches(
-            real,
-            synthetic,
-            config.batch_size,
-            seed,
-            transform,
-            real_fraction=config.real_fraction,
-            **share,
-        )
-    else:
-        source = real if synthetic is None else synthetic
-        batches = train_batches(source, config.batch_size, seed, transform, **share)
-    per_epoch = max(steps // max(config.epochs, 1), 1)
-    optim = OptimConfig(
-        learning_rate=config.learning_rate,
-        warmup_steps=min(config.warmup_epochs * per_epoch, steps),
-        total_steps=steps,
-        min_lr=config.min_lr,
-        weight_decay=config.weight_decay,
-        clip_norm=0.0,
-    )
-    tx = optim_hooks.optimiser(adapter, make_optimizer(optim), steps)
-    state = init_state(trainable, tx, step_key)
-    place, placed = None, frozen
-    if mesh is not None:
-        placed = sharding.shard(frozen, mesh, sharding.CLIP)
-        ids = sharding.replicate(ids, mesh)
-        state = sharding.replicate(state, mesh)
-
-        def place(batch):
-            return sharding.shard_batch(batch, mesh)
-
-    best = None if validation is None else _Best(folder / "best", clip, prompts, validation)
-
-    def evaluate(state) -> dict[str, float]:
-        learnt = sharding.gather(state.trainable)
-        return best(int(state.step), nnx.merge(graphdef, learnt, frozen))
-
-    with (
-        Checkpoints(
-            folder / "checkpoints",
-            every=config.checkpoint_every,
-            keep=1,
-            identity={"base": clip.digest},
-        ) as checkpoint,
-        MetricsWriter(folder) as metrics,
-    ):
-        state = fit(
-            state,
-            (placed, ids),
-            batches,
-            make_train_step(
-                optim_hooks.penalised(loss, adapter), tx, learning_rate=make_schedule(optim)
-            ),
-            steps=steps,
-            place=place,
-            checkpoint=checkpoint,
-            metrics=metrics,
-            evaluate=None if best is None else evaluate,
-            evaluate_every=per_epoch,
-            description=description,
-        )
-    if best is not None:
-        return best.model(clip.model)
-    return nnx.merge(graphdef, sharding.gather(state.trainable), frozen)
+    sized = config.sized(images)
+    task = classifier_task(clip, prompts, config, seed=seed, real=real, synthetic=synthetic)
+    if validation is None:
+        return train(task, sized, folder, mesh=mesh, description=description)
+    best = _Best(folder / "best", clip, prompts, validation)
+    per_epoch = max(sized.steps // max(config.epochs, 1), 1)
+    sized = replace(sized, evaluate_every=config.evaluate_every or per_epoch)
+    train(replace(task, evaluate=best), sized, folder, mesh=mesh, description=description)
+    return best.model(clip.model)
 
 
 class _Best:
@@ -233,7 +248,7 @@ class _Best:
     def __init__(self, folder: Path, clip: Clip, prompts: Sequence[str], source: ImageSource):
         self._folder, self._clip, self._prompts, self._source = folder, clip, prompts, source
 
-    def __call__(self, step: int, model: CLIPModel) -> dict[str, float]:
+    def __call__(self, model: CLIPModel, step: int) -> dict[str, float]:
         logits = predict(self._clip, model, self._prompts, self._source)
         accuracy = float((logits.argmax(-1) == np.asarray(self._source.labels)).mean())
         known = read_json(self._folder / "best.json", optional=True)
@@ -304,15 +319,15 @@ def _of_pixels(model: CLIPModel, text: Array, mean: Array, std: Array, images: A
 
 
 # Compiled once for all evaluations of a training.
-@jax.jit
-def _encode_text(model: CLIPModel, ids: Array) -> Array:
-    text = model.encode_text(ids).astype(jnp.float32)
+@partial(jax.jit, static_argnames="remat")
+def _encode_text(model: CLIPModel, ids: Array, *, remat: str | None = None) -> Array:
+    text = model.encode_text(ids, remat=remat).astype(jnp.float32)
     return text / jnp.linalg.norm(text, axis=-1, keepdims=True)
 
 
-@jax.jit
-def _compare(model: CLIPModel, text: Array, pixels: Array) -> Array:
-    image = model.encode_image(pixels).astype(jnp.float32)
+@partial(jax.jit, static_argnames="remat")
+def _compare(model: CLIPModel, text: Array, pixels: Array, *, remat: str | None = None) -> Array:
+    image = model.encode_image(pixels, remat=remat).astype(jnp.float32)
     image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
     return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * image @ text.T
 

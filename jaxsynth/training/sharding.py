@@ -15,12 +15,15 @@ free, the generic FSDP rule cuts along its largest divisible axis. Adapters are 
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from jaxsynth.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -96,6 +99,33 @@ CLIP: Table = (
     (r"(^|\.)(text_projection|visual_projection)\.kernel$", _FREE),
     (r"(^|\.)logit_scale$", _FREE),
 )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; `data` -1 takes all that are left. It decides no result."""
+
+    data: int = field(default=-1, metadata={"identity": False})
+    fsdp: int = field(default=1, metadata={"identity": False})
+    tensor: int = field(default=1, metadata={"identity": False})
+
+    def make(self) -> Mesh | None:
+        """The mesh over all devices of all processes; None for one device, which needs none.
+
+        UserError where the sizes do not fit the devices.
+        """
+        if len(jax.devices()) == 1:
+            return None
+        try:
+            return make_mesh(self.data, self.fsdp, self.tensor)
+        except ValueError as error:
+            raise UserError(f"mesh: {error}") from None
+
+
+def local_mesh() -> Mesh | None:
+    """This process's devices along "data", for work that needs no other process; None for one."""
+    devices = jax.local_devices()
+    return None if len(devices) == 1 else make_mesh(devices=devices)
 
 
 def make_mesh(

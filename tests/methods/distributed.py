@@ -38,7 +38,7 @@ CLASSIFY = ClassifyConfig(
     targets=("q_proj",),
     dropout=0.0,
     learning_rate=1e-2,
-    epochs=2,
+    steps=2,
     warmup_epochs=0,
     batch_size=8,
     mix_probability=0.0,
@@ -55,6 +55,11 @@ def images() -> ArraySource:
     return ArraySource(pixels, np.repeat(np.arange(2), 4), [str(i) for i in range(8)])
 
 
+def _keep(folder: Path, state) -> None:
+    if jax.process_index() == 0:
+        write_adapter(folder, state)
+
+
 def main(folder: Path, port: str, process: int, count: int, base: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2 // count)
     if count > 1:
@@ -65,11 +70,11 @@ def main(folder: Path, port: str, process: int, count: int, base: str) -> None:
     def adapt(path: Path) -> None:
         examples = encode_examples(pipeline, images(), PROMPTS, crops=1, seed=0)
         state = finetune(pipeline, examples, FINETUNE, path / ".dset", seed=0, mesh=mesh)
-        write_adapter(path / "dset", state)
+        _keep(path / "dset", state)
         sets = [examples.select(np.arange(4 * c, 4 * c + 4)) for c in range(2)]
         states = finetune_each(pipeline, sets, FINETUNE, path / ".cls", seed=0, mesh=mesh)
         for c, state in enumerate(states):
-            write_adapter(path / str(c), state)
+            _keep(path / str(c), state)
 
     adapters = run_stage("adapters", folder / "adapters", {}, {}, adapt, unlisted=(".*",))
 
@@ -98,7 +103,7 @@ def main(folder: Path, port: str, process: int, count: int, base: str) -> None:
             PROMPTS,
             CLASSIFY,
             path,
-            steps=2,
+            images=8,
             seed=0,
             real=images(),
             synthetic=ImageStore(made.path),

@@ -28,7 +28,7 @@ def die_at(place: str) -> None:
 
         store._write = write_or_die
         return
-    part = {"fine-tune": ".training", "classify": "both"}[place]
+    part = {"fine-tune": "adapter", "classify": "both"}[place]
     save = Checkpoints.save
 
     def save_or_die(self, step, *args, **kwargs):

@@ -60,7 +60,8 @@ REAL, SYNTHETIC = source(0), source(1, 8)
 
 
 def trained(clip, folder, config=CONFIG, steps=4, **sources):
-    return train_classifier(clip, PROMPTS, config, folder, steps=steps, seed=0, **sources)
+    config = dataclasses.replace(config, steps=steps)
+    return train_classifier(clip, PROMPTS, config, folder, images=24, seed=0, **sources)
 
 
 def factors(model) -> dict:

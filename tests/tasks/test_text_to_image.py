@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import extract
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
@@ -27,7 +28,7 @@ from jaxsynth.tasks.text_to_image import (
     finetune,
     finetune_each,
 )
-from jaxsynth.training import sharding
+from jaxsynth.training import loop, sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
@@ -129,12 +130,12 @@ def test_an_epoch_shows_every_image_once_in_a_fresh_order():
     assert all(np.bincount(x).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3]) for x in small)
 
 
-def test_only_the_adapter_changes_and_the_loss_falls(pipeline, examples, tmp_path, monkeypatch):
+def test_only_the_adapter_changes_and_the_loss_falls(pipeline, examples, tmp_path):
     before = jax.tree.map(np.asarray, nnx.state((pipeline.unet, pipeline.text_encoder)))
     one = examples.select(np.zeros(8, int))
     targets = ("to_v", "to_out.0", "conv_in", "conv_out")
     config = dataclasses.replace(CONFIG, steps=200, rank=4, eps=1e-8, unet_targets=targets)
-    monkeypatch.setattr(text_to_image, "fit", _logging_every(25))
+    config = dataclasses.replace(config, log_every=25)
     state = finetune(pipeline, one, config, tmp_path, seed=0)
     found = losses(tmp_path)
     assert len(found) == 8 and found[-1] < 0.75 * found[0], found
@@ -143,14 +144,6 @@ def test_only_the_adapter_changes_and_the_loss_falls(pipeline, examples, tmp_pat
     components = {name.split(".")[0] for name in state.arrays}
     assert components == {"unet", "text_encoder"}
     assert all(np.abs(v).max() > 0 for k, v in state.arrays.items() if k.endswith("lora_B"))
-
-
-def _logging_every(count):
-    from functools import partial
-
-    from jaxsynth.training.loop import fit
-
-    return partial(fit, log_every=count)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +171,7 @@ def test_adapters_trained_together_equal_those_trained_apart(
 @pytest.fixture
 def sharded_smalls(monkeypatch):
     """Weights this small would otherwise stay whole on every device."""
-    monkeypatch.setattr(sharding.shard, "__kwdefaults__", {"min_size": 16})
+    monkeypatch.setattr(sharding.shardings_for, "__kwdefaults__", {"min_size": 16})
 
 
 def test_devices_train_what_one_does(pipeline, by_class, together, tmp_path, sharded_smalls):
@@ -201,7 +194,7 @@ def test_devices_train_many_adapters(pipeline, by_class, together, tmp_path, sha
 
 def test_a_batch_that_does_not_divide_is_refused(pipeline, examples, tmp_path):
     config = dataclasses.replace(CONFIG, batch_size=6)
-    with pytest.raises(ValueError, match=r"finetune.batch_size 6 .* = 8 devices"):
+    with pytest.raises(UserError, match=r"batch_size: 6 .* = 8 devices.* is: 8"):
         finetune(pipeline, examples, config, tmp_path, seed=0, mesh=make_mesh())
 
 
@@ -358,3 +351,66 @@ def test_any_kind_is_made_written_and_attached_again(pipeline, tmp_path, kind):
     found = read_adapter(path)
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
     same(extract(attach(model, found)), state)
+
+
+def test_a_second_training_of_one_shape_compiles_nothing(pipeline, by_class, tmp_path):
+    """Rates, lengths, seeds and data are arguments of the program."""
+    finetune(pipeline, by_class[0], CONFIG, tmp_path / "first", seed=0)
+    built = loop._program.cache_info().misses
+    longer = dataclasses.replace(CONFIG, steps=CONFIG.steps + 2, learning_rate=3e-3, warmup_steps=1)
+    finetune(pipeline, by_class[1], longer, tmp_path / "second", seed=1)
+    assert loop._program.cache_info().misses == built
+
+
+def test_rates_by_pattern(pipeline, by_class, tmp_path):
+    """A factor of 0 leaves a network as it was; a pattern that matches nothing is refused."""
+    still = dataclasses.replace(CONFIG, rates=(("text_encoder", 0.0),), weight_decay=0.0)
+    state = finetune(pipeline, by_class[0], still, tmp_path / "still", seed=0)
+    for name, value in state.arrays.items():
+        if name.endswith("lora_B"):
+            assert (np.abs(value).max() > 0) == name.startswith("unet"), name
+    wrong = dataclasses.replace(CONFIG, rates=(("vae", 0.5),))
+    with pytest.raises(UserError, match="rates: 'vae' matches no parameter"):
+        finetune(pipeline, by_class[0], wrong, tmp_path / "wrong", seed=0)
+
+
+def test_latents_lie_apart_on_the_devices(pipeline, by_class):
+    """Each device holds its share of the examples, and no program gathers them."""
+    mesh = make_mesh(data=4, fsdp=2)
+    (task,) = text_to_image.finetune_tasks(pipeline, by_class[:1], CONFIG, seed=0)
+    built = trainer._assemble([task], CONFIG.sized(8), mesh, together=False)
+    mean = built.data["mean"]
+    assert mean.addressable_shards[0].data.shape[0] == len(mean) // 8
+    rows = jax.jit(task.batches.next_batch).lower(0, built.data).compile()
+    whole = mean.size * mean.dtype.itemsize
+    assert rows.memory_analysis().temp_size_in_bytes < whole
+
+
+def test_images_of_a_training_are_written_on_a_schedule(pipeline, by_class, tmp_path):
+    config = dataclasses.replace(CONFIG, sample_every=2)
+    seen = []
+
+    def sample(model):
+        seen.append(extract(model))
+        return np.zeros((2, 8, 8, 3), np.uint8)
+
+    finetune(pipeline, by_class[0], config, tmp_path, seed=0, sample=sample)
+    files = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert files[0] == "0000002.png" and len(files) == len(seen) == -(-CONFIG.steps // 2)
+
+
+def test_a_plan_is_the_program_that_runs(pipeline, by_class):
+    """The planned memory is what the compiler says of the program with its arrays in place."""
+    mesh = make_mesh(data=4, fsdp=2)
+    config = CONFIG.sized(8)
+    (task,) = text_to_image.finetune_tasks(pipeline, by_class[:1], config, seed=0)
+    planned = trainer.plan("dset", task, config, mesh)
+    built = trainer._assemble([task], config, mesh, together=False)
+    leaves, structure = jax.tree.flatten(built.state)
+    frozen, frozen_structure = jax.tree.flatten(built.frozen)
+    program = loop._program(built.step, structure, frozen_structure, loop._pinned(leaves))
+    memory = program.lower(leaves, frozen, built.data).compile().memory_analysis()
+    assert planned.temporaries == memory.temp_size_in_bytes
+    assert planned.arguments == memory.argument_size_in_bytes
+    many = trainer.plan("cls", task, config, mesh, count=3)
+    assert many.arguments > planned.arguments

@@ -12,15 +12,17 @@ import numpy as np
 from jaxsynth.core.console import console
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
-from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource
+from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
+from jaxsynth.methods.datadream.config import Config
 from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 
 COLUMNS_PER_SOURCE = 4
@@ -80,8 +82,7 @@ def write(workdir: Path) -> Path:
     console.print(to_rich(tables[0]))
     (workdir / "table.md").write_text(to_markdown(tables[0]) + "\n", "utf-8")
 
-    config = _config(workdir)
-    dataset = load_dataset(config)
+    dataset = load_dataset(read_config(workdir, Config).data)
     grid = _grid(workdir, dataset, shots[-1], seeds[0], modes)
     sections = [
         Section(
@@ -208,13 +209,6 @@ def _curve(workdir: Path, results, lines: list[Row], shots: list[int], seeds) ->
         log_x=True,
     )
     return [Picture(path, "Accuracy against the number of real images per class.")]
-
-
-def _config(workdir: Path) -> DataConfig:
-    """The data configuration of the run, from the zero-shot stage's manifest."""
-    values = dict(load_artifact(workdir / "zero-shot").manifest["config"]["data"]["config"])
-    values["class_names"] = tuple(values["class_names"])
-    return DataConfig(**values)
 
 
 def _first(source: ImageSource, label: int, count: int) -> list[np.ndarray]:

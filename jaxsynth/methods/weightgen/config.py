@@ -15,11 +15,11 @@ from jaxsynth.data.procedural.concepts import (
     check_families,
     read_concepts,
 )
-from jaxsynth.methods.datadream.stages import MeshConfig
 from jaxsynth.methods.weightgen.editors import EditorConfig
 from jaxsynth.methods.weightgen.edits import EditsConfig
 from jaxsynth.tasks.gan import E2GAN_TARGETS
 from jaxsynth.tasks.weight_generator import GeneratorConfig
+from jaxsynth.training.sharding import MeshConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.datadream.stages import Config, adapter_files, read_adapter, write_adapter
+from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.stages import adapter_files, read_adapter, write_adapter
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
 
@@ -155,7 +156,7 @@ def test_the_same_command_again_skips_every_stage(finished, base_folder, command
         ("finetune.learning_rate=0.5", "config.finetune.learning_rate: 0.002 -> 0.5"),
         ("generate.guidance_scale=3", "config.generate.guidance_scale: 2.0 -> 3.0"),
         ("classify.real_weight=0.5", "config.classify.real_weight: 0.8 -> 0.5"),
-        ("data.template=a {}", 'config.data.config.template: "" -> "a {}"'),
+        ("data.template=a {}", "data: changed template"),
     ],
 )
 def test_a_changed_field_is_refused_by_name(finished, base_folder, command, field, message):

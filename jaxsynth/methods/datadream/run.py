@@ -1,0 +1,217 @@
+"""DataDream (Kim et al., ECCV 2024, arXiv 2407.10910): few-shot guided synthetic data sets.
+
+A text-to-image model learns the few real images there are (one LoRA for the data set, `dset`, or
+one per class, `cls`), draws a data set, and a CLIP classifier is trained on it, alone and together
+with the real shots. Beside it stand the baselines: the untrained CLIP, the real shots alone, and
+images of the same generator from prompts alone.
+
+Below the run's folder:
+
+    shots16-seed0/shots                  the images that may be seen, as lists of ids
+    prompt-seed0/images, .../synthetic   prompt-only images, and the classifier trained on them
+    shots16-seed0/real                   the classifier trained on the shots
+    shots16-seed0/dset/{adapter,images,synthetic,both}
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.dataset import Dataset
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.prompts import prompts as class_prompts
+from jaxsynth.data.splits import few_shot
+from jaxsynth.methods.datadream import report as pages
+from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.stages import (
+    Classifying,
+    Drawing,
+    Finetuning,
+    Generating,
+    classify,
+    draw_shots,
+    finetune_generator,
+    generate_images,
+)
+from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.stage import Artifact, Source
+from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+
+
+def run(config: Config, workdir: Path) -> Path:
+    """Every stage of the run, then its page; returns the page's path.
+
+    What can be wrong with data, weights and devices is found before the first long stage.
+    """
+    workdir = Path(workdir)
+    run = _Run(config, workdir)
+    run.check()
+    keep_record(workdir, config)
+    drawn = {(k, seed): run.draw(k, seed) for seed in config.seeds for k in config.shots}
+    for seed in config.seeds:
+        run.prompt_only(seed)
+        for shots in config.shots:
+            run.few_shot(shots, seed, drawn[shots, seed])
+    return report(workdir)
+
+
+def report(workdir: Path) -> Path:
+    """Writes results.json and report.html from the finished stages below `workdir`."""
+    if jax.process_index():
+        return pages.page_of(Path(workdir))
+    return pages.write(Path(workdir))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's inputs and the order of its stages."""
+
+    config: Config
+    folder: Path
+
+    @cached_property
+    def base(self) -> Source[StableDiffusion]:
+        name, dtype = self.config.base, self.config.dtype
+        return Source(
+            lambda: load_pipeline(name, dtype, compute_dtype=dtype), lambda found: found.digest
+        )
+
+    @cached_property
+    def clip(self) -> Source[Clip]:
+        name, dtype = self.config.clip, self.config.dtype
+        return Source(
+            lambda: load_clip(name, dtype, compute_dtype=dtype), lambda found: found.digest
+        )
+
+    @cached_property
+    def data(self) -> Source[Dataset]:
+        return Source(
+            lambda: load_dataset(self.config.data),
+            lambda found: found.digest,
+            lambda found: found.listing,
+        )
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        return self.config.mesh.make()
+
+    def check(self) -> None:
+        """Loads data and networks and makes the mesh; each raises what a user has to know.
+
+        The shots are drawn for every run of the configuration, and a batch must divide among the
+        devices.
+        """
+        data = self.data.value
+        for shots in self.config.shots:
+            few_shot(data, shots, 0, val_fraction=self.config.validation_fraction)
+        for network in (self.base.value, self.clip.value):
+            network.tokenizer(list(class_prompts(data)))
+        check_batches(self.config, self.mesh)
+
+    def prompt_only(self, seed: int) -> None:
+        """The baselines that see no shots: zero-shot CLIP, and images from prompts alone."""
+        folder = self.folder / f"prompt-seed{seed}"
+        self.classify("zero-shot", self.folder / "zero-shot", 0)
+        images = self.generate("prompt images", folder / "images", seed)
+        self.classify("prompt-only", folder / "synthetic", seed, images=images)
+
+    def draw(self, shots: int, seed: int) -> Artifact:
+        return draw_shots(
+            self.below(shots, seed) / "shots",
+            Drawing(shots, seed, self.config.validation_fraction),
+            label=f"shots: {_name(shots, seed)}",
+            data=self.data,
+        )
+
+    def few_shot(self, shots: int, seed: int, drawn: Artifact) -> None:
+        """Everything that one draw of shots leads to."""
+        folder, name = self.below(shots, seed), _name(shots, seed)
+        self.classify(f"real: {name}", folder / "real", seed, shots=drawn)
+        for mode in self.config.modes:
+            own = folder / mode
+            adapter = finetune_generator(
+                own / "adapter",
+                Finetuning(
+                    self.config.finetuning,
+                    mode,
+                    seed,
+                    self.config.dtype,
+                    self.config.classes_at_once if mode == "cls" else 0,
+                ),
+                label=f"adapter {mode}: {name}",
+                mesh=self.mesh,
+                shots=drawn,
+                data=self.data,
+                base=self.base,
+            )
+            images = self.generate(f"images {mode}: {name}", own / "images", seed, adapter)
+            self.classify(f"synthetic {mode}: {name}", own / "synthetic", seed, images=images)
+            self.classify(f"both {mode}: {name}", own / "both", seed, images=images, shots=drawn)
+
+    def generate(
+        self, label: str, folder: Path, seed: int, adapter: Artifact | None = None
+    ) -> Artifact:
+        return generate_images(
+            folder,
+            Generating(self.config.generate, seed, self.config.dtype),
+            label=label,
+            data=self.data,
+            base=self.base,
+            adapter=adapter,
+        )
+
+    def classify(
+        self,
+        label: str,
+        folder: Path,
+        seed: int,
+        *,
+        shots: Artifact | None = None,
+        images: Artifact | None = None,
+    ) -> Artifact:
+        """Train on the shots, the images, both or nothing (zero-shot), and score the test set."""
+        trained = shots is not None or images is not None
+        count = self.config.generate.images_per_class * self.data.value.num_classes
+        return classify(
+            folder,
+            Classifying(
+                self.config.classify if trained else None,
+                count if trained else 0,
+                seed,
+                self.config.dtype,
+            ),
+            label=label,
+            mesh=self.mesh,
+            data=self.data,
+            clip=self.clip,
+            shots=shots,
+            images=images,
+        )
+
+    def below(self, shots: int, seed: int) -> Path:
+        return self.folder / f"shots{shots}-seed{seed}"
+
+
+def check_batches(config: Config, mesh: Mesh | None) -> None:
+    """UserError naming a batch size that does not divide over the mesh."""
+    if mesh is None:
+        return
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    trainings = {"classify": config.classify}
+    if "dset" in config.modes:
+        trainings["finetune"] = config.finetune
+    for name, training in trainings.items():
+        rows = training.batch_size // training.accumulate
+        if rows % parts:
+            raise UserError(
+                f"{name}.batch_size {training.batch_size} (in {training.accumulate} parts) is not "
+                f"divisible over data x fsdp = {parts} devices"
+            )
+
+
+def _name(shots: int, seed: int) -> str:
+    return f"{shots} shots, seed {seed}"
