@@ -15,12 +15,15 @@ free, the generic FSDP rule cuts along its largest divisible axis. Adapters are 
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from jaxsynth.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -96,6 +99,28 @@ CLIP: Table = (
     (r"(^|\.)(text_projection|visual_projection)\.kernel$", _FREE),
     (r"(^|\.)logit_scale$", _FREE),
 )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; `data` -1 takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def make(self) -> Mesh | None:
+        """The mesh over all devices; None on a single one, where it would change nothing.
+
+        Raises:
+            UserError: the sizes do not multiply to the number of devices.
+        """
+        if jax.device_count() == 1 and self.data in (-1, 1) and self.fsdp == self.tensor == 1:
+            return None
+        try:
+            return make_mesh(self.data, self.fsdp, self.tensor)
+        except ValueError as error:
+            raise UserError(f"mesh: {error}") from error
 
 
 def make_mesh(
