@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxsynth.adapters.inject import seed_dropout
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.data.conditions import as_bytes, as_fractions
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.diffusion.learned_range import learned_range_loss
@@ -137,7 +138,8 @@ class Latents:
     def save(self, path: Path) -> None:
         """Write one `.npz`."""
         arrays = {name: getattr(self, name) for name in ("mean", "std", "labels", "condition")}
-        np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
 
     @classmethod
     def load(cls, path: Path) -> "Latents":
