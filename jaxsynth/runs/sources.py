@@ -11,6 +11,9 @@ from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.runs.stage import Source
 
+# Of a data set that is not here: about that of the sets that networks are usually transferred to.
+ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 10_000
+
 
 def data_source(config: DataConfig) -> Source[Dataset]:
     """The data set that a config names."""
@@ -46,3 +49,16 @@ def condition_files(data: Source[Dataset], folder: str) -> Source[Path] | None:
         return hashlib.sha256(json.dumps(list(listing(path).items())).encode()).hexdigest()
 
     return Source(lambda: Path(folder), digest, listing)
+
+
+def count_data(config: DataConfig) -> tuple[int, int, str]:
+    """Classes and training images, for a plan; those of data that is not here are assumed.
+
+    The last value says so in words, and is "" where they were counted.
+    """
+    if config.source == "tfds" or (config.source == "folder" and not config.path):
+        named = config.name or "no data set named"
+        note = f"{named}: {ASSUMED_CLASSES} classes and {ASSUMED_IMAGES} images are assumed"
+        return ASSUMED_CLASSES, ASSUMED_IMAGES, note
+    dataset = load_dataset(config)
+    return dataset.num_classes, len(dataset.train), ""

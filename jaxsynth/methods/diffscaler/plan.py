@@ -19,7 +19,6 @@ from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.conditions import CHANNELS
-from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.diffusion.schedules import NoiseSchedule
@@ -27,14 +26,13 @@ from jaxsynth.methods.diffscaler.config import Config
 from jaxsynth.methods.diffscaler.inputs import vae_folder
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
+from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt_tasks
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan
 from jaxsynth.weights.layout import stored
 from jaxsynth.weights.networks.dit import SCHEDULER
 
-# Of a data set that is not here: about that of the sets that DiT is usually transferred to.
-ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 10_000
 # "DiT-XL-2-256x256.pt" of the authors, "facebook/DiT-XL-2-256" on the hub.
 _PUBLISHED = re.compile(r"(?:.*/)?(DiT-(?:S|B|L|XL))-([248])-(256|512)(?:x\3)?(?:\.pt)?")
 
@@ -45,7 +43,7 @@ def plan(config: Config, mesh: Mesh) -> list[Plan]:
     Raises UserError where the base's shape cannot be known, and as `trainer.train`.
     """
     network, made = network_of(config), []
-    counted = {name: _counted(data) for name, data in config.data.items()}
+    counted = {name: count_data(data) for name, data in config.data.items()}
     seed = config.seeds[0]
 
     def add(name: str, make: Callable[[], DiT], train: AdaptConfig, images: int, views: int, *,
@@ -69,7 +67,7 @@ def plan(config: Config, mesh: Mesh) -> list[Plan]:
         )
 
     if not config.base:
-        base = [_counted(data) for data in config.base_data.values()]
+        base = [count_data(data) for data in config.base_data.values()]
         add(
             "base", lambda: mark_trainable(_network(network, "float32")), config.pretrain.train,
             sum(images for _, images, _ in base), _views(config, "base"),
@@ -156,13 +154,3 @@ def _shapes(network: DiTConfig, images: int, views: int, channels: int) -> Laten
 
 def _views(config: Config, name: str) -> int:
     return 2 if name in config.mirror else 1
-
-
-def _counted(data: DataConfig) -> tuple[int, int, str]:
-    """Classes and training images; those of data that would have to be fetched are assumed."""
-    if data.source == "tfds" or (data.source == "folder" and not data.path):
-        named = data.name or "no data set named"
-        note = f"{named}: {ASSUMED_CLASSES} classes and {ASSUMED_IMAGES} images are assumed"
-        return ASSUMED_CLASSES, ASSUMED_IMAGES, note
-    dataset = load_dataset(data)
-    return dataset.num_classes, len(dataset.train), ""
