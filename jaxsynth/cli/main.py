@@ -42,9 +42,9 @@ def _tiny_base() -> ModuleType:
 
 
 def _controlled() -> ModuleType:
-    from jaxsynth.methods.controlled import stages
+    from jaxsynth.methods.controlled import run as controlled
 
-    return stages
+    return controlled
 
 
 def _diffscaler() -> ModuleType:
@@ -77,7 +77,7 @@ METHODS: dict[str, Callable[[], ModuleType]] = {
     "weightgen": _weightgen,
 }
 REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "weightgen")
-PLANS = ("diffscaler", "weightgen")
+PLANS = ("controlled", "diffscaler", "weightgen")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

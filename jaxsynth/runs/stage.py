@@ -47,8 +47,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxsynth.core.console import stage_line
-from jaxsynth.core.errors import UserError
 from jaxsynth.core.documents import read_json
+from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import TEMPORARY, file_digests_cached, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
 
@@ -418,7 +418,9 @@ class _Holder:
         before = {part: old.get(part) for part in self.wanted}
         before["config"] = with_defaults(old.get("config"), self.config)
         changed = [
-            line for part in self.wanted for line in differences(before[part], self.wanted[part], part)
+            line
+            for part in self.wanted
+            for line in differences(before[part], self.wanted[part], part)
         ]
         if not changed:
             return
@@ -475,9 +477,6 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-
 
 
 def versions() -> dict[str, str]:

@@ -5,27 +5,25 @@ with probability 0.1, flips, and where the network predicts its variance the var
 beside the error of the noise. What learns is decided by the model alone: everything `Trainable` in
 it. Sets of one structure train side by side in one program (`adapt_each`).
 
-`Retention` is Diff-Tuning's option for any of them: the last, nearly noiseless part of the reverse
-process is kept on images of the base model while the noisy part learns the target (thuml's
-Diffusion-Tuning, NeurIPS 2024).
+Diff-Tuning (thuml's Diffusion-Tuning, NeurIPS 2024) is a second pair of batches and loss for any of
+them (`Retention`): the last, nearly noiseless part of the reverse process is kept on images of the
+base model while the noisy part learns the target.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from jaxsynth.adapters import optim_hooks
-from jaxsynth.adapters.inject import Trainable, config_of, seed_dropout, stack, unstack
+from jaxsynth.adapters.inject import seed_dropout
+from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import replacing
 from jaxsynth.data.conditions import as_bytes, as_fractions
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.diffusion.learned_range import learned_range_loss
@@ -34,20 +32,9 @@ from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import AutoencoderKL, encode_images
 from jaxsynth.ops.space_to_depth import space_to_depth
-from jaxsynth.quality.errors import mean_error
 from jaxsynth.training import sharding
-from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.loop import Constant, fit
-from jaxsynth.training.metrics import MetricsWriter
-from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
-from jaxsynth.training.step import (
-    StepFn,
-    init_stacked,
-    init_state,
-    make_train_step,
-    scan_steps,
-    stacked,
-)
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.trainer import Resident, Task, train, train_stacked
 
 
 @dataclass(frozen=True)
@@ -73,52 +60,38 @@ class Retention:
                 f"retention: power {self.power} and images {self.images}, expected at least 0 and 1"
             )
 
+    def rows(self, batch_size: int) -> int:
+        """How many images of a batch are of the base."""
+        return round(batch_size * self.share)
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class AdaptConfig(TrainingConfig):
     """How a transformer or its adapters are trained; the defaults are DiT's.
 
-    `ema_decay` 0 keeps no average. `steps_per_call` steps run in one program call, which tiny
-    networks need; it must divide `steps`. `accumulate` cuts a batch into so many parts.
+    Labels are dropped with probability `label_dropout`, for guidance. `retention` is Diff-Tuning's,
+    None plain training.
     """
 
     steps: int = 24_000
     batch_size: int = 256
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0
-    ema_decay: float = 0.0
     label_dropout: float = 0.1
-    accumulate: int = 1
-    remat: str | None = None
-    steps_per_call: int = 1
-    checkpoint_every: int = 1000
-    retention: Retention | None = field(default=None)
+    retention: Retention | None = None
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "steps_per_call"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.steps % self.steps_per_call:
-            raise ValueError(
-                f"steps {self.steps} is not divisible by steps_per_call {self.steps_per_call}"
-            )
-        for what, rows in self.rows.items():
+        super().__post_init__()
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout: {self.label_dropout}, expected 0 to 1")
+        if self.retention is None:
+            return
+        kept = self.retention.rows(self.batch_size)
+        for what, rows in (("target", self.batch_size - kept), ("kept", kept)):
             if rows < 1 or rows % self.accumulate:
                 raise ValueError(
-                    f"batch_size {self.batch_size}: {rows} {what} images in a batch, expected a "
-                    f"multiple of accumulate = {self.accumulate}"
+                    f"batch_size: {self.batch_size} with retention.share {self.retention.share} "
+                    f"has {rows} {what} images, expected a multiple of accumulate = "
+                    f"{self.accumulate}"
                 )
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """How many images of a batch are of the target, and of the base where some are kept."""
-        if self.retention is None:
-            return {"target": self.batch_size}
-        kept = round(self.batch_size * self.retention.share)
-        return {"target": self.batch_size - kept, "kept": kept}
 
 
 @dataclass(frozen=True)
@@ -155,10 +128,18 @@ class Latents:
         condition = np.stack([space_to_depth(view, factor) for view in views], axis=1)
         return replace(self, condition=condition)
 
+    def inputs(self, rows: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        """What the transformer is told about the first view of these images."""
+        given = {"labels": self.labels[rows]}
+        if self.condition is not None:
+            given["condition"] = as_fractions(self.condition[rows, 0])
+        return given
+
     def save(self, path: Path) -> None:
         """Write one `.npz`."""
         arrays = {name: getattr(self, name) for name in ("mean", "std", "labels", "condition")}
-        np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
 
     @classmethod
     def load(cls, path: Path) -> "Latents":
@@ -217,274 +198,227 @@ class Drawn(NamedTuple):
     weights: Float[Array, " b"]
 
 
-def draw(
-    batch: dict[str, Array], key: Array, total: int, config: TrainConfig, null_label: int
-) -> Drawn:
-    """What one step draws by `key` for a batch of `draw_batch`, at times below `total`.
+@dataclass(frozen=True)
+class LabelledDenoising:
+    """The loss over a batch of `RandomBatches`; its constant is the noise schedule.
 
-    Images that are kept come last.
+    Times have the density t^power, 0 for equally likely ones.
     """
-    retention = config.retention
-    keys = [jax.random.fold_in(key, i) for i in range(5)]
-    count = len(batch["labels"])
-    x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
-    dropped = jax.random.bernoulli(keys[1], config.label_dropout, (count,))
-    labels = jnp.where(dropped, null_label, batch["labels"])
-    t = sample_times(keys[2], count, total, retention.power if retention else 0)
-    weights = jnp.full(count, 1 / count)
-    condition = batch.get("condition")
-    if condition is not None:
-        condition = as_fractions(condition)
-    if retention:
-        kept = len(batch["kept"])
-        x0 = jnp.concatenate([x0, batch["kept"]])
-        if condition is not None:  # the base's images have none
-            condition = jnp.pad(condition, [(0, kept)] + [(0, 0)] * 3)
-        labels = jnp.concatenate([labels, jnp.full(kept, null_label)])
-        late = total - 1 - sample_times(keys[3], kept, total, retention.power)
-        t = jnp.concatenate([t, late])
-        weights = jnp.concatenate([weights, jnp.full(kept, retention.weight / kept)])
-    noise = jax.random.normal(keys[4], x0.shape)
-    return Drawn(x0, noise, t, labels, condition, weights)
 
+    null_label: int
+    label_dropout: float = 0.1
+    remat: str | None = None
+    power: float = 0.0
 
-def make_loss(
-    graphdef: Any, schedule: NoiseSchedule, config: TrainConfig, null_label: int, mesh=None
-):
-    """`loss(trainable, frozen, batch, key)` over what `draw_batch` draws."""
-    total = schedule.num_train_timesteps
-
-    def loss(trainable, frozen, batch, key):
-        if mesh is not None:
-            rows = NamedSharding(mesh, sharding.BATCH)
-            batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
-        x0, noise, t, labels, condition, weights = draw(batch, key, total, config, null_label)
+    def __call__(self, model: DiT, schedule: NoiseSchedule, batch: dict[str, Array], key: Array):
+        x0, noise, t, labels, condition, weights = self.draw(schedule, batch, key)
         x_t = add_noise(schedule, x0, noise, t)
-        model = seed_dropout(nnx.merge(graphdef, trainable, frozen), jax.random.fold_in(key, 5))
-        output = model(x_t, t, labels, condition=condition, remat=config.remat)
+        model = seed_dropout(model, jax.random.fold_in(key, 5))
+        output = model(x_t, t, labels, condition=condition, remat=self.remat)
         errors = denoising_error(schedule, output, x0, x_t, noise, t)
         return (errors * weights).sum(), {}
 
-    return loss
+    def draw(self, schedule: NoiseSchedule, batch: dict[str, Array], key: Array) -> Drawn:
+        """What one step draws by `key` for a batch."""
+        keys = [jax.random.fold_in(key, i) for i in range(5)]
+        count = len(batch["labels"])
+        x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
+        dropped = jax.random.bernoulli(keys[1], self.label_dropout, (count,))
+        condition = batch.get("condition")
+        return Drawn(
+            x0=x0,
+            noise=jax.random.normal(keys[4], x0.shape),
+            t=sample_times(keys[2], count, schedule.num_train_timesteps, self.power),
+            labels=jnp.where(dropped, self.null_label, batch["labels"]),
+            condition=None if condition is None else as_fractions(condition),
+            weights=jnp.full(count, 1 / count),
+        )
 
 
-def make_step(
-    graphdef: Any,
+@dataclass(frozen=True)
+class RetainingDenoising(LabelledDenoising):
+    """The same over a batch of `RetainingBatches`, whose images of the base come last.
+
+    They have the mean `weight`, no label and no condition, and times of density (T - t)^power.
+    """
+
+    weight: float = 0.1
+
+    def draw(self, schedule: NoiseSchedule, batch: dict[str, Array], key: Array) -> Drawn:
+        target = super().draw(schedule, batch, key)
+        keys = [jax.random.fold_in(key, i) for i in range(5)]
+        kept, total = len(batch["kept"]), schedule.num_train_timesteps
+        late = total - 1 - sample_times(keys[3], kept, total, self.power)
+        x0 = jnp.concatenate([target.x0, batch["kept"]])
+        condition = target.condition
+        if condition is not None:
+            condition = jnp.pad(condition, [(0, kept)] + [(0, 0)] * 3)
+        return Drawn(
+            x0=x0,
+            noise=jax.random.normal(keys[4], x0.shape),
+            t=jnp.concatenate([target.t, late]),
+            labels=jnp.concatenate([target.labels, jnp.full(kept, self.null_label)]),
+            condition=condition,
+            weights=jnp.concatenate([target.weights, jnp.full(kept, self.weight / kept)]),
+        )
+
+
+@dataclass(frozen=True)
+class RandomBatches:
+    """Batches drawn with replacement: "mean" and "std" (b, h, w, c), "labels", "condition".
+
+    The data has "mean" and "std" (n, k, h, w, c), "labels" (n,), of which the first "count" images
+    and "views" views are drawn, "key", and where there are conditions "condition" (n, k, h, w, m).
+    """
+
+    batch_size: int
+
+    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
+        keys = _batch_keys(step, data)
+        rows = jax.random.randint(keys[0], (self.batch_size,), 0, data["count"])
+        view = jax.random.randint(keys[1], (self.batch_size,), 0, data["views"])
+        viewed = [name for name in ("mean", "std", "condition") if name in data]
+        batch = {name: data[name][rows, view] for name in viewed}
+        return batch | {"labels": data["labels"][rows]}
+
+
+@dataclass(frozen=True)
+class RetainingBatches:
+    """Batches of `target` with `rows` of the data's first `count` latents in "kept" beside them."""
+
+    target: RandomBatches
+    rows: int
+    count: int
+
+    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
+        rows = jax.random.randint(_batch_keys(step, data)[2], (self.rows,), 0, self.count)
+        return self.target(step, data) | {"kept": data["kept"][rows]}
+
+
+def _batch_keys(step: Array, data: dict[str, Array]) -> Key[Array, "3"]:
+    return jax.random.split(jax.random.fold_in(data["key"], step), 3)
+
+
+def adapt_tasks(
+    models: Sequence[DiT],
+    sets: Sequence[Latents],
     schedule: NoiseSchedule,
-    config: TrainConfig,
-    null_label: int,
-    mesh: Mesh | None = None,
-    adapter: Any = None,
-) -> tuple[optax.GradientTransformation, StepFn]:
-    """The optimiser, and `step(state, frozen, data)` of `config.steps_per_call` updates.
+    config: AdaptConfig,
+    *,
+    seed: int,
+    kept: Float[np.ndarray, "m h w c"] | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> list[Task]:
+    """A task for each model and its set: all draw with the same keys what they would draw alone.
 
-    `data` is what `draw_batch` draws from, `adapter` the configuration of what learns.
+    Sets may differ in size and in views. `kept` are latents drawn by the base model, for
+    `config.retention`; `identity` says what else checkpoints must agree on. Models and arrays may
+    be shapes, for a plan.
+
+    Raises:
+        UserError: `config.retention` without `kept`, or sets whose conditions differ in channels.
     """
-    optim = OptimConfig(
-        learning_rate=config.learning_rate,
-        schedule=config.schedule,
-        warmup_steps=min(config.warmup_steps, config.steps),
-        total_steps=config.steps,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
-    tx = optim_hooks.optimiser(adapter, make_optimizer(optim), config.steps)
-    loss = make_loss(graphdef, schedule, config, null_label, mesh)
-    step = make_train_step(
-        optim_hooks.penalised(loss, adapter),
-        tx,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay or None,
-        learning_rate=make_schedule(optim),
-    )
-    return tx, scan_steps(step, partial(draw_batch, config=config), config.steps_per_call)
-
-
-def check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    """ValueError unless every part of a batch divides over the devices of `mesh`."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for what, rows in config.rows.items():
-        if rows // config.accumulate % parts:
-            raise ValueError(
-                f"batch_size {config.batch_size}: {rows} {what} images in {config.accumulate} "
-                f"parts (accumulate) are not divisible over data x fsdp = {parts} devices"
+    retention, null_label = config.retention, models[0].config.null_label
+    if retention is not None and kept is None:
+        raise UserError("retention needs `kept`, latents that the base model drew")
+    loss = LabelledDenoising(null_label, config.label_dropout, config.remat)
+    next_batch: Any = RandomBatches(config.batch_size)
+    more = {}
+    if retention is not None and kept is not None:
+        loss = RetainingDenoising(
+            null_label, config.label_dropout, config.remat, retention.power, retention.weight
+        )
+        rows = retention.rows(config.batch_size)
+        target = RandomBatches(config.batch_size - rows)
+        next_batch, more = RetainingBatches(target, rows, len(kept)), {"kept": kept}
+    order_key, key = jax.random.split(jax.random.key(seed))
+    tasks = []
+    for model, data in zip(models, _padded(sets), strict=True):
+        own = {**data, **more, "key": order_key}
+        examples = ("mean", "std", "labels", "condition", "kept")
+        tasks.append(
+            Task(
+                model=model,
+                loss=loss,
+                batches=Resident(
+                    own, next_batch, sharded=tuple(name for name in examples if name in own)
+                ),
+                table=sharding.DIT,
+                key=key,
+                constants=schedule,
+                identity={"seed": seed, **(identity or {})},
             )
-
-
-def draw_batch(step: Array, data: dict[str, Array], config: TrainConfig) -> dict[str, Array]:
-    """The batch of a step, with replacement: "mean" and "std" (b, h, w, c), "labels", "kept".
-
-    "condition" (b, h, w, m) is in it where the data has one, (n, k, h, w, m).
-    `data` has "mean" and "std" (n, k, h, w, c), "labels" (n,), of which the first "count" images
-    and "views" views are drawn, "key", and for retention "kept" (m, h, w, c).
-    """
-    keys = jax.random.split(jax.random.fold_in(data["key"], step), 3)
-    shape = (config.rows["target"],)
-    rows = jax.random.randint(keys[0], shape, 0, data["count"])
-    view = jax.random.randint(keys[1], shape, 0, data["views"])
-    viewed = [name for name in ("mean", "std", "condition") if name in data]
-    batch = {name: data[name][rows, view] for name in viewed}
-    batch["labels"] = data["labels"][rows]
-    if config.retention:
-        shape = (config.rows["kept"],)
-        batch["kept"] = data["kept"][jax.random.randint(keys[2], shape, 0, len(data["kept"]))]
-    return batch
+        )
+    return tasks
 
 
 def adapt(
     model: DiT,
     latents: Latents,
     schedule: NoiseSchedule,
-    config: TrainConfig,
+    config: AdaptConfig,
     folder: Path,
     *,
     seed: int,
     kept: Float[np.ndarray, "m h w c"] | None = None,
+    identity: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     description: str = "train",
 ) -> DiT:
     """Train what is `Trainable` in `model` on `latents`; resumes from `folder/checkpoints`.
 
-    `kept` are latents drawn by the base model, for `config.retention`. Returns the trained model
-    (its average where there is one).
+    Arguments and errors as `adapt_tasks`. Returns the trained model (its average where there is
+    one).
     """
-    (trained,) = _adapt([model], [latents], schedule, config, folder, seed, kept, mesh, description)
-    return trained
+    (task,) = adapt_tasks(
+        [model], [latents], schedule, config, seed=seed, kept=kept, identity=identity
+    )
+    return train(task, config.sized(len(latents)), folder, mesh=mesh, description=description)
 
 
 def adapt_each(
     models: Sequence[DiT],
-    latents: Sequence[Latents],
+    sets: Sequence[Latents],
     schedule: NoiseSchedule,
-    config: TrainConfig,
+    config: AdaptConfig,
     folder: Path,
     *,
     seed: int,
     kept: Float[np.ndarray, "m h w c"] | None = None,
+    identity: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     description: str = "train",
 ) -> list[DiT]:
     """`adapt` for models of one structure around one frozen base, all in one compiled program.
 
-    Model i becomes what `adapt` makes of it alone, up to rounding. Sets may differ in size and in
-    views. On a mesh the models lie along "data"; where their number is not divisible by it, the
-    last one is trained more than once.
+    Model i becomes what `adapt` makes of it alone, up to rounding. An epoch is one over the largest
+    set. On a mesh the models lie along "data"; where their number is not divisible by it, the last
+    one is trained more than once.
     """
-    models, latents, count = list(models), list(latents), len(models)
-    if mesh is not None:
-        short = -count % mesh.shape["data"]
-        models, latents = models + models[-1:] * short, latents + latents[-1:] * short
-    return _adapt(
-        models, latents, schedule, config, folder, seed, kept, mesh, description, together=True
-    )[:count]
+    tasks = adapt_tasks(models, sets, schedule, config, seed=seed, kept=kept, identity=identity)
+    sized = config.sized(max(map(len, sets)))
+    return train_stacked(tasks, sized, folder, mesh=mesh, description=description)
 
 
-def _adapt(
-    models, latents, schedule, config, folder, seed, kept, mesh, description, *, together=False
-) -> list[DiT]:
-    if config.retention and kept is None:
-        raise ValueError("retention needs `kept`, latents that the base model drew")
-    graphdef, _, frozen = nnx.split(models[0], Trainable, ...)
-    trainables = [nnx.state(model, Trainable) for model in models]
-    data = _padded(latents)
-    if config.retention:
-        data["kept"] = np.stack([kept] * len(models))
-    if mesh is not None and not together:
-        check_rows(config, mesh)
-    null = models[0].config.null_label
-    tx, step = make_step(
-        graphdef, schedule, config, null, None if together else mesh, config_of(models[0])
-    )
-    order_key, key = jax.random.split(jax.random.key(seed))
-    ema = bool(config.ema_decay)
-    data["key"] = jnp.stack([order_key] * len(models))
-    batch = jax.tree.map(jnp.asarray, data)
-    if together:
-        # Every set draws what it would draw alone.
-        state = init_stacked(stack(trainables), tx, jnp.stack([key] * len(models)), ema=ema)
-        step = stacked(step)
-    else:
-        batch = jax.tree.map(lambda x: x[0], batch)
-        state = init_state(trainables[0], tx, key, ema=ema)
-    placed = frozen
-    if mesh is not None:
-        placed = sharding.shard(frozen, mesh, sharding.DIT)
-        place = sharding.shard_stack if together else sharding.replicate
-        state, batch = place(state, mesh), place(batch, mesh)
-    with (
-        Checkpoints(folder / "checkpoints", every=config.checkpoint_every, keep=1) as checkpoint,
-        MetricsWriter(folder) as metrics,
-    ):
-        state = fit(
-            state, placed, Constant(batch), step, steps=config.steps,
-            steps_per_call=config.steps_per_call, checkpoint=checkpoint, metrics=metrics,
-            description=description,
-        )  # fmt: skip
-    learnt = sharding.gather(state.trainable if state.ema is None else state.ema)
-    return [nnx.merge(graphdef, one, frozen) for one in (unstack(learnt) if together else [learnt])]
-
-
-def _padded(sets: Sequence[Latents]) -> dict[str, np.ndarray]:
-    """Sets of any sizes, stacked; what a short one is filled up with is never drawn."""
-    counts, views = [len(one) for one in sets], [one.mean.shape[1] for one in sets]
-
-    def filled(values: np.ndarray, *most: int) -> np.ndarray:
-        short = [size - own for size, own in zip(most, values.shape, strict=False)]
-        return np.pad(values, [(0, by) for by in short] + [(0, 0)] * (values.ndim - len(short)))
-
+def _padded(sets: Sequence[Latents]) -> list[dict[str, Any]]:
+    """The arrays of sets of any sizes in one shape; what fills up a short one is never drawn."""
+    count, views = max(map(len, sets)), max(one.mean.shape[1] for one in sets)
     channels = {0 if one.condition is None else one.condition.shape[-1] for one in sets}
     if len(channels) > 1:
-        raise ValueError(f"sets side by side: conditions of {sorted(channels)} channels, not one")
-    names = ("mean", "std") if channels == {0} else ("mean", "std", "condition")
-    arrays = {
-        name: np.stack([filled(getattr(one, name), max(counts), max(views)) for one in sets])
-        for name in names
-    }
-    arrays["labels"] = np.stack([filled(one.labels, max(counts)) for one in sets])
-    return arrays | {"count": np.array(counts, np.int32), "views": np.array(views, np.int32)}
+        raise UserError(f"sets side by side: conditions of {sorted(channels)} channels, not one")
+    made = []
+    for one in sets:
+        arrays = {name: getattr(one, name) for name in ("mean", "std", "condition")}
+        data = {name: _filled(x, count, views) for name, x in arrays.items() if x is not None}
+        data["labels"] = _filled(one.labels, count)
+        data |= {"count": np.int32(len(one)), "views": np.int32(one.mean.shape[1])}
+        made.append(data)
+    return made
 
 
-def held_out_error(
-    model: DiT,
-    latents: Latents,
-    schedule: NoiseSchedule,
-    *,
-    seed: int,
-    repeats: int = 8,
-    batch_size: int = 256,
-) -> float:
-    """Mean squared error of the predicted noise at `repeats` fixed (time, noise) pairs an image.
-
-    As `scoring.mean_error` chooses them.
-    """
-
-    def errors(rows: np.ndarray, noise: np.ndarray, t: np.ndarray) -> Array:
-        arrays = [latents.mean[rows, 0], noise, t, latents.labels[rows]]
-        if latents.condition is not None:
-            arrays.append(as_fractions(latents.condition[rows, 0]))
-        return _noise_errors(model, schedule, *map(jnp.asarray, arrays))
-
-    return mean_error(
-        errors,
-        len(latents),
-        latents.mean.shape[2:],
-        schedule.num_train_timesteps,
-        seed=seed,
-        repeats=repeats,
-        batch_size=batch_size,
-    )
-
-
-@jax.jit
-def _noise_errors(
-    model: DiT,
-    schedule: NoiseSchedule,
-    x0: Array,
-    noise: Array,
-    t: Array,
-    labels: Array,
-    condition: Array | None = None,
-) -> Float[Array, " b"]:
-    x_t = add_noise(schedule, x0, noise, t)
-    output = model(x_t, t, labels, condition=condition)[..., : x0.shape[-1]]
-    return diffusion_loss(schedule, output, x0, noise, t, per_sample=True)
+def _filled(values: Any, *sizes: int) -> Any:
+    """`values` with zeros after it, up to `sizes` on its first axes."""
+    if values.shape[: len(sizes)] == sizes:
+        return values
+    short = [size - own for size, own in zip(sizes, values.shape, strict=False)]
+    return np.pad(values, [(0, by) for by in short] + [(0, 0)] * (values.ndim - len(short)))

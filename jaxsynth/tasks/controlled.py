@@ -11,20 +11,20 @@ Both start as the base itself, and with one seed both see the same images, noise
 every step, so their losses compare step by step. `num_trainable` says what each costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxsynth.adapters import inject, optim_hooks
-from jaxsynth.adapters.inject import Trainable, mark_trainable, seed_dropout
+from jaxsynth.adapters import inject
+from jaxsynth.adapters.inject import mark_trainable, seed_dropout
 from jaxsynth.adapters.surgery.input_channels import extend_input
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.data.pipeline.epochs import epoch_rows
@@ -36,29 +36,31 @@ from jaxsynth.models.diffusion.controlnet import ControlNet, embedding_channels
 from jaxsynth.models.diffusion.text_to_image import encode_text
 from jaxsynth.models.diffusion.unet import UNet2DCondition
 from jaxsynth.models.diffusion.vae import encode_images
-from jaxsynth.quality.errors import mean_error
 from jaxsynth.training import sharding
-from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.loop import Constant, fit
-from jaxsynth.training.metrics import MetricsWriter
-from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
-from jaxsynth.training.step import init_state, make_train_step, scan_steps
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.trainer import Resident, Task, train
 from jaxsynth.weights.hf import StableDiffusion
 
 
-def with_controlnet(pipeline: StableDiffusion, channels: int, *, rngs: nnx.Rngs) -> ByControlNet:
-    """The base with a new ControlNet for conditions of so many channels, all of it trainable."""
+def with_controlnet(
+    unet: UNet2DCondition, downscale: int, channels: int, *, rngs: nnx.Rngs
+) -> ByControlNet:
+    """The base with a new ControlNet for conditions of so many channels, all of it trainable.
+
+    `downscale` is how many pixels a latent has along one side.
+    """
     controlnet = ControlNet.from_unet(
-        pipeline.unet,
+        unet,
         conditioning_channels=channels,
-        conditioning_embedding_out_channels=embedding_channels(pipeline.vae.config.downscale),
+        conditioning_embedding_out_channels=embedding_channels(downscale),
         rngs=rngs,
     )
-    return ByControlNet(pipeline.unet, mark_trainable(controlnet))
+    return ByControlNet(unet, mark_trainable(controlnet))
 
 
 def with_adapters(
-    pipeline: StableDiffusion,
+    unet: UNet2DCondition,
+    downscale: int,
     channels: int,
     make: inject.Maker | None,
     targets: Sequence[str],
@@ -71,11 +73,10 @@ def with_adapters(
     `make` and `targets` are those of `adapters.base.inject`; `make` None trains the new input
     alone. "conv_in" is wrapped already and cannot be a target. `gate` as in `extend_input`.
     """
-    factor = pipeline.vae.config.downscale
-    unet = extend_input(pipeline.unet, "conv_in", channels * factor**2, gate=gate, rngs=rngs)
+    unet = extend_input(unet, "conv_in", channels * downscale**2, gate=gate, rngs=rngs)
     if make is not None:
         unet = inject.inject(unet, make, targets=targets, rngs=rngs)
-    return ByAdapters(unet, factor)
+    return ByAdapters(unet, downscale)
 
 
 def merged(model: ByAdapters) -> UNet2DCondition:
@@ -99,46 +100,27 @@ def num_trainable(model: nnx.Module) -> int:
 
 
 @dataclass(frozen=True)
-class ControlConfig:
+class ControlConfig(TrainingConfig):
     """How a base learns to follow conditions; the defaults are ControlNet's.
 
     `proportion_empty_prompts` of the prompts are replaced by the empty one, so that the condition
-    must say what the prompt does not. Adapters need a higher rate: 1e-4 to 1e-3. `steps_per_call`
-    steps run in one program call, which tiny networks need; it must divide `steps` and
-    `checkpoint_every`.
+    must say what the prompt does not. Adapters need a higher rate: 1e-4 to 1e-3.
     """
 
     steps: int = 10_000
     batch_size: int = 32
     learning_rate: float = 1e-5
-    schedule: str = "constant"
-    warmup_steps: int = 0
     weight_decay: float = 1e-2
     clip_norm: float = 1.0
     proportion_empty_prompts: float = 0.5
     snr_gamma: float | None = None
-    accumulate: int = 1
-    remat: bool = False
-    steps_per_call: int = 1
-    checkpoint_every: int = 1000
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(
-                f"ControlConfig.proportion_empty_prompts is {self.proportion_empty_prompts}, "
-                "expected 0 to 1"
+                f"proportion_empty_prompts: {self.proportion_empty_prompts}, expected 0 to 1"
             )
-
-    def optim(self) -> OptimConfig:
-        """AdamW, as ControlNet has it."""
-        return OptimConfig(
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            warmup_steps=min(self.warmup_steps, self.steps),
-            total_steps=self.steps,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-        )
 
 
 @dataclass(frozen=True)
@@ -157,6 +139,10 @@ class Triples:
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def inputs(self, rows: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        """What the denoiser is told about these images."""
+        return {"text": self.text[self.prompt[rows]], "condition": self.condition[rows]}
 
 
 def encode_triples(
@@ -190,133 +176,96 @@ def encode_triples(
     return Triples(mean, std, np.asarray(condition, np.float32), text, prompt.reshape(-1) + 1)
 
 
-def make_loss(graphdef, schedule: NoiseSchedule, config: ControlConfig, mesh: Mesh | None = None):
-    """`loss(trainable, frozen, batch, key)` over {"mean", "std", "condition", "text"}."""
+@dataclass(frozen=True)
+class ControlledDenoising:
+    """The loss over {"mean", "std", "condition", "text"}; its constant is the noise schedule."""
 
-    def loss(trainable, frozen, batch, key):
-        if mesh is not None:
-            rows = NamedSharding(mesh, sharding.BATCH)
-            batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
-        model = seed_dropout(nnx.merge(graphdef, trainable, frozen), jax.random.fold_in(key, 4))
+    snr_gamma: float | None = None
+    remat: str | None = None
+
+    def __call__(self, model: Controlled, schedule: NoiseSchedule, batch: dict, key: Array):
+        model = seed_dropout(model, jax.random.fold_in(key, 4))
         x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
         noisy = add_noise(schedule, x0, noise, t)
-        output = model(noisy, t, batch["text"], batch["condition"], remat=config.remat)
-        return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=config.snr_gamma), {}
-
-    return loss
+        output = model(noisy, t, batch["text"], batch["condition"], remat=self.remat)
+        return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=self.snr_gamma), {}
 
 
-def draw_batch(step: Array, data: dict[str, Array], config: ControlConfig) -> dict[str, Array]:
-    """The batch of a step: images in the order of `epoch_rows`, some prompts emptied."""
-    rows = epoch_rows(data["key"], step, len(data["prompt"]), config.batch_size)
-    key = jax.random.fold_in(jax.random.fold_in(data["key"], step), 1)
-    empty = jax.random.bernoulli(key, config.proportion_empty_prompts, rows.shape)
-    batch = {name: data[name][rows] for name in ("mean", "std", "condition")}
-    batch["text"] = data["text"][jnp.where(empty, 0, data["prompt"][rows])]
-    return batch
+@dataclass(frozen=True)
+class ControlBatches:
+    """Batches of `count` images in the order of `epoch_rows`, a share of the prompts emptied."""
+
+    count: int
+    batch_size: int
+    proportion_empty_prompts: float
+
+    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
+        rows = epoch_rows(data["order"], step, self.count, self.batch_size)
+        key = jax.random.fold_in(jax.random.fold_in(data["order"], step), 1)
+        empty = jax.random.bernoulli(key, self.proportion_empty_prompts, rows.shape)
+        batch = {name: data[name][rows] for name in ("mean", "std", "condition")}
+        return batch | {"text": data["text"][jnp.where(empty, 0, data["prompt"][rows])]}
+
+
+def control_task(
+    model: Controlled,
+    triples: Triples,
+    schedule: NoiseSchedule,
+    config: ControlConfig,
+    *,
+    seed: int,
+    identity: Mapping[str, Any] | None = None,
+) -> Task:
+    """The training of what is `Trainable` in `model`; all may be shapes, for a plan.
+
+    On a mesh a ControlNet is sharded as the base is, and adapters lie whole on every device.
+    """
+    order_key, key = jax.random.split(jax.random.key(seed))
+    data = {
+        # `sample_noise` expects several crops of each image.
+        "mean": _with_crops(triples.mean),
+        "std": _with_crops(triples.std),
+        "condition": triples.condition,
+        "text": triples.text,
+        "prompt": triples.prompt,
+        "order": order_key,
+    }
+    batches = ControlBatches(len(triples), config.batch_size, config.proportion_empty_prompts)
+    return Task(
+        model=model,
+        loss=ControlledDenoising(config.snr_gamma, config.remat),
+        batches=Resident(data, batches, sharded=("mean", "std", "condition", "prompt")),
+        table=sharding.CONTROLNET,
+        key=key,
+        constants=schedule,
+        identity={"seed": seed, **(identity or {})},
+        learns="table" if isinstance(model, ByControlNet) else "replicate",
+    )
 
 
 def finetune_controlled(
-    pipeline: StableDiffusion,
     model: Controlled,
     triples: Triples,
+    schedule: NoiseSchedule,
     config: ControlConfig,
     folder: Path,
     *,
     seed: int,
+    identity: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     description: str = "control",
 ) -> Controlled:
-    """Train what is `Trainable` in `model`, made of `pipeline`; resumes from `folder/checkpoints`.
+    """Train what is `Trainable` in `model`; resumes from `folder/checkpoints`.
 
-    On a mesh a ControlNet is sharded as the base is, and adapters lie whole on every device.
+    `identity` says what else checkpoints must agree on, such as the base's digest.
     """
-    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
-    adapter = inject.config_of(model)
-    tx = optim_hooks.optimiser(adapter, make_optimizer(config.optim()), config.steps)
-    order_key, key = jax.random.split(jax.random.key(seed))
-    step = make_train_step(
-        optim_hooks.penalised(make_loss(graphdef, schedule, config, mesh), adapter),
-        tx,
-        accumulate=config.accumulate,
-        learning_rate=make_schedule(config.optim()),
-    )
-    step = scan_steps(step, partial(draw_batch, config=config), config.steps_per_call)
-    state = init_state(trainable, tx, key)
-    data = {
-        # `sample_noise` expects several crops of each image.
-        "mean": triples.mean[:, None],
-        "std": triples.std[:, None],
-        "condition": triples.condition,
-        "text": triples.text,
-        "prompt": triples.prompt,
-        "key": order_key,
-    }
-    data = jax.tree.map(jnp.asarray, data)
-    placed = frozen
-    if mesh is not None:
-        table = sharding.CONTROLNET
-        placed = sharding.shard(frozen, mesh, table)
-        net = isinstance(model, ByControlNet)
-        state = sharding.shard(state, mesh, table) if net else sharding.replicate(state, mesh)
-        data = sharding.replicate(data, mesh)
-    with (
-        Checkpoints(
-            folder / "checkpoints",
-            every=config.checkpoint_every,
-            keep=1,
-            identity={"base": pipeline.digest},
-        ) as checkpoint,
-        MetricsWriter(folder) as metrics,
-    ):
-        state = fit(
-            state,
-            placed,
-            Constant(data),
-            step,
-            steps=config.steps,
-            steps_per_call=config.steps_per_call,
-            checkpoint=checkpoint,
-            metrics=metrics,
-            description=description,
-        )
-    return nnx.merge(graphdef, sharding.gather(state.trainable), frozen)
+    task = control_task(model, triples, schedule, config, seed=seed, identity=identity)
+    return train(task, config.sized(len(triples)), folder, mesh=mesh, description=description)
 
 
-def held_out_error(
-    model: Controlled,
-    triples: Triples,
-    schedule: NoiseSchedule,
-    *,
-    seed: int,
-    repeats: int = 8,
-    batch_size: int = 64,
-    empty_prompts: bool = False,
-) -> float:
-    """Mean training loss at `repeats` fixed (timestep, noise) pairs for each image.
-
-    As `scoring.mean_error` chooses them. `empty_prompts` leaves the condition to say everything.
-    """
-    prompt = np.zeros_like(triples.prompt) if empty_prompts else triples.prompt
-    graphdef, state = nnx.split(model)
-
-    def errors(rows: np.ndarray, noise: np.ndarray, t: np.ndarray) -> Array:
-        text, condition = triples.text[prompt[rows]], triples.condition[rows]
-        return _errors(graphdef, state, schedule, triples.mean[rows], noise, t, text, condition)
-
-    return mean_error(
-        errors,
-        len(triples),
-        triples.mean.shape[1:],
-        schedule.num_train_timesteps,
-        seed=seed,
-        repeats=repeats,
-        batch_size=batch_size,
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def _errors(graphdef, state, schedule, x0, noise, t, text, condition) -> Float[Array, " b"]:
-    output = nnx.merge(graphdef, state)(add_noise(schedule, x0, noise, t), t, text, condition)
-    return diffusion_loss(schedule, output, x0, noise, t, per_sample=True)
+def _with_crops(latents: Any) -> Any:
+    """Latents (n, h, w, c), or their shape, as those of one crop of each image."""
+    if isinstance(latents, jax.ShapeDtypeStruct):
+        count, *rest = latents.shape
+        return jax.ShapeDtypeStruct((count, 1, *rest), latents.dtype)
+    return latents[:, None]

@@ -114,7 +114,7 @@ class MeshConfig:
 
         UserError where the sizes do not fit the devices.
         """
-        if len(jax.devices()) == 1:
+        if jax.device_count() == 1 and self.data in (-1, 1) and self.fsdp == self.tensor == 1:
             return None
         try:
             return make_mesh(self.data, self.fsdp, self.tensor)

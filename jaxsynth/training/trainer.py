@@ -225,7 +225,7 @@ def _assemble(
     phases = tuple(task.loss.items()) if isinstance(task.loss, Mapping) else task.loss
     resident = isinstance(task.batches, Resident)
     if mesh is not None and not together:
-        _check_rows(config, mesh)
+        _check_rows(config, mesh, task.batches)
     step = _step(
         phases,
         task.batches.next_batch if resident else None,
@@ -402,14 +402,26 @@ def _write_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
         Image.fromarray(np.concatenate(list(images), axis=1)).save(path)
 
 
-def _check_rows(config: TrainingConfig, mesh: Mesh) -> None:
+def _check_rows(config: TrainingConfig, mesh: Mesh, batches: Resident | Streamed) -> None:
+    """UserError unless every part of a batch divides over the devices of `mesh`."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    cut = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
     if config.batch_size // config.accumulate % parts:
-        cut = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
         raise UserError(
             f"batch_size: {config.batch_size}{cut} is not divisible over data x fsdp = {parts} "
             f"devices; the next that is: {-(-config.batch_size // parts) * parts}"
         )
+    if isinstance(batches, Streamed):
+        return
+    # A batch may consist of parts, each with fewer rows than it.
+    data = jax.tree.map(_shape, batches.data)
+    batch = jax.eval_shape(batches.next_batch, jax.ShapeDtypeStruct((), jnp.int32), data)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if leaf.shape[0] // config.accumulate % parts:
+            raise UserError(
+                f"batch_size: of {config.batch_size}, {leaf.shape[0]} rows are "
+                f"{sharding.dotted(path)!r}{cut}, not divisible over data x fsdp = {parts} devices"
+            )
 
 
 def _data_of(batches: Sequence[Resident | Streamed], together: bool) -> PyTree:
@@ -433,9 +445,13 @@ def _shapes_of(batches: Resident | Streamed, count: int, together: bool) -> PyTr
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         if together:
             return _repeated(leaf, count)
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+        return _shape(leaf)
 
     return jax.tree.map(shape, given)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _repeated(leaf: Any, count: int) -> jax.ShapeDtypeStruct:

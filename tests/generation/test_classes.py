@@ -15,14 +15,14 @@ from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
 from jaxsynth.generation.generate import GenerateConfig, fill_store, image_keys
 from jaxsynth.methods.diffscaler.recipes import adapted
-from jaxsynth.methods.diffscaler.stages import SCHEDULER_CONFIG
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.networks.dit import DDIM_SCHEDULER
 from tests.adapters.nets import randomised
 from tests.methods.small_base import random_network
 from tests.models.torch_parity import relative_error
 
-SCHEDULE = NoiseSchedule.from_config(SCHEDULER_CONFIG)
+SCHEDULE = NoiseSchedule.from_config(DDIM_SCHEDULER)
 DIT = DiTConfig(
     num_attention_heads=2,
     attention_head_dim=8,
@@ -62,7 +62,7 @@ def models(base) -> list[DiT]:
 def make(vae):
     """A generator of the six classes."""
 
-    def build(models, config=CONFIG, classes=CLASSES, scheduler=SCHEDULER_CONFIG, seed=3, **more):
+    def build(models, config=CONFIG, classes=CLASSES, scheduler=DDIM_SCHEDULER, seed=3, **more):
         return ClassGenerator(models, vae, scheduler, classes, config, seed=seed, **more)
 
     return build
@@ -140,7 +140,7 @@ def by_hand(model, sampler, scale, channels):
 def test_guidance_is_that_of_the_noise(make, models):
     """With `guide_channels` of its first channels only."""
     numbers, indices = np.zeros(2, int), np.arange(2)
-    sampler = make_sampler(SCHEDULER_CONFIG, SCHEDULE, 3)
+    sampler = make_sampler(DDIM_SCHEDULER, SCHEDULE, 3)
     found = {
         channels: make(models[:1], classes=ALONE, guide_channels=channels).latents(numbers, indices)
         for channels in (None, 3)

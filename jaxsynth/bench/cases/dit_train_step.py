@@ -22,8 +22,8 @@ from jaxsynth.bench.cases.train_step import Stepper
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.methods.diffscaler.recipes import PLACES, adapted, first_label
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.tasks.class_conditional import Drawn, TrainConfig, draw, make_loss
-from jaxsynth.training.optim import OptimConfig, make_optimizer
+from jaxsynth.tasks.class_conditional import AdaptConfig, Drawn, LabelledDenoising
+from jaxsynth.training.optim import Rate, make_optimizer
 from jaxsynth.training.step import init_state, make_train_step
 from jaxsynth.weights.hf import save_model
 from jaxsynth.weights.networks.dit import SCHEDULER
@@ -61,33 +61,29 @@ class Training:
 
     def __init__(self, base: DiT, case: DiTCase):
         self.case, self.base = case, base
-        self.config = TrainConfig(batch_size=case.images, learning_rate=1e-3)
+        self.config = AdaptConfig(batch_size=case.images, learning_rate=1e-3)
         self._key = jax.random.key(0)
         self._schedule = NoiseSchedule.from_config(SCHEDULER)
         model = random_affiners(base)
         self.state = extract(model)
         self._graphdef, self._trainable, self._frozen = nnx.split(model, Trainable, ...)
-        self._null = base.config.null_label
+        self._denoising = LabelledDenoising(base.config.null_label, self.config.label_dropout)
         self.batch = _batch(base, case.images)
-        self._loss = make_loss(self._graphdef, self._schedule, self.config, self._null)
-        optim = OptimConfig(
-            learning_rate=self.config.learning_rate,
-            schedule=self.config.schedule,
-            weight_decay=self.config.weight_decay,
-            clip_norm=self.config.clip_norm,
-        )
-        tx = make_optimizer(optim)
-        state = init_state(self._trainable, tx, self._key)
+        tx = make_optimizer(self.config)
+        state = init_state(self._trainable, tx, self._key, Rate.of(self.config))
         self._stepper = Stepper(make_train_step(self._loss, tx), state, self._frozen)
+
+    def _loss(self, trainable: nnx.State, frozen: nnx.State, batch: dict, key: Array):
+        model = nnx.merge(self._graphdef, trainable, frozen)
+        return self._denoising(model, self._schedule, batch, key)
 
     def step(self) -> dict[str, np.ndarray]:
         return self._stepper(self.batch)
 
     def drawn(self, step: int) -> Drawn:
         """What step number `step` draws."""
-        total = self._schedule.num_train_timesteps
         key = jax.random.fold_in(self._key, step)
-        return jax.device_get(draw(self.batch, key, total, self.config, self._null))
+        return jax.device_get(self._denoising.draw(self._schedule, self.batch, key))
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Those of the first step, by the names of `state`."""

@@ -1,11 +1,11 @@
 """DiffScaler's condition tasks: a set of parameters that also follows a condition image.
 
 The recipe is that of the data sets, on the same latents, classes and steps; the network merely
-reads a condition image beside the latents (`diffscaler_recipes.with_condition`). What it makes of
-it is measured twice: by the error of the noise on held-out images, with their own condition, with
-that of another image of their class and with none; and on images drawn for held-out conditions, in
-which the condition is found again (`quality.following`). The yardstick is the set of the same data
-that learnt no condition.
+reads a condition image beside the latents (`recipes.with_condition`). What it makes of it is
+measured twice: by the error of the noise on held-out images, with their own condition, with that of
+another image of their class and with none; and on images drawn for held-out conditions, in which
+the condition is found again (`quality.adherence`). The yardstick is the set of the same data that
+learnt no condition.
 
 Below the run's folder, for a data set and a kind of condition:
 
@@ -15,20 +15,16 @@ Below the run's folder, for a data set and a kind of condition:
     conditions/<data set>/<kind>/following   how closely they follow, and some of them
 """
 
-from __future__ import annotations
-
 import dataclasses
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Int, UInt8
 
 from jaxsynth.adapters.inject import Trainable, extract, load_state
-from jaxsynth.core.io import write_json
+from jaxsynth.core.io import replacing, write_json
 from jaxsynth.data.conditions import (
     CHANNELS,
     WITH_PARTNER,
@@ -37,237 +33,267 @@ from jaxsynth.data.conditions import (
     known_map,
     source_condition,
 )
-from jaxsynth.data.dataset import ImageSource
+from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.store import ImageStore
+from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
-from jaxsynth.generation.generate import fill_store
-from jaxsynth.methods.diffscaler.recipes import adapted, first_label
+from jaxsynth.generation.generate import GenerateConfig, fill_store
+from jaxsynth.methods.diffscaler.recipes import Adaptation, first_label
+from jaxsynth.methods.diffscaler.stages import (
+    error,
+    new_latents,
+    parts_of,
+    read_kept,
+    set_model,
+    size,
+)
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import decode_latents
 from jaxsynth.quality.adherence import agreement
 from jaxsynth.report.grids import write_grid
-from jaxsynth.runs.stage import Artifact, run_stage
-from jaxsynth.tasks.class_conditional import Latents, adapt, held_out_error
-from jaxsynth.weights.adapters.native import read_state, write_state
+from jaxsynth.runs.stage import Artifact, Work, stage
+from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt
+from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
+from jaxsynth.weights.networks.dit import DiTPipeline
 
-if TYPE_CHECKING:
-    from jaxsynth.methods.diffscaler.stages import Work
-
-TRAINING = ".training"
 # Of the grid of samples.
 _LINES, _COLUMNS = 4, 3
+# The parts of a data set that conditions are made for.
+PARTS = ("train", "test")
 
 
-class ConditionTask:
-    """One kind of condition on one data set of a run."""
+@dataclass(frozen=True)
+class Conditions:
+    """Which kind of condition is made of every image."""
 
-    def __init__(self, work: Work, name: str, kind: str):
-        self.work, self.name, self.kind = work, name, kind
-        self.folder = work.folder / "conditions" / name / kind
+    kind: str
 
-    def run(self, rate: float, plain: Artifact, drawn: Artifact) -> Artifact:
-        """Every stage. `plain` holds the data set's parameters without a condition, `drawn` images
-        of them."""
-        adapter = self.train(rate, plain)
-        return self.measure(self.draw(adapter), drawn)
 
-    def maps(self) -> Artifact:
-        """The condition of every training and test image, of the images' size."""
-        config = self.work.config
-        folder = config.condition_folders.get(self.kind) if self.kind in WITH_PARTNER else None
-        data = config.data[self.name]
+@stage(format=1)
+def make_maps(work: Work, config: Conditions, *, data: Dataset, files: Path | None = None) -> dict:
+    """The condition of every training and test image, of the images' size.
 
-        def build(path: Path) -> dict:
-            counts = {}
-            for part, source in self._sources.items():
-                size = source[0].image.shape[0]
-                made = [
-                    as_bytes(source_condition(source, i, self.kind, size, folder))
-                    for i in range(len(source))
-                ]
-                np.savez_compressed(path / f"{part}.npz", condition=np.stack(made))
-                counts[part] = len(made)
-            return counts
+    Of kinds that images do not tell it is read from the folder `files`, if any.
+    """
+    counts, sources = {}, parts_of(data)
+    for part in PARTS:
+        source = sources[part]
+        side = source[0].image.shape[0]
+        made = [
+            as_bytes(source_condition(source, i, config.kind, side, files))
+            for i in range(len(source))
+        ]
+        with replacing(work.folder / f"{part}.npz") as path, path.open("wb") as file:
+            np.savez_compressed(file, condition=np.stack(made))
+        counts[part] = len(made)
+    return counts
 
-        settings = {"data": data, "kind": self.kind, "files": folder or ""}
-        return run_stage(self._label("maps"), self.folder / "maps", settings, {}, build)
 
-    @cached_property
-    def _sources(self) -> dict[str, ImageSource]:
-        sources = self.work.sources(self.name)
-        return {part: sources[part] for part in ("train", "test")}
+@dataclass(frozen=True)
+class ConditionTraining:
+    """What decides what is learnt; `name` is the data set, `rows` as in `stages.SetTraining`."""
 
-    def pixels(self, part: str) -> UInt8[np.ndarray, "n size size k"]:
-        """The conditions of "train" or "test" in 255ths."""
-        with np.load(self.maps().path / f"{part}.npz", allow_pickle=False) as file:
-            return file["condition"]
+    adaptation: Adaptation
+    train: AdaptConfig
+    rows: int
+    kind: str
+    name: str
+    error_repeats: int
 
-    def latents(self, part: str) -> Latents:
-        """The data set's latents of "train" or "test" with their conditions."""
-        return self.work.latents(self.name, part).conditioned(self.pixels(part))
 
-    def train(self, rate: float, plain: Artifact) -> Artifact:
-        """The run's recipe for data sets, with the condition beside the latents."""
-        work, config = self.work, self.work.config
-        train = dataclasses.replace(config.sets_train, learning_rate=rate)
-        seed = config.seeds[0]
-        settings = {
-            "recipe": config.sets_recipe,
-            "kind": self.kind,
-            "rank": config.rank,
-            "lora_rank": config.lora_rank,
-            "train": train,
-            "seed": seed,
-            "rows": work.rows,
-            "error_repeats": config.error_repeats,
-            "base": work.pipeline.digest,
-            "dtype": config.dtype,
-            **work.choice(config.sets_recipe),
-        }
+@stage(format=1, processes="all")
+def train_condition(
+    work: Work,
+    config: ConditionTraining,
+    *,
+    base: DiTPipeline,
+    latents: Artifact,
+    maps: Artifact,
+    plain: Artifact,
+    kept: Artifact | None = None,
+) -> dict | None:
+    """The run's recipe for data sets, with the condition beside the latents.
 
-        def build(folder: Path) -> dict:
-            model = adapt(
-                self._model(), self.latents("train"), work.schedule, train, folder / TRAINING,
-                seed=seed, kept=work.kept(train), description=f"{self.kind} of {self.name}",
-            )  # fmt: skip
-            write_state(folder / "adapter.safetensors", extract(model))
-            return self._errors(model, work.set_model(self.name, plain))
+    `plain` holds the data set's parameters without a condition.
+    """
+    schedule = NoiseSchedule.from_config(base.scheduler_config)
+    model = adapt(
+        condition_model(base, config.adaptation, config.rows, config.kind),
+        _conditioned(base, latents, maps, "train"),
+        schedule,
+        config.train,
+        work.training,
+        seed=config.adaptation.seed,
+        kept=read_kept(kept),
+        identity={"base": base.digest},
+        mesh=work.mesh,
+        description=f"{config.kind} of {config.name}",
+    )
+    if not work.writes:
+        return None
+    write_state(work.folder / STATE_FILE, extract(model))
+    unconditioned = set_model(base, config.adaptation, config.rows, config.name, plain)
+    test = _conditioned(base, latents, maps, "test")
 
-        inputs = {"latents": work.encode(self.name), "maps": self.maps(), "plain": plain}
-        return run_stage(
-            self._label("condition"),
-            self.folder / "adapter",
-            settings,
-            inputs,
-            build,
-            unlisted=(f"{TRAINING}/*",),
-        )
+    def told(condition: np.ndarray | None) -> Latents:
+        return dataclasses.replace(test, condition=condition)
 
-    def _model(self) -> DiT:
-        config = self.work.config
-        channels = CHANNELS[self.kind] * self.work.vae.config.downscale**2
-        return adapted(
-            self.work.dit, config.sets_recipe, self.work.rows, rank=config.rank,
-            lora_rank=config.lora_rank, seed=config.seeds[0], adapter=config.adapter,
-            condition_channels=channels,
-        )  # fmt: skip
+    repeats = config.error_repeats
+    return {
+        "own": error(model, test, schedule, repeats),
+        "another": error(model, told(test.condition[others(test.labels)]), schedule, repeats),
+        "none": error(model, told(np.zeros_like(test.condition)), schedule, repeats),
+        "plain": error(unconditioned, told(None), schedule, repeats),
+        "trainable": size(model, Trainable),
+        "trainable_plain": size(unconditioned, Trainable),
+    }
 
-    def _errors(self, model: DiT, plain: DiT) -> dict:
-        repeats = self.work.config.error_repeats
-        error = partial(held_out_error, schedule=self.work.schedule, seed=0, repeats=repeats)
-        test = self.latents("test")
 
-        def told(condition: np.ndarray | None) -> Latents:
-            return dataclasses.replace(test, condition=condition)
+@dataclass(frozen=True)
+class ConditionDrawing:
+    """What decides the images that are drawn for conditions; `name` is the data set."""
 
-        return {
-            "own": error(model, test),
-            "another": error(model, told(test.condition[others(test.labels)])),
-            "none": error(model, told(np.zeros_like(test.condition))),
-            "plain": error(plain, told(None)),
-            "trainable": _size(model),
-            "trainable_plain": _size(plain),
-        }
+    adaptation: Adaptation
+    rows: int
+    kind: str
+    name: str
+    generate: GenerateConfig
+    seed: int
 
-    def draw(self, adapter: Artifact) -> Artifact:
-        """Image i of a class has the condition of that class's held-out image i, in turn."""
-        work, config = self.work, self.work.config
 
-        def build(folder: Path) -> dict:
-            model = load_state(self._model(), read_state(adapter.path / "adapter.safetensors"))
-            test, first = self.latents("test"), first_label(work.dit)
-            classes = work.classes(self.name)
-            titles = [f"{self.name} {title}" for title in classes]
+@stage(format=1, processes="all")
+def draw_condition(
+    work: Work,
+    config: ConditionDrawing,
+    *,
+    base: DiTPipeline,
+    latents: Artifact,
+    maps: Artifact,
+    adapter: Artifact,
+) -> dict:
+    """Image i of a class has the condition of that class's held-out image i, in turn."""
+    empty = condition_model(base, config.adaptation, config.rows, config.kind)
+    model = load_state(empty, read_state(adapter.path / STATE_FILE))
+    test, first = _conditioned(base, latents, maps, "test"), first_label(base.transformer)
+    classes = latents.counts["classes"]
 
-            def conditions(numbers: np.ndarray, indices: np.ndarray) -> np.ndarray:
-                return test.condition[rows_of(test.labels - first, numbers, indices), 0]
+    def conditions(numbers: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        return test.condition[rows_of(test.labels - first, numbers, indices), 0]
 
-            generator = ClassGenerator(
-                [model],
-                work.vae,
-                work.scheduler_config,
-                [ClassOf(0, first + label) for label in range(len(titles))],
-                config.generate,
-                seed=config.seeds[0],
-                conditions=conditions,
-            )
-            count = fill_store(
-                generator, folder, classes, titles, config.generate, seed=config.seeds[0],
-                datasets=[self.name] * len(classes), description=f"draw by {self.kind}",
-            )  # fmt: skip
-            return {"images": count}
+    generator = ClassGenerator(
+        [model],
+        base.vae,
+        base.scheduler_config,
+        [ClassOf(0, first + label) for label in range(len(classes))],
+        config.generate,
+        seed=config.seed,
+        conditions=conditions,
+    )
+    count = fill_store(
+        generator,
+        work.folder,
+        classes,
+        [f"{config.name} {title}" for title in classes],
+        config.generate,
+        seed=config.seed,
+        datasets=[config.name] * len(classes),
+        description=f"draw by {config.kind}",
+    )
+    return {"images": count}
 
-        settings = {"generate": config.generate, "seed": config.seeds[0]}
-        inputs = {"adapter": adapter, "maps": self.maps()}
-        return run_stage(self._label("images"), self.folder / "images", settings, inputs, build)
 
-    def measure(self, images: Artifact, plain: Artifact) -> Artifact:
-        """What is found again in the images; photos do not tell what only files know of them."""
+@dataclass(frozen=True)
+class Following:
+    """Which images are measured, and how many are decoded at once."""
 
-        def build(folder: Path) -> dict:
-            real = self._sources["test"]
-            classes = self.work.classes(self.name)
-            store = ImageStore(images.path).of_dataset(self.name, classes)
-            labels = np.asarray(store.labels)
-            # The store has the images of a class in the order of their numbers.
-            rows = rows_of(np.asarray(real.labels), labels, ranks(labels))
-            given = as_fractions(self.pixels("test"))
-            write_grid(
-                folder / "samples.png",
-                *self._grid(store, rows, given),
-                headings=["condition", "drawn", "real"] * _COLUMNS,
-            )
-            found = {}
-            if self.kind not in WITH_PARTNER or known_map(real, 0, self.kind) is not None:
-                unconditioned = ImageStore(plain.path).of_dataset(self.name, classes)
-                found = self._found(store, unconditioned, rows, given)
-            write_json(folder / "following.json", {**found, "images": len(store)})
-            return found
+    kind: str
+    name: str
+    batch_size: int
 
-        inputs = {"images": images, "plain": plain, "maps": self.maps()}
-        inputs["latents"] = self.work.encode(self.name)
-        return run_stage(
-            self._label("following"), self.folder / "following", {"format": 1}, inputs, build
-        )
 
-    def _found(self, drawn, plain, rows: np.ndarray, given: np.ndarray) -> dict[str, float]:
-        """Mean agreements of images with a condition; `rows` are the held-out images of `drawn`."""
-        real = np.asarray(self._sources["test"].labels)
-        wrong = others(real)
-        labels = np.asarray(plain.labels)
-        plain_rows = rows_of(real, labels, ranks(labels))
-        used = np.unique(rows)
+@stage(format=1)
+def measure_condition(
+    work: Work,
+    config: Following,
+    *,
+    base: DiTPipeline,
+    data: Dataset,
+    latents: Artifact,
+    maps: Artifact,
+    images: Artifact,
+    plain: Artifact,
+) -> dict:
+    """How well the condition is found again in `images`, and in `plain`, drawn without one.
+
+    Photos do not tell what only files know of them: then only samples are written.
+    """
+    real = parts_of(data)["test"]
+    classes = latents.counts["classes"]
+    store = ImageStore(images.path).of_dataset(config.name, classes)
+    labels = np.asarray(store.labels)
+    # The store has the images of a class in the order of their numbers.
+    rows = rows_of(np.asarray(real.labels), labels, ranks(labels))
+    given = as_fractions(_pixels(maps, "test"))
+    lines = _sample_lines(store, real, rows, given, len(classes))
+    write_grid(
+        work.folder / "samples.png",
+        lines,
+        [f"{config.name} {title}" for title in classes[: len(lines)]],
+        headings=["condition", "drawn", "real"] * _COLUMNS,
+    )
+    found = {}
+    if config.kind not in WITH_PARTNER or known_map(real, 0, config.kind) is not None:
+        unconditioned = ImageStore(plain.path).of_dataset(config.name, classes)
+        plain_labels, used = np.asarray(unconditioned.labels), np.unique(rows)
         # What the autoencoder does to a photo, no drawn image can undo.
-        latents = self.work.latents(self.name, "test").mean[used, 0]
-        decoded = decode_latents(self.work.vae, latents, self.work.config.generate.batch_size)
-        images = np.stack([record.image for record in drawn])
+        mean = new_latents(base, latents, "test").mean[used, 0]
+        drawn = np.stack([record.image for record in store])
         pairs = {
-            "own": (images, rows),
-            "another": (images, wrong[rows]),
-            "plain": (np.stack([record.image for record in plain]), plain_rows),
-            "autoencoder": (decoded, used),
+            "own": (drawn, rows),
+            "another": (drawn, others(np.asarray(real.labels))[rows]),
+            "plain": (
+                np.stack([record.image for record in unconditioned]),
+                rows_of(np.asarray(real.labels), plain_labels, ranks(plain_labels)),
+            ),
+            "autoencoder": (decode_latents(base.vae, mean, config.batch_size), used),
         }
-        return {
-            name: float(agreement(self.kind, pixels, given[where]).mean())
+        found = {
+            name: float(agreement(config.kind, pixels, given[where]).mean())
             for name, (pixels, where) in pairs.items()
         }
+    write_json(work.folder / "following.json", {**found, "images": len(store)})
+    return found
 
-    def _grid(self, store, rows: np.ndarray, given: np.ndarray) -> tuple[list, list[str]]:
-        """Lines of condition, drawn image and real image, and what each line shows."""
-        labels = np.asarray(store.labels)
-        names, lines = self.work.classes(self.name), []
-        shown = range(min(_LINES, len(names)))
-        for label in shown:
-            line = []
-            for place in np.flatnonzero(labels == label)[:_COLUMNS]:
-                picture = as_bytes(given[rows[place]])
-                line.append(picture[..., 0] if picture.shape[-1] == 1 else picture)
-                line += [store[int(place)].image, self._sources["test"][int(rows[place])].image]
-            lines.append(line)
-        return lines, [f"{self.name} {names[label]}" for label in shown]
 
-    def _label(self, stage: str) -> str:
-        return f"{stage}: {self.kind} of {self.name}"
+def condition_model(base: DiTPipeline, adaptation: Adaptation, rows: int, kind: str) -> DiT:
+    """The base with a recipe and an input for conditions of a kind."""
+    channels = CHANNELS[kind] * base.vae.config.downscale**2
+    return adaptation.apply(base.transformer, rows, condition_channels=channels)
+
+
+def _conditioned(base: DiTPipeline, latents: Artifact, maps: Artifact, part: str) -> Latents:
+    return new_latents(base, latents, part).conditioned(_pixels(maps, part))
+
+
+def _pixels(maps: Artifact, part: str) -> UInt8[np.ndarray, "n size size k"]:
+    """The conditions of "train" or "test" in 255ths."""
+    with np.load(maps.path / f"{part}.npz", allow_pickle=False) as file:
+        return file["condition"]
+
+
+def _sample_lines(
+    store: ImageSource, real: ImageSource, rows: np.ndarray, given: np.ndarray, classes: int
+) -> list[Sequence[np.ndarray]]:
+    """For some classes a line of condition, drawn image and real image."""
+    labels, lines = np.asarray(store.labels), []
+    for label in range(min(_LINES, classes)):
+        line = []
+        for place in np.flatnonzero(labels == label)[:_COLUMNS]:
+            picture = as_bytes(given[rows[place]])
+            line.append(picture[..., 0] if picture.shape[-1] == 1 else picture)
+            line += [store[int(place)].image, real[int(rows[place])].image]
+        lines.append(line)
+    return lines
 
 
 def others(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
@@ -299,8 +325,3 @@ def rows_of(
     return np.array(
         [members[n][i % len(members[n])] for n, i in zip(numbers, indices, strict=True)], np.int64
     )
-
-
-def _size(model: nnx.Module) -> int:
-    leaves: list[Array] = jax.tree.leaves(nnx.state(model, Trainable))
-    return sum(leaf.size for leaf in leaves)

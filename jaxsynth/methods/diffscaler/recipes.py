@@ -52,6 +52,27 @@ class Sizes:
     adapter: AdapterChoice = field(default_factory=AdapterChoice)
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """A recipe with all that decides what it makes of a base: its sizes, and the seed of its start.
+
+    `adapter` is the kind of the recipe that a run chooses, None for every other one.
+    """
+
+    recipe: str
+    rank: int
+    lora_rank: int
+    adapter: AdapterChoice | None
+    seed: int
+
+    def apply(self, base: DiT, classes: int, *, condition_channels: int = 0) -> DiT:
+        """The network to train, for `classes` new classes; see `adapted`."""
+        return adapted(
+            base, self.recipe, classes, rank=self.rank, lora_rank=self.lora_rank, seed=self.seed,
+            adapter=self.adapter, condition_channels=condition_channels,
+        )  # fmt: skip
+
+
 Build = Callable[[DiT, Sizes, jax.Array], DiT]
 
 

@@ -7,25 +7,17 @@ figure names the artifact it comes from.
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jaxsynth.core.console import console
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
-from jaxsynth.data.dataset import DataConfig
-from jaxsynth.data.load import load_dataset
-from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.diffscaler.recipes import RECIPES
 from jaxsynth.quality.adherence import MEASURES
-from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.runs.results import stage_details
 from jaxsynth.runs.stage import MANIFEST, load_artifact
-
-MAX_CLASSES = 4
-COLUMNS = 5
+from jaxsynth.runs.sweep import best_results
 
 
 def page_of(workdir: Path) -> Path:
@@ -95,9 +87,9 @@ def collect(workdir: Path) -> list[dict]:
         found.append(
             {
                 "data": path.parent.parent.parent.name,
-                "recipe": config["recipe"],
+                "recipe": config["adaptation"]["recipe"],
                 "rate": config["train"]["learning_rate"],
-                "seed": config["seed"],
+                "seed": config["adaptation"]["seed"],
                 **stage.counts,
                 "seconds": stage.manifest["seconds"],
                 "artifact": path.parent.relative_to(workdir).as_posix(),
@@ -109,13 +101,8 @@ def collect(workdir: Path) -> list[dict]:
 
 
 def best(results: Sequence[dict], recipe: str) -> list[dict]:
-    """A recipe's runs at the rate that the first seed's validation chose."""
-    own = [result for result in results if result["recipe"] == recipe]
-    if not own:
-        return []
-    first = min(result["seed"] for result in own)
-    chosen = min((r for r in own if r["seed"] == first), key=lambda r: r["validation"])
-    return [result for result in own if result["rate"] == chosen["rate"]]
+    """A recipe's runs at the rate that its sweep chose."""
+    return best_results([result for result in results if result["recipe"] == recipe])
 
 
 def compared(results: Sequence[dict], name: str) -> Table:
@@ -218,29 +205,8 @@ def _quality(workdir: Path) -> Table | None:
 
 
 def _grids(workdir: Path) -> list[Path]:
-    store = workdir / "images"
-    if not (store / MANIFEST).is_file():
-        return []
-    paths = []
-    for folder in sorted((workdir / "latents").iterdir()):
-        if folder.name == "base":
-            continue
-        values = load_artifact(folder).manifest["config"]["data"]
-        dataset = load_dataset(DataConfig(**values | {"class_names": tuple(values["class_names"])}))
-        drawn = ImageStore(store).of_dataset(folder.name, dataset.display_names)
-        lines = []
-        for label in range(min(dataset.num_classes, MAX_CLASSES)):
-            line = []
-            for source in (dataset.train, drawn):
-                rows = np.flatnonzero(np.asarray(source.labels) == label)[:COLUMNS]
-                line += [source[int(i)].image for i in rows]
-            lines.append(line)
-        headings = ["real", *[""] * (COLUMNS - 1), "drawn", *[""] * (COLUMNS - 1)]
-        names = [f"{folder.name} {name}" for name in dataset.display_names[: len(lines)]]
-        paths.append(
-            write_grid(workdir / f"samples-{folder.name}.png", lines, names, headings=headings)
-        )
-    return paths
+    """Real and drawn images of every data set."""
+    return sorted(workdir.glob("quality/routed/*/samples.png"))
 
 
 def _conditions(workdir: Path) -> Section | None:

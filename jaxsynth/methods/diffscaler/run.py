@@ -9,187 +9,63 @@ Below the run's folder:
 
     base                                 the transformer, where the configuration names none
     latents/<data set>                   cached latents: train, validation, test
+    kept                                 images of the base, where training retains it
     study/<data set>/<recipe>/<rate>-seed0   what the recipe learnt, and its held-out errors
     sets/<data set>                      its parameters, around the same base
     images                               images of every class of every set, batches mixed
     conditions/<data set>/<kind>         a set that also follows condition images, and its images
 """
 
-from dataclasses import dataclass, field, replace
+import dataclasses
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
-from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
-from jaxsynth.data.dataset import DataConfig
-from jaxsynth.generation.generate import GenerateConfig
-from jaxsynth.methods.diffscaler import plan as diffscaler_plan
+from jaxsynth.data.conditions import WITH_PARTNER
+from jaxsynth.data.dataset import Dataset
+from jaxsynth.methods.diffscaler import conditions, inputs, stages
 from jaxsynth.methods.diffscaler import report as diffscaler_report
-from jaxsynth.methods.diffscaler.conditions import ConditionTask
-from jaxsynth.methods.diffscaler.recipes import CHOSEN, RECIPES
-from jaxsynth.methods.diffscaler.stages import Work
-from jaxsynth.models.diffusion.dit import DiTConfig
-from jaxsynth.quality.metrics import QualityConfig
-from jaxsynth.tasks.class_conditional import TrainConfig
-from jaxsynth.training.planning import Plan
+from jaxsynth.methods.diffscaler.config import Config
+from jaxsynth.methods.diffscaler.plan import plan
+from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.runs.sources import condition_files, data_source, joined_source
+from jaxsynth.runs.stage import Artifact, Source
+from jaxsynth.runs.sweep import sweep
+from jaxsynth.tasks.class_conditional import AdaptConfig
+from jaxsynth.weights.networks.dit import DiTPipeline
 
+__all__ = ["Config", "plan", "report", "run"]
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    """The base that the run trains itself, where `base` names none: a small DiT."""
-
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    patch_size: int = 2
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-
-    def network(self, side: int, channels: int, classes: int) -> DiTConfig:
-        """For latents of `side` x `side` x `channels`; the output holds the variance too."""
-        return DiTConfig(
-            num_attention_heads=self.heads,
-            attention_head_dim=self.width // self.heads,
-            num_layers=self.layers,
-            patch_size=self.patch_size,
-            sample_size=side,
-            in_channels=channels,
-            out_channels=2 * channels,
-            num_embeds_ada_norm=classes,
-            norm_eps=1e-6,
-        )
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run.
-
-    `base` is a DiT pipeline or transformer folder, a hub id, or an official .pt; "" trains one on
-    `base_data` first. `base_data` are data sets by name that the base knows, in what becomes of
-    which forgetting is measured: all its classes in their order, or some by "<data set> <class>".
-    `vae` serves where the base brings none: "tiny" or an autoencoder's folder. `data` are the new
-    data sets by name (none: the run ends with the base), of which `study` names those that all
-    `recipes` compare on; `rates` holds the learning rates to sweep, for a recipe's name, "whole" or
-    "adapter". `sets_recipe` is what every data set is given in the end, at the rate that did best
-    in the study and in `sets_steps` steps (0: as in the study). `mirror` names the data sets whose
-    mirror images are as good as they are; `draw` names recipes of the study whose images are drawn
-    and measured too. `features` is a CLIP's folder, or "inception:PATH" with InceptionV3's weights.
-
-    `adapter` is a kind of adapter on all layers, of rank `lora_rank` unless it says so: a further
-    recipe, named "adapter", and that of the sets.
-
-    `conditions` names for data sets the kinds of condition images (`data.conditions`) that
-    `sets_recipe` learns to follow, each by a set of parameters of its own, as the sets are;
-    `condition_folders` where the files of a kind lie that images do not tell.
-    """
-
-    method: str = "diffscaler"
-    base: str = ""
-    vae: str = "tiny"
-    dtype: str = "float32"
-    base_data: dict[str, DataConfig] = field(default_factory=dict)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    data: dict[str, DataConfig] = field(default_factory=dict)
-    mirror: tuple[str, ...] = ()
-    study: tuple[str, ...] = ()
-    recipes: tuple[str, ...] = tuple(name for name in RECIPES if name != CHOSEN)
-    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    rank: int = 8
-    lora_rank: int = 9
-    train: TrainConfig = field(default_factory=TrainConfig)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    error_repeats: int = 8
-    adapter: AdapterChoice | None = None
-    sets_recipe: str = "affiner_all"
-    sets_steps: int = 0
-    together: bool = True
-    draw: tuple[str, ...] = ("full",)
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
-    features: str = "tiny/clip"
-    quality: QualityConfig = field(default_factory=QualityConfig)
-    conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    condition_folders: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.adapter is not None:
-            others = tuple(name for name in self.recipes if name != CHOSEN)
-            object.__setattr__(self, "recipes", (*others, CHOSEN))
-            object.__setattr__(self, "sets_recipe", CHOSEN)
-        elif CHOSEN in self.recipes:
-            raise ValueError(f"recipes: {CHOSEN!r} is what `adapter` chooses, and it is not set")
-        for name, values, known in (
-            ("recipes", self.recipes, RECIPES),
-            ("draw", self.draw, self.recipes),
-            ("sets_recipe", (self.sets_recipe,), self.recipes),
-            ("study", self.study, self.data),
-            ("mirror", self.mirror, (*self.data, "base")),
-            ("rates", self.rates, (*RECIPES, "whole", "adapter")),
-            ("conditions", self.conditions, self.data),
-            ("conditions", [k for kinds in self.conditions.values() for k in kinds], CHANNELS),
-            ("condition_folders", self.condition_folders, WITH_PARTNER),
-        ):
-            if unknown := [value for value in values if value not in known]:
-                raise ValueError(f"{name}: {unknown[0]!r}, expected some of {', '.join(known)}")
-        if not self.base_data or not self.seeds:
-            raise ValueError("base_data and seeds: expected at least one of each")
-        if self.base and not self.data:
-            raise ValueError("data: none, and base names one: nothing is left to do")
-        if self.data and not self.study:
-            raise ValueError("study: expected at least one of data")
-        if RECIPES[self.sets_recipe].whole:
-            raise ValueError(f"sets_recipe: {self.sets_recipe!r} changes the base's own weights")
-        for recipe in self.recipes if self.data else ():
-            if not self.rates_of(recipe):
-                raise ValueError(f"rates: none for recipe {recipe!r}")
-
-    @property
-    def sets_train(self) -> TrainConfig:
-        """How the sets are trained, but for the rate."""
-        return replace(self.train, steps=self.sets_steps) if self.sets_steps else self.train
-
-    def rates_of(self, recipe: str) -> tuple[float, ...]:
-        """The learning rates to try for a recipe."""
-        group = "whole" if RECIPES[recipe].whole else "adapter"
-        return tuple(self.rates.get(recipe, self.rates.get(group, ())))
+ROUTED = "routed"
 
 
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of the run, then its page; returns the page's path, or the base's folder."""
-    work = Work(config, Path(workdir))
+    made = _Run(config, Path(workdir))
     if not config.data:
-        return work.base().path
+        return made.trained.path
     wanted = [(name, kind) for name, kinds in config.conditions.items() for kind in kinds]
-    tasks = [ConditionTask(work, name, kind) for name, kind in wanted]
-    for task in tasks:  # first, because files may be missing
-        task.maps()
-    best: dict[str, dict[str, float]] = {}
+    maps = {pair: made.maps(*pair) for pair in wanted}  # first, because files may be missing
+    rates: dict[str, float] = {}
     for name in config.study:
-        best[name] = {recipe: work.sweep(name, recipe) for recipe in config.recipes}
         for recipe in config.recipes:
-            for seed in config.seeds[1:]:
-                work.train(name, recipe, best[name][recipe], seed)
-    rate = best[config.study[0]][config.sets_recipe]
-    sets = work.sets(rate)
-    images = work.draw(sets)
-    work.measure("routed", images, tuple(config.data))
-    for name in config.study:
-        for recipe in config.draw:
-            stage = work.train(name, recipe, best[name][recipe], config.seeds[0])
-            work.measure(recipe, work.draw_one(name, recipe, stage), (name,))
-    work.routing(sets)
-    for task in tasks:
-        task.run(rate, sets[task.name], images)
-    return report(work.folder)
-
-
-def plan(config: Config, mesh: Mesh) -> list[Plan]:
-    """What each training program of a run needs on `mesh`; compiled, and not run."""
-    return diffscaler_plan.plans(config, mesh)
+            train = partial(made.train, name, recipe)
+            best, trained = sweep(config.rates_of(recipe), config.seeds, train)
+            if name == config.study[0]:
+                rates[recipe] = best
+            if recipe in config.draw:
+                images = made.draw_recipe(name, recipe, trained[config.seeds[0]])
+                made.measure(recipe, images, name)
+    rate = rates[config.sets_recipe]
+    sets = made.sets(rate)
+    images = made.draw(sets)
+    for name in config.data:
+        made.measure(ROUTED, images, name)
+    made.routing(sets)
+    for (name, kind), one in maps.items():
+        made.condition(name, kind, rate, one, sets[name], images)
+    return report(made.folder)
 
 
 def report(workdir: Path) -> Path:
@@ -197,3 +73,180 @@ def report(workdir: Path) -> Path:
     if jax.process_index():
         return diffscaler_report.page_of(Path(workdir))
     return diffscaler_report.write(Path(workdir))
+
+
+class _Run:
+    """The stages of a run, each with the slice of the config and the inputs that it declares."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder = config, folder
+        self.mesh = config.mesh.make()
+        self._data = {name: data_source(one) for name, one in config.data.items()}
+        self._data["base"] = joined_source(config.base_data)
+        self._latents: dict[str, Artifact] = {}
+
+    @property
+    def _seed(self) -> int:
+        return self.config.seeds[0]
+
+    @cached_property
+    def _own_vae(self) -> Source[AutoencoderKL]:
+        return inputs.vae_source(self.config)
+
+    @cached_property
+    def _vae(self) -> Source[AutoencoderKL]:
+        if not self.config.base:
+            return self._own_vae
+        return Source(lambda: self.base.value.vae, lambda _: self.base.digest)
+
+    @cached_property
+    def base(self) -> Source[DiTPipeline]:
+        """The base: as given, or trained by this run."""
+        if self.config.base:
+            return inputs.given_base(self.config, self._own_vae)
+        return inputs.trained_base(self.trained, self.config, self._own_vae)
+
+    @cached_property
+    def trained(self) -> Artifact:
+        return stages.pretrain(
+            self.folder / "base", stages.Pretraining(self.config.pretrain, self._seed),
+            label="base", mesh=self.mesh, latents=self.latents("base"), vae=self._own_vae,
+        )  # fmt: skip
+
+    @cached_property
+    def _kept(self) -> Artifact | None:
+        retention, generate = self.config.train.retention, self.config.generate
+        if retention is None:
+            return None
+        slice_ = stages.Retaining(retention.images, generate, self._seed)
+        return stages.draw_kept(
+            self.folder / "kept", slice_, label="images of the base", base=self.base
+        )
+
+    def latents(self, name: str) -> Artifact:
+        if name not in self._latents:
+            self._latents[name] = stages.encode(
+                self.folder / "latents" / name, stages.Encoding(name in self.config.mirror),
+                label=f"latents {name}", data=self._data[name], vae=self._vae,
+            )  # fmt: skip
+        return self._latents[name]
+
+    def _classes(self, name: str) -> tuple[str, ...]:
+        dataset: Dataset = self._data[name].value
+        return dataset.display_names
+
+    @cached_property
+    def _rows(self) -> int:
+        return max(len(self._classes(name)) for name in self.config.data)
+
+    def _at(self, train: AdaptConfig, rate: float) -> AdaptConfig:
+        return dataclasses.replace(train, learning_rate=rate)
+
+    def train(self, name: str, recipe: str, rate: float, seed: int) -> Artifact:
+        config = self.config
+        slice_ = stages.RecipeTraining(
+            config.adaptation(recipe, seed), self._at(config.train, rate), config.error_repeats
+        )
+        return stages.train_recipe(
+            self.folder / "study" / name / recipe / f"{rate:g}-seed{seed}", slice_,
+            label=f"{recipe}: {name}, rate {rate:g}, seed {seed}", mesh=self.mesh, base=self.base,
+            latents=self.latents(name), old=self.latents("base"), kept=self._kept,
+        )  # fmt: skip
+
+    def draw_recipe(self, name: str, recipe: str, adapter: Artifact) -> Artifact:
+        config, classes = self.config, self._classes(name)
+        slice_ = stages.Drawing(
+            config.adaptation(recipe, self._seed), len(classes), {name: classes},
+            config.generate, self._seed,
+        )  # fmt: skip
+        return stages.draw_recipe(
+            self.folder / "study" / name / recipe / "images", slice_,
+            label=f"images: {recipe}, {name}", base=self.base, adapter=adapter,
+        )  # fmt: skip
+
+    def sets(self, rate: float) -> dict[str, Artifact]:
+        config, names = self.config, tuple(self.config.data)
+        slice_ = stages.SetTraining(
+            config.adaptation(config.sets_recipe, self._seed),
+            self._at(config.sets_train, rate),
+            self._rows,
+        )
+        made: dict[str, Artifact] = {}
+        for group in [names] if config.together else [(name,) for name in names]:
+            one = stages.train_sets(
+                self.folder / "sets" / ("together" if config.together else group[0]), slice_,
+                label=f"sets: {', '.join(group)}", mesh=self.mesh, base=self.base, kept=self._kept,
+                **{stages.LATENTS + name: self.latents(name) for name in group},
+            )  # fmt: skip
+            made |= dict.fromkeys(group, one)
+        return made
+
+    def draw(self, sets: dict[str, Artifact]) -> Artifact:
+        config = self.config
+        slice_ = stages.Drawing(
+            config.adaptation(config.sets_recipe, self._seed), self._rows,
+            {name: self._classes(name) for name in sets}, config.generate, self._seed,
+        )  # fmt: skip
+        return stages.draw_sets(
+            self.folder / "images", slice_, label="images", base=self.base,
+            **{stages.SET + name: one for name, one in sets.items()},
+        )  # fmt: skip
+
+    def measure(self, label: str, images: Artifact, name: str) -> Artifact:
+        return stages.measure(
+            self.folder / "quality" / label / name, stages.Measuring(name, self.config.quality),
+            label=f"quality: {label}, {name}", images=images, data=self._data[name],
+            features=self._features,
+        )  # fmt: skip
+
+    @cached_property
+    def _features(self) -> Source:
+        return inputs.features_source(self.config.features)
+
+    def routing(self, sets: dict[str, Artifact]) -> Artifact:
+        adaptation = self.config.adaptation(self.config.sets_recipe, self._seed)
+        return stages.routing(
+            self.folder / "routing", stages.Routing(adaptation, self._rows), base=self.base,
+            **{stages.SET + name: one for name, one in sets.items()},
+        )  # fmt: skip
+
+    def maps(self, name: str, kind: str) -> Artifact:
+        folder = self.config.condition_folders.get(kind, "") if kind in WITH_PARTNER else ""
+        return conditions.make_maps(
+            self._condition_folder(name, kind) / "maps", conditions.Conditions(kind),
+            label=f"maps: {kind} of {name}", data=self._data[name],
+            files=condition_files(self._data[name], folder),
+        )  # fmt: skip
+
+    def condition(
+        self, name: str, kind: str, rate: float, maps: Artifact, plain: Artifact, drawn: Artifact
+    ) -> None:
+        """`plain` holds the data set's parameters without a condition, `drawn` images of them."""
+        config, folder, where = self.config, self._condition_folder(name, kind), f"{kind} of {name}"
+        adaptation = config.adaptation(config.sets_recipe, self._seed)
+        adapter = conditions.train_condition(
+            folder / "adapter",
+            conditions.ConditionTraining(
+                adaptation, self._at(config.sets_train, rate), self._rows, kind, name,
+                config.error_repeats,
+            ),
+            label=f"condition: {where}", mesh=self.mesh, base=self.base,
+            latents=self.latents(name), maps=maps, plain=plain, kept=self._kept,
+        )  # fmt: skip
+        images = conditions.draw_condition(
+            folder / "images",
+            conditions.ConditionDrawing(
+                adaptation, self._rows, kind, name, config.generate, self._seed
+            ),
+            label=f"images: {where}", base=self.base, latents=self.latents(name), maps=maps,
+            adapter=adapter,
+        )  # fmt: skip
+        conditions.measure_condition(
+            folder / "following",
+            conditions.Following(kind, name, config.generate.batch_size),
+            label=f"following: {where}", base=self.base, data=self._data[name],
+            latents=self.latents(name), maps=maps, images=images, plain=drawn,
+        )  # fmt: skip
+
+    def _condition_folder(self, name: str, kind: str) -> Path:
+        return self.folder / "conditions" / name / kind

@@ -1,11 +1,14 @@
-"""DiffScaler's stages: each writes one artifact below the run's folder (`methods.diffscaler`)."""
+"""DiffScaler's stages: each writes one artifact below the run's folder (`methods.diffscaler.run`).
 
-from __future__ import annotations
+In all of them `base` is the pre-trained transformer with its autoencoder, and "latents NAME" the
+encoded images of a data set.
+"""
 
 import dataclasses
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -20,50 +23,40 @@ from jaxsynth.adapters.inject import (
     with_values,
 )
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.io import write_json
+from jaxsynth.core.io import replacing, write_json
 from jaxsynth.data.dataset import Dataset, ImageSource
-from jaxsynth.data.load import load_dataset
 from jaxsynth.data.store import ImageStore
-from jaxsynth.data.views import Subset, joined
+from jaxsynth.data.views import Subset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
-from jaxsynth.generation.generate import fill_store
+from jaxsynth.generation.generate import GenerateConfig, fill_store
 from jaxsynth.generation.routing import routing_differences
-from jaxsynth.methods.diffscaler.recipes import CHOSEN, RECIPES, adapted, first_label
+from jaxsynth.methods.diffscaler.config import PretrainConfig
+from jaxsynth.methods.diffscaler.recipes import RECIPES, Adaptation, first_label
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.quality.errors import held_out_error
 from jaxsynth.quality.evaluate import compare
-from jaxsynth.quality.features import FeatureExtractor, clip_extractor, inception_extractor
-from jaxsynth.quality.metrics import least_samples
-from jaxsynth.runs.stage import Artifact, run_stage
+from jaxsynth.quality.features import FeatureExtractor
+from jaxsynth.quality.metrics import QualityConfig, least_samples
+from jaxsynth.report.grids import write_grid
+from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.class_conditional import (
+    AdaptConfig,
     Latents,
-    TrainConfig,
     adapt,
     adapt_each,
     encode_latents,
-    held_out_error,
 )
-from jaxsynth.weights.adapters.native import read_state, write_state
-from jaxsynth.weights.hf import load_model, load_pipeline, resolve
-from jaxsynth.weights.networks.dit import DiTPipeline, load_dit, save_dit
+from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
+from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, DiTPipeline, save_dit
 
-if TYPE_CHECKING:
-    from jaxsynth.methods.diffscaler.run import Config
-
-TRAINING = ".training"
-SCHEDULER_CONFIG = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "trailing",
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-}
+LATENTS, SET = "latents ", "set "
+KEPT_FILE = "kept.npy"
+# Of a grid of samples.
+MAX_CLASSES, COLUMNS = 4, 5
+# Titles of the classes of several data sets, by data set.
+Classes = Mapping[str, tuple[str, ...]]
 
 
 def parts_of(dataset: Dataset) -> dict[str, ImageSource]:
@@ -80,389 +73,346 @@ def parts_of(dataset: Dataset) -> dict[str, ImageSource]:
     }
 
 
-class Work:
-    """A run's networks and data, loaded when a stage first needs them, and its stages."""
+@dataclass(frozen=True)
+class Encoding:
+    """`mirror`: whether training images are encoded mirrored too."""
 
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
-        self._encoded: dict[str, Artifact] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+    mirror: bool
 
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        if self.config.base and self.pipeline.vae is not None:
-            return self.pipeline.vae
-        if self.config.vae == "tiny":
-            return load_pipeline("tiny").vae
-        return load_model(AutoencoderKL, AutoencoderKLConfig, resolve(self.config.vae))
 
-    @cached_property
-    def pipeline(self) -> DiTPipeline:
-        """The base: as given, or trained by this run."""
-        source = self.config.base or self.base().path
-        return load_dit(source, self.config.dtype, compute_dtype=self.config.dtype)
+@stage(format=1)
+def encode(work: Work, config: Encoding, *, data: Dataset, vae: AutoencoderKL) -> dict:
+    """A data set's latents in three parts, labelled by its own classes."""
+    counts = {}
+    for part, source in parts_of(data).items():
+        latents = encode_latents(vae, source, mirror=config.mirror and part == "train")
+        latents.save(work.folder / f"{part}.npz")
+        counts[part] = len(latents)
+    return {**counts, "classes": list(data.display_names)}
 
-    @property
-    def dit(self) -> DiT:
-        return self.pipeline.transformer
 
-    @cached_property
-    def scheduler_config(self) -> dict:
-        # A base's own may name a sampler that only its pipeline has; the schedule is what counts.
-        return self.pipeline.scheduler_config if self.config.base else SCHEDULER_CONFIG
+@dataclass(frozen=True)
+class Pretraining:
+    """What decides the base that a run trains itself."""
 
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_config(self.scheduler_config)
+    pretrain: PretrainConfig
+    seed: int
 
-    def base(self) -> Artifact:
-        """A DiT trained from scratch on the base's data."""
-        config, data = self.config, self.encode("base")
-        return run_stage(
-            "base",
-            self.folder / "base",
-            {"pretrain": config.pretrain, "seed": config.seeds[0]},
-            {"latents": data},
-            lambda path: self._pretrain(path, data),
-            unlisted=(f"{TRAINING}/*",),
+
+@stage(format=1, processes="all")
+def pretrain(
+    work: Work, config: Pretraining, *, latents: Artifact, vae: AutoencoderKL
+) -> dict | None:
+    """A DiT trained from scratch on the base's data, as a diffusers folder."""
+    made, names = config.pretrain, latents.counts["classes"]
+    data = read_latents(latents, "train")
+    network = made.network(data.mean.shape[2], data.mean.shape[-1], len(names))
+    model = DiT(network, rngs=nnx.Rngs(config.seed))
+    schedule = NoiseSchedule.from_config(DDIM_SCHEDULER)
+    trained = adapt(
+        mark_trainable(model), data, schedule, made.train, work.training, seed=config.seed,
+        mesh=work.mesh, description="base",
+    )  # fmt: skip
+    if not work.writes:
+        return None
+    model = with_values(model, nnx.state(trained))
+    save_dit(DiTPipeline(model, vae, DDIM_SCHEDULER, dict(enumerate(names))), work.folder)
+    held = read_latents(latents, "test")
+    error = held_out_error(model, schedule, held.mean[:, 0], held.inputs, seed=0)
+    return {"steps": made.train.sized(len(data)).steps, "error": error}
+
+
+@dataclass(frozen=True)
+class Retaining:
+    """How the images are drawn that a training with retention keeps."""
+
+    images: int
+    generate: GenerateConfig
+    seed: int
+
+
+@stage(format=1)
+def draw_kept(work: Work, config: Retaining, *, base: DiTPipeline) -> dict:
+    """Latents of the base's own classes in turn, without guidance."""
+    classes = [ClassOf(0, label) for label in range(base.transformer.config.num_embeds_ada_norm)]
+    generate = dataclasses.replace(config.generate, guidance_scale=1.0)
+    generator = ClassGenerator(
+        [base.transformer], base.vae, base.scheduler_config, classes, generate, seed=config.seed
+    )
+    numbers = np.arange(config.images)
+    starts = range(generate.batch_size, len(numbers), generate.batch_size)
+    parts = [
+        generator.latents(part % len(classes), part // len(classes))
+        for part in np.split(numbers, starts)
+    ]
+    with replacing(work.folder / KEPT_FILE) as path, path.open("wb") as file:
+        np.save(file, np.concatenate(parts))
+    return {"images": config.images}
+
+
+@dataclass(frozen=True)
+class RecipeTraining:
+    """What decides what a recipe learns, and how exactly its errors are measured."""
+
+    adaptation: Adaptation
+    train: AdaptConfig
+    error_repeats: int
+
+
+@stage(format=1, processes="all")
+def train_recipe(
+    work: Work,
+    config: RecipeTraining,
+    *,
+    base: DiTPipeline,
+    latents: Artifact,
+    old: Artifact,
+    kept: Artifact | None = None,
+) -> dict | None:
+    """One recipe on one data set at one rate; `old` are latents of what the base knows.
+
+    Errors are on what the model learnt and on what the base knew.
+    """
+    schedule = NoiseSchedule.from_config(base.scheduler_config)
+    adaptation = config.adaptation
+    model = adapt(
+        adaptation.apply(base.transformer, len(latents.counts["classes"])),
+        new_latents(base, latents, "train"),
+        schedule,
+        config.train,
+        work.training,
+        seed=adaptation.seed,
+        kept=read_kept(kept),
+        identity={"base": base.digest},
+        mesh=work.mesh,
+        description=f"{adaptation.recipe} {config.train.learning_rate:g}",
+    )
+    if not work.writes:
+        return None
+    write_state(work.folder / STATE_FILE, extract(model))
+    scores = {
+        part: error(model, new_latents(base, latents, part), schedule, config.error_repeats)
+        for part in ("validation", "test")
+    }
+    known = known_latents(base, old, "test")
+    scores |= {
+        "trainable": size(model, Trainable),
+        "whole": size(base.transformer),
+        "old": error(model, known, schedule),
+        "old_before": error(base.transformer, known, schedule),
+    }
+    if not RECIPES[adaptation.recipe].whole:
+        scores["old_off"] = error(with_scale(model, 0.0), known, schedule)
+    return scores
+
+
+@dataclass(frozen=True)
+class SetTraining:
+    """What decides what data sets are given in the end; their class tables have `rows` new rows."""
+
+    adaptation: Adaptation
+    train: AdaptConfig
+    rows: int
+
+
+@stage(format=1, processes="all")
+def train_sets(
+    work: Work,
+    config: SetTraining,
+    *,
+    base: DiTPipeline,
+    kept: Artifact | None = None,
+    **latents: Artifact,
+) -> dict | None:
+    """A set of parameters for each data set of "latents NAME", all trained in one program.
+
+    Their class tables have one length, so that they stack; a set uses the first of its rows.
+    """
+    schedule = NoiseSchedule.from_config(base.scheduler_config)
+    sets = {name.removeprefix(LATENTS): one for name, one in latents.items()}
+    model = config.adaptation.apply(base.transformer, config.rows)
+    trained = adapt_each(
+        [model] * len(sets),
+        [new_latents(base, one, "train") for one in sets.values()],
+        schedule,
+        config.train,
+        work.training,
+        seed=config.adaptation.seed,
+        kept=read_kept(kept),
+        identity={"base": base.digest},
+        mesh=work.mesh,
+        description=f"{len(sets)} sets",
+    )
+    if not work.writes:
+        return None
+    errors = {}
+    for (name, one), model in zip(sets.items(), trained, strict=True):
+        write_state(work.folder / f"{name}.safetensors", extract(model))
+        errors[name] = error(model, new_latents(base, one, "test"), schedule)
+    return {"errors": errors}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What decides images of data sets, beside their parameters; `rows` as in `SetTraining`."""
+
+    adaptation: Adaptation
+    rows: int
+    classes: Classes
+    generate: GenerateConfig
+    seed: int
+
+
+@stage(format=1, processes="all")
+def draw_sets(work: Work, config: Drawing, *, base: DiTPipeline, **sets: Artifact) -> dict:
+    """Images of every class of every data set, each batch a mixture of all ("set NAME")."""
+    models = [
+        set_model(base, config.adaptation, config.rows, name, sets[SET + name])
+        for name in config.classes
+    ]
+    return _fill(work.folder, models, base, config)
+
+
+@stage(format=1, processes="all")
+def draw_recipe(work: Work, config: Drawing, *, base: DiTPipeline, adapter: Artifact) -> dict:
+    """Images of one data set from what one recipe learnt."""
+    empty = config.adaptation.apply(base.transformer, config.rows)
+    model = load_state(empty, read_state(adapter.path / STATE_FILE))
+    return _fill(work.folder, [model], base, config)
+
+
+def _fill(folder: Path, models: Sequence[DiT], base: DiTPipeline, config: Drawing) -> dict:
+    """Of several processes, each draws every n-th shard."""
+    first = first_label(base.transformer)
+    classes, class_names, datasets = [], [], []
+    for number, (name, titles) in enumerate(config.classes.items()):
+        classes += [ClassOf(number, first + label) for label in range(len(titles))]
+        class_names += titles
+        datasets += [name] * len(titles)
+    generator = ClassGenerator(
+        models, base.vae, base.scheduler_config, classes, config.generate, seed=config.seed
+    )
+    prompts = [f"{name} {title}" for name, title in zip(datasets, class_names, strict=True)]
+    count = fill_store(
+        generator, folder, class_names, prompts, config.generate, seed=config.seed,
+        datasets=datasets,
+    )  # fmt: skip
+    return {"images": count}
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Which data set's images are measured, and how."""
+
+    name: str
+    quality: QualityConfig
+
+
+@stage(format=1)
+def measure(
+    work: Work,
+    config: Measuring,
+    *,
+    images: Artifact,
+    data: Dataset,
+    features: FeatureExtractor,
+) -> dict:
+    """FID and its companions of a data set's images against its held-out photos, and a grid.
+
+    A data set with too few of those is measured against its training images, and the result says
+    so.
+    """
+    store = ImageStore(images.path).of_dataset(config.name, data.display_names)
+    real, reference = data.test, "held-out images"
+    if len(real) < 2 * least_samples(config.quality):
+        real, reference = data.train, "training images"
+    found = compare(real, store, features, config.quality, reference=reference, seed=0)
+    write_json(work.folder / "quality.json", found)
+    lines = []
+    for label in range(min(data.num_classes, MAX_CLASSES)):
+        line = []
+        for source in (data.train, store):
+            rows = np.flatnonzero(np.asarray(source.labels) == label)[:COLUMNS]
+            line += [source[int(i)].image for i in rows]
+        lines.append(line)
+    blank = [""] * (COLUMNS - 1)
+    write_grid(
+        work.folder / "samples.png",
+        lines,
+        [f"{config.name} {title}" for title in data.display_names[: len(lines)]],
+        headings=["real", *blank, "drawn", *blank],
+    )
+    return {"fid": found["all"]["fid"]}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What decides the models whose mixed batches are compared."""
+
+    adaptation: Adaptation
+    rows: int
+
+
+@stage(format=1)
+def routing(work: Work, config: Routing, *, base: DiTPipeline, **sets: Artifact) -> dict:
+    """Proves what one batch of all sets is worth: equal outputs, and the base untouched."""
+    models = [
+        set_model(base, config.adaptation, config.rows, name.removeprefix(SET), one)
+        for name, one in sets.items()
+    ]
+    found = routing_differences(base.transformer, models)
+    write_json(work.folder / "routing.json", found)
+    return found
+
+
+def read_latents(stage: Artifact, part: str) -> Latents:
+    """A part's latents, labelled by the data set's own classes."""
+    return Latents.load(stage.path / f"{part}.npz")
+
+
+def new_latents(base: DiTPipeline, stage: Artifact, part: str) -> Latents:
+    """A part's latents of a new data set, with the labels of the extended table."""
+    found = read_latents(stage, part)
+    return dataclasses.replace(found, labels=found.labels + first_label(base.transformer))
+
+
+def known_latents(base: DiTPipeline, stage: Artifact, part: str) -> Latents:
+    """A part's latents of what the base knows, with its labels.
+
+    By name where it knows more classes than these; UserError for a name that it does not know.
+    """
+    found, names, known = read_latents(stage, part), stage.counts["classes"], base.id2label
+    if len(names) == base.transformer.config.num_embeds_ada_norm:
+        return found
+    labels = {name: label for label, name in known.items()}
+    if missing := [name for name in names if name not in labels]:
+        raise UserError(
+            f"base_data: class {missing[0]!r} is none of the {len(known)} that the base names"
         )
-
-    def _pretrain(self, folder: Path, data: Artifact) -> dict:
-        made, names = self.config.pretrain, data.counts["classes"]
-        latents, held = (Latents.load(data.path / f"{part}.npz") for part in ("train", "test"))
-        side, channels = latents.mean.shape[2], latents.mean.shape[-1]
-        config = made.network(side, channels, len(names))
-        model = DiT(config, rngs=nnx.Rngs(self.config.seeds[0]))
-        schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
-        trained = adapt(
-            mark_trainable(model), latents, schedule, made.train, folder / TRAINING,
-            seed=self.config.seeds[0], description="base",
-        )  # fmt: skip
-        model = with_values(model, nnx.state(trained))
-        pipeline = DiTPipeline(model, self.vae, SCHEDULER_CONFIG, dict(enumerate(names)))
-        save_dit(pipeline, folder)
-        return {"steps": made.train.steps, "error": held_out_error(model, held, schedule, seed=0)}
-
-    def encode(self, name: str) -> Artifact:
-        """A data set's latents in three parts, labelled by its own classes."""
-        if name not in self._encoded:
-            self._encoded[name] = self._encode(name)
-        return self._encoded[name]
-
-    def _encode(self, name: str) -> Artifact:
-        config = self.config
-        data = config.base_data if name == "base" else config.data[name]
-
-        def build(folder: Path) -> dict:
-            if name == "base":
-                dataset = joined({key: load_dataset(x) for key, x in config.base_data.items()})
-            else:
-                dataset = load_dataset(config.data[name])
-            counts = {}
-            for part, source in parts_of(dataset).items():
-                mirror = name in config.mirror and part == "train"
-                latents = encode_latents(self.vae, source, mirror=mirror)
-                latents.save(folder / f"{part}.npz")
-                counts[part] = len(latents)
-            return {**counts, "classes": list(dataset.display_names)}
-
-        settings = {"data": data, "mirror": name in config.mirror, "vae": config.vae}
-        if config.base:
-            settings["base"] = self.pipeline.digest
-        return run_stage(f"latents {name}", self.folder / "latents" / name, settings, {}, build)
-
-    def latents(self, name: str, part: str) -> Latents:
-        """A part's latents; labels of a new data set are those of the extended table."""
-        found = Latents.load(self.encode(name).path / f"{part}.npz")
-        if name == "base":
-            return dataclasses.replace(found, labels=self._known_labels()[found.labels])
-        return dataclasses.replace(found, labels=found.labels + first_label(self.dit))
-
-    def _known_labels(self) -> np.ndarray:
-        """The base's label of each class of its data: by name where it knows more than these."""
-        names, known = self.classes("base"), self.pipeline.id2label
-        if len(names) == self.dit.config.num_embeds_ada_norm:
-            return np.arange(len(names))
-        labels = {name: label for label, name in known.items()}
-        if missing := [name for name in names if name not in labels]:
-            raise UserError(
-                f"base_data: class {missing[0]!r} is none of the {len(known)} that the base names"
-            )
-        return np.array([labels[name] for name in names])
-
-    def sources(self, name: str) -> dict[str, ImageSource]:
-        """The images of a data set's parts."""
-        return parts_of(load_dataset(self.config.data[name]))
-
-    def classes(self, name: str) -> list[str]:
-        """The display names of a data set's classes."""
-        return self.encode(name).counts["classes"]
-
-    def sweep(self, name: str, recipe: str) -> float:
-        """The rate of the least validation error, all tried with the first seed."""
-        errors = {
-            rate: self.train(name, recipe, rate, self.config.seeds[0]).counts["validation"]
-            for rate in self.config.rates_of(recipe)
-        }
-        return min(errors, key=lambda rate: errors[rate])
-
-    def train(self, name: str, recipe: str, rate: float, seed: int) -> Artifact:
-        """One recipe on one data set at one rate."""
-        config = self.config
-        train = dataclasses.replace(config.train, learning_rate=rate)
-        settings = {
-            "recipe": recipe,
-            "rank": config.rank,
-            "lora_rank": config.lora_rank,
-            "train": train,
-            "seed": seed,
-            "error_repeats": config.error_repeats,
-            "base": self.pipeline.digest,
-            "dtype": config.dtype,
-            **self.choice(recipe),
-        }
-
-        def build(folder: Path) -> dict:
-            model = adapt(
-                self._adapted(name, recipe, seed), self.latents(name, "train"), self.schedule,
-                train, folder / TRAINING, seed=seed, kept=self.kept(train),
-                description=f"{recipe} {rate:g}",
-            )  # fmt: skip
-            write_state(folder / "adapter.safetensors", extract(model))
-            return self._scores(name, model, recipe)
-
-        return run_stage(
-            f"{recipe}: {name}, rate {rate:g}, seed {seed}",
-            self.folder / "study" / name / recipe / f"{rate:g}-seed{seed}",
-            settings,
-            {"latents": self.encode(name)},
-            build,
-            unlisted=(f"{TRAINING}/*",),
-        )
-
-    def _adapted(self, name: str, recipe: str, seed: int, classes: int = 0) -> DiT:
-        count = classes or len(self.classes(name))
-        ranks = {"rank": self.config.rank, "lora_rank": self.config.lora_rank}
-        return adapted(self.dit, recipe, count, **ranks, seed=seed, adapter=self.config.adapter)
-
-    def choice(self, recipe: str) -> dict:
-        """The adapter among a stage's settings, where it is what the stage trains."""
-        return {"adapter": self.config.adapter} if recipe == CHOSEN else {}
-
-    def _scores(self, name: str, model: DiT, recipe: str) -> dict:
-        """Errors on what the model learnt and on what the base knew."""
-        error = partial(held_out_error, schedule=self.schedule, seed=0)
-        learnt = sum(x.size for x in jax.tree.leaves(nnx.state(model, Trainable)))
-        old = self.latents("base", "test")
-        scores = {
-            part: error(model, self.latents(name, part), repeats=self.config.error_repeats)
-            for part in ("validation", "test")
-        }
-        scores |= {
-            "trainable": learnt,
-            "whole": sum(x.size for x in jax.tree.leaves(nnx.state(self.dit))),
-            "old": error(model, old),
-            "old_before": self._old_before,
-        }
-        if not RECIPES[recipe].whole:
-            scores["old_off"] = error(with_scale(model, 0.0), old)
-        return scores
-
-    @cached_property
-    def _old_before(self) -> float:
-        """The base's error on what it knows, the same beside every recipe."""
-        return held_out_error(self.dit, self.latents("base", "test"), self.schedule, seed=0)
-
-    @cached_property
-    def _drawn_by_base(self) -> np.ndarray:
-        """Latents of the base's own classes, for retention."""
-        retention = self.config.train.retention
-        classes = [ClassOf(0, label) for label in range(self.dit.config.num_embeds_ada_norm)]
-        generate = dataclasses.replace(self.config.generate, guidance_scale=1.0)
-        generator = ClassGenerator(
-            [self.dit],
-            self.vae,
-            self.scheduler_config,
-            classes,
-            generate,
-            seed=self.config.seeds[0],
-        )
-        numbers = np.arange(retention.images)
-        parts = [
-            generator.latents(part % len(classes), part // len(classes))
-            for part in np.split(
-                numbers, range(generate.batch_size, len(numbers), generate.batch_size)
-            )
-        ]
-        return np.concatenate(parts)
-
-    def kept(self, train: TrainConfig) -> np.ndarray | None:
-        return self._drawn_by_base if train.retention else None
-
-    def sets(self, rate: float) -> dict[str, Artifact]:
-        """A set of parameters for every data set, all around one base.
-
-        Their class tables have one length, so that they stack; a set uses the first of its rows.
-        """
-        config = self.config
-        train = dataclasses.replace(config.sets_train, learning_rate=rate)
-        seed = config.seeds[0]
-        settings = {
-            "recipe": config.sets_recipe,
-            "rank": config.rank,
-            "lora_rank": config.lora_rank,
-            "train": train,
-            "seed": seed,
-            "rows": self.rows,
-            "together": config.together,
-            "base": self.pipeline.digest,
-            "dtype": config.dtype,
-            **self.choice(config.sets_recipe),
-        }
-        names = tuple(config.data)
-        groups = [names] if config.together else [(name,) for name in names]
-        made: dict[str, Artifact] = {}
-        for group in groups:
-            label = ", ".join(group)
-
-            def build(folder: Path, group: tuple[str, ...] = group) -> dict:
-                models = [
-                    self._adapted(name, config.sets_recipe, seed, self.rows) for name in group
-                ]
-                data = [self.latents(name, "train") for name in group]
-                trained = adapt_each(
-                    models, data, self.schedule, train, folder / TRAINING, seed=seed,
-                    kept=self.kept(train), description=f"{len(group)} sets",
-                )  # fmt: skip
-                errors = {}
-                for name, model in zip(group, trained, strict=True):
-                    write_state(folder / f"{name}.safetensors", extract(model))
-                    test = self.latents(name, "test")
-                    errors[name] = held_out_error(model, test, self.schedule, seed=0)
-                return {"errors": errors}
-
-            stage = run_stage(
-                f"sets: {label}",
-                self.folder / "sets" / ("together" if config.together else group[0]),
-                settings,
-                {name: self.encode(name) for name in group},
-                build,
-                unlisted=(f"{TRAINING}/*",),
-            )
-            made |= dict.fromkeys(group, stage)
-        return made
-
-    @property
-    def rows(self) -> int:
-        return max(len(self.classes(name)) for name in self.config.data)
-
-    def set_model(self, name: str, stage: Artifact) -> DiT:
-        empty = self._adapted(name, self.config.sets_recipe, self.config.seeds[0], self.rows)
-        return load_state(empty, read_state(stage.path / f"{name}.safetensors"))
-
-    def draw(self, sets: dict[str, Artifact]) -> Artifact:
-        """Images of every class of every set, each batch a mixture of all."""
-
-        def build(folder: Path) -> dict:
-            models = [self.set_model(name, stage) for name, stage in sets.items()]
-            return self._fill(folder, models, list(sets))
-
-        inputs = {f"set {name}": stage for name, stage in sets.items()}
-        return run_stage("images", self.folder / "images", self._drawing(), inputs, build)
-
-    def draw_one(self, name: str, recipe: str, stage: Artifact) -> Artifact:
-        """Images of one data set from what one recipe learnt."""
-
-        def build(folder: Path) -> dict:
-            empty = self._adapted(name, recipe, self.config.seeds[0])
-            state = read_state(stage.path / "adapter.safetensors")
-            return self._fill(folder, [load_state(empty, state)], [name])
-
-        where = self.folder / "study" / name / recipe / "images"
-        label = f"images: {recipe}, {name}"
-        return run_stage(label, where, self._drawing(), {"adapter": stage}, build)
-
-    def _drawing(self) -> dict:
-        return {"generate": self.config.generate, "seed": self.config.seeds[0]}
-
-    def _fill(self, folder: Path, models: list[DiT], names: list[str]) -> dict:
-        config, first = self.config, first_label(self.dit)
-        classes, class_names, datasets = [], [], []
-        for number, name in enumerate(names):
-            for label, title in enumerate(self.classes(name)):
-                classes.append(ClassOf(number, first + label))
-                class_names.append(title)
-                datasets.append(name)
-        generator = ClassGenerator(
-            models, self.vae, self.scheduler_config, classes, config.generate, seed=config.seeds[0]
-        )
-        titles = [f"{name} {title}" for name, title in zip(datasets, class_names, strict=True)]
-        count = fill_store(
-            generator,
-            folder,
-            class_names,
-            titles,
-            config.generate,
-            seed=config.seeds[0],
-            datasets=datasets,
-        )
-        return {"images": count}
-
-    def measure(self, label: str, images: Artifact, names: tuple[str, ...]) -> dict[str, Artifact]:
-        """FID and its companions of each data set's images against its held-out photos.
-
-        A data set with too few of those is measured against its training images, and the result
-        says so.
-        """
-        config, made = self.config, {}
-        for name in names:
-
-            def build(folder: Path, name: str = name) -> dict:
-                dataset = load_dataset(config.data[name])
-                store = ImageStore(images.path).of_dataset(name, self.classes(name))
-                real, reference = dataset.test, "held-out images"
-                if len(real) < 2 * least_samples(config.quality):
-                    real, reference = dataset.train, "training images"
-                found = compare(
-                    real,
-                    store,
-                    _extractor(config.features),
-                    config.quality,
-                    reference=reference,
-                    seed=0,
-                )
-                write_json(folder / "quality.json", found)
-                return {"fid": found["all"]["fid"]}
-
-            settings = {
-                "features": config.features,
-                "quality": config.quality,
-                "data": config.data[name],
-                "reference": "held-out images where there are enough",
-            }
-            made[name] = run_stage(
-                f"quality: {label}, {name}",
-                self.folder / "quality" / label / name,
-                settings,
-                {"images": images},
-                build,
-            )
-        return made
-
-    def routing(self, sets: dict[str, Artifact]) -> Artifact:
-        """Proves what one batch of all sets is worth: equal outputs, and the base untouched."""
-
-        def build(folder: Path) -> dict:
-            models = [self.set_model(name, stage) for name, stage in sets.items()]
-            found = routing_differences(self.dit, models)
-            write_json(folder / "routing.json", found)
-            return found
-
-        inputs = {f"set {name}": stage for name, stage in sets.items()}
-        return run_stage("routing", self.folder / "routing", {"format": 1}, inputs, build)
+    return dataclasses.replace(
+        found, labels=np.array([labels[name] for name in names])[found.labels]
+    )
 
 
-def _extractor(name: str) -> FeatureExtractor:
-    """A CLIP's image tower, or "inception:PATH"."""
-    kind, _, path = name.partition(":")
-    return inception_extractor(path) if kind == "inception" and path else clip_extractor(name)
+def read_kept(stage: Artifact | None) -> np.ndarray | None:
+    """The latents of a `draw_kept` stage."""
+    return None if stage is None else np.load(stage.path / KEPT_FILE, allow_pickle=False)
+
+
+def set_model(
+    base: DiTPipeline, adaptation: Adaptation, rows: int, name: str, stage: Artifact
+) -> DiT:
+    """The base with the parameters of one data set of a `train_sets` stage."""
+    empty = adaptation.apply(base.transformer, rows)
+    return load_state(empty, read_state(stage.path / f"{name}.safetensors"))
+
+
+def error(model: DiT, latents: Latents, schedule: NoiseSchedule, repeats: int = 8) -> float:
+    """The held-out error on latents, at the same times and noises for every model."""
+    measured = partial(held_out_error, seed=0, repeats=repeats, batch_size=256)
+    return measured(model, schedule, latents.mean[:, 0], latents.inputs)
+
+
+def size(model: nnx.Module, *which: type) -> int:
+    """How many numbers a network has, or its variables of a type."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, *which)))

@@ -40,6 +40,19 @@ SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "linspace",
     "variance_type": "learned_range",
 }
+# The same noise, drawn from by DDIM: what a network that is trained here is sampled with.
+DDIM_SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
 
 _CHECKPOINTS = (".pt", ".pth")
 _OUTSIDE = {

@@ -1,0 +1,55 @@
+"""Following condition images: adapters inside Stable Diffusion against a ControlNet beside it.
+
+DiffScaler (Nair et al. 2024, arXiv 2404.09976) learns conditional tasks without a second network
+and without zero convolutions, by new parameters in every layer, and names ControlNet (arXiv
+2302.05543) as what it is to be held against: about 7 million parameters against 300. Both start as
+the same base and see the same images, noise, times and prompts at every step
+(`tasks.controlled`). What they learnt is measured twice: by the error of the noise on held-out
+images, with their own condition, with another image's and with none; and on images drawn for
+held-out conditions, in which the condition is found again (`quality.adherence`).
+
+Below the run's folder:
+
+    triples                        latents, conditions and prompts of the data set
+    ways/<way>/<rate>-seed<n>      what was learnt, its errors, and images drawn with it
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from jaxsynth.methods.controlled import stages
+from jaxsynth.methods.controlled.config import Config
+from jaxsynth.methods.controlled.plan import plan
+from jaxsynth.methods.controlled.report import report
+from jaxsynth.runs.sources import condition_files, data_source
+from jaxsynth.runs.stage import Artifact, Source
+from jaxsynth.runs.sweep import sweep
+from jaxsynth.weights.hf import load_pipeline
+
+__all__ = ["Config", "plan", "report", "run"]
+
+
+def run(config: Config, workdir: Path) -> Path:
+    """Every way at every rate, then every seed; returns the page's path."""
+    folder, mesh = Path(workdir), config.mesh.make()
+    base = Source(lambda: load_pipeline(config.base), lambda pipeline: pipeline.digest)
+    data = data_source(config.data)
+    triples = stages.encode(
+        folder / "triples", stages.Encoding(config.kind), label="triples", base=base, data=data,
+        files=condition_files(data, config.condition_folder),
+    )  # fmt: skip
+
+    def train(way: str, rate: float, seed: int) -> Artifact:
+        slice_ = stages.WayTraining(
+            config.way(way, seed), dataclasses.replace(config.train, learning_rate=rate),
+            config.error_repeats, config.images, config.generate, config.seeds[0],
+        )  # fmt: skip
+        return stages.train_way(
+            folder / "ways" / way / f"{rate:g}-seed{seed}", slice_,
+            label=f"{way}: rate {rate:g}, seed {seed}", mesh=mesh, base=base, triples=triples,
+        )  # fmt: skip
+
+    for way in config.ways:
+        sweep(config.rates_of(way), config.seeds, partial(train, way))
+    return report(folder)

@@ -1,0 +1,1 @@
+"""Runs: stages, their identities and artifacts, and results gathered from them."""

@@ -1,0 +1,54 @@
+"""A run's record: which method made a folder, with which config, by which command.
+
+Stages hold what decided each of them; the record holds the whole config, for the page.
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from jaxsynth.core.config import to_dataclass, to_dict
+from jaxsynth.core.documents import read_json
+from jaxsynth.core.errors import UsageError
+from jaxsynth.core.io import write_json
+from jaxsynth.runs.stage import versions
+
+RUN_FILE = "run.json"
+
+T = TypeVar("T")
+
+
+def write_record(workdir: Path, method: str, config: Any, *, command: str = "") -> None:
+    """Write `run.json`: the whole config, the command and the versions."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    record = {
+        "method": method,
+        "config": to_dict(config),
+        "command": command,
+        "versions": versions(),
+    }
+    write_json(workdir / RUN_FILE, record)
+
+
+def keep_record(workdir: Path, config: Any) -> None:
+    """Write the record unless there is one: the command has written its own before the run."""
+    if jax.process_index() == 0 and not (workdir / RUN_FILE).is_file():
+        write_record(workdir, config.method, config)
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """The record of a run's folder. UsageError where there is none."""
+    path = workdir / RUN_FILE
+    if not path.is_file():
+        kind = "holds no run" if workdir.is_dir() else "does not exist"
+        raise UsageError(f"{workdir} {kind}: {RUN_FILE} is missing")
+    return read_json(path)
+
+
+def read_config(workdir: Path, kind: type[T]) -> T:
+    """The config of a run, fields that it lacks at today's defaults."""
+    values = dict(read_record(workdir)["config"])
+    if "method" not in kind.__dataclass_fields__:
+        values.pop("method", None)
+    return to_dataclass(kind, values)

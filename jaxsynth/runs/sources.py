@@ -1,0 +1,64 @@
+"""What stages read that no stage made, each identified by its content."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxsynth.data.conditions import partner_digests
+from jaxsynth.data.dataset import DataConfig, Dataset
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.views import joined
+from jaxsynth.runs.stage import Source
+
+# Of a data set that is not here: about that of the sets that networks are usually transferred to.
+ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 10_000
+
+
+def data_source(config: DataConfig) -> Source[Dataset]:
+    """The data set that a config names."""
+    return Source(lambda: load_dataset(config), lambda data: data.digest, lambda data: data.listing)
+
+
+def joined_source(configs: Mapping[str, DataConfig]) -> Source[Dataset]:
+    """Several data sets as one (`data.views.joined`)."""
+
+    def load() -> Dataset:
+        return joined({name: load_dataset(config) for name, config in configs.items()})
+
+    return Source(load, lambda data: data.digest, lambda data: data.listing)
+
+
+def condition_files(data: Source[Dataset], folder: str) -> Source[Path] | None:
+    """The folder of a data set's condition images, identified by those files; None for "".
+
+    Its digest raises UserError where the file of an image is missing.
+    """
+    if not folder:
+        return None
+
+    def listing(path: Path) -> dict[str, str]:
+        parts = {"train": data.value.train, "test": data.value.test}
+        return {
+            f"{part}: {id_}": digest
+            for part, source in parts.items()
+            for id_, digest in partner_digests(source, path).items()
+        }
+
+    def digest(path: Path) -> str:
+        return hashlib.sha256(json.dumps(list(listing(path).items())).encode()).hexdigest()
+
+    return Source(lambda: Path(folder), digest, listing)
+
+
+def count_data(config: DataConfig) -> tuple[int, int, str]:
+    """Classes and training images, for a plan; those of data that is not here are assumed.
+
+    The last value says so in words, and is "" where they were counted.
+    """
+    if config.source == "tfds" or (config.source == "folder" and not config.path):
+        named = config.name or "no data set named"
+        note = f"{named}: {ASSUMED_CLASSES} classes and {ASSUMED_IMAGES} images are assumed"
+        return ASSUMED_CLASSES, ASSUMED_IMAGES, note
+    dataset = load_dataset(config)
+    return dataset.num_classes, len(dataset.train), ""
