@@ -37,6 +37,7 @@ from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import Shots, few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
+from jaxsynth.generation.sampler import sampler_of
 from jaxsynth.methods.datadream import report as datadream_report
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.runs.stage import Artifact, run_stage
@@ -174,6 +175,8 @@ class _Work:
             few_shot(self.dataset, shots, 0, val_fraction=self.config.validation_fraction)
         for network in (self.pipeline, self.clip):
             network.tokenizer(list(self.prompts))
+        generate = self.config.generate
+        sampler_of(self.pipeline, generate.sampler, generate.num_inference_steps)
         if self.mesh is None:
             return
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
