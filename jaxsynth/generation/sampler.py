@@ -34,14 +34,21 @@ from jaxsynth.training import sharding
 from jaxsynth.weights.hf import StableDiffusion
 
 
-@partial(jax.jit, static_argnames="seed")
-def image_keys(seed: int, labels: Int[Array, " b"], indices: Int[Array, " b"]) -> Key[Array, " b"]:
-    """The key of each image: a function of seed, class and number only."""
+def image_keys(
+    seed: int | Int[np.ndarray, " b"], labels: Int[Array, " b"], indices: Int[Array, " b"]
+) -> Key[Array, " b"]:
+    """The key of each image: a function of seed, class and number only.
 
-    def one(label: Array, index: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), label), index)
+    `seed` is one for all images or one for each; of its bits the lowest 32 count.
+    """
+    seeds = (np.asarray(seed, np.int64) & 0xFFFFFFFF).astype(np.uint32)
+    return _keys(np.broadcast_to(seeds, labels.shape), labels, indices)
 
-    return jax.vmap(one)(labels, indices)
+
+@jax.jit
+@jax.vmap
+def _keys(seed: Array, label: Array, index: Array) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), label), index)
 
 
 def sampler_of(pipeline: StableDiffusion, sampler: str, steps: int) -> Sampler:

@@ -11,6 +11,11 @@ from jaxsynth.diffusion.scheduler_config import corrected
 from jaxsynth.diffusion.schedules import NoiseSchedule
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# diffusers hands torch tensors to np.array, whose __array__ predates NumPy 2's `copy`.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
 # (the class in model_index.json, the file, words of what is said)
 CASES = {
     "ddim of an old release": ("DDIMScheduler", BETAS, ["steps_offset", "clip_sample"]),
