@@ -60,6 +60,25 @@ def classifier_free(
     return guided
 
 
+def guide(
+    denoise: Callable[[Array, Array, PyTree], Array],
+    scales: Sequence[float],
+    branches: Sequence[PyTree[Float[Array, "b ..."]]],
+    *,
+    channels: int | None = None,
+) -> Callable[[Array, Array], Array]:
+    """`classifier_free` for two branches, `nested` for more; the least informed branch is first.
+
+    ValueError where `channels` are given for more than two.
+    """
+    if len(branches) == 2 and len(scales) == 1:
+        uncond, cond = branches
+        return classifier_free(denoise, scales[0], cond, uncond, channels=channels)
+    if channels is not None:
+        raise ValueError(f"guide: channels {channels} for {len(branches)} branches, expected two")
+    return nested(denoise, scales, branches)
+
+
 def nested(
     denoise: Callable[[Array, Array, PyTree], Array],
     scales: Sequence[float],

@@ -6,30 +6,25 @@ image by image, and each image depends on its seed, class and number only.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Float, Int, UInt8
 
-from jaxsynth.adapters.inject import Trainable, route, stack
 from jaxsynth.adapters.surgery.class_rows import ExtendedTable
-from jaxsynth.data.conditions import as_fractions
-from jaxsynth.diffusion.guidance import classifier_free
-from jaxsynth.diffusion.learned_range import make_learned_range, without_variance
-from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
+from jaxsynth.diffusion.learned_range import make_learned_range
+from jaxsynth.diffusion.samplers import make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.generation.generate import GenerateConfig, image_keys
-from jaxsynth.generation.routing import per_image
+from jaxsynth.generation.conditioners import ClassLabel
+from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.generation.sampler import ImageSampler, Networks, image_keys
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.vae import AutoencoderKL, decode_scaled
+from jaxsynth.models.diffusion.vae import AutoencoderKL
 
 ANCESTRAL = "ancestral"
 
 Rows = Int[np.ndarray, " b"]
-# The condition of each image, from its class's number and its own; uint8 in 255ths, or fractions.
+# (class numbers, image numbers) -> condition images, uint8 in 255ths or fractions.
 Conditions = Callable[[Rows, Rows], UInt8[np.ndarray, "b h w k"] | Float[np.ndarray, "b h w k"]]
 
 
@@ -42,7 +37,7 @@ class ClassOf:
 
 
 class ClassGenerator:
-    """A compiled sampler: `generator(numbers, indices) -> uint8 images` of `classes[number]`.
+    """The sampler for classes: `generator(numbers, indices) -> uint8 images` of `classes[number]`.
 
     `models` are one transformer, or several of one structure that differ in what is `Trainable`
     only, each image then running its own. `config.sampler` "ancestral" draws with the learned
@@ -50,8 +45,7 @@ class ClassGenerator:
     `classifier_free`: None guides all of the noise (never the variance), 3 is what the published
     DiT figures were measured with. ValueError for a class that no model has.
 
-    Models with `condition_channels` need `conditions`. Guidance strengthens the class, not the
-    condition: the branch without a class sees it too, as in ControlNet.
+    Models with `condition_channels` need `conditions`.
     """
 
     def __init__(
@@ -65,98 +59,68 @@ class ClassGenerator:
         seed: int,
         guide_channels: int | None = None,
         conditions: Conditions | None = None,
+        mesh: Mesh | None = None,
     ):
         if config.negative_prompt:
             raise ValueError("generate.negative_prompt: a class-conditional model has no prompts")
         _check_classes(models, classes)
         self._seed, self.batch_size = seed, config.batch_size
-        schedule = NoiseSchedule.from_config(scheduler_config)
-        steps = config.num_inference_steps
-        self._ancestral = config.sampler == ANCESTRAL
-        self._sampler = (
-            make_learned_range(schedule, steps)
-            if self._ancestral
-            else make_sampler(config.sampler or scheduler_config, schedule, steps)
-        )
-        model = models[0]
-        if (conditions is None) == bool(model.config.condition_channels):
+        own = models[0].config
+        if (conditions is None) == bool(own.condition_channels):
             raise ValueError(
-                f"ClassGenerator: the model has {model.config.condition_channels} condition "
+                f"ClassGenerator: the model has {own.condition_channels} condition "
                 f"channels, and `conditions` are {'not ' if conditions is None else ''}given"
             )
         self._conditions = conditions
-        size, channels = model.config.sample_size, model.config.in_channels
-        self._shape, self._null = (size, size, channels), model.config.null_label
+        size, channels = own.sample_size, own.in_channels
         if guide_channels is not None and not 1 <= guide_channels <= channels:
             raise ValueError(f"guide_channels {guide_channels}, expected 1 to {channels}")
-        self._guidance, self._guide_channels = config.guidance_scale, guide_channels or channels
-        self._learned = model.config.channels_out == 2 * channels
-        if self._ancestral and not self._learned:
+        schedule = NoiseSchedule.from_config(scheduler_config)
+        steps, ancestral = config.num_inference_steps, config.sampler == ANCESTRAL
+        learned = own.channels_out == 2 * channels
+        if ancestral and not learned:
             raise ValueError("generate.sampler 'ancestral': the model predicts no variance")
-        self._graphdef, first, frozen = nnx.split(model, Trainable, ...)
-        self._routed = len(models) > 1
-        factors = stack([nnx.state(m, Trainable) for m in models]) if self._routed else first
         self._of = np.array([(c.model, c.label) for c in classes], np.int32)
-        vae_graphdef, vae_state = nnx.split(vae)
-        self._arrays = (factors, frozen, vae_state)
-
-        def draw(arrays, which, labels, numbers, indices, condition):
-            factors, frozen, vae_state = arrays
-            keys = image_keys(seed, numbers, indices)
-            latents = self._sample(factors, frozen, which, labels, keys, condition)
-            return decode_scaled(nnx.merge(vae_graphdef, vae_state), latents)
-
-        self._draw = jax.jit(draw)
-        self._latents = jax.jit(self._sample)
+        self._sampler = ImageSampler(
+            Networks.of(models, mesh=mesh, table=ClassLabel.table),
+            vae,
+            ClassLabel(
+                guidance_scale=config.guidance_scale,
+                null_label=own.null_label,
+                channels=guide_channels or channels,
+                drops_variance=learned and not ancestral,
+            ),
+            make_learned_range(schedule, steps)
+            if ancestral
+            else make_sampler(config.sampler or scheduler_config, schedule, steps),
+            (size, size, channels),
+            batch_size=config.batch_size,
+            mesh=mesh,
+        )
 
     def __call__(
         self, numbers: Int[np.ndarray, " b"], indices: Int[np.ndarray, " b"]
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """Images `indices` of classes `numbers`; fewer than a batch are filled up and cut."""
-        rows = self._rows(numbers, indices)
-        return np.asarray(self._draw(self._arrays, *rows))[: len(numbers)]
+        return self._run(self._sampler, numbers, indices)
 
     def latents(self, numbers: Int[np.ndarray, " b"], indices: Int[np.ndarray, " b"]) -> np.ndarray:
         """The same before the autoencoder, (b, h, w, c)."""
-        which, labels, numbers_, indices_, condition = self._rows(numbers, indices)
-        keys = image_keys(self._seed, jnp.asarray(numbers_), jnp.asarray(indices_))
-        factors, frozen, _ = self._arrays
-        found = self._latents(factors, frozen, which, labels, keys, condition)
-        return np.asarray(found)[: len(numbers)]
+        return self._run(self._sampler.latents, numbers, indices)
 
-    def _rows(self, numbers, indices) -> list[np.ndarray | None]:
-        count = len(numbers)
-        if count > self.batch_size:
-            raise ValueError(f"ClassGenerator: {count} images, batch_size is {self.batch_size}")
-        fill = np.zeros(self.batch_size - count, np.int32)
-        numbers, indices = (np.concatenate([x, fill]).astype(np.int32) for x in (numbers, indices))
+    def _run(self, draw: Callable, numbers, indices) -> np.ndarray:
+        numbers, indices = (np.asarray(x).astype(np.int32) for x in (numbers, indices))
         which, labels = self._of[numbers].T
-        given = self._conditions
-        condition = None if given is None else np.asarray(given(numbers, indices))
-        return [which, labels, numbers, indices, condition]
-
-    def _sample(self, factors, frozen, which, labels, keys, condition) -> Array:
-        def run(factors, frozen, x: Array, t: Array, labels: Array, *condition: Array) -> Array:
-            model = nnx.merge(self._graphdef, factors, frozen)
-            return model(x, t, labels, condition=condition[0] if condition else None)
-
-        if self._routed:
-            own = route(factors, which)
-            denoise = per_image(run, own, frozen, len(labels), stacked=DiT.stacked)
-        else:
-            denoise = partial(run, factors, frozen)
-        if self._learned and not self._ancestral:
-            denoise = without_variance(denoise)
-        more = () if condition is None else (as_fractions(condition),)
-        guided = classifier_free(
-            lambda x, t, given: denoise(x, t, *given),
-            self._guidance,
-            (labels, *more),
-            (jnp.full_like(labels, self._null), *more),
-            channels=self._guide_channels,
+        rows = {"label": labels}
+        if self._conditions is not None:
+            rows["condition"] = np.asarray(self._conditions(numbers, indices))
+        keys = image_keys(self._seed, numbers, indices)
+        return draw(
+            keys,
+            rows,
+            which,
+            describe=lambda i: f"image {indices[i]} of class {numbers[i]}",
         )
-        x_T = initial_noise(keys, self._shape, self._sampler)
-        return sample(guided, x_T, self._sampler, keys=keys)
 
 
 def _check_classes(models: Sequence[DiT], classes: Sequence[ClassOf]) -> None:

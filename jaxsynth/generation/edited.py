@@ -2,28 +2,21 @@
 
 InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800): the denoiser reads the latents of the image
 beside the noisy ones, eight channels in all, and two scales of guidance weigh how close the result
-is to the image and to the instruction. The image's latents are the mean of the autoencoder's
-posterior, not scaled as the noisy ones are. Here it makes the pairs that image-to-image networks
-learn from.
+is to the image and to the instruction (`conditioners.ImageEdit`). Here it makes the pairs that
+image-to-image networks learn from.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, UInt8
+from jax.sharding import Mesh
+from jaxtyping import UInt8
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.diffusion.guidance import nested
-from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
-from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.generation.generate import image_keys
+from jaxsynth.generation.conditioners import ImageEdit
+from jaxsynth.generation.sampler import ImageSampler, Networks, sample_numbered, sampler_of
 from jaxsynth.models.diffusion.text_to_image import encode_text
-from jaxsynth.models.diffusion.vae import decode_scaled
 from jaxsynth.weights.hf import StableDiffusion
 
 
@@ -50,6 +43,7 @@ def edit_images(
     config: EditConfig,
     *,
     seed: int,
+    mesh: Mesh | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Each image edited by its prompt; image i depends on `seed`, i and its inputs only.
 
@@ -74,41 +68,25 @@ def edit_images(
         raise UserError(
             f"edit_images: images of {width}x{height} pixels, expected multiples of {downscale}"
         )
-    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    sampler = make_sampler(
-        config.sampler or pipeline.scheduler_config, schedule, config.num_inference_steps
+    sampler = ImageSampler(
+        Networks.of([pipeline.unet], mesh=mesh, table=ImageEdit.table),
+        pipeline.vae,
+        ImageEdit(config.guidance_scale, config.image_guidance_scale),
+        sampler_of(pipeline, config.sampler, config.num_inference_steps),
+        (height // downscale, width // downscale, channels),
+        batch_size=config.batch_size,
+        tables=encode_text(pipeline.text_encoder, pipeline.tokenizer([config.negative_prompt])),
+        mesh=mesh,
     )
-    shape = (height // downscale, width // downscale, channels)
-    networks = (*nnx.split(pipeline.unet), *nnx.split(pipeline.vae))
-    scales = (config.image_guidance_scale, config.guidance_scale)
-    empty = encode_text(pipeline.text_encoder, pipeline.tokenizer([config.negative_prompt]))
     ids = pipeline.tokenizer(list(prompts))
-    made = []
-    for start in range(0, len(images), config.batch_size):
-        # One compiled shape: the last batch is filled up.
-        end = min(start + config.batch_size, len(images))
-        rows = np.resize(np.arange(start, end), config.batch_size)
-        keys = image_keys(seed, np.zeros_like(rows), rows)
-        text = encode_text(pipeline.text_encoder, ids[rows])
-        found = _draw(*networks, sampler, keys, images[rows], text, empty, scales, shape)
-        made.append(np.asarray(found)[: end - start])
-    return np.concatenate(made)
 
+    def rows(numbers: np.ndarray) -> dict:
+        return {"text": encode_text(pipeline.text_encoder, ids[numbers]), "pixels": images[numbers]}
 
-@partial(jax.jit, static_argnames=("unet_graph", "vae_graph", "scales", "shape"))
-def _draw(
-    unet_graph, unet_state, vae_graph, vae_state, sampler, keys, pixels, text, empty, scales, shape
-) -> UInt8[Array, "b h w 3"]:
-    """One batch; the program is kept for the next call's images of this size."""
-    vae = nnx.merge(vae_graph, vae_state)
-    seen = vae.encode(pixels.astype(jnp.float32) / 127.5 - 1).mean
-
-    def denoise(x: Array, t: Array, given: tuple[Array, Array]) -> Array:
-        states, image = given
-        noisy = jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
-        return nnx.merge(unet_graph, unet_state)(noisy, t, states)
-
-    conditions = ((empty, jnp.zeros_like(seen)), (empty, seen), (text, seen))
-    guided = nested(denoise, scales, conditions)
-    latents = sample(guided, initial_noise(keys, shape, sampler), sampler, keys=keys)
-    return decode_scaled(vae, latents)
+    return sample_numbered(
+        sampler,
+        len(images),
+        rows,
+        seed=seed,
+        describe=lambda i: f"image {i} edited by {prompts[i]!r}",
+    )

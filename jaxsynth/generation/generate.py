@@ -1,32 +1,33 @@
-"""Filling an image store from a text-to-image model, any classes and adapters in one batch.
+"""Images from texts, one by one, in batches or as an image store, and what a sampler is set to.
 
-Image i of class c has the key `fold_in(fold_in(key(seed), c), i)`, so the picture does not depend
-on batch size, devices or restarts, and no two classes share their noise. Shards hold whole batches:
-a restarted run repeats exactly the batches of the shards that were not finished.
+`Generator` is the sampler of `generation.sampler` for texts; adapters may differ from class to
+class. Shards of a store hold whole batches: a restarted run repeats exactly the batches of the
+shards that were not finished.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, UInt8
 
-from jaxsynth.adapters.inject import AdapterState, Trainable, can_merge, merge, route, stack
+from jaxsynth.adapters.inject import AdapterState, can_merge, merge
 from jaxsynth.core.console import progress
 from jaxsynth.data.store import Entry, StoreWriter
-from jaxsynth.diffusion.guidance import classifier_free
-from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
-from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.generation.routing import per_image
+from jaxsynth.generation.conditioners import Text
+from jaxsynth.generation.sampler import (
+    ImageSampler,
+    Networks,
+    image_keys,
+    latent_shape,
+    sampler_of,
+)
 from jaxsynth.models.diffusion.text_to_image import TextToImage
-from jaxsynth.models.diffusion.vae import decode_scaled
-from jaxsynth.training import sharding
 from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -48,20 +49,13 @@ class GenerateConfig:
     batches_per_shard: int = 8
 
 
-def image_keys(seed: int, labels: Int[Array, " b"], indices: Int[Array, " b"]) -> Key[Array, " b"]:
-    """The key of each image: a function of seed, class and number only."""
-
-    def one(label: Array, index: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), label), index)
-
-    return jax.vmap(one)(labels, indices)
-
-
 class Generator:
-    """A compiled sampler for a set of classes: `generator(labels, indices) -> uint8 images`.
+    """The sampler for a set of texts: `generator(labels, indices) -> uint8 images`.
 
-    `adapters` is None (the base alone), one state for all classes, or one state per class, which is
-    then picked per image. `prompts[c]` is the text of class c.
+    `prompts[c]` is the text of class c, and `negative_prompts[c]` what it is guided away from (the
+    config's for all, unless given). `adapters` is None (the base alone), one state for all classes,
+    or one state per class, which is then picked per image. `model`, the pipeline's networks with
+    adapters in them, replaces both. `size` (height, width) in pixels is the base's unless given.
     """
 
     def __init__(
@@ -72,96 +66,114 @@ class Generator:
         *,
         seed: int,
         adapters: AdapterState | Sequence[AdapterState] | None = None,
+        model: TextToImage | None = None,
+        negative_prompts: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
         mesh: Mesh | None = None,
     ):
-        self._seed, self._mesh = seed, mesh
-        self.batch_size = self._rows = config.batch_size
-        if mesh is not None:
-            parts = mesh.shape["data"] * mesh.shape["fsdp"]
-            self._rows = -(-config.batch_size // parts) * parts
-        schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-        self._sampler = make_sampler(
-            config.sampler or pipeline.scheduler_config, schedule, config.num_inference_steps
-        )
-        size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-        self._shape = (size, size, channels)
-        self._guidance = config.guidance_scale
-        base = TextToImage(pipeline.unet, pipeline.text_encoder)
-        ids = jnp.asarray(pipeline.tokenizer(list(prompts)))
-        empty = jnp.asarray(pipeline.tokenizer([config.negative_prompt]))
-        routed = isinstance(adapters, Sequence)
-        if routed and len(adapters) != len(prompts):
+        self._seed, self.prompts = seed, list(prompts)
+        negative = [config.negative_prompt] * len(prompts)
+        negative = negative if negative_prompts is None else list(negative_prompts)
+        if isinstance(adapters, Sequence) and len(adapters) != len(prompts):
             raise ValueError(f"Generator: {len(adapters)} adapters for {len(prompts)} prompts")
-        if routed:
-            model = attach(base, adapters[0])
-            self._graphdef, _, frozen = nnx.split(model, Trainable, ...)
-            factors = stack([nnx.state(attach(base, one), Trainable) for one in adapters])
-        else:
-            model = base if adapters is None else attach(base, adapters)
-            # 16-bit weights would lose most of a small update to their rounding.
-            wide = pipeline.unet.conv_in.kernel[...].dtype == jnp.float32
-            if model is not base and wide and can_merge(model):
-                model = merge(model)
-            self._graphdef, factors, frozen = nnx.split(model, Trainable, ...)
-        vae_graphdef, vae = nnx.split(pipeline.vae)
-        if mesh is not None:
-            frozen = sharding.shard(frozen, mesh, [*sharding.UNET, *sharding.CLIP])
-            vae = sharding.shard(vae, mesh, sharding.VAE)
-            factors = sharding.replicate(factors, mesh)
-        self._routed = routed
-        cond, uncond = self._text_states(factors, frozen, ids, empty)
-        self._arrays = (factors, frozen, vae, cond, uncond)
-
-        def draw(arrays, labels, indices):
-            factors, frozen, vae, cond, uncond = arrays
-            latents = self._sample(factors, frozen, cond, uncond, labels, indices)
-            return decode_scaled(nnx.merge(vae_graphdef, vae), latents)
-
-        self._draw = jax.jit(draw)
+        if len(negative) != len(prompts):
+            raise ValueError(
+                f"Generator: {len(negative)} negative prompts for {len(prompts)} prompts"
+            )
+        conditioner = Text(config.guidance_scale)
+        models = _adapted(pipeline, adapters) if model is None else [model]
+        networks = Networks.of(models, mesh=mesh, table=conditioner.table)
+        ids = [jnp.asarray(pipeline.tokenizer(texts)) for texts in (self.prompts, negative)]
+        self.sampler = ImageSampler(
+            networks,
+            pipeline.vae,
+            conditioner,
+            sampler_of(pipeline, config.sampler, config.num_inference_steps),
+            latent_shape(pipeline, size),
+            batch_size=config.batch_size,
+            tables=_prompt_states(networks.structure, *networks.arrays, *ids),
+            mesh=mesh,
+        )
+        self.batch_size, self.networks = config.batch_size, networks
 
     def __call__(
         self, labels: Int[np.ndarray, " b"], indices: Int[np.ndarray, " b"]
     ) -> UInt8[np.ndarray, "b h w 3"]:
-        """Images number `indices` of classes `labels`; fewer than a batch are filled up and cut."""
-        count = len(labels)
-        if count > self.batch_size:
-            raise ValueError(f"Generator: {count} images, but batch_size is {self.batch_size}")
-        fill = np.zeros(self._rows - count, np.int32)
-        rows = [np.concatenate([x, fill]).astype(np.int32) for x in (labels, indices)]
-        if self._mesh is not None:
-            place = NamedSharding(self._mesh, sharding.BATCH)
-            rows = [jax.device_put(x, place) for x in rows]
-        return np.asarray(self._draw(self._arrays, *rows))[:count]
+        """Images number `indices` of classes `labels`, at most a batch of them."""
+        labels, indices = np.asarray(labels, np.int32), np.asarray(indices, np.int32)
+        return self.draw(image_keys(self._seed, labels, indices), labels, indices)
 
-    def _text_states(self, factors, frozen, ids: Array, empty: Array) -> tuple[Array, Array]:
-        """Each class's text states and its unconditional ones, (classes, tokens, dim) each."""
+    def draw(
+        self,
+        keys: Key[Array, " b"],
+        labels: Int[np.ndarray, " b"],
+        indices: Int[np.ndarray, " b"],
+    ) -> UInt8[np.ndarray, "b h w 3"]:
+        """Images of classes `labels` from keys of one's own; `indices` are for messages."""
 
-        def encode(factors, frozen, ids, empty):
-            model = nnx.merge(self._graphdef, factors, frozen)
-            both = model.text_encoder(jnp.stack([ids, empty])).last_hidden_state
-            return both[0], both[1]
+        def describe(i: int) -> str:
+            return f"image {indices[i]} of {self.prompts[labels[i]]!r}"
 
-        axes = (0 if self._routed else None, None, 0, None)
-        encode_all = jax.jit(jax.vmap(encode, in_axes=axes))
-        return encode_all(factors, frozen, ids, empty[0])
+        return self.sampler(keys, {"prompt": labels}, labels, describe=describe)
 
-    def _sample(self, factors, frozen, cond, uncond, labels, indices) -> Array:
-        keys = image_keys(self._seed, labels, indices)
-        x_T = initial_noise(keys, self._shape, self._sampler)
 
-        def run(factors, frozen, x: Array, t: Array, text: Array) -> Array:
-            return nnx.merge(self._graphdef, factors, frozen).unet(x, t, text)
+def _adapted(pipeline: StableDiffusion, adapters) -> list[TextToImage]:
+    """The pipeline's networks with each adapter; one alone is merged where nothing is lost."""
+    base = TextToImage(pipeline.unet, pipeline.text_encoder)
+    if adapters is None:
+        return [base]
+    if isinstance(adapters, Sequence):
+        return [attach(base, one) for one in adapters]
+    model = attach(base, adapters)
+    # 16-bit weights would lose most of a small update to their rounding.
+    wide = pipeline.unet.conv_in.kernel[...].dtype == jnp.float32
+    return [merge(model) if wide and can_merge(model) else model]
 
-        if self._routed:
-            denoise = per_image(run, route(factors, labels), frozen, len(labels))
-        else:
-            denoise = partial(run, factors, frozen)
-        guided = classifier_free(denoise, self._guidance, cond[labels], uncond[labels])
-        return sample(guided, x_T, self._sampler, keys=keys)
+
+@partial(jax.jit, static_argnums=0)
+def _prompt_states(structure, own, shared, ids, negative) -> tuple[Array, Array]:
+    """Each text's states and those of its negative prompt, (texts, tokens, dim) each."""
+
+    def encode(own, ids, negative):
+        model = structure.merge(own, shared)
+        both = model.text_encoder(jnp.stack([ids, negative])).last_hidden_state
+        return both[0], both[1]
+
+    return jax.vmap(encode, in_axes=(0 if structure.routed else None, 0, 0))(own, ids, negative)
+
+
+def sample_images(
+    pipeline: StableDiffusion,
+    prompts: Sequence[str],
+    config: GenerateConfig,
+    *,
+    seed: int,
+    count: int = 1,
+    adapters: AdapterState | Sequence[AdapterState] | None = None,
+    model: TextToImage | None = None,
+    mesh: Mesh | None = None,
+) -> UInt8[np.ndarray, "prompts count h w 3"]:
+    """`count` pictures of each prompt, as a training's evaluation shows them.
+
+    `model` and `adapters` are `Generator`'s. A second call with networks of the same structure
+    compiles nothing.
+    """
+    labels = np.repeat(np.arange(len(prompts)), count)
+    indices = np.tile(np.arange(count), len(prompts))
+    config = replace(config, batch_size=min(config.batch_size, len(labels)))
+    generator = Generator(
+        pipeline, prompts, config, seed=seed, adapters=adapters, model=model, mesh=mesh
+    )
+    size = config.batch_size
+    images = [
+        generator(labels[i : i + size], indices[i : i + size]) for i in range(0, len(labels), size)
+    ]
+    found = np.concatenate(images)
+    return found.reshape(len(prompts), count, *found.shape[1:])
 
 
 def fill_store(
-    generator: Generator,
+    generator: Callable[[np.ndarray, np.ndarray], np.ndarray],
     folder: Path,
     class_names: Sequence[str],
     prompts: Sequence[str],

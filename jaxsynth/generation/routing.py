@@ -22,20 +22,21 @@ def per_image(
 ) -> Callable[..., Array]:
     """`denoise(*rows) -> out` where image i of `count` runs `run(own_i, shared, *rows_i)`.
 
-    `own` has a leading axis of images (`adapters.base.route`). Rows come in whole batches one after
-    the other, as guidance stacks its branches (k * count, ...): the k rows of an image share its
-    adapter. `stacked` names the modules in `own` that scan over their layers (`DiT.stacked`): their
-    arrays are brought into the scan's order here, and not again at every step of a sampler.
+    `own` has a leading axis of images (`adapters.inject.route`). Rows are arrays or pytrees of
+    them, whole batches one after the other, as guidance stacks its branches (k * count, ...): the k
+    rows of an image share its adapter. `stacked` names the modules in `own` that scan over their
+    layers (`DiT.stacked`): their arrays are brought into the scan's order here, and not again at
+    every step of a sampler.
     """
 
     def axis(path: tuple, _: Array) -> int:
-        return int(getattr(path[0], "key", None) in stacked)
+        return int(any(getattr(part, "key", None) in stacked for part in path))
 
     axes = jax.tree_util.tree_map_with_path(axis, own)
     own = jax.tree.map(lambda leaf, axis: jnp.moveaxis(leaf, 0, axis), own, axes)
 
-    def denoise(*rows: Array) -> Array:
-        grouped = [x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for x in rows]
+    def denoise(*rows: PyTree) -> Array:
+        grouped = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), rows)
         in_axes: Any = (axes, None, *[0] * len(rows))
         out = jax.vmap(run, in_axes=in_axes)(own, shared, *grouped)
         return out.swapaxes(0, 1).reshape(-1, *out.shape[2:])

@@ -13,7 +13,7 @@ A stage is a function that sees only what it declares:
         seed: int = 0
 
     @stage(format=1)
-    def train_adapter(work: Work, config: Training, *, shots: Artifact, base: StableDiffusion) -> dict:
+    def train_adapter(work: Work, config: Training, *, shots: Artifact, base: DiT) -> dict:
         ...
         return {"steps": config.train.steps}
 

@@ -6,6 +6,7 @@ that differs is an error, never a warning, since a silently random layer costs a
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxsynth.core.console import console
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
+from jaxsynth.diffusion.scheduler_config import corrected
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -206,12 +209,32 @@ def load_pipeline(
     text = load_model(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", **dtypes)
     tokenizer = Tokenizer(folder / "tokenizer")
     _check_pipeline(folder, unet, vae, text, tokenizer, editing)
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_config = read_scheduler(folder, index)
     parts = ("unet", "vae", "text_encoder")
     weights = [file for part in parts for file in hub.weight_files(folder / part)]
     return StableDiffusion(
         unet, vae, text, tokenizer, scheduler_config, folder, hub.digest(weights)
     )
+
+
+def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's config as the pipeline of `index` (model_index.json) uses it.
+
+    What a pipeline corrects in it is said on the console, once for each folder.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    entry = index.get("scheduler")
+    named = entry[-1] if isinstance(entry, list) and entry else None
+    text_to_image = index.get("_class_name") in _PIPELINES
+    config, notes = corrected(read_json(path), named, text_to_image=text_to_image)
+    _say_once(tuple(f"{path}: {note}, as diffusers' pipeline corrects it" for note in notes))
+    return config
+
+
+@functools.cache
+def _say_once(lines: tuple[str, ...]) -> None:
+    for line in lines:
+        console.print(line, markup=False)
 
 
 def _check_pipeline(

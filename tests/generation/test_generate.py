@@ -124,7 +124,7 @@ def test_sixteen_bit_weights_keep_their_adapter_apart(base_folder, adapters):
     pipeline = load_pipeline(base_folder, "bfloat16", compute_dtype="bfloat16")
     generator = Generator(pipeline, PROMPTS, CONFIG, seed=3, adapters=adapters[0])
     assert draw(generator).std() > 20
-    assert len(jax.tree.leaves(generator._arrays[0])) == len(adapters[0].arrays)
+    assert len(jax.tree.leaves(generator.networks.factors)) == len(adapters[0].arrays)
 
 
 def test_mistakes_are_refused(pipeline, adapters):
@@ -138,7 +138,7 @@ def test_mistakes_are_refused(pipeline, adapters):
 def test_merging_is_what_one_adapter_gets(pipeline, adapters):
     """The float32 generator holds no adapter any more, and the base is as it was."""
     generator = Generator(pipeline, PROMPTS, CONFIG, seed=3, adapters=adapters[0])
-    assert jax.tree.leaves(generator._arrays[0]) == []
+    assert jax.tree.leaves(generator.networks.factors) == []
     merged = merge(attach(TextToImage(pipeline.unet, pipeline.text_encoder), adapters[0]))
     assert merged.unet.conv_in.kernel is pipeline.unet.conv_in.kernel
 

@@ -241,7 +241,8 @@ def test_without_text_targets_the_text_states_are_cached(pipeline, examples, tmp
         plain = finetune(pipeline, examples, config, tmp_path / "plain", seed=0)
     finally:
         text_to_image._texts = texts
-    close(cached, plain)
+    # Both round differently, and Adam divides by the gradient.
+    close(cached, plain, 5e-5)
 
 
 def test_sets_of_different_sizes_are_refused(pipeline, examples, tmp_path):

@@ -20,10 +20,9 @@ from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.shapes import Captioned, render_digits, render_shapes
-from jaxsynth.diffusion.guidance import classifier_free
 from jaxsynth.diffusion.losses import diffusion_loss
-from jaxsynth.diffusion.samplers import initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
+from jaxsynth.generation.generate import GenerateConfig, sample_images
 from jaxsynth.methods.tiny_base.networks import (
     CARD,
     PHOTO_TEMPLATES,
@@ -43,7 +42,6 @@ from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfi
 from jaxsynth.models.diffusion.vae import (
     AutoencoderKL,
     AutoencoderKLConfig,
-    decode_scaled,
     encode_images,
 )
 from jaxsynth.report.grids import write_grid
@@ -63,6 +61,9 @@ from jaxsynth.weights.hf import (
     save_pipeline,
 )
 from jaxsynth.weights.tokenizer import Tokenizer, train_tokenizer
+
+# How the sheet of samples is drawn.
+PREVIEW = GenerateConfig(guidance_scale=2.0, num_inference_steps=25, batch_size=100)
 
 
 def run(config: Config, workdir: Path) -> Path:
@@ -352,28 +353,6 @@ def encode_corpus(vae: AutoencoderKL, data: _Corpus) -> tuple[np.ndarray, np.nda
     return tuple(np.concatenate(both) for both in zip(*parts, strict=True))
 
 
-def preview(pipeline, prompts, count: int = 10, guidance_scale: float = 2.0, steps: int = 25):
-    """`count` pictures of each prompt, uint8 (prompts, count, size, size, 3)."""
-    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    size = pipeline.unet.config.sample_size
-    channels = pipeline.unet.config.in_channels
-    sampler = make_sampler(pipeline.scheduler_config, schedule, steps)
-
-    @jax.jit
-    def draw(unet, vae, text_encoder, ids, empty, keys):
-        cond = text_encoder(ids).last_hidden_state
-        uncond = text_encoder(empty).last_hidden_state
-        denoise = classifier_free(unet, guidance_scale, cond, uncond)
-        latents = sample(denoise, initial_noise(keys, (size, size, channels), sampler), sampler)
-        return decode_scaled(vae, latents)
-
-    ids = np.repeat(pipeline.tokenizer(list(prompts)), count, axis=0)
-    keys = jax.random.split(jax.random.key(0), len(ids))
-    empty = pipeline.tokenizer([""])
-    images = draw(pipeline.unet, pipeline.vae, pipeline.text_encoder, ids, empty, keys)
-    return np.asarray(images).reshape(len(prompts), count, *images.shape[1:])
-
-
 def _assemble(config: Config, folder: Path, clip: Artifact, vae: Artifact, unet: Artifact) -> dict:
     """The finished base: a diffusers folder, the CLIP in `clip/`, a card and a sheet of samples."""
     tower = load_clip(clip.path)
@@ -390,7 +369,7 @@ def _assemble(config: Config, folder: Path, clip: Artifact, vae: Artifact, unet:
     # Half precision halves the files; every weight is far inside its range.
     save_pipeline(pipeline, folder, dtype=jnp.float16)
     save_clip(tower, folder / "clip", dtype=jnp.float16)
-    pictures = preview(pipeline, PREVIEW_PROMPTS)
+    pictures = sample_images(pipeline, PREVIEW_PROMPTS, PREVIEW, seed=0, count=10)
     write_grid(folder / "samples.png", pictures, [p.removeprefix("a ") for p in PREVIEW_PROMPTS])
     (folder / "README.md").write_text(_card(config, {"clip": clip, "vae": vae, "unet": unet}))
     return {"megabytes": sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6}

@@ -1,0 +1,147 @@
+"""What steers a sampled image: a text, a class, a condition image, an image to be edited.
+
+A conditioner is a frozen dataclass, part of the compiled program, that says three things to
+`sampler.ImageSampler`:
+
+- `branches(tables, rows, vae)`: the conditions of one batch from the least to the most informed,
+  pytrees with the batch first; a leaf may have batch 1. `tables` are arrays that all batches share
+  (the states of the prompts), `rows` those of the batch;
+- `scales`: the guidance from each branch to the next, one fewer than branches, and `channels`, how
+  many of the first channels it holds for (None: all);
+- `denoise(model, x, t, condition)`: the denoiser's output.
+
+`table` is the sharding table of the denoiser. A new way to steer is one more such class.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from jaxsynth.data.conditions import as_fractions
+from jaxsynth.diffusion.learned_range import without_variance
+from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.training import sharding
+
+Rows = dict[str, Array]
+
+
+class Conditioner(Protocol):
+    """What `ImageSampler` needs; see the module docstring."""
+
+    table: ClassVar[sharding.Table]
+
+    @property
+    def scales(self) -> tuple[float, ...]: ...
+    @property
+    def channels(self) -> int | None: ...
+    def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]: ...
+    def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt against a negative prompt (arXiv 2207.12598).
+
+    `tables` are the states of the prompts and of their negative prompts, (prompts, t, d) each, and
+    `rows["prompt"]` says which prompt an image has. The model is a `TextToImage`.
+    """
+
+    guidance_scale: float
+    channels: None = None
+    table: ClassVar = (*sharding.UNET, *sharding.CLIP)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return (self.guidance_scale,)
+
+    def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
+        positive, negative = tables
+        return negative[rows["prompt"]], positive[rows["prompt"]]
+
+    def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
+        return model.unet(x, t, condition)
+
+
+@dataclass(frozen=True)
+class ClassLabel:
+    """A class against no class, for a `DiT`; `rows` are "label" and, where given, "condition".
+
+    A condition is uint8 in 255ths or fractions. Guidance strengthens the class, not the condition:
+    the branch without a class sees it too, as in ControlNet. `drops_variance` is for a network that
+    predicts its variance under a sampler that sets it.
+    """
+
+    guidance_scale: float
+    null_label: int
+    channels: int
+    drops_variance: bool
+    table: ClassVar = sharding.DIT
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return (self.guidance_scale,)
+
+    def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
+        labels = rows["label"]
+        more = (as_fractions(rows["condition"]),) if "condition" in rows else ()
+        return (jnp.full_like(labels, self.null_label), *more), (labels, *more)
+
+    def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
+        labels, *more = condition
+        run = without_variance(model) if self.drops_variance else model
+        return run(x, t, labels, condition=more[0] if more else None)
+
+
+@dataclass(frozen=True)
+class ConditionImage:
+    """A prompt and a condition image, for a `Controlled` denoiser (a ControlNet or more inputs).
+
+    `tables` is the state of the negative prompt (1, t, d); `rows` are "text", the prompts' states,
+    and "condition", in [0, 1] and of the pixels' size. Guidance strengthens the prompt alone.
+    """
+
+    guidance_scale: float
+    channels: None = None
+    table: ClassVar = sharding.CONTROLNET
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return (self.guidance_scale,)
+
+    def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
+        condition = rows["condition"]
+        return (tables, condition), (rows["text"], condition)
+
+    def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
+        return model(x, t, *condition)
+
+
+@dataclass(frozen=True)
+class ImageEdit:
+    """An image and an instruction, for a UNet that reads the image's latents beside the noisy ones.
+
+    InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800, equation 3): one scale of guidance from
+    nothing to the image, one from there to the image with the instruction. The image's latents are
+    the mean of the autoencoder's posterior, not scaled as the noisy ones are. `tables` is the state
+    of the negative prompt (1, t, d); `rows` are "text" and "pixels" (b, h, w, 3) uint8.
+    """
+
+    guidance_scale: float
+    image_guidance_scale: float
+    channels: None = None
+    table: ClassVar = sharding.UNET
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return self.image_guidance_scale, self.guidance_scale
+
+    def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
+        seen = vae.encode(rows["pixels"].astype(jnp.float32) / 127.5 - 1).mean
+        return (tables, jnp.zeros_like(seen)), (tables, seen), (rows["text"], seen)
+
+    def denoise(self, model: nnx.Module, x: Array, t: Array, condition: PyTree) -> Array:
+        text, image = condition
+        return model(jnp.concatenate([x, image.astype(x.dtype)], axis=-1), t, text)
