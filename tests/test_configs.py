@@ -47,7 +47,7 @@ def test_a_config_says_its_command_and_refuses_an_unknown_variant(path):
 )
 def test_each_variant_is_what_its_method_takes(path, variant):
     values = load_config(f"{path}:{variant}" if variant else str(path))
-    method = cli.METHODS[values["method"]]()
+    method = cli.method_module(values["method"])
     if "method" not in method.Config.__dataclass_fields__:
         del values["method"]
     assert isinstance(to_dataclass(method.Config, values), method.Config)

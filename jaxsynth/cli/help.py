@@ -46,7 +46,7 @@ prints, in MiB on each device,
 and the floating-point operations of one update on all devices together.
 
 A mesh has the axes data, fsdp and tensor; their sizes multiply to the number of devices, and data
-takes what the others leave. Only the methods that say what they train have a plan: {plans}.
+takes what the others leave.
 
 examples:
   jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8

@@ -8,12 +8,13 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import importlib
 import os
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -29,55 +30,19 @@ from jaxsynth.core.errors import UsageError, UserError
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def _datadream() -> ModuleType:
-    from jaxsynth.methods.datadream import run
-
-    return run
-
-
-def _tiny_base() -> ModuleType:
-    from jaxsynth.methods.tiny_base import stages
-
-    return stages
-
-
-def _controlled() -> ModuleType:
-    from jaxsynth.methods.controlled import run as controlled
-
-    return controlled
-
-
-def _diffscaler() -> ModuleType:
-    from jaxsynth.methods.diffscaler import run as diffscaler
-
-    return diffscaler
-
-
-def _weightgen() -> ModuleType:
-    from jaxsynth.methods.weightgen import stages
-
-    return stages
-
-
-def _robustness() -> ModuleType:
-    from jaxsynth.methods.robustness import stages
-
-    return stages
-
-
-# A method's module has `Config` (frozen dataclasses) and `run(config, workdir)`, those of REPORTS
-# also `report(workdir)`, and those of PLANS `plan(config, mesh)`, which returns a list of
-# `training.planning.Plan`. They are imported on use: `--help` should not wait for JAX.
-METHODS: dict[str, Callable[[], ModuleType]] = {
-    "controlled": _controlled,
-    "datadream": _datadream,
-    "diffscaler": _diffscaler,
-    "robustness": _robustness,
-    "tiny_base": _tiny_base,
-    "weightgen": _weightgen,
+# The module that runs a method has `Config` (frozen dataclasses), `run(config, workdir)` and
+# `plan(config, mesh)`, which returns a list of `training.planning.Plan`; those of REPORTS also have
+# `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
+METHODS = {
+    name: f"jaxsynth.methods.{name}.run"
+    for name in ("controlled", "datadream", "diffscaler", "robustness", "tiny_base", "weightgen")
 }
 REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "weightgen")
-PLANS = ("controlled", "diffscaler", "weightgen")
+
+
+def method_module(name: str) -> ModuleType:
+    """The module that runs a method."""
+    return importlib.import_module(METHODS[name])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,8 +116,6 @@ def plan(args: argparse.Namespace) -> None:
     """`jaxsynth plan`: what a config's training needs, on devices that need not be there."""
     _start_fake_devices(args.devices)
     name, method, config = _configured(args)
-    if name not in PLANS:
-        raise UsageError(f"{args.config}: method {name} has no plan, only {', '.join(PLANS)}")
     _enable_compile_cache()
     import jax
 
@@ -181,7 +144,7 @@ def report(args: argparse.Namespace) -> None:
         name = read_record(workdir)["method"]
         if name not in REPORTS:
             raise UsageError(f"{workdir}: method {name} has no report, only {', '.join(REPORTS)}")
-        page = METHODS[name]().report(workdir)
+        page = method_module(name).report(workdir)
         console.print(str(page or workdir), markup=False)
 
 
@@ -219,7 +182,7 @@ def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
         raise UsageError(f"{args.config}: {found}, expected one of {', '.join(METHODS)}")
     if any(field == "method" for field, _ in args.assignments):
         raise UsageError(f"--config.method: the config file decides the method ({name})")
-    method = METHODS[name]()
+    method = method_module(name)
     values = override(values, args.assignments)
     if "method" not in method.Config.__dataclass_fields__:
         del values["method"]
@@ -397,7 +360,7 @@ def _plan_parser(verbs) -> argparse.ArgumentParser:
         "and print the memory and the work that they need.",
         usage="jaxsynth plan --config=FILE[:VARIANT] --devices=N [--data=N] [--fsdp=N] "
         "[--tensor=N] [--config.FIELD=VALUE ...]",
-        epilog=help.PLAN_EPILOG.format(plans=", ".join(PLANS)),
+        epilog=help.PLAN_EPILOG,
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"

@@ -1,12 +1,17 @@
 """What stages read that no stage made, each identified by its content."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.conditions import partner_digests
-from jaxsynth.data.dataset import DataConfig, Dataset
+from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.runs.stage import Source
@@ -62,3 +67,40 @@ def count_data(config: DataConfig) -> tuple[int, int, str]:
         return ASSUMED_CLASSES, ASSUMED_IMAGES, note
     dataset = load_dataset(config)
     return dataset.num_classes, len(dataset.train), ""
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """SHA-256 (hex) of files' names and contents."""
+    digests = file_digests_cached(paths)
+    found = [[path.name, digest] for path, digest in zip(paths, digests, strict=True)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def content_digest(value: Any) -> str:
+    """SHA-256 (hex) of what a value holds: sources of images by theirs, folders by their files.
+
+    TypeError for a value that has no such form.
+    """
+    return hashlib.sha256(json.dumps(_content(value)).encode()).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "record_digests"):
+        return source_digest(value)
+    if isinstance(value, Path):
+        files = sorted(path for path in value.rglob("*") if path.is_file())
+        names = [path.relative_to(value).as_posix() for path in files]
+        return [names, file_digests_cached(files)]
+    if isinstance(value, (np.ndarray, np.generic)):
+        data = np.ascontiguousarray(value)
+        return [str(data.dtype), data.shape, hashlib.sha256(data.tobytes()).hexdigest()]
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return [type(value).__name__, _content(fields)]
+    if isinstance(value, Mapping):
+        return [[str(key), _content(item)] for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_content(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no content digest")

@@ -32,6 +32,7 @@ from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_cou
 from jaxsynth.data.pipeline.mixing import mix_batch, one_hot
 from jaxsynth.data.prompts import check_template
 from jaxsynth.models.clip import CLIPModel
+from jaxsynth.models.shapes import is_abstract, transform
 from jaxsynth.training import sharding
 from jaxsynth.training.config import TrainingConfig, aside
 from jaxsynth.training.trainer import Streamed, Task, train
@@ -157,7 +158,8 @@ def classifier_task(
                     f"{what} images; expected a divisor"
                 )
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    model = registry.add(clip.model, config.adapter_config(), rngs=init_key)
+    adapter = config.adapter_config()
+    model = transform(lambda base: registry.add(base, adapter, rngs=init_key), clip.model)
     ids = jnp.asarray(clip.tokenizer(list(prompts)))
     constants = {
         "mean": np.asarray(clip.mean, np.float32) * 255,
@@ -166,7 +168,8 @@ def classifier_task(
     if any(path.startswith("text_") for path in trainable_variables(model)):
         constants["ids"] = ids
     else:
-        constants["text"] = _encode_text(clip.model, ids)
+        encode = partial(jax.eval_shape, _encode_text) if is_abstract(model) else _encode_text
+        constants["text"] = encode(clip.model, ids)
 
     def start():
         transform = TrainTransform(clip.image_size, config.augment)

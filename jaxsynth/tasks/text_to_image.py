@@ -19,7 +19,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters import registry
-from jaxsynth.adapters.inject import AdapterState, Trainable, extract, seed_dropout
+from jaxsynth.adapters.inject import (
+    AdapterState,
+    Trainable,
+    extract,
+    seed_dropout,
+    trainable_variables,
+)
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.data.pipeline.epochs import epoch_rows
@@ -28,6 +34,7 @@ from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
 from jaxsynth.models.diffusion.vae import encode_images
+from jaxsynth.models.shapes import transform
 from jaxsynth.training import sharding
 from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.trainer import Resident, Task, train, train_stacked
@@ -196,27 +203,64 @@ def finetune_tasks(
     trainables = jax.vmap(lambda key: nnx.state(adapted(pipeline, config, key), Trainable))(
         init_keys
     )
-    texts = _texts(pipeline, sets, cache=not jax.tree.leaves(dict(trainables).get("text_encoder")))
+    frozen_text = not jax.tree.leaves(dict(trainables).get("text_encoder"))
+    texts = _texts(pipeline, sets, cache=frozen_text)
     tasks = []
     for i, examples in enumerate(sets):
-        own = {name: values[i] for name, values in texts.items()}
+        values = jax.tree.map(lambda x: x[i], trainables)  # noqa: B023
+        own = {name: rows[i] for name, rows in texts.items()}
         data = {"mean": examples.mean, "std": examples.std, "order": order_keys[i], **own}
-        tasks.append(
-            Task(
-                model=nnx.merge(graphdef, jax.tree.map(lambda x: x[i], trainables), rest),  # noqa: B023
-                loss=Denoising(config.snr_gamma, config.remat),
-                batches=Resident(
-                    data,
-                    EpochBatches(len(examples), config.batch_size),
-                    sharded=tuple(name for name in ("mean", "std", "ids", "state") if name in data),
-                ),
-                table=[*sharding.UNET, *sharding.CLIP],
-                key=step_keys[i],
-                constants=NoiseSchedule.from_config(pipeline.scheduler_config),
-                identity={"base": pipeline.digest, "first": first, "adapters": len(sets)},
-            )
-        )
+        task = _task(pipeline, nnx.merge(graphdef, values, rest), data, config, step_keys[i])
+        identity = {"base": pipeline.digest, "first": first, "adapters": len(sets)}
+        tasks.append(replace(task, identity=identity))
     return tasks
+
+
+def planned_task(
+    pipeline: StableDiffusion, config: FinetuneConfig, *, images: int, size: int = 0
+) -> Task:
+    """The task of `finetune_tasks` for so many square images, of shapes alone.
+
+    `pipeline` may be of shapes too (`weights.hf.describe_pipeline`); `size` is the side of the
+    images in pixels, 0 for the pipeline's own.
+    """
+    key = jax.random.key(0)
+    model = transform(
+        lambda base: registry.add(base, config.adapter_config(), rngs=key),
+        TextToImage(pipeline.unet, pipeline.text_encoder),
+    )
+    unet = pipeline.unet.config
+    side = size // pipeline.vae.config.downscale or unet.sample_size
+    latents = jax.ShapeDtypeStruct((images, 1, side, side, unet.in_channels), np.float32)
+    data: dict[str, Any] = {"mean": latents, "std": latents, "order": key}
+    tokens, width = pipeline.tokenizer.max_length, pipeline.text_encoder.config.hidden_size
+    if any(path.startswith("text_encoder.") for path in trainable_variables(model)):
+        data["ids"] = jax.ShapeDtypeStruct((images, tokens), np.int32)
+    else:
+        data["states"] = jax.ShapeDtypeStruct((images, tokens, width), np.float32)
+        data["state"] = jax.ShapeDtypeStruct((images,), np.int32)
+    return _task(pipeline, model, data, config, key)
+
+
+def _task(
+    pipeline: StableDiffusion,
+    model: TextToImage,
+    data: dict[str, Any],
+    config: FinetuneConfig,
+    key: Array,
+) -> Task:
+    return Task(
+        model=model,
+        loss=Denoising(config.snr_gamma, config.remat),
+        batches=Resident(
+            data,
+            EpochBatches(data["mean"].shape[0], config.batch_size),
+            sharded=tuple(name for name in ("mean", "std", "ids", "state") if name in data),
+        ),
+        table=(*sharding.UNET, *sharding.CLIP),
+        key=key,
+        constants=NoiseSchedule.from_config(pipeline.scheduler_config),
+    )
 
 
 def finetune(

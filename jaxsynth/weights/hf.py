@@ -36,7 +36,7 @@ from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfi
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
 from jaxsynth.weights.hub import resolve
-from jaxsynth.weights.layout import Filling, to_file
+from jaxsynth.weights.layout import Filling, stored, to_file
 from jaxsynth.weights.tensors import Tensors, expect_floats
 from jaxsynth.weights.tokenizer import Tokenizer
 
@@ -142,6 +142,43 @@ def load_model(
     weights = Tensors(hub.weight_files(folder))
     fill(filling, weights)
     return filling.finish(weights.where)
+
+
+def describe_pipeline(
+    name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
+) -> StableDiffusion:
+    """A pipeline of shapes, from its configs and tokenizer alone: no weights are read."""
+    folder = resolve(name_or_path)
+    compute = dtype if compute_dtype is None else compute_dtype
+    kinds = (
+        (UNet2DCondition, UNet2DConditionConfig, "unet"),
+        (AutoencoderKL, AutoencoderKLConfig, "vae"),
+        (CLIPTextModel, CLIPTextConfig, "text_encoder"),
+    )
+    unet, vae, text = (
+        _stored_shapes(
+            describe(kind, _config(config, folder / part / "config.json"), compute), dtype
+        )
+        for kind, config, part in kinds
+    )
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return StableDiffusion(unet, vae, text, Tokenizer(folder / "tokenizer"), scheduler, folder)
+
+
+def describe_clip(
+    name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
+) -> Clip:
+    """A CLIP of shapes, from its configs and tokenizer alone: no weights are read."""
+    folder = resolve(name_or_path)
+    compute = dtype if compute_dtype is None else compute_dtype
+    model = describe(CLIPModel, _config(CLIPConfig, folder / "config.json"), compute)
+    size = model.config.vision_config.image_size
+    return Clip(_stored_shapes(model, dtype), Tokenizer(folder), size, folder=folder)
+
+
+def _stored_shapes(model: Model, dtype: Any) -> Model:
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.eval_shape(lambda values: stored(values, dtype), state))
 
 
 def fill(filling: Filling, weights: Tensors, names: Mapping[str, str] | None = None) -> None:

@@ -7,6 +7,8 @@ on one CPU core. Configurations are those of the Hugging Face folders.
 from dataclasses import dataclass, field
 
 from jaxsynth.data.dataset import DataConfig
+from jaxsynth.training.config import TrainingConfig, aside
+from jaxsynth.training.sharding import MeshConfig
 
 PHOTO_TEMPLATES = ("a photo of a {}", "a photo of a {}", "a small photo of a {}", "a {}")
 # OpenAI CLIP's own statistics; any fixed pair would do for a model trained from scratch.
@@ -25,15 +27,18 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Batch size, number of steps and peak learning rate of one network's training."""
+class PretrainConfig(TrainingConfig):
+    """How one network is trained from scratch."""
 
     steps: int = 10_000
     batch_size: int = 64
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     warmup_steps: int = 500
     weight_decay: float = 0.01
+    clip_norm: float = 1.0
     ema_decay: float = 0.999
+    log_every: int = aside(100)
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,17 @@ class Config:
     vision_layers: int = 6
     text_layers: int = 3
     patch_size: int = 8
-    clip: TrainConfig = field(default_factory=TrainConfig)
+    clip: PretrainConfig = field(default_factory=PretrainConfig)
     vae_channels: tuple[int, ...] = (16, 32, 64)
     latent_channels: int = 4
     kl_weight: float = 1e-3
-    vae: TrainConfig = field(default_factory=TrainConfig)
+    vae: PretrainConfig = field(default_factory=PretrainConfig)
     unet_channels: tuple[int, ...] = (64, 128)
     unet_heads: int = 4
-    unet: TrainConfig = field(default_factory=TrainConfig)
+    unet: PretrainConfig = field(default_factory=PretrainConfig)
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def clip_config(config: Config) -> dict:
