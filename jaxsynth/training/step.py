@@ -11,6 +11,7 @@ first, then its generator against the new discriminator. One loss for everything
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key, PyTree
 
+from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.optim import Rate, rate_at
 
 LossFn = Callable[[PyTree, PyTree, PyTree, Array], tuple[Array, dict[str, Array]]]
@@ -46,7 +48,7 @@ def init_state(
     trainable: PyTree,
     tx: optax.GradientTransformation,
     key: Array,
-    rate: Rate,
+    rate: Rate | None = None,
     *,
     parts: Sequence[str] = (),
     ema: bool = False,
@@ -54,7 +56,8 @@ def init_state(
     """A state at step 0. Arrays are copied, so donating the state leaves the caller's own alive.
 
     Parameters stored in 16 bits become float32: an update is often smaller than their rounding.
-    `parts` names those entries of `trainable` that have an optimizer state each: a loss's phases.
+    `rate` is the schedule of an optimizer that takes one (`optim.make_optimizer`). `parts` names
+    those entries of `trainable` that have an optimizer state each: a loss's phases.
 
     Raises:
         TypeError: a leaf of `trainable` is no floating-point array; its path is named.
@@ -71,7 +74,7 @@ def init_state(
         trainable=trainable,
         opt_state={part: tx.init(_named(trainable, part)) for part in parts} or tx.init(trainable),
         ema=optax.ema(0.0).init(trainable) if ema else None,
-        rate=jax.tree.map(jnp.array, rate),
+        rate=jax.tree.map(jnp.array, Rate.of(TrainingConfig()) if rate is None else rate),
         key=jnp.copy(key),
     )
 
@@ -80,16 +83,18 @@ def init_stacked(
     trainables: PyTree,
     tx: optax.GradientTransformation,
     keys: Array,
-    rates: Rate,
+    rates: Rate | None = None,
     *,
     ema: bool = False,
 ) -> TrainState:
     """`init_state` for C adapters at once: leaves, `keys` and `rates` have a first axis of C."""
     trainables = jax.tree.map(jnp.copy, trainables)
 
-    def one(tree: PyTree, key: Array, rate: Rate) -> TrainState:
+    def one(tree: PyTree, key: Array, rate: Rate | None) -> TrainState:
         return init_state(tree, tx, key, rate, ema=ema)
 
+    if rates is None:
+        return jax.vmap(partial(one, rate=None))(trainables, keys)
     return jax.vmap(one)(trainables, keys, rates)
 
 

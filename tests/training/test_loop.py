@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 import small_net
 from rich.console import Console
 
+from jaxsynth.core import preemption
 from jaxsynth.training.checkpoint import CheckpointError, Checkpoints
 from jaxsynth.training.loop import Constant, NonFiniteError, fit
 from jaxsynth.training.metrics import MetricsWriter, read_metrics
@@ -71,7 +73,10 @@ def test_it_trains_and_reports_means(tmp_path, key):
         losses.append(float(values["loss"]))
     _same(plain.trainable, state.trainable)
     np.testing.assert_allclose(lines[1]["loss"], np.mean(losses[4:8]), rtol=1e-6)
-    assert set(lines[0]) == {"step", "loss", "grad_norm", "bias", "steps_per_second"}
+    assert set(lines[0]) == {"step", "loss", "grad_norm", "bias", "learning_rate"}
+    speeds = read_metrics(tmp_path / "speed.jsonl")
+    assert [line["step"] for line in speeds] == [4, 8, 10]
+    assert all(line["steps_per_second"] > 0 for line in speeds)
 
 
 def test_resumed_equals_uninterrupted(tmp_path, key):
@@ -181,27 +186,80 @@ def test_stacked_adapters_in_the_loop(tmp_path, key):
         fit(bad, FROZEN, Rows(), step, steps=2, console=OUT)
 
 
-def test_stopping_early_is_for_good(tmp_path, key):
-    asked = []
+def test_a_request_to_stop_saves_the_newest_step(tmp_path, key, monkeypatch):
+    """SIGTERM: the step under way ends, is saved, and the same call goes on from there."""
+    whole = _fit(_state(key), Rows(), 9)
+    monkeypatch.setattr(preemption, "_asked", threading.Event())
+    previous = signal.getsignal(signal.SIGTERM)
+    preemption.install()
 
-    def stop(step, values):
-        asked.append((step, values["eval/score"]))
-        return step >= 4
+    class Terminated(Rows):
+        def __next__(self):
+            if self.index == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
 
-    for _ in range(2):
-        with Checkpoints(tmp_path / "c", every=100) as checkpoint:
-            state = _fit(
-                _state(key),
-                Rows(),
-                20,
-                checkpoint=checkpoint,
-                log_every=0,
-                evaluate=lambda state: {"score": float(state.trainable["w"].sum())},
-                evaluate_every=2,
-                stop_fn=stop,
-            )
-        assert int(state.step) == 4
-    assert [step for step, _ in asked] == [2, 4]
+    try:
+        with (
+            Checkpoints(tmp_path / "c", every=100) as checkpoint,
+            pytest.raises(preemption.Preempted, match="after step 5 of 9, which is saved"),
+        ):
+            _fit(_state(key), Terminated(), 9, checkpoint=checkpoint)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    monkeypatch.setattr(preemption, "_asked", threading.Event())
+    with Checkpoints(tmp_path / "c", every=100) as checkpoint:
+        assert checkpoint.latest == 5
+        _same(whole, _fit(_state(key), Rows(), 9, checkpoint=checkpoint))
+
+
+def test_metrics_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path, key, monkeypatch):
+    """Also the report in whose middle it was killed."""
+
+    def run(name):
+        with (
+            Checkpoints(tmp_path / name / "c", every=1) as checkpoint,
+            MetricsWriter(tmp_path / name) as metrics,
+        ):
+            _fit(_state(key), Rows(), 9, checkpoint=checkpoint, metrics=metrics, log_every=3)
+
+    run("whole")
+    save = Checkpoints.save
+
+    def save_and_die(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.setattr(Checkpoints, "save", save)
+    run("cut")
+    files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert files[0] == files[1] and files[0].count("\n") == 3
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, key):
+    with Checkpoints(tmp_path / "c", every=2) as checkpoint:
+        _fit(_state(key), Rows(), 2, checkpoint=checkpoint)
+    files = [path for path in (tmp_path / "c" / "2" / "state").rglob("*") if path.is_file()]
+    data = max(files, key=lambda path: path.stat().st_size)
+    content = data.read_bytes()
+    for place in range(0, len(content), max(len(content) // 12, 1)):
+        flipped = bytearray(content)
+        flipped[place] ^= 4
+        data.write_bytes(flipped)
+        with Checkpoints(tmp_path / "c", every=2) as checkpoint:
+            try:
+                state, _ = checkpoint.restore(_state(key), Rows())
+            except CheckpointError as error:
+                assert "remove that folder" in str(error)
+                continue
+        # Not every byte of the file is one of an array.
+        data.write_bytes(content)
+        with Checkpoints(tmp_path / "c", every=2) as checkpoint:
+            _same(state, checkpoint.restore(_state(key), Rows())[0])
 
 
 def test_batches_that_end_early_are_an_error(key):

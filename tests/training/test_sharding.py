@@ -16,7 +16,7 @@ from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfi
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.loop import fit
-from jaxsynth.training.optim import OptimConfig, make_optimizer
+from jaxsynth.training.optim import make_optimizer
 from jaxsynth.training.sharding import (
     CLIP,
     UNET,
@@ -35,10 +35,13 @@ from jaxsynth.training.step import init_stacked, init_state, make_train_step, st
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
 
+CONFIG = TrainingConfig(learning_rate=1e-2, eps=1e-3, weight_decay=0.01, clip_norm=1.0)
+RATE = Rate.of(CONFIG)
+
+
 def _parts():
     graphdef, params = small_net.make()
-    tx = make_optimizer(OptimConfig(learning_rate=1e-2, schedule="constant", eps=1e-3))
-    return graphdef, params, tx
+    return graphdef, params, make_optimizer(CONFIG)
 
 
 def _specs(tree, mesh, table, **options):
@@ -50,13 +53,13 @@ def _specs(tree, mesh, table, **options):
 def test_many_devices_train_as_one_does(key, shape):
     graphdef, params, tx = _parts()
     step = make_train_step(small_net.make_loss(graphdef, 0.1), tx, ema_decay=0.9)
-    one, losses = init_state(params, tx, key, ema=True), []
+    one, losses = init_state(params, tx, key, RATE, ema=True), []
     for i in range(2):
         one, metrics = jax.jit(step)(one, None, small_net.batch(i))
         losses.append(metrics["loss"])
 
     mesh = make_mesh(*shape)
-    many = shard(init_state(params, tx, key, ema=True), mesh, UNET, min_size=64)
+    many = shard(init_state(params, tx, key, RATE, ema=True), mesh, UNET, min_size=64)
     run = jax.jit(step)
     for i in range(2):
         many, metrics = run(many, None, shard_batch(small_net.batch(i), mesh))
@@ -70,7 +73,7 @@ def test_the_loop_keeps_shardings_and_checkpoints_restore_them(tmp_path, key):
     step = make_train_step(small_net.make_loss(graphdef), tx)
 
     def run(mesh, steps, folder):
-        state = shard(init_state(params, tx, key), mesh, UNET, min_size=64)
+        state = shard(init_state(params, tx, key, RATE), mesh, UNET, min_size=64)
         before = jax.tree.map(lambda x: x.sharding, state)
         with Checkpoints(tmp_path / folder, every=2) as checkpoint:
             state = fit(
@@ -95,9 +98,9 @@ def test_the_loop_keeps_shardings_and_checkpoints_restore_them(tmp_path, key):
 def test_accumulation_over_a_sharded_batch(key):
     graphdef, params, tx = _parts()
     step = make_train_step(small_net.make_loss(graphdef), tx, accumulate=2)
-    one, _ = jax.jit(step)(init_state(params, tx, key), None, small_net.batch(0, 16))
+    one, _ = jax.jit(step)(init_state(params, tx, key, RATE), None, small_net.batch(0, 16))
     mesh = make_mesh(8)
-    many = replicate(init_state(params, tx, key), mesh)
+    many = replicate(init_state(params, tx, key, RATE), mesh)
     many, _ = jax.jit(step)(many, None, shard_batch(small_net.batch(0, 16), mesh))
     chex.assert_trees_all_close(many.trainable, one.trainable, rtol=1e-5, atol=1e-5)
 
@@ -109,7 +112,8 @@ def test_a_stack_of_adapters_over_the_data_axis(key):
     batch = jax.tree.map(lambda *x: np.stack(x), *[small_net.batch(i) for i in range(4)])
 
     def state():
-        return init_stacked(members, tx, jax.random.split(key, 4))
+        rates = jax.tree.map(lambda x: np.stack([x] * 4), RATE)
+        return init_stacked(members, tx, jax.random.split(key, 4), rates)
 
     mesh = make_mesh(4, 2, 1)
     run = jax.jit(stacked(step))

@@ -8,8 +8,10 @@ import optax
 import pytest
 import small_net
 
-from jaxsynth.training.optim import OptimConfig, make_optimizer
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.optim import Rate, make_optimizer
 from jaxsynth.training.step import (
+    averaged,
     init_stacked,
     init_state,
     make_train_step,
@@ -50,13 +52,16 @@ def test_a_step_is_one_optax_update(key):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_parts_equal_the_whole_batch(key, parts):
     loss_fn, params = _setup()
-    tx = make_optimizer(OptimConfig(learning_rate=1e-3, schedule="constant"))
-    whole, m1 = jax.jit(make_train_step(loss_fn, tx))(init_state(params, tx, key), None, _batch())
-    cut, m2 = jax.jit(make_train_step(loss_fn, tx, accumulate=parts))(
-        init_state(params, tx, key), None, _batch()
-    )
+    config = TrainingConfig(learning_rate=1e-3)
+    tx, rate = make_optimizer(config), Rate.of(config)
+
+    def start():
+        return init_state(params, tx, key, rate)
+
+    whole, m1 = jax.jit(make_train_step(loss_fn, tx))(start(), None, _batch())
+    cut, m2 = jax.jit(make_train_step(loss_fn, tx, accumulate=parts))(start(), None, _batch())
     # The first moment is linear in the gradient; Adam's first update is its sign, which is not.
-    _close(whole.opt_state[1][0].mu, cut.opt_state[1][0].mu)
+    _close(whole.opt_state[0].mu, cut.opt_state[0].mu)
     _close(m1, m2)
 
 
@@ -72,14 +77,16 @@ def test_the_average_follows_the_parameters(key):
     tx = optax.sgd(0.1)
     step = jax.jit(make_train_step(loss_fn, tx, ema_decay=0.75))
     state = init_state(params, tx, key, ema=True)
-    expected = jax.tree.map(np.asarray, params)
+    _close(averaged(state, 0.75), params)
+    expected = jax.tree.map(np.zeros_like, params)
     for i in range(3):
         state, _ = step(state, None, _batch(i))
         expected = jax.tree.map(
             lambda m, p: 0.75 * m + 0.25 * np.asarray(p), expected, state.trainable
         )
-    _close(state.ema, expected)
-    with pytest.raises(ValueError, match="ema_decay is None"):
+    debiased = jax.tree.map(lambda m: m / (1 - 0.75**3), expected)
+    _close(averaged(state, 0.75), debiased)
+    with pytest.raises(ValueError, match=r"ema_decay is 0\.0 but"):
         make_train_step(loss_fn, tx)(state, None, _batch())
 
 
@@ -111,13 +118,15 @@ def test_a_stack_equals_separate_runs(key, shared):
         moved = {**batch, "y": batch["y"] + frozen["shift"]}
         return small_net.make_loss(graphdef, 0.1)(trainable, None, moved, key)
 
-    tx = make_optimizer(OptimConfig(learning_rate=1e-2, schedule="constant", eps=1e-3))
+    config = TrainingConfig(learning_rate=1e-2, eps=1e-3)
+    tx, rate = make_optimizer(config), Rate.of(config)
+    rates = jax.tree.map(lambda x: np.stack([x] * 3), rate)
     step = make_train_step(loss_fn, tx, ema_decay=0.9)
     members = [small_net.make(i)[1] for i in range(3)]
     keys = jax.random.split(key, 3)
     batches = [_batch(0 if shared else i) for i in range(3)]
     pile = jax.tree.map(lambda *x: jnp.stack(x), *members)
-    state = init_stacked(pile, tx, keys, ema=True)
+    state = init_stacked(pile, tx, keys, rates, ema=True)
     run = jax.jit(stacked(step, batch_axis=None if shared else 0), donate_argnums=0)
     inputs = batches[0] if shared else jax.tree.map(lambda *x: jnp.stack(x), *batches)
     for _ in range(2):
@@ -125,11 +134,11 @@ def test_a_stack_equals_separate_runs(key, shared):
     assert metrics["loss"].shape == (3,)
     alone = jax.jit(step)
     for i in range(3):
-        own = init_state(members[i], tx, keys[i], ema=True)
+        own = init_state(members[i], tx, keys[i], rate, ema=True)
         for _ in range(2):
             own, own_metrics = alone(own, frozen, batches[i])
         mine = jax.tree.map(lambda x, i=i: x[i], state)
-        _close(mine.ema, own.ema, 2e-5)
+        _close(mine.ema.ema, own.ema.ema, 2e-5)
         _close(metrics["loss"][i], own_metrics["loss"], 1e-5)
     # Donation must not have reached the arrays that the caller stacked.
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pile))
@@ -152,7 +161,7 @@ def test_the_state_owns_its_arrays_and_trains_in_float32(key):
         return (trainable["w"].astype(jnp.bfloat16) ** 2).sum() + (trainable["v"] ** 2).sum(), {}
 
     state = init_state(params, tx, key, ema=True)
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.trainable, state.ema))} == {
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.trainable, state.ema.ema))} == {
         jnp.dtype(jnp.float32)
     }
     step = jax.jit(make_train_step(loss_fn, tx, ema_decay=0.9), donate_argnums=0)
@@ -165,3 +174,42 @@ def test_the_state_owns_its_arrays_and_trains_in_float32(key):
 def test_integers_cannot_be_trained(key):
     with pytest.raises(TypeError, match=r"trainable\['count'\] is int32"):
         init_state({"count": jnp.zeros((), jnp.int32)}, optax.sgd(0.1), key)
+
+
+def test_an_average_of_a_short_training_is_of_what_it_saw(key):
+    """Not of the initial values, at any decay."""
+    params = {"w": jnp.zeros((2,))}
+    tx = optax.sgd(1.0)
+
+    def loss_fn(trainable, frozen, batch, key):
+        return -trainable["w"].sum(), {}
+
+    step = jax.jit(make_train_step(loss_fn, tx, ema_decay=0.9999))
+    state = init_state(params, tx, key, ema=True)
+    for _ in range(10):
+        state, _ = step(state, None, jnp.zeros(()))
+    np.testing.assert_allclose(averaged(state, 0.9999)["w"], 5.5, rtol=1e-3)
+
+
+def test_phases_move_their_part_and_see_what_earlier_ones_moved(key):
+    """A discriminator moves first; the generator's loss is taken against the new one."""
+    params = {"generator": {"g": jnp.ones(())}, "discriminator": {"d": jnp.ones(())}}
+    config = TrainingConfig(
+        optimizer="sgd", b1=0.0, learning_rate=1.0, rates=(("discriminator", 0.5),)
+    )
+    tx = make_optimizer(config)
+
+    def of_discriminator(trainable, frozen, batch, key):
+        return trainable["discriminator"]["d"] * trainable["generator"]["g"], {"fooled": batch}
+
+    def of_generator(trainable, frozen, batch, key):
+        return trainable["generator"]["g"] * trainable["discriminator"]["d"], {}
+
+    losses = {"discriminator": of_discriminator, "generator": of_generator}
+    step = make_train_step(losses, tx)
+    state = init_state(params, tx, key, Rate.of(config), parts=tuple(losses))
+    state, metrics = jax.jit(step)(state, None, jnp.ones(()))
+    # d = 1 - 0.5 * 1; then g = 1 - 1 * 0.5 with the new d.
+    assert float(state.trainable["discriminator"]["d"]) == 0.5
+    assert float(state.trainable["generator"]["g"]) == 0.5
+    assert float(metrics["loss"]) == 0.5 and float(metrics["fooled"]) == 1.0

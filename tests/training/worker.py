@@ -16,9 +16,10 @@ import small_net
 
 from jaxsynth.runs.stage import run_stage
 from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.loop import fit
 from jaxsynth.training.metrics import MetricsWriter
-from jaxsynth.training.optim import OptimConfig, make_optimizer
+from jaxsynth.training.optim import Rate, make_optimizer
 from jaxsynth.training.sharding import UNET, make_mesh, shard, shard_batch
 from jaxsynth.training.step import init_state, make_train_step
 
@@ -36,9 +37,18 @@ class Deadly(small_net.Batches):
 
 def parts(steps: int):
     graphdef, params = small_net.make()
-    tx = make_optimizer(OptimConfig(learning_rate=1e-2, total_steps=steps, eps=1e-3))
-    state = init_state(params, tx, jax.random.key(1), ema=True)
-    step = make_train_step(small_net.make_loss(graphdef, noise=0.1), tx, ema_decay=0.9)
+    config = TrainingConfig(
+        learning_rate=1e-2,
+        steps=steps,
+        eps=1e-3,
+        schedule="cosine",
+        weight_decay=0.01,
+        clip_norm=1.0,
+    )
+    tx, rate = make_optimizer(config), Rate.of(config)
+    state = init_state(params, tx, jax.random.key(1), rate, ema=True)
+    loss = small_net.make_loss(graphdef, noise=0.1)
+    step = make_train_step(loss, tx, schedule=config.schedule, ema_decay=0.9)
     return state, step
 
 

@@ -17,7 +17,8 @@ from jaxsynth.adapters import inject, registry
 from jaxsynth.bench.cases.networks import DITS, NETWORKS, random_dit, random_network
 from jaxsynth.bench.cases.train_step import Stepper
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.training.optim import OptimConfig, make_optimizer
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.optim import Rate, make_optimizer
 from jaxsynth.training.step import init_state, make_train_step
 
 LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -69,8 +70,9 @@ class KindTraining:
             out = nnx.merge(graphdef, trainable, frozen)(*batch)
             return jnp.mean(jnp.square(out.astype(jnp.float32))), {}
 
-        tx = make_optimizer(OptimConfig(learning_rate=1e-4, schedule="constant"))
-        state = init_state(trainable, tx, jax.random.key(1))
+        config = TrainingConfig(learning_rate=1e-4, weight_decay=0.01, clip_norm=1.0)
+        tx = make_optimizer(config)
+        state = init_state(trainable, tx, jax.random.key(1), Rate.of(config))
         self._stepper = Stepper(make_train_step(loss, tx), state, frozen)
 
     def step(self) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsynth.methods.tiny_base import networks as tiny_networks
+from jaxsynth.methods.tiny_base import config as tiny_networks
 from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig

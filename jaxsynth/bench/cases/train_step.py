@@ -19,8 +19,8 @@ from jaxsynth.adapters.inject import AdapterState, Trainable, extract, load_stat
 from jaxsynth.bench.cases.networks import NETWORKS, random_pipeline
 from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted, make_loss
-from jaxsynth.training.optim import OptimConfig, make_optimizer
+from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, adapted
+from jaxsynth.training.optim import Rate, make_optimizer
 from jaxsynth.training.step import StepFn, init_stacked, init_state, make_train_step, stacked
 from jaxsynth.weights.hf import StableDiffusion, save_pipeline
 
@@ -52,13 +52,7 @@ CASES = (
 )
 assert {case.networks for case in CASES} <= NETWORKS.keys()
 
-FINETUNE = FinetuneConfig(learning_rate=1e-3)
-OPTIM = OptimConfig(
-    learning_rate=FINETUNE.learning_rate,
-    schedule="constant",
-    weight_decay=FINETUNE.weight_decay,
-    clip_norm=FINETUNE.clip_norm,
-)
+FINETUNE = FinetuneConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
 PROMPT = "a photo of a cat"
 
 
@@ -106,13 +100,20 @@ class Training:
         graphdef, _, frozen = nnx.split(model, Trainable, ...)
         trainables = [nnx.state(load_state(model, state), Trainable) for state in self.states]
         self.batches = [_batch(pipeline, case.batch_size, i) for i in range(case.adapters)]
-        tx = make_optimizer(OPTIM)
-        step = make_train_step(make_loss(graphdef, self._schedule, FINETUNE), tx)
+        tx, rate, schedule = make_optimizer(FINETUNE), Rate.of(FINETUNE), self._schedule
+        denoising = Denoising(FINETUNE.snr_gamma, FINETUNE.remat)
+
+        def loss(trainable, frozen, batch, key):
+            return denoising(nnx.merge(graphdef, trainable, frozen), schedule, batch, key)
+
+        step = make_train_step(loss, tx)
         if case.adapters == 1:
-            state, self._batch = init_state(trainables[0], tx, self._keys[0]), self.batches[0]
+            state = init_state(trainables[0], tx, self._keys[0], rate)
+            self._batch = self.batches[0]
         else:
             step, self._batch = stacked(step), stack(self.batches)
-            state = init_stacked(stack(trainables), tx, jnp.stack(self._keys))
+            rates = jax.tree.map(lambda x: np.stack([x] * case.adapters), rate)
+            state = init_stacked(stack(trainables), tx, jnp.stack(self._keys), rates)
         self._stepper = Stepper(step, state, frozen)
 
     def step(self) -> dict[str, np.ndarray]:

@@ -11,10 +11,11 @@ from flax import nnx
 from jaxsynth.core.config import ConfigError, load_config, to_dataclass
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.procedural.shapes import SHAPES
-from jaxsynth.methods.robustness.stages import Config, _Work, report, run
+from jaxsynth.methods.robustness.config import Config
+from jaxsynth.methods.robustness.run import report, run
 from jaxsynth.models.classifiers.resnet import ResNetConfig, ResNetForImageClassification
 from jaxsynth.robustness.metrics.table import PAPER_FAULTS
-from jaxsynth.weights.networks.classifiers import Classifier, save_classifier
+from jaxsynth.weights.networks.classifiers import Classifier, load_classifier, save_classifier
 from jaxsynth.weights.preprocessing import Preprocessing
 from tests.methods.robustness.published_sets import every, write_sets
 
@@ -82,7 +83,7 @@ def test_a_checkpoint_is_one_more_model(tmp_path):
     )
     given = Preprocessing(32, 36, False, "bicubic", (0.5,) * 3, (0.25,) * 3, "round")
     folder = tmp_path / "resnet"
-    work = _Work(smoke(models={"mine": {"checkpoint": str(folder)}}, baseline=""), tmp_path / "run")
+    asked = smoke(models={"mine": {"checkpoint": str(folder)}}, baseline="")
 
     def save(names) -> ResNetForImageClassification:
         made = dataclasses.replace(config, num_labels=len(names))
@@ -91,8 +92,10 @@ def test_a_checkpoint_is_one_more_model(tmp_path):
         return network
 
     network = save(SHAPES)
-    predict, preprocess = work._predict("mine", None)
-    image = preprocess(work.loaded.sets.clean[0].image)
+    loaded = load_classifier(folder)
+    predict, preprocess = loaded.predict, loaded.preprocessing.host
+    sets = load_sets(asked.sets, size=asked.image_size, per_class=asked.per_class, seed=asked.seed)
+    image = preprocess(sets.sets.clean[0].image)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8
     pixels = image[None].astype(np.float32) / 255
     np.testing.assert_allclose(predict(pixels), network((pixels - 0.5) / 0.25), atol=1e-5)
@@ -102,7 +105,7 @@ def test_a_checkpoint_is_one_more_model(tmp_path):
     ):
         save(names)
         with pytest.raises(UserError, match=message):
-            _Work(work.config, tmp_path / "run").answers("mine")
+            run(asked, tmp_path / "run")
 
 
 def test_published_sets_are_asked_about(made, tmp_path):
