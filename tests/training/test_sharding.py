@@ -15,8 +15,9 @@ from jaxsynth.models.clip import CLIPConfig, CLIPModel
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.loop import fit
-from jaxsynth.training.optim import make_optimizer
+from jaxsynth.training.optim import Rate, make_optimizer
 from jaxsynth.training.sharding import (
     CLIP,
     UNET,

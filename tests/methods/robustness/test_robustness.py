@@ -13,6 +13,7 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.data.procedural.shapes import SHAPES
 from jaxsynth.methods.robustness.config import Config
 from jaxsynth.methods.robustness.run import report, run
+from jaxsynth.methods.robustness.sets import load_sets
 from jaxsynth.models.classifiers.resnet import ResNetConfig, ResNetForImageClassification
 from jaxsynth.robustness.metrics.table import PAPER_FAULTS
 from jaxsynth.weights.networks.classifiers import Classifier, load_classifier, save_classifier
