@@ -252,9 +252,7 @@ def test_choices_are_names_and_groups():
     with pytest.raises(ValueError, match="names: 'hail': expected all, paper, imagenet_c, extra"):
         Corruptions(("hail",))
     for severities in ((0, 1), (1, 1), ()):
-        with pytest.raises(
-            ValueError, match="severities: expected (some of|a whole number,) 1 to 5, found"
-        ):
+        with pytest.raises(ValueError, match=r"severities: expected .* 1 to 5, found"):
             Corruptions(("snow",), severities=severities)
 
 

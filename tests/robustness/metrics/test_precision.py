@@ -93,30 +93,25 @@ def test_values_are_float64s():
     assert float(ratio(RIGHT & OTHER, OTHER)(WEIGHTS)) == pytest.approx(expected, rel=1e-6)
 
 
+VIM = ood.fit_vim(FEATURES, np.eye(16, 5), np.zeros(5))
+GAUSSIANS = ood.fit_mahalanobis(FEATURES, np.asarray(LABELS), classes=5)
+IMAGE = np.ones((32, 32, 3), np.float32)
 PROGRAMS = {
-    "reliability": (lambda: (lambda x: calibration._diagram(x, LABELS, 15, False), LOGITS)),
-    "knn": lambda: (lambda x: ood._knn(ood.fit_knn(FEATURES), x, 5), FEATURES),
-    "vim": lambda: (
-        lambda x: ood._vim(ood.fit_vim(FEATURES, np.eye(16, 5), np.zeros(5)), x, LOGITS), FEATURES
-    ),
-    "mahalanobis": lambda: (
-        lambda x: ood._mahalanobis(
-            ood.fit_mahalanobis(FEATURES, np.asarray(LABELS), classes=5), x, relative=True
-        ),
-        FEATURES,
-    ),
-    "distances": lambda: (lambda x: distances._squared(x, x), FEATURES),
-    "blur": lambda: (lambda x: gaussian_blur(x, 2.0), np.ones((32, 32, 3), np.float32)),
-    "snow": lambda: (
-        lambda x: weather.snow(x, weather.draw_snow(jax.random.key(0), (32, 32, 3)), 3),
-        np.ones((32, 32, 3), np.float32),
+    "reliability": (lambda x: calibration._diagram(x, LABELS, 15, False), LOGITS),
+    "knn": (lambda x: ood._knn(ood.KNN(jnp.asarray(FEATURES)), x, 5), FEATURES),
+    "vim": (lambda x: ood._vim(VIM, x, LOGITS), FEATURES),
+    "mahalanobis": (lambda x: ood._mahalanobis(GAUSSIANS, x, relative=True), FEATURES),
+    "distances": (lambda x: distances._squared(x, x), FEATURES),
+    "blur": (lambda x: gaussian_blur(x, 2.0), IMAGE),
+    "snow": (
+        lambda x: weather.snow(x, weather.draw_snow(jax.random.key(0), (32, 32, 3)), 3), IMAGE
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_of_scores_and_corruptions(name):
-    wrong, _ = rounded(*PROGRAMS[name]())
+    wrong, _ = rounded(*PROGRAMS[name])
     assert not wrong
 
 
