@@ -15,8 +15,69 @@ from jaxtyping import Array, Float, Int
 _TOLERANCE = 1e-5
 
 
+def as_array(values: Any, name: str) -> Any:
+    """A JAX or numpy array as it is; of a list or another library's tensor the numpy array.
+
+    ValueError for what is none, such as rows of different lengths or a tensor on a GPU.
+    """
+    if isinstance(values, jax.Array | np.ndarray):
+        return values
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name}: {_kind(values)} is no array ({_first_line(error)}); give numpy's or JAX's, "
+            "of a torch tensor `x.detach().cpu().numpy()`"
+        ) from error
+    if found.dtype == object:
+        raise ValueError(f"{name}: {_kind(values)} is no array of numbers")
+    return found
+
+
+def check_key(key: Any, name: str = "key") -> None:
+    """ValueError for a seed, or a key of the old style."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return
+    if isinstance(key, int | np.integer):
+        raise ValueError(f"{name}: found the number {key}; give jax.random.key({key})")
+    if getattr(key, "dtype", None) == np.uint32 and np.shape(key)[-1:] in ((2,), (4,)):
+        raise ValueError(
+            f"{name}: found a key of the old style (uint32 {np.shape(key)}); give "
+            "jax.random.key(seed), or jax.random.wrap_key_data(key)"
+        )
+    raise ValueError(f"{name}: expected a random key as of jax.random.key, found {_kind(key)}")
+
+
+def check_whole(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """A whole number within bounds; ValueError for another, 3.0 and True among them."""
+    upto = "or more" if most is None else f"to {most}"
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        raise ValueError(f"{name}: expected a whole number, {least} {upto}, found {value!r}")
+    return int(value)
+
+
+def check_eps(eps: Any, norm: str, shape: tuple[int, ...]) -> None:
+    """ValueError for a radius below 0, or beyond what images (n, h, w, c) in [0, 1] can move."""
+    if isinstance(eps, jax.core.Tracer):
+        return
+    values = np.asarray(eps)
+    if values.dtype.kind not in "fiu" or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"eps: expected finite numbers, 0 or more, found {eps}")
+    most = 1.0 if norm == "linf" else float(np.sqrt(np.prod(shape[1:])))
+    if (values > most).any():
+        raise ValueError(
+            f"eps: {values.max():g} is more than images in [0, 1] can move ({most:g} in {norm}); "
+            f"of 8-bit pixels give {values.max():g} / 255"
+        )
+
+
 def check_logits(logits: Any, name: str = "logits") -> Float[Array, "n c"]:
-    """Float32 logits (n, c); ValueError for another shape, too few classes, NaN or infinity."""
+    """Logits (n, c) in float32, or float64 where they are and JAX computes in it.
+
+    ValueError for another shape, too few classes, NaN or infinity.
+    """
+    logits = as_array(logits, name)
     if np.ndim(logits) != 2 or not len(logits):
         raise ValueError(f"{name}: expected (images, classes), found shape {np.shape(logits)}")
     if logits.shape[1] < 2:
@@ -24,16 +85,17 @@ def check_logits(logits: Any, name: str = "logits") -> Float[Array, "n c"]:
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"{name}: expected floating point numbers, found {logits.dtype}")
     _finite(logits, name)
-    return jnp.asarray(logits, jnp.float32)
+    keeps = logits.dtype == np.float64 and jax.config.jax_enable_x64
+    return jnp.asarray(logits, jnp.float64 if keeps else jnp.float32)
 
 
 def check_labels(labels: Any, count: int, classes: int, name: str = "labels") -> Int[Array, " n"]:
     """Integer labels (count,) from 0 to `classes` - 1; ValueError saying which are not."""
+    labels = as_array(labels, name)
     if np.shape(labels) != (count,):
         raise ValueError(f"{name}: expected shape ({count},), found {np.shape(labels)}")
-    kind = getattr(labels, "dtype", None) or np.asarray(labels).dtype
-    if not jnp.issubdtype(kind, jnp.integer):
-        raise ValueError(f"{name}: expected integers, found {kind}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers, found {labels.dtype}")
     if not isinstance(labels, jax.core.Tracer):
         values = np.asarray(labels)
         outside = (values < 0) | (values >= classes)
@@ -48,6 +110,7 @@ def check_labels(labels: Any, count: int, classes: int, name: str = "labels") ->
 
 def check_images(images: Any, name: str = "images") -> Float[Array, "n h w c"]:
     """Float32 images (n, h, w, c) in [0, 1]; ValueError for another shape, kind or range."""
+    images = as_array(images, name)
     if np.ndim(images) != 4 or not len(images):
         raise ValueError(
             f"{name}: expected (images, height, width, channels), found shape {np.shape(images)}"
@@ -70,12 +133,16 @@ def check_images(images: Any, name: str = "images") -> Float[Array, "n h w c"]:
     return jnp.asarray(images, jnp.float32)
 
 
-def check_scores(scores: Any, name: str) -> Float[Array, " n"]:
-    """Float32 scores (n,), one an image; ValueError for another shape, NaN or infinity."""
-    if np.ndim(scores) != 1 or not len(scores):
-        raise ValueError(f"{name}: expected one score an image, found shape {np.shape(scores)}")
+def check_scores(scores: Any, name: str) -> Float[np.ndarray, " n"]:
+    """Scores (n,), one an image, in their own precision; ValueError for another shape or kind, NaN
+    or infinity."""
+    scores = np.asarray(as_array(scores, name))
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(f"{name}: expected one score an image, found shape {scores.shape}")
+    if scores.dtype.kind not in "fiu" and scores.dtype != jnp.bfloat16:
+        raise ValueError(f"{name}: expected numbers, found {scores.dtype}")
     _finite(scores, name)
-    return jnp.asarray(scores, jnp.float32)
+    return scores.astype(np.float32) if scores.dtype == jnp.bfloat16 else scores
 
 
 def check_classes(classes: Sequence[int] | Any, count: int, name: str = "classes") -> np.ndarray:
@@ -97,9 +164,20 @@ def check_classes(classes: Sequence[int] | Any, count: int, name: str = "classes
 def _finite(values: Any, name: str) -> None:
     if isinstance(values, jax.core.Tracer):
         return
-    finite = np.isfinite(np.asarray(values, np.float32)).reshape(len(values), -1).all(axis=1)
+    values = np.asarray(values)
+    # Extension types such as bfloat16 have no isfinite of their own.
+    values = values if values.dtype.kind in "fiu" else values.astype(np.float32)
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
     if not finite.all():
         raise ValueError(
             f"{name}: {np.count_nonzero(~finite)} of {len(values)} rows hold NaN or infinity, "
             f"the first is row {int(np.argmin(finite))}"
         )
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

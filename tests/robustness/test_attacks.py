@@ -400,7 +400,11 @@ class TestBatches:
             ((np.zeros((2, 8, 8, 1), np.uint8), [0, 1]), {}, "found uint8; divide 8-bit pixels"),
             ((digits.images, digits.labels + 5), {}, r"labels: \d+ of 64 outside 0 to 9"),
             ((digits.images, digits.labels), {"norm": "l1"}, "norm: expected 'linf' or 'l2'"),
-            ((digits.images, digits.labels), {"eps": -1}, "eps: expected 0 or more, found -1"),
+            (
+                (digits.images, digits.labels),
+                {"eps": -1},
+                "eps: expected finite numbers, 0 or more, found -1",
+            ),
             ((digits.images, digits.labels), {"steps": 0}, "steps 0, restarts 1: expected 1"),
         ):
             with pytest.raises(ValueError, match=message):

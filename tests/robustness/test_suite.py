@@ -130,7 +130,8 @@ def test_models_compare_on_the_same_images(answers, key):
     assert found["accuracy"].value == pytest.approx(1 - 1 / CLASSES)
     assert found["BG-Gap"].value == 1
     same = table.compare(one, one, key, resamples=100)
-    assert all(x.low == x.value == x.high == 0 for x in same.values())
+    # The same model again: no difference, and how large one could be is told by the images.
+    assert all(x.low < x.value == 0 < x.high for x in same.values())
     moved = {**other, "clean/labels": other["clean/labels"][::-1]}
     with pytest.raises(ValueError, match="clean/labels: differs between the models"):
         table.compare(one, moved, key)

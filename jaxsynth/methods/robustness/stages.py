@@ -15,9 +15,10 @@ from jaxsynth.data.decode import square
 from jaxsynth.methods.robustness.sets import Loaded
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.robustness import bias_sets, suite
-from jaxsynth.robustness.corruptions.predictions import Corruptions, by_severity, check_alexnet
+from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.bootstrap import Interval
+from jaxsynth.robustness.metrics.corruption import by_severity, check_alexnet
 from jaxsynth.robustness.predictors import Preprocess
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, of_pixels, train_classifier

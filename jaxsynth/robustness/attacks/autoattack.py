@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxsynth.robustness.attacks.apgd import apgd
@@ -18,6 +17,7 @@ from jaxsynth.robustness.attacks.common import Images, Labels, Norm, Predict, fo
 from jaxsynth.robustness.attacks.evaluate import Attack, attacked, check_set, correct
 from jaxsynth.robustness.attacks.fab import fab
 from jaxsynth.robustness.attacks.square import square
+from jaxsynth.robustness.checks import check_eps
 
 
 class AutoAttack(NamedTuple):
@@ -67,8 +67,10 @@ def autoattack(
     it lies within `eps`. Each image has its own key, so no other image changes its result.
     """
     attacks = standard(norm) if attacks is None else dict(attacks)
-    predict = predict if isinstance(predict, Partial) else Partial(predict)
-    images, labels = check_set(predict, images, labels)
+    predict, images, labels = check_set(predict, images, labels)
+    if np.ndim(eps):
+        raise ValueError(f"eps: expected one number for all images, found shape {np.shape(eps)}")
+    check_eps(eps, norm, images.shape)
     keys = image_keys(key, len(images))
     right = correct(predict, images, labels, batch_size=batch_size)
     worst, broken_by = np.array(images), np.where(right, -1, -2)

@@ -20,11 +20,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxsynth.robustness.checks import check_images, check_labels
+from jaxsynth.robustness.checks import check_eps, check_images, check_key, check_labels
 
 Images = Float[Array, "n h w c"]
 Labels = Int[Array, " n"]
@@ -44,22 +43,42 @@ def prepare(
     """What an attack's program takes: arguments checked, a key and an eps for every image.
 
     `key` is one for all, or one for each image; so is `eps`. ValueError for images that are not in
-    [0, 1], labels outside of the logits' range, a negative eps or an unknown norm.
+    [0, 1], labels outside of the logits' range, an eps that is negative or beyond what such images
+    can move, an unknown norm, a seed in a key's place or a `predict` that JAX cannot trace.
     """
     images = check_images(images)
-    predict = predict if isinstance(predict, Partial) else Partial(predict)
-    shape = jax.eval_shape(predict, images).shape
-    if len(shape) != 2 or shape[0] != len(images) or shape[1] < 2:
-        raise ValueError(
-            f"predict: expected logits ({len(images)}, classes) of 2 or more classes, found {shape}"
-        )
-    labels = check_labels(labels, *shape)
+    predict, classes = check_predict(predict, images)
+    labels = check_labels(labels, len(images), classes)
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm: expected 'linf' or 'l2', found {norm!r}")
-    if not isinstance(eps, jax.core.Tracer) and np.any(np.asarray(eps) < 0):
-        raise ValueError(f"eps: expected 0 or more, found {eps}")
+    check_eps(eps, norm, images.shape)
     eps = jnp.broadcast_to(jnp.asarray(eps, jnp.float32), (len(images),))
     return predict, images, labels, image_keys(key, len(images)), eps[:, None, None, None]
+
+
+def check_predict(predict: Predict, images: Images) -> tuple[Partial, int]:
+    """`predict` as a Partial, and how many classes its logits have.
+
+    ValueError where it is no function of JAX's, or gives no logits (n, classes).
+    """
+    if not callable(predict):
+        raise ValueError(f"predict: expected a function, found {type(predict).__name__}")
+    predict = predict if isinstance(predict, Partial) else Partial(predict)
+    try:
+        found = jax.eval_shape(predict, images)
+    except (jax.errors.JAXTypeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"predict: JAX cannot trace it ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}): attacks follow its gradient, so it must be made "
+            "of JAX operations; corruptions, calibration and OOD scores take any function"
+        ) from error
+    shape = getattr(found, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != len(images) or shape[1] < 2:
+        raise ValueError(
+            f"predict: expected logits ({len(images)}, classes) of 2 or more classes, found "
+            f"{type(found).__name__ if shape is None else shape}"
+        )
+    return predict, shape[1]
 
 
 def on_host(*trees: Any) -> bool:
@@ -109,6 +128,7 @@ def _call(body, number, state):
 
 def image_keys(key: Key[Array, "..."], count: int) -> Key[Array, " n"]:
     """A key for each image: those given, or one folded with each place."""
+    check_key(key)
     if key.ndim:
         if key.shape != (count,):
             raise ValueError(f"key: {key.shape} keys for {count} images")

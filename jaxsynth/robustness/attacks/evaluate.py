@@ -14,7 +14,8 @@ from jaxsynth.robustness.attacks.common import (
     Images,
     Labels,
     Predict,
-    fold_each,
+    check_predict,
+    image_keys,
     on_host,
     prepare,
     wrong,
@@ -60,7 +61,7 @@ def attacked(
 ) -> Float[np.ndarray, "n h w c"]:
     """The adversarial images of an attack, a batch at a time; any batch size gives the same."""
     found = np.empty(images.shape, np.float32)
-    keys = fold_each(key, jnp.arange(len(images))) if not key.ndim else key
+    keys = image_keys(key, len(images))
     for rows, batch in batches(len(images), batch_size):
         # One batch at a time goes to the device, however many images there are.
         moved = attack(
@@ -131,11 +132,13 @@ def batches(count: int, size: int):
         yield slice(start, stop), np.minimum(np.arange(start, start + size), count - 1)
 
 
-def check_set(predict: Predict, images: Any, labels: Any) -> tuple[Images, Int[Array, " n"]]:
-    """Images and labels of a whole set, checked against the model's classes."""
+def check_set(
+    predict: Predict, images: Any, labels: Any
+) -> tuple[Partial, Images, Int[Array, " n"]]:
+    """A model, and images and labels of a whole set, checked against its classes."""
     images = check_images(images)
-    shape = jax.eval_shape(Partial(predict), images[:1]).shape
-    return images, check_labels(labels, len(images), shape[1])
+    predict, classes = check_predict(predict, images[:1])
+    return predict, images, check_labels(labels, len(images), classes)
 
 
 @jax.jit

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from jaxsynth.robustness.attacks.common import (
     Images,
@@ -38,8 +37,7 @@ class Warned(NamedTuple):
 
 def check_model(predict: Predict, images: Images, labels: Labels) -> list[Warned]:
     """What a batch of images shows about the model itself; empty where nothing is wrong."""
-    predict = predict if isinstance(predict, Partial) else Partial(predict)
-    images, labels = check_set(predict, images, labels)
+    predict, images, labels = check_set(predict, images, labels)
     margins, zero, unusable = (np.asarray(x) for x in _look(predict, images, labels))
     # Outside of a program, where a model that draws numbers of its own draws them anew.
     logits, again = (np.asarray(predict(images)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A model's answers to corrupted images, and R_cc, mCE and relative mCE of them with intervals.
+"""A model's answers to corrupted images.
 
 Clean images are corrupted on the device (`corruptions`), a batch at a time under every corruption
 and severity; or read, where a set comes corrupted (ImageNet-C, CIFAR-10-C). Only whether each was
@@ -8,19 +8,18 @@ them and the image's, and its severities share their random numbers: neither the
 corruptions nor the batch changes a picture.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.robustness.attacks.evaluate import batches
+from jaxsynth.robustness.checks import check_whole
 from jaxsynth.robustness.corruptions.codec import CODEC_CORRUPTIONS, corrupt_by_codec
 from jaxsynth.robustness.corruptions.common_3d import depth_from_inverse
 from jaxsynth.robustness.corruptions.registry import (
@@ -33,13 +32,9 @@ from jaxsynth.robustness.corruptions.registry import (
     corrupt_3d,
     to_released,
 )
-from jaxsynth.robustness.metrics.bootstrap import Figure, Weights, mean, ratio
-from jaxsynth.robustness.metrics.corruption import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS
+from jaxsynth.robustness.metrics.corruption import PAPER_CORRUPTIONS, PAPER_CORRUPTIONS_3D
 from jaxsynth.robustness.predictors import Answers, Asker, ask, labels_of
 
-# The synthetic-clone study's, in the order of its two scripts, whose meters are one each.
-PAPER_CORRUPTIONS = ("shot_noise", "motion_blur", "snow", "pixelate", "jpeg_compression")
-PAPER_CORRUPTIONS_3D = ("near_focus", "far_focus", "fog_3d", "xy_motion_blur", "z_motion_blur")
 GROUPS = {
     "paper": (*PAPER_CORRUPTIONS, *PAPER_CORRUPTIONS_3D),
     "imagenet_c": tuple(TEST_CORRUPTIONS),
@@ -51,8 +46,6 @@ GROUPS = {
 _ALL = (*CORRUPTIONS, *CORRUPTIONS_3D)
 _NAMES = (*_ALL, *CODEC_CORRUPTIONS)
 _DEEP = (*CORRUPTIONS_3D, *CODEC_CORRUPTIONS)
-
-Baseline = Answers | Literal["alexnet"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,9 @@ class Corruptions:
                     f"names: {name!r}: expected all, {', '.join(GROUPS)}, or some of "
                     f"{', '.join(_NAMES)}"
                 )
-        bad = [s for s in self.severities if s not in SEVERITIES]
-        if bad or len(set(self.severities)) < len(self.severities) or not self.severities:
+        for severity in self.severities:
+            check_whole(severity, "severities", SEVERITIES[0], SEVERITIES[-1])
+        if len(set(self.severities)) < len(self.severities) or not self.severities:
             raise ValueError(f"severities: expected some of 1 to 5, found {self.severities}")
 
     @property
@@ -175,120 +169,6 @@ def answer_corrupted(
                 right[place, rows] = (decided == labels[batch])[: rows.stop - rows.start]
         found[name] = right
     return _named(found, SEVERITIES)
-
-
-def corruption_figures(
-    answers: Answers, clean: Bool[np.ndarray, " n"], *, paper: bool, baseline: Baseline | None
-) -> dict[str, Figure]:
-    """Accuracy under each corruption (mean over severities), R_cc, mCE and relative mCE.
-
-    R_cc is the mean over corruptions of those accuracies over the clean accuracy; where there are
-    both, also of ImageNet-C's and of the 3D ones alone. mCE is over those of the fifteen test
-    corruptions that were asked about. `paper` has the ten of the synthetic-clone study (what was
-    asked of them), each accuracy being what its scripts' meter said, which is never reset.
-    """
-    cells = _cells(answers)
-    if not cells:
-        return {}
-    of_2d = {name: rows for name, rows in cells.items() if name in CORRUPTIONS}
-    of_3d = {name: rows for name, rows in cells.items() if name not in CORRUPTIONS}
-    if paper:
-        scripts = [
-            {name: cells[name] for name in names if name in cells}
-            for names in (PAPER_CORRUPTIONS, PAPER_CORRUPTIONS_3D)
-        ]
-        of_2d, of_3d = (_as_metered(script) for script in scripts)
-    means = {name: rows.mean(0) for name, rows in (of_2d | of_3d).items()}
-    found = {f"corrupted {name}": mean(right) for name, right in means.items()}
-    if means:
-        found["R_cc"] = _robustness(means, means, clean)
-    if of_2d and of_3d:
-        found["R_cc IN-C"] = _robustness(means, of_2d, clean)
-        found["R_cc 3DCC"] = _robustness(means, of_3d, clean)
-    if baseline is not None:
-        found |= _errors(cells, clean, baseline)
-    return found
-
-
-def _robustness(means: Mapping[str, np.ndarray], names, clean: np.ndarray) -> Figure:
-    return ratio(np.mean([means[name] for name in names], axis=0), clean)
-
-
-def check_alexnet(names: Collection[str]) -> None:
-    """ValueError where `names` lack some corruption of those that AlexNet's errors are means of."""
-    missing = [name for name in TEST_CORRUPTIONS if name not in names]
-    if missing:
-        raise ValueError(
-            f"mCE: AlexNet's errors are for all of ImageNet-C, missing {', '.join(missing)}; ask "
-            "about imagenet_c, or name a model as the baseline"
-        )
-
-
-def _errors(
-    cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline
-) -> dict[str, Figure]:
-    """mCE and its relative form, fractions of the baseline's."""
-    names = [name for name in TEST_CORRUPTIONS if name in cells]
-    if baseline == "alexnet":
-        check_alexnet(cells)
-    if not names:
-        return {}
-    if baseline == "alexnet":
-        errors = np.array([ALEXNET_ERRORS[name] for name in names]) / 100
-        rises = errors - ALEXNET_CLEAN_ERROR / 100
-        below, rising = (np.repeat(x[:, None], len(clean), axis=1) for x in (errors, rises))
-    else:
-        theirs = _cells(baseline)
-        for name in names:
-            if name not in theirs or theirs[name].shape != cells[name].shape:
-                raise ValueError(f"mCE: the baseline was not asked about the same {name}")
-        base = baseline["clean/logits"].argmax(1) == baseline["clean/labels"]
-        below = np.stack([1 - theirs[name].mean(0) for name in names])
-        rising = below - (1 - base)
-    above = np.stack([1 - cells[name].mean(0) for name in names])
-    return {
-        "mCE": _mean_quotient(above, below),
-        "relative mCE": _mean_quotient(above - (1 - clean), rising),
-    }
-
-
-def _mean_quotient(above, below) -> Figure:
-    return Partial(_quotients, *(jnp.asarray(values, jnp.float32) for values in (above, below)))
-
-
-def _quotients(above: Array, below: Array, weights: Weights) -> Array:
-    """Mean over corruptions of one sum over the images over the other; NaN where one is not > 0."""
-    under = below @ weights
-    # A resample's rounding must not turn a sum of nothing into something.
-    safe = jnp.where(under > 1e-4, under, jnp.nan)
-    return ((above @ weights) / safe).mean()
-
-
-def _as_metered(cells: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of each image, the running mean over all cells of a script up to each."""
-    if not cells:
-        return {}
-    sizes = np.cumsum([len(rows) for rows in cells.values()])
-    rows = np.concatenate(list(cells.values())).astype(np.float64)
-    metered = np.cumsum(rows, axis=0) / np.arange(1, len(rows) + 1)[:, None]
-    return dict(zip(cells, np.split(metered, sizes[:-1]), strict=True))
-
-
-def by_severity(answers: Answers) -> dict[str, dict[int, float]]:
-    """Accuracy (a fraction) under each corruption at each severity that was asked about."""
-    found = {}
-    for name, rows in _cells(answers).items():
-        severities = answers[f"corruption/{name}/severities"].tolist()
-        found[name] = dict(zip(severities, rows.mean(1).tolist(), strict=True))
-    return found
-
-
-def _cells(answers: Answers) -> dict[str, np.ndarray]:
-    return {
-        name.split("/")[1]: rows
-        for name, rows in answers.items()
-        if name.startswith("corruption/") and name.endswith("/correct")
-    }
 
 
 def _named(found: Mapping[str, np.ndarray], severities: Sequence[int]) -> Answers:

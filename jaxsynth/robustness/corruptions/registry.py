@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxsynth.robustness.checks import check_images
+from jaxsynth.robustness.checks import check_images, check_key, check_whole
 from jaxsynth.robustness.corruptions import blur as blurs
 from jaxsynth.robustness.corruptions import common_3d as three_d
 from jaxsynth.robustness.corruptions import digital, weather
@@ -101,7 +101,7 @@ def corrupt(
     `released` cuts to 8 bits and saves as JPEG of quality 85 as the released set is. ValueError for
     an unknown name, a severity that is not 1 to 5, other images, or textures that do not fit.
     """
-    images = _checked(name, CORRUPTIONS, images, severity)
+    images, severity = _checked(name, CORRUPTIONS, images, severity, key)
     if textures is not None:
         textures = _checked_textures(name, textures, images.shape)
     draws = _draws(key, first, CORRUPTIONS[name].draw, images.shape)
@@ -124,7 +124,7 @@ def corrupt_3d(
     `depth` is 1e-6 or more, in the generator's units, where 0.5 is far: `depth_from_inverse` makes
     it of a MiDaS network's output. `shading` in [0, 1] is for "flash". The rest as in `corrupt`.
     """
-    images = _checked(name, CORRUPTIONS_3D, images, severity)
+    images, severity = _checked(name, CORRUPTIONS_3D, images, severity, key)
     depth = _checked_map(depth, "depth", images.shape, (_LEAST_DEPTH, np.inf))
     if shading is not None:
         if name != "flash":
@@ -184,18 +184,20 @@ def _corrupt_3d(images, depth, draws, shading, name, severity, released):
     return jax.vmap(one)(images, depth, draws, shading)
 
 
-def _checked(name: str, known: dict[str, Corruption], images: Any, severity: int) -> Array:
+def _checked(
+    name: str, known: dict[str, Corruption], images: Any, severity: Any, key: Any
+) -> tuple[Array, int]:
     if name not in known:
         raise ValueError(f"corruption {name!r}: expected one of {', '.join(known)}")
-    if severity not in SEVERITIES:
-        raise ValueError(f"severity: expected 1 to 5, found {severity!r}")
+    severity = check_whole(severity, "severity", SEVERITIES[0], SEVERITIES[-1])
+    check_key(key)
     images = check_images(images)
     if images.shape[-1] != 3 or min(images.shape[1:3]) < LEAST_SIZE:
         raise ValueError(
             f"images: expected three channels and sides of {LEAST_SIZE} pixels or more, found "
             f"shape {images.shape}"
         )
-    return images
+    return images, severity
 
 
 def _checked_textures(name: str, textures: Any, shape: tuple[int, ...]) -> Array:

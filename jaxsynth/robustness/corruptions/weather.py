@@ -178,7 +178,8 @@ def snow(image: Float[Array, "h w 3"], draws: Snow, severity: int) -> Float[Arra
     layer = clipped_zoom(mean + deviation * draws.flakes, max(1, zoom * ratio))
     layer = jnp.floor(jnp.clip(jnp.where(layer < least, 0, layer), 0, 1) * 255) / 255
     layer = materialize(blur_along(layer, draws.angle, radius * ratio, sigma * ratio))[..., None]
-    white = jnp.maximum(image, (image @ _GREY)[..., None] * 1.5 + 0.5)
+    grey = jnp.matmul(image, _GREY, precision="highest")[..., None]
+    white = jnp.maximum(image, grey * 1.5 + 0.5)
     image = weight * image + (1 - weight) * white
     return jnp.clip(image + layer + layer[::-1, ::-1], 0, 1)
 

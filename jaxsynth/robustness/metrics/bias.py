@@ -26,6 +26,7 @@ from jaxsynth.robustness.checks import check_classes, check_labels, check_logits
 from jaxsynth.robustness.metrics.bootstrap import (
     Figure,
     Interval,
+    Measured,
     difference,
     interval,
     mean,
@@ -132,16 +133,25 @@ def context_bias(
         drawn = jax.random.fold_in(key, number)
         return interval(figure, len(correct), drawn, groups=partition, resamples=resamples)
 
-    inside = {k: mean(correct, partition == k) for k in (0, *partitions)}
+    figures = context_figures(correct, partition, scale=100)
     return ContextBias(
         images={k: found[k] for k in partitions},
-        accuracy={k: measure(inside[k], 2 * k) for k in partitions},
-        cb={
-            k: measure(quotient(_scaled(correct, partition == k, 100), inside[0]), 2 * k + 1)
-            for k in partitions
-            if k
-        },
+        accuracy={k: measure(mean(correct, partition == k), 2 * k) for k in partitions},
+        cb={k: measure(figures[k].figure, 2 * k + 1) for k in partitions if k},
     )
+
+
+def context_figures(
+    correct: Bool[np.ndarray, " n"], partition: Int[np.ndarray, " n"], *, scale: float = 1.0
+) -> dict[int, Measured]:
+    """CB_k of every partition but P_0, times `scale`; no number where no image of P_0 is right."""
+    common = mean(correct, partition == 0)
+    found = {}
+    for k in np.unique(partition[partition > 0]).tolist():
+        inside = partition == k
+        above = ratio(correct & inside, inside, scale=scale)
+        found[k] = Measured(quotient(above, common), len(correct), partition)
+    return found
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,7 @@ def shape_bias(
         return interval(figure, count, jax.random.fold_in(key, number), resamples=resamples)
 
     return ShapeBias(
-        overall=measure(ratio(by_shape, either), 0),
+        overall=measure(shape_figure(decisions, shapes, textures).figure, 0),
         per_class={name: share(index) for index, name in enumerate(names)},
         accuracy={
             "shape": measure(mean(by_shape), 1),
@@ -206,6 +216,16 @@ def shape_bias(
         },
         images=count,
     )
+
+
+def shape_figure(
+    decisions: Int[np.ndarray, " n"], shapes: Int[np.ndarray, " n"], textures: Int[np.ndarray, " n"]
+) -> Measured:
+    """Shape bias; images whose shape and texture agree do not count."""
+    conflict = shapes != textures
+    by_shape = conflict & (decisions == shapes)
+    either = by_shape | (conflict & (decisions == textures))
+    return Measured(ratio(by_shape, either), len(shapes))
 
 
 @dataclass(frozen=True)
@@ -240,30 +260,26 @@ def background_bias(
         drawn = jax.random.fold_in(key, number)
         return interval(figure, count, drawn, groups=groups, resamples=resamples)
 
-    figure, count, groups = background_gap(same, random, paired=paired)
+    gap = background_gap(same, random, paired=paired)
     single = (measure(mean(x), len(x), number) for number, x in enumerate(right.values()))
-    return BackgroundBias(*single, measure(figure, count, 3, groups))
+    return BackgroundBias(*single, measure(gap.figure, gap.count, 3, gap.groups))
 
 
 def background_gap(
     mixed_same: Bool[np.ndarray, " m"], mixed_rand: Bool[np.ndarray, " r"], *, paired: bool
-) -> tuple[Figure, int, np.ndarray | None]:
-    """BG-Gap as `interval` takes it: the figure, how many images, and their groups if unpaired."""
+) -> Measured:
+    """BG-Gap; the images of unpaired sets are resampled set by set."""
     if paired:
         if len(mixed_same) != len(mixed_rand):
             raise ValueError(
                 f"mixed_rand: {len(mixed_rand)} images, expected the {len(mixed_same)} of "
                 "mixed_same"
             )
-        return difference(mean(mixed_same), mean(mixed_rand)), len(mixed_same), None
+        return Measured(difference(mean(mixed_same), mean(mixed_rand)), len(mixed_same))
     groups = np.repeat([0, 1], [len(mixed_same), len(mixed_rand)])
     both = np.concatenate([mixed_same, mixed_rand])
-    return difference(mean(both, groups == 0), mean(both, groups == 1)), len(both), groups
-
-
-def _scaled(values: np.ndarray, among: np.ndarray, scale: float) -> Figure:
-    """The mean of `values` where `among` is 1, times `scale`."""
-    return ratio(values & among, among, scale=scale)
+    gap = difference(mean(both, groups == 0), mean(both, groups == 1))
+    return Measured(gap, len(both), groups)
 
 
 def _correct(values: Any, name: str) -> Bool[np.ndarray, " n"]:

@@ -15,13 +15,14 @@ percentile interval for the bias and the skew of the resamples. The skew (accele
 the figure's derivatives with respect to the weights, its empirical influences: the jackknife's
 limit. So figures must be differentiable in their weights, as all weighted means are.
 
-Where all images agree, as 0 of 21 are right, every resample is the same, and would call the figure
-certain. A share's interval is then Clopper and Pearson's (1934, Biometrika 26): up to 16 % there.
+Where all images agree, as 0 of 21 are right, or nearly all, resamples say less than is unknown. The
+interval then holds the limits that the number of images sets (`limits`): up to 16 % there.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,22 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 from scipy import stats
 
+from jaxsynth.robustness.checks import check_key, check_whole
+from jaxsynth.robustness.metrics.limits import (
+    Limits,
+    difference_limits,
+    paired_limits,
+    quotient_limits,
+    share_limits,
+    unseen_limits,
+)
+
 Weights = Float[Array, " n"]
 Figure = Callable[[Weights], Float[Array, ""]]
 
 
 class TooFewError(ValueError):
-    """Most resamples of a figure give no number."""
+    """Most resamples of a figure give no number, or all the same."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,18 @@ class Interval:
         return f"{value} [{low}, {high}]"
 
 
+class Measured(NamedTuple):
+    """A figure of `count` images; `groups` of them keep their sizes when it is resampled."""
+
+    figure: Figure
+    count: int
+    groups: np.ndarray | None = None
+
+    def interval(self, key: Key[Array, ""], *, resamples: int = 2000) -> Interval:
+        """The figure with its interval (see `interval`)."""
+        return interval(self.figure, self.count, key, groups=self.groups, resamples=resamples)
+
+
 def mean(values: Float[Array, " n"], among: Float[Array, " n"] | None = None) -> Figure:
     """The mean of values, of those images that `among` marks with 1 if it is given."""
     among = jnp.ones(len(values)) if among is None else among
@@ -82,6 +105,11 @@ def difference(one: Figure, other: Figure) -> Figure:
     return Partial(_difference, one, other)
 
 
+def bounded(figure: Figure, limits: Partial) -> Figure:
+    """A figure of another kind, with the limits that `limits(level)` gives for it."""
+    return Partial(_bounded, _as_partial(figure), limits)
+
+
 def evaluate(figure: Figure, count: int) -> float:
     """The figure itself, of `count` images each of which counts once."""
     return float(_value_and_influences(jnp.ones(count), _as_partial(figure))[0])
@@ -96,17 +124,17 @@ def interval(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Interval:
-    """The figure of `count` images and its BCa interval.
+    """The figure of `count` images and its BCa interval, never of no width.
 
     `figure` is a `Partial` (as this module's are) or a function; with arrays as a Partial's
     arguments one program serves all figures of a kind. `groups` (n,) numbers the groups whose sizes
     each resample keeps. ValueError where the figure itself is no number, `TooFewError` where most
-    resamples give none.
+    resamples give none, or all the same one and nothing else is known of the figure.
     """
-    if not 0 < level < 1 or resamples < 100:
-        raise ValueError(
-            f"level {level}, resamples {resamples}: expected between 0 and 1, and 100 or more"
-        )
+    check_key(key)
+    check_whole(resamples, "resamples", 100)
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected between 0 and 1, found {level}")
     figure = _as_partial(figure)
     first, sizes, members = _layout(count, groups)
     value, influences = _value_and_influences(jnp.ones(count), figure)
@@ -120,9 +148,17 @@ def interval(
             f"interval: {resamples - len(defined)} of {resamples} resamples give no number: too "
             "few images count"
         )
-    low, high = _unanimous(figure, count, level) or _bca(
-        defined, value, np.asarray(influences, np.float64), level
-    )
+    low, high = _bca(defined, value, np.asarray(influences, np.float64), level)
+    limits = _limits(figure, count, level)
+    # Rounding alone makes resamples of one value differ by as much.
+    alike = high - low <= 1e-6 * max(1.0, abs(value))
+    if limits is not None and (limits.few or alike):
+        low, high = min(low, limits.low), max(high, limits.high)
+    elif alike:
+        raise TooFewError(f"interval: all resamples give {value:g}: nothing tells how it varies")
+    if not np.isfinite(high):
+        raise TooFewError("interval: too few images count: the divisor may be 0")
+    low, high = min(low, value), max(high, value)
     return Interval(
         value=value,
         low=low,
@@ -135,23 +171,6 @@ def interval(
     )
 
 
-def sign_flip(
-    differences: Float[np.ndarray, " n"], key: Key[Array, ""], *, resamples: int = 10_000
-) -> float:
-    """How often chance makes the mean of paired differences as large: a two-sided p-value.
-
-    If neither model were better, each image's difference could as well have the other sign. The
-    observed signs count as one of the draws, so the p-value is never 0.
-    """
-    differences = _floats(differences)
-    if differences.ndim != 1 or not len(differences):
-        raise ValueError(f"differences: expected one an image, found shape {differences.shape}")
-    drawn = np.asarray(_flip(differences, key, resamples))
-    # A tie is as large: the tolerance is float32's.
-    found = abs(float(differences.mean()))
-    return float((1 + (np.abs(drawn) >= found * (1 - 1e-5)).sum()) / (1 + resamples))
-
-
 def _as_partial(figure: Figure) -> Partial:
     return figure if isinstance(figure, Partial) else Partial(figure)
 
@@ -160,8 +179,17 @@ def _floats(values) -> Array:
     return jnp.asarray(values, jnp.float32)
 
 
+def weighted_sum(values: Float[Array, "*k n"], weights: Weights) -> Float[Array, "*k"]:
+    """Sum over the images, in float32 on every chip: TPUs round products to 8 bits by default."""
+    return jnp.matmul(values, weights, precision="highest")
+
+
 def _ratio(above: Array, below: Array, scale, weights: Weights) -> Array:
-    return scale * (weights @ above) / (weights @ below)
+    return scale * weighted_sum(above, weights) / weighted_sum(below, weights)
+
+
+def _bounded(figure: Figure, limits: Partial, weights: Weights) -> Array:
+    return figure(weights)
 
 
 def _quotient(above: Figure, below: Figure, weights: Weights) -> Array:
@@ -203,31 +231,51 @@ def _resample(figure, key, first, sizes, members, resamples: int) -> Array:
     return jax.lax.map(one, jnp.arange(resamples))
 
 
-@partial(jax.jit, static_argnums=2)
-def _flip(differences, key, resamples: int) -> Array:
-    def one(number):
-        signs = jax.random.rademacher(jax.random.fold_in(key, number), differences.shape)
-        return (signs * differences).mean()
-
-    return jax.lax.map(one, jnp.arange(resamples))
-
-
-def _unanimous(figure: Figure, count: int, level: float) -> tuple[float, float] | None:
-    """The interval of a share of images that is none or all of them, or of such over a figure."""
+def _limits(figure: Figure, count: int, level: float) -> Limits | None:
+    """What the images' number says of a figure made of means by this module; None for others."""
     if not isinstance(figure, Partial):
         return None
-    if figure.func is _quotient:
-        above, below = figure.args
-        found = _unanimous(above, count, level)
-        return found and tuple(limit / evaluate(below, count) for limit in found)
-    if figure.func is not _ratio:
+    if figure.func is _bounded:
+        return figure.args[1](level)
+    if figure.func is _ratio:
+        return _ratio_limits(figure, level)
+    if figure.func not in (_quotient, _difference):
         return None
-    above, below, scale = (np.asarray(x) for x in figure.args)
-    none, all_ = not above.any(), np.array_equal(above, below)
-    if not (none or all_) or not np.isin(below, (0, 1)).all():
+    parts = figure.args
+    if figure.func is _difference and (paired := _paired_limits(*parts, level)):
+        return paired
+    limits = [_limits(part, count, level) for part in parts]
+    if None in limits:
         return None
-    tail = ((1 - level) / 2) ** (1 / below.sum())
-    return (0.0, float(scale * (1 - tail))) if none else (float(scale * tail), float(scale))
+    of_both = quotient_limits if figure.func is _quotient else difference_limits
+    return of_both(*(evaluate(part, count) for part in parts), *limits)
+
+
+def _ratio_limits(figure: Partial, level: float) -> Limits | None:
+    above, below, scale = (np.asarray(x, np.float64) for x in figure.args)
+    if not np.isin(below, (0, 1)).all() or above.min() < 0 or above.max() > 1:
+        return None
+    if (above <= below).all():
+        found = share_limits(above.sum(), below.sum(), level)
+    else:
+        found = unseen_limits(above.sum(), below.sum(), len(below), level)
+    return found._replace(low=float(scale * found.low), high=float(scale * found.high))
+
+
+def _paired_limits(one: Figure, other: Figure, level: float) -> Limits | None:
+    """Of two means over the same images."""
+    if not all(isinstance(x, Partial) and x.func is _ratio for x in (one, other)):
+        return None
+    first, below, scale = (np.asarray(x, np.float64) for x in one.args)
+    second, other_below, other_scale = (np.asarray(x, np.float64) for x in other.args)
+    if not (np.array_equal(below, other_below) and scale == other_scale):
+        return None
+    if any((x < 0).any() or (x > below).any() for x in (first, second)):
+        return None
+    change = first - second
+    more, fewer = np.maximum(change, 0).sum(), np.maximum(-change, 0).sum()
+    found = paired_limits(float(more), float(fewer), float(below.sum()), level)
+    return found._replace(low=float(scale * found.low), high=float(scale * found.high))
 
 
 def _bca(drawn: np.ndarray, value: float, influences: np.ndarray, level: float):

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsynth.robustness.checks import check_classes, check_labels, check_logits
+from jaxsynth.robustness.checks import check_classes, check_labels, check_logits, check_whole
 
 # The synthetic-clone study's (arXiv 2405.20469); 15 are Guo et al.'s and most libraries'.
 PAPER_BINS = 20
 # Where the temperature is looked for: 1 / T in this range.
-_INVERSE_TEMPERATURES = (1e-3, 1e3)
+_INVERSE_TEMPERATURES = (1e-6, 1e6)
 
 
 class Reliability(NamedTuple):
@@ -124,13 +124,13 @@ def fit_temperature(logits: Float[Array, "n c"], labels: Int[Array, " n"]) -> fl
     """The T whose logits / T have the least negative log likelihood.
 
     The likelihood is concave in 1 / T, so its derivative is followed to the sign change. ValueError
-    where there is none between T 0.001 and 1000: every image right, say, which any smaller
+    where there is none between T 1e-6 and 1e6: every image right, say, which any smaller
     temperature makes likelier.
     """
     inverse, ends = _fit_temperature(*_checked(logits, labels))
     if not ends[0] < 0 < ends[1]:
         raise ValueError(
-            "temperature: the likelihood has no maximum between T 0.001 and 1000: fit it on images "
+            "temperature: the likelihood has no maximum between T 1e-6 and 1e6: fit it on images "
             "of which some are classified wrongly, and most rightly"
         )
     return 1 / float(inverse)
@@ -194,8 +194,7 @@ def mass_edges(values: Float[Array, " n"], bins: int) -> Float[Array, " edges"]:
 
 
 def _checked(logits, labels, bins: int = 1):
-    if bins < 1:
-        raise ValueError(f"bins: expected 1 or more, found {bins}")
+    check_whole(bins, "bins", 1)
     logits = check_logits(logits)
     return logits, check_labels(labels, *logits.shape)
 
@@ -290,5 +289,5 @@ def _fit_temperature(logits, labels):
 
     low, high = (jnp.float32(np.log(end)) for end in _INVERSE_TEMPERATURES)
     ends = slope(low), slope(high)
-    low, high = jax.lax.fori_loop(0, 40, halve, (low, high))
+    low, high = jax.lax.fori_loop(0, 50, halve, (low, high))
     return jnp.exp((low + high) / 2), ends

@@ -1,16 +1,34 @@
-"""What accuracies under corruptions add up to: R_cc, mCE, relative mCE; pure functions of tables.
+"""Accuracy under each corruption, R_cc, mCE and relative mCE, from which images were right.
 
-A table maps a corruption to its values at severities 1, 2, ...; all in the same unit, fractions or
-percent.
+- R_cc (Singh et al. 2024, arXiv 2405.20469): the mean over corruptions of their accuracies, each a
+  mean over severities, over the clean accuracy.
+- mCE (Hendrycks and Dietterich 2019, arXiv 1903.12261): the mean over corruptions of the error over
+  a baseline's; relative mCE: the same of how far each error rises above the clean one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool
 
-from jaxsynth.robustness.corruptions.registry import TEST_CORRUPTIONS
+from jaxsynth.robustness.corruptions.registry import CORRUPTIONS, TEST_CORRUPTIONS
+from jaxsynth.robustness.metrics.bootstrap import (
+    Figure,
+    Weights,
+    bounded,
+    mean,
+    ratio,
+    weighted_sum,
+)
+from jaxsynth.robustness.metrics.limits import Limits, share_limits
+from jaxsynth.robustness.predictors import Answers
 
+# The synthetic-clone study's, in the order of its two scripts, whose meters are one each.
+PAPER_CORRUPTIONS = ("shot_noise", "motion_blur", "snow", "pixelate", "jpeg_compression")
+PAPER_CORRUPTIONS_3D = ("near_focus", "far_focus", "fog_3d", "xy_motion_blur", "z_motion_blur")
 # Mean over severities of AlexNet's error in percent, by which mCE divides (torchvision's AlexNet on
 # the released set; hendrycks/robustness).
 ALEXNET_ERRORS = dict(
@@ -23,85 +41,133 @@ ALEXNET_ERRORS = dict(
 # Its error on the clean validation set: torchvision states 56.522 % accuracy for those weights.
 ALEXNET_CLEAN_ERROR = 43.478
 
+Baseline = Answers | Literal["alexnet"]
 
-def corruption_robustness(accuracies: Mapping[str, Sequence[float]], clean: float) -> float:
-    """R_cc: mean over corruptions of the mean over severities of accuracy, over clean accuracy.
 
-    ValueError for an empty table, values outside of 0 to 100, or a clean accuracy that is not
-    positive.
+def corruption_figures(
+    answers: Answers, clean: Bool[np.ndarray, " n"], *, paper: bool, baseline: Baseline | None
+) -> dict[str, Figure]:
+    """Accuracy under each corruption (mean over severities), R_cc, mCE and relative mCE.
+
+    R_cc is the mean over corruptions of those accuracies over the clean accuracy; where there are
+    both, also of ImageNet-C's and of the 3D ones alone. mCE is over those of the fifteen test
+    corruptions that were asked about. `paper` has the ten of the synthetic-clone study (what was
+    asked of them), each accuracy being what its scripts' meter said, which is never reset.
     """
-    means = _means(accuracies, "accuracies")
-    if not clean > 0:
-        raise ValueError(f"clean accuracy: expected more than 0, found {clean}")
-    return float(np.mean(list(means.values())) / clean)
+    cells = _cells(answers)
+    if not cells:
+        return {}
+    of_2d = {name: rows for name, rows in cells.items() if name in CORRUPTIONS}
+    of_3d = {name: rows for name, rows in cells.items() if name not in CORRUPTIONS}
+    if paper:
+        scripts = [
+            {name: cells[name] for name in names if name in cells}
+            for names in (PAPER_CORRUPTIONS, PAPER_CORRUPTIONS_3D)
+        ]
+        of_2d, of_3d = (_as_metered(script) for script in scripts)
+    means = {name: rows.mean(0) for name, rows in (of_2d | of_3d).items()}
+    found = {f"corrupted {name}": mean(right) for name, right in means.items()}
+    if means:
+        found["R_cc"] = _robustness(means, means, clean)
+    if of_2d and of_3d:
+        found["R_cc IN-C"] = _robustness(means, of_2d, clean)
+        found["R_cc 3DCC"] = _robustness(means, of_3d, clean)
+    if baseline is not None:
+        found |= _errors(cells, clean, baseline)
+    return found
 
 
-def mean_corruption_error(
-    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] | None = None
-) -> float:
-    """mCE, in percent: mean over corruptions of 100 times the error over the baseline's.
-
-    `errors` in percent. `baseline` is one mean error in percent a corruption, by default AlexNet's
-    on the 15 of the test set. ValueError where the two name different corruptions.
-    """
-    means, baseline = _paired(errors, baseline)
-    return float(np.mean([100 * means[name] / baseline[name] for name in baseline]))
+def _robustness(means: Mapping[str, np.ndarray], names, clean: np.ndarray) -> Figure:
+    return ratio(np.mean([means[name] for name in names], axis=0), clean)
 
 
-def relative_mean_corruption_error(
-    errors: Mapping[str, Sequence[float]],
-    clean_error: float,
-    baseline: Mapping[str, float] | None = None,
-    baseline_clean_error: float = ALEXNET_CLEAN_ERROR,
-) -> float:
-    """Relative mCE, in percent: as mCE, of how far errors rise above the clean one."""
-    means, baseline = _paired(errors, baseline)
-    rises = {name: baseline[name] - baseline_clean_error for name in baseline}
-    for name, rise in rises.items():
-        if rise <= 0:
-            raise ValueError(f"{name}: the baseline's error does not rise above its clean error")
-    return float(np.mean([100 * (means[name] - clean_error) / rises[name] for name in rises]))
-
-
-def running_means(values: Sequence[float]) -> Float[np.ndarray, " k"]:
-    """What a meter that is never reset reports after each of equally many images."""
-    values = np.asarray(values, np.float64)
-    return np.cumsum(values) / np.arange(1, len(values) + 1)
-
-
-def undo_running_means(means: Sequence[float]) -> Float[np.ndarray, " k"]:
-    """The values of `running_means`: k r_k - (k - 1) r_(k-1).
-
-    The synthetic-clone study (arXiv 2405.20469) committed such means over all cells so far of a
-    script. An error of the k-th mean is up to 2 k times as large in the value.
-    """
-    means = np.asarray(means, np.float64)
-    return np.diff(means * np.arange(1, len(means) + 1), prepend=0.0)
-
-
-def _paired(errors, baseline):
-    baseline = ALEXNET_ERRORS if baseline is None else dict(baseline)
-    if set(errors) != set(baseline):
-        missing, more = set(baseline) - set(errors), set(errors) - set(baseline)
+def check_alexnet(names: Collection[str]) -> None:
+    """ValueError where `names` lack some corruption of those that AlexNet's errors are means of."""
+    missing = [name for name in TEST_CORRUPTIONS if name not in names]
+    if missing:
         raise ValueError(
-            f"errors: missing {sorted(missing)}, without a baseline {sorted(more)}; expected those "
-            "of the baseline"
+            f"mCE: AlexNet's errors are for all of ImageNet-C, missing {', '.join(missing)}; ask "
+            "about imagenet_c, or name a model as the baseline"
         )
-    means = _means(errors, "errors")
-    if max(means.values()) <= 1:
-        raise ValueError("errors: expected percent, found no mean above 1")
-    return means, baseline
 
 
-def _means(table: Mapping[str, Sequence[float]], what: str) -> dict[str, float]:
-    if not table:
-        raise ValueError(f"{what}: expected a row for each corruption, found none")
-    means = {}
-    for name, row in table.items():
-        values = np.asarray(row, np.float64)
-        if values.ndim != 1 or not len(values):
-            raise ValueError(f"{what} of {name}: expected a number for each severity, found {row}")
-        if not ((values >= 0) & (values <= 100)).all():
-            raise ValueError(f"{what} of {name}: expected 0 to 100, found {row}")
-        means[name] = float(values.mean())
-    return means
+def _errors(
+    cells: dict[str, np.ndarray], clean: np.ndarray, baseline: Baseline
+) -> dict[str, Figure]:
+    """mCE and its relative form, fractions of the baseline's."""
+    names = [name for name in TEST_CORRUPTIONS if name in cells]
+    if baseline == "alexnet":
+        check_alexnet(cells)
+    if not names:
+        return {}
+    if baseline == "alexnet":
+        errors = np.array([ALEXNET_ERRORS[name] for name in names]) / 100
+        rises = errors - ALEXNET_CLEAN_ERROR / 100
+        below, rising = (np.repeat(x[:, None], len(clean), axis=1) for x in (errors, rises))
+    else:
+        theirs = _cells(baseline)
+        for name in names:
+            if name not in theirs or theirs[name].shape != cells[name].shape:
+                raise ValueError(f"mCE: the baseline was not asked about the same {name}")
+        base = baseline["clean/logits"].argmax(1) == baseline["clean/labels"]
+        below = np.stack([1 - theirs[name].mean(0) for name in names])
+        rising = below - (1 - base)
+    above = np.stack([1 - cells[name].mean(0) for name in names])
+    return {
+        "mCE": _mean_quotient(above, below, above),
+        "relative mCE": _mean_quotient(above - (1 - clean), rising, above),
+    }
+
+
+def _mean_quotient(above, below, errors) -> Figure:
+    """Of sums over the images; `errors` are the model's own (corruptions, images)."""
+    parts = (jnp.asarray(values, jnp.float32) for values in (above, below))
+    limits = Partial(_error_limits, np.asarray(above), np.asarray(below), np.asarray(errors))
+    return bounded(Partial(_quotients, *parts), limits)
+
+
+def _error_limits(above: np.ndarray, below: np.ndarray, errors: np.ndarray, level: float) -> Limits:
+    """What the number of images that are wrong leaves open, for the mean over corruptions."""
+    wrong, count = float(errors.mean(0).sum()), errors.shape[1]
+    found = share_limits(wrong, count, level)
+    under = below.sum(1)
+    value, each = float((above.sum(1) / under).mean()), float((count / under).mean())
+    share = wrong / count
+    return found._replace(
+        low=value - (share - found.low) * each, high=value + (found.high - share) * each
+    )
+
+
+def _quotients(above: Array, below: Array, weights: Weights) -> Array:
+    """Mean over corruptions of one sum over the images over the other; NaN where one is not > 0."""
+    under = weighted_sum(below, weights)
+    # A resample's rounding must not turn a sum of nothing into something.
+    safe = jnp.where(under > 1e-4, under, jnp.nan)
+    return (weighted_sum(above, weights) / safe).mean()
+
+
+def _as_metered(cells: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of each image, the running mean over all cells of a script up to each."""
+    if not cells:
+        return {}
+    sizes = np.cumsum([len(rows) for rows in cells.values()])
+    rows = np.concatenate(list(cells.values())).astype(np.float64)
+    metered = np.cumsum(rows, axis=0) / np.arange(1, len(rows) + 1)[:, None]
+    return dict(zip(cells, np.split(metered, sizes[:-1]), strict=True))
+
+
+def by_severity(answers: Answers) -> dict[str, dict[int, float]]:
+    """Accuracy (a fraction) under each corruption at each severity that was asked about."""
+    found = {}
+    for name, rows in _cells(answers).items():
+        severities = answers[f"corruption/{name}/severities"].tolist()
+        found[name] = dict(zip(severities, rows.mean(1).tolist(), strict=True))
+    return found
+
+
+def _cells(answers: Answers) -> dict[str, np.ndarray]:
+    return {
+        name.split("/")[1]: rows
+        for name, rows in answers.items()
+        if name.startswith("corruption/") and name.endswith("/correct")
+    }

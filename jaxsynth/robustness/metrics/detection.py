@@ -14,14 +14,16 @@ say it:
   study published with (arXiv 2405.20469).
 
 Everything is exact, ties counted half (AUROC) or together (the others), and takes a weight for each
-image, so that a bootstrap needs no resorting: with whole numbers these are repetitions.
+image, so that a bootstrap needs no resorting: with whole numbers these are repetitions. Only the
+order of scores counts, so they are compared as they are given (`ranks`): float64 stays float64.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxsynth.robustness.checks import check_scores
 
@@ -41,11 +43,17 @@ class Detection(NamedTuple):
 
 def detection(id_scores: Scores, ood_scores: Scores) -> dict[str, float]:
     """Every figure by name. ValueError for scores that are not finite or not one an image."""
-    id_scores = check_scores(id_scores, "id_scores")
-    ood_scores = check_scores(ood_scores, "ood_scores")
-    weights = jnp.ones(len(id_scores)), jnp.ones(len(ood_scores))
-    figures = _weighted_detection(id_scores, ood_scores, *weights)
+    one, other = ranks(id_scores, ood_scores)
+    figures = _weighted_detection(one, other, jnp.ones(len(one)), jnp.ones(len(other)))
     return {name: float(value) for name, value in figures._asdict().items()}
+
+
+def ranks(id_scores: Scores, ood_scores: Scores) -> tuple[Int[np.ndarray, " n"], ...]:
+    """Both sets' places among all distinct scores: of the same order, with the same ties."""
+    one = check_scores(id_scores, "id_scores")
+    other = check_scores(ood_scores, "ood_scores")
+    _, places = np.unique(np.concatenate([one, other]), return_inverse=True)
+    return tuple(np.split(places.astype(np.int32), [len(one)]))
 
 
 def weighted_detection(
@@ -121,11 +129,8 @@ def _fpr_nearest(positive: _Side, negative: _Side) -> Array:
     place = jnp.argmin(distance)
     # The weight that is not recalled, and the highest score of it.
     lower = positive.below[jnp.searchsorted(positive.scores, positive.scores[place], side="left")]
-    previous = jnp.where(
-        lower > 0,
-        positive.scores[jnp.maximum(jnp.searchsorted(positive.below, lower, side="left") - 1, 0)],
-        -jnp.inf,
-    )
+    before = jnp.maximum(jnp.searchsorted(positive.below, lower, side="left") - 1, 0)
+    previous = positive.scores[before]
     # All positives pass already at the lowest of them: the curve ends there.
     passed = jnp.where(
         lower > 0, negative.above(previous), negative.at_least(positive.scores[place])

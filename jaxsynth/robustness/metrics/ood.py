@@ -14,10 +14,11 @@ From penultimate features, fitted on features of training images:
   2106.09022).
 
 ID and OOD images must come through one transform: a different resize is itself a difference that
-scores find. `detection` turns two sets of scores into figures.
+scores find. `detection` turns two sets of scores into figures. Float64 logits give float64 scores.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import NamedTuple
 
 import jax
@@ -26,13 +27,28 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.quality.metrics import check_features
-from jaxsynth.robustness.checks import check_labels, check_logits
+from jaxsynth.robustness.checks import as_array, check_labels, check_logits, check_whole
 
 Logits = Float[Array, "n c"]
 Features = Float[Array, "n d"]
 Scores = Float[Array, " n"]
 
 
+def _in_their_precision(score: Callable[..., Scores]) -> Callable[..., Scores]:
+    """Computes a score of float64 logits in float64, which JAX does only where it is told to."""
+
+    @wraps(score)
+    def wrapped(logits: Logits, **options) -> Scores:
+        logits = as_array(logits, "logits")
+        if logits.dtype != np.float64:
+            return score(logits, **options)
+        with jax.enable_x64(True):
+            return np.asarray(score(logits, **options))
+
+    return wrapped
+
+
+@_in_their_precision
 def max_softmax(logits: Logits) -> Scores:
     """The logarithm of the largest probability.
 
@@ -42,21 +58,25 @@ def max_softmax(logits: Logits) -> Scores:
     return _max_softmax(check_logits(logits))
 
 
+@_in_their_precision
 def max_logit(logits: Logits) -> Scores:
     """The largest logit."""
     return check_logits(logits).max(1)
 
 
+@_in_their_precision
 def energy(logits: Logits, *, temperature: float = 1.0) -> Scores:
     """T log sum exp(logits / T), the negative of the energy."""
     return temperature * jax.nn.logsumexp(check_logits(logits) / temperature, axis=1)
 
 
+@_in_their_precision
 def negative_entropy(logits: Logits) -> Scores:
     """The sum of p log p, in nats."""
     return _negative_entropy(check_logits(logits))
 
 
+@_in_their_precision
 def gen(logits: Logits, *, gamma: float = 0.1, top: int = 100) -> Scores:
     """Minus the sum of (p (1 - p))^gamma over the `top` largest probabilities."""
     logits = check_logits(logits)
@@ -77,8 +97,7 @@ def fit_knn(features: Features) -> KNN:
 def knn(fitted: KNN, features: Features, *, k: int = 50) -> Scores:
     """Minus the distance to the k-th nearest training feature, all scaled to length 1."""
     features = _features(features, "features", like=fitted.bank)
-    if not 0 < k <= len(fitted.bank):
-        raise ValueError(f"k: {k} of {len(fitted.bank)} training features")
+    check_whole(k, "k", 1, len(fitted.bank))
     return _knn(fitted, features, k)
 
 
@@ -208,7 +227,10 @@ def _max_softmax(logits: Logits) -> Scores:
 
 @jax.jit
 def _negative_entropy(logits: Logits) -> Scores:
-    logs = jax.nn.log_softmax(logits)
+    ordered, others = _others(logits)
+    # The largest's logarithm is near 0: from the others, or float32 would round it away.
+    total = jax.nn.softplus(others)[:, None]
+    logs = ordered - total
     return (jnp.exp(logs) * logs).sum(1)
 
 

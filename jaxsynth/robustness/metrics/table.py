@@ -9,8 +9,9 @@ from what its text says; `PAPER_FAULTS` names each difference, `PAPER_FAULTS_LEF
 not followed.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 from zlib import crc32
 
 import jax
@@ -20,21 +21,22 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from jaxsynth.robustness.bias_sets import VARIANTS
-from jaxsynth.robustness.corruptions.predictions import Baseline, corruption_figures
-from jaxsynth.robustness.metrics.bias import background_gap
+from jaxsynth.robustness.metrics.bias import background_gap, context_figures, shape_figure
 from jaxsynth.robustness.metrics.bootstrap import (
     Figure,
     Interval,
+    Measured,
     TooFewError,
+    bounded,
     difference,
     evaluate,
-    interval,
     mean,
-    quotient,
     ratio,
 )
 from jaxsynth.robustness.metrics.calibration import PAPER_BINS, binned_error, restrict, width_edges
-from jaxsynth.robustness.metrics.detection import weighted_detection
+from jaxsynth.robustness.metrics.corruption import Baseline, corruption_figures
+from jaxsynth.robustness.metrics.detection import detection, ranks, weighted_detection
+from jaxsynth.robustness.metrics.limits import Limits, auroc_limits, calibration_limits, fpr_limits
 from jaxsynth.robustness.metrics.ood import max_softmax, negative_entropy
 from jaxsynth.robustness.predictors import Answers
 from jaxsynth.robustness.suite import PAPER_SUFFIX
@@ -62,14 +64,6 @@ PAPER_FAULTS_LEFT = (
 )
 
 
-class Measured(NamedTuple):
-    """A figure of `count` images; `groups` of them keep their sizes when it is resampled."""
-
-    figure: Figure
-    count: int
-    groups: np.ndarray | None = None
-
-
 def figures(
     answers: Answers, mode: Mode = "corrected", *, baseline: Baseline | None = None
 ) -> dict[str, Measured]:
@@ -94,14 +88,10 @@ def figures(
         found[f"ECE {name}"] = Measured(_calibration(answers, part, bins), len(right))
     score = negative_entropy if mode == "paper" else max_softmax
     for name in _names(answers, "ood"):
-        one, other = (score(answers[f"{part}/logits"]) for part in ("clean", f"ood/{name}"))
-        groups = np.repeat([0, 1], [len(one), len(other)])
-        for column, figure in (
-            ("AUROC", "auroc"),
-            ("FPR95", "fpr95_nearest" if mode == "paper" else "fpr95_id"),
-        ):
-            measured = Partial(_DETECTION[figure], one, other)
-            found[f"{column} {name}"] = Measured(measured, len(groups), groups)
+        scores = (score(answers[f"{part}/logits"]) for part in ("clean", f"ood/{name}"))
+        nearest = "fpr95_nearest" if mode == "paper" else "fpr95_id"
+        auroc, fpr95 = detection_figures(*scores, ("auroc", nearest))
+        found |= {f"AUROC {name}": auroc, f"FPR95 {name}": fpr95}
     attacks = _names(answers, "attack")
     for name in attacks:
         if name.endswith(PAPER_SUFFIX):
@@ -114,24 +104,18 @@ def figures(
     found |= {name: Measured(figure, count) for name, figure in corrupted.items()}
     if "context/correct" in answers:
         right, partition = answers["context/correct"], answers["context/partition"]
-        for k in np.unique(partition[partition > 0]).tolist():
-            figure = quotient(mean(right, partition == k), mean(right, partition == 0))
-            found[f"CB_{k}"] = Measured(figure, len(right), partition)
+        found |= {f"CB_{k}": figure for k, figure in context_figures(right, partition).items()}
     if "conflict/decisions" in answers:
         decisions, shapes, textures = (
             answers[f"conflict/{name}"] for name in ("decisions", "shapes", "textures")
         )
-        conflict = shapes != textures
-        by_shape = conflict & (decisions == shapes)
-        either = by_shape | (conflict & (decisions == textures))
-        found["shape bias"] = Measured(ratio(by_shape, either), len(shapes))
+        found["shape bias"] = shape_figure(decisions, shapes, textures)
     if "background/paired" in answers:
         right = {v: answers[f"background/{v}/correct"] for v in VARIANTS}
         found["IN-9"] = Measured(mean(right["original"]), len(right["original"]))
-        gap = background_gap(
+        found["BG-Gap"] = background_gap(
             right["mixed_same"], right["mixed_rand"], paired=bool(answers["background/paired"])
         )
-        found["BG-Gap"] = Measured(*gap)
     return found
 
 
@@ -143,10 +127,15 @@ def measure(
     baseline: Baseline | None = None,
     resamples: int = 2000,
 ) -> dict[str, Interval | None]:
-    """Every figure with its interval; None where it is undefined (nothing right to divide by)."""
+    """Every figure with its interval; None where it is undefined (nothing right to divide by).
+
+    The baseline's own mCE is 1 by definition, and left out.
+    """
+    by_definition = ("mCE", "relative mCE") if baseline is answers else ()
     return {
         name: _interval(found, _key(key, name), resamples)
         for name, found in figures(answers, mode, baseline=baseline).items()
+        if name not in by_definition
     }
 
 
@@ -218,7 +207,7 @@ def _interval(found: Measured, key: Key[Array, ""], resamples: int) -> Interval 
     if not np.isfinite(evaluate(found.figure, found.count)):
         return None
     try:
-        return interval(found.figure, found.count, key, groups=found.groups, resamples=resamples)
+        return found.interval(key, resamples=resamples)
     except TooFewError:
         return None
 
@@ -246,7 +235,25 @@ def _right(answers: Answers, part: str) -> np.ndarray:
 def _calibration(answers: Answers, part: str, bins: int) -> Figure:
     confidence = jax.nn.softmax(_logits_and_labels(answers, part)[0]).max(1)
     right = jnp.asarray(_right(answers, part), jnp.float32)
-    return Partial(binned_error, confidence, right, jnp.asarray(width_edges(bins)))
+    parts = confidence, right, jnp.asarray(width_edges(bins))
+    host = (np.asarray(x) for x in parts)
+    return bounded(Partial(binned_error, *parts), Partial(calibration_limits, *host))
+
+
+def detection_figures(
+    id_scores: Float[Array, " n"],
+    ood_scores: Float[Array, " m"],
+    names: Sequence[str] = ("auroc", "fpr95_id"),
+) -> list[Measured]:
+    """Figures of `detection` by their names; resamples keep the sizes of both sets."""
+    one, other = ranks(id_scores, ood_scores)
+    groups = np.repeat([0, 1], [len(one), len(other)])
+    found = []
+    for name in names:
+        figure = Partial(_DETECTION[name], jnp.asarray(one), jnp.asarray(other))
+        limits = Partial(_auroc_limits if name == "auroc" else fpr_limits, one, other)
+        found.append(Measured(bounded(figure, limits), len(groups), groups))
+    return found
 
 
 def _detected(figure: str, one: Array, other: Array, weights: Float[Array, " n"]) -> Array:
@@ -256,3 +263,8 @@ def _detected(figure: str, one: Array, other: Array, weights: Float[Array, " n"]
 
 # One function object for each, so that its program is compiled once.
 _DETECTION = {name: partial(_detected, name) for name in ("auroc", "fpr95_id", "fpr95_nearest")}
+
+
+def _auroc_limits(one: np.ndarray, other: np.ndarray, level: float) -> Limits:
+    area = detection(one, other)["auroc"]
+    return auroc_limits(area, len(one), len(other), level)

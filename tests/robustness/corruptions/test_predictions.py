@@ -12,23 +12,16 @@ from jaxsynth.data.procedural.shapes import SHAPES
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.views import Subset
 from jaxsynth.robustness import bias_sets, suite
-from jaxsynth.robustness.corruptions.predictions import (
-    PAPER_CORRUPTIONS,
-    PAPER_CORRUPTIONS_3D,
-    Corruptions,
-    by_severity,
-    corrupted_batch,
-)
+from jaxsynth.robustness.corruptions.predictions import Corruptions, corrupted_batch
 from jaxsynth.robustness.corruptions.registry import CORRUPTIONS, CORRUPTIONS_3D, TEST_CORRUPTIONS
 from jaxsynth.robustness.metrics import table as figures
 from jaxsynth.robustness.metrics.bootstrap import evaluate
 from jaxsynth.robustness.metrics.corruption import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERRORS,
-    corruption_robustness,
-    mean_corruption_error,
-    relative_mean_corruption_error,
-    undo_running_means,
+    PAPER_CORRUPTIONS,
+    PAPER_CORRUPTIONS_3D,
+    by_severity,
 )
 from jaxsynth.robustness.predictors import Asker
 
@@ -65,8 +58,20 @@ def answers(predict, clean):
 
 
 def table(answers):
-    """Accuracies at each severity, as `corruption_scores` takes them."""
+    """Accuracies at each severity."""
     return {name: np.array(list(row.values())) for name, row in by_severity(answers).items()}
+
+
+def robustness(accuracies, clean):
+    """R_cc of a table."""
+    return np.mean([np.mean(row) for row in accuracies.values()]) / clean
+
+
+def error(errors, baseline, clean=0.0, baseline_clean=0.0):
+    """mCE, or with errors on clean images relative mCE, of tables of errors."""
+    return np.mean(
+        [(np.mean(errors[k]) - clean) / (baseline[k] - baseline_clean) for k in baseline]
+    )
 
 
 def values(found):
@@ -117,7 +122,7 @@ def test_depth_comes_from_the_source_or_a_folder(answers, predict, clean, tmp_pa
 
 
 def test_r_cc_and_mce_are_the_tables(answers):
-    """Figures with weights of 1 are those of `corruption_scores`."""
+    """Figures with weights of 1 are those of tables of accuracies."""
     other = dict(answers)
     for name in ASKED:
         rows = answers[f"corruption/{name}/correct"]
@@ -129,19 +134,19 @@ def test_r_cc_and_mce_are_the_tables(answers):
     accuracies = table(other)
     clean = (clean_other.argmax(1) == other["clean/labels"]).mean()
     assert clean < 1 and found["corrupted snow"] == pytest.approx(accuracies["snow"].mean())
-    assert found["R_cc"] == pytest.approx(corruption_robustness(accuracies, clean), rel=1e-5)
+    assert found["R_cc"] == pytest.approx(robustness(accuracies, clean), rel=1e-5)
     flat = {name: row for name, row in accuracies.items() if name in CORRUPTIONS}
-    assert found["R_cc IN-C"] == pytest.approx(corruption_robustness(flat, clean), rel=1e-5)
-    deep = corruption_robustness({"fog_3d": accuracies["fog_3d"]}, clean)
+    assert found["R_cc IN-C"] == pytest.approx(robustness(flat, clean), rel=1e-5)
+    deep = robustness({"fog_3d": accuracies["fog_3d"]}, clean)
     assert found["R_cc 3DCC"] == pytest.approx(deep, rel=1e-5)
     errors = {name: 100 * (1 - row) for name, row in flat.items()}
     base = {k: 100 * (1 - row.mean()) for k, row in table(answers).items() if k in flat}
-    assert found["mCE"] == pytest.approx(mean_corruption_error(errors, base) / 100, rel=1e-5)
-    relative = relative_mean_corruption_error(errors, 100 * (1 - clean), base, 0.0) / 100
+    assert found["mCE"] == pytest.approx(error(errors, base), rel=1e-5)
+    relative = error(errors, base, 100 * (1 - clean), 0.0)
     assert found["relative mCE"] == pytest.approx(relative, rel=1e-5)
-    # Against itself both are 1, and against the other the difference is paired.
-    own = figures.measure(answers, jax.random.key(1), baseline=answers, resamples=100)
-    assert own["mCE"].low == own["mCE"].high == pytest.approx(1) == own["relative mCE"].value
+    # Against itself both are 1 by definition and not measured; the difference is paired.
+    own = figures.measure(answers, jax.random.key(1), baseline=answers, resamples=200)
+    assert "R_cc" in own and {"mCE", "relative mCE"}.isdisjoint(own)
     moved = figures.compare(other, answers, jax.random.key(1), baseline=answers, resamples=200)[
         "mCE"
     ]
@@ -164,9 +169,9 @@ def test_alexnets_denominators_are_for_all_of_imagenet_c():
     answers = drawn(TEST_CORRUPTIONS)
     found = values(figures.figures(answers, baseline="alexnet"))
     errors = {name: 100 * (1 - row) for name, row in table(answers).items()}
-    assert found["mCE"] == pytest.approx(mean_corruption_error(errors) / 100, rel=1e-5)
-    relative = relative_mean_corruption_error(errors, 0.0, ALEXNET_ERRORS, ALEXNET_CLEAN_ERROR)
-    assert found["relative mCE"] == pytest.approx(relative / 100, rel=1e-5)
+    assert found["mCE"] == pytest.approx(error(errors, ALEXNET_ERRORS), rel=1e-5)
+    relative = error(errors, ALEXNET_ERRORS, 0.0, ALEXNET_CLEAN_ERROR)
+    assert found["relative mCE"] == pytest.approx(relative, rel=1e-5)
     del answers["corruption/fog/correct"]
     with pytest.raises(ValueError, match="AlexNet's errors are for all of ImageNet-C, missing fog"):
         figures.figures(answers, baseline="alexnet")
@@ -194,14 +199,13 @@ def test_paper_mode_has_the_meter_that_is_never_reset():
     for script in (PAPER_CORRUPTIONS, PAPER_CORRUPTIONS_3D):
         cells = np.concatenate([accuracies[name] for name in script])
         means = np.cumsum(cells) / np.arange(1, 26)
-        np.testing.assert_allclose(undo_running_means(means), cells, atol=1e-12)
         metered |= dict(zip(script, means.reshape(5, 5), strict=True))
     for name in names:
         assert found[f"corrupted {name}"] == pytest.approx(metered[name].mean(), rel=1e-5)
-    assert found["R_cc"] == pytest.approx(corruption_robustness(metered, 1.0), rel=1e-5)
+    assert found["R_cc"] == pytest.approx(robustness(metered, 1.0), rel=1e-5)
     # All twelve that were asked about, each on its own, and lower.
     corrected = values(figures.figures(answers))
-    assert corrected["R_cc"] == pytest.approx(corruption_robustness(accuracies, 1.0), rel=1e-5)
+    assert corrected["R_cc"] == pytest.approx(robustness(accuracies, 1.0), rel=1e-5)
     assert corrected["R_cc IN-C"] + 0.05 < found["R_cc IN-C"]
     assert {"corrupted fog", "corrupted flash"} <= corrected.keys()
 
@@ -248,7 +252,7 @@ def test_choices_are_names_and_groups():
     with pytest.raises(ValueError, match="names: 'hail': expected all, paper, imagenet_c, extra"):
         Corruptions(("hail",))
     for severities in ((0, 1), (1, 1), ()):
-        with pytest.raises(ValueError, match="severities: expected some of 1 to 5, found"):
+        with pytest.raises(ValueError, match=r"severities: expected .* 1 to 5, found"):
             Corruptions(("snow",), severities=severities)
 
 

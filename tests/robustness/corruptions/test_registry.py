@@ -167,8 +167,8 @@ def test_brightness_of_black_is_grey():
     ("name", "change", "more", "message"),
     [
         ("blur", {}, {}, "corruption 'blur': expected one of gaussian_noise, shot_noise"),
-        ("fog", {"severity": 0}, {}, "severity: expected 1 to 5, found 0"),
-        ("fog", {"severity": 6}, {}, "severity: expected 1 to 5, found 6"),
+        ("fog", {"severity": 0}, {}, "severity: expected a whole number, 1 to 5, found 0"),
+        ("fog", {"severity": 6}, {}, "severity: expected a whole number, 1 to 5, found 6"),
         ("fog", {"scale": 255}, {}, r"values from 0 to 255, expected \[0, 1\]"),
         ("fog", {"cut": np.s_[:, :9]}, {}, r"sides of 16 pixels or more.*\(2, 9, 32, 3\)"),
         ("fog", {"cut": np.s_[..., :1]}, {}, r"expected three channels.*\(2, 32, 32, 1\)"),

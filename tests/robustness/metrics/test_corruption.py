@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 
+from jaxsynth.robustness.metrics.bootstrap import evaluate
 from jaxsynth.robustness.metrics.corruption import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERRORS,
-    corruption_robustness,
-    mean_corruption_error,
-    relative_mean_corruption_error,
-    running_means,
-    undo_running_means,
+    corruption_figures,
 )
 
 # "acc" of corruptions/results/2DCC and 3DCC in visinf/benchmarking-synthetic-clones: five
@@ -49,62 +46,68 @@ EXPECTED = {
 }
 
 
+IMAGES = 20_000
+
+
+def answers_of(accuracies, clean):
+    """A model's answers that have these accuracies in per cent, a row of severities each."""
+    places = (np.arange(IMAGES) + 0.5) / IMAGES * 100
+    labels = np.zeros(IMAGES, int)
+    found = {"clean/logits": np.stack([places < clean, places >= clean], 1) + np.float32(0)}
+    found["clean/labels"] = labels
+    for name, row in accuracies.items():
+        found[f"corruption/{name}/correct"] = places < np.asarray(row)[:, None]
+        found[f"corruption/{name}/severities"] = np.arange(1, 1 + len(row))
+    return found
+
+
+def value(answers, name, **options):
+    paper = options.pop("paper", False)
+    clean = answers["clean/logits"].argmax(1) == answers["clean/labels"]
+    figures = corruption_figures(
+        answers, clean, paper=paper, baseline=options.pop("baseline", None)
+    )
+    return 100 * evaluate(figures[name], IMAGES)
+
+
 @pytest.mark.parametrize("model", COMMITTED)
-def test_published_running_means_are_undone(model):
-    committed, recovered = {}, {}
+def test_paper_mode_gives_the_committed_results_and_the_other_the_recovered_ones(model):
+    """What was committed are running means over all cells so far of a script: the k-th value is
+    k r_k - (k - 1) r_(k - 1)."""
+    recovered = {}
     for names, numbers in zip(NAMES, COMMITTED[model], strict=True):
         cells = np.array(numbers.split(), float)
-        values = undo_running_means(cells)
-        np.testing.assert_allclose(running_means(values), cells, rtol=1e-12)
-        committed |= dict(zip(names, cells.reshape(5, 5), strict=True))
+        values = np.diff(cells * np.arange(1, 26), prepend=0.0)
         recovered |= dict(zip(names, values.reshape(5, 5), strict=True))
     means, as_committed, as_recovered, clean = EXPECTED[model]
-    np.testing.assert_allclose([row.mean() for row in recovered.values()], means, atol=0.051)
     # What confirms the fault: every curve falls with the severity, but for snow's known dip.
     for name, row in recovered.items():
         rises = np.flatnonzero(np.diff(row) >= 0)
         assert list(rises) == ([1] * (name == "snow")), (name, row)
-    inflated, right = (100 * corruption_robustness(t, clean) for t in (committed, recovered))
-    assert inflated == pytest.approx(as_committed, abs=0.051)
-    assert right == pytest.approx(as_recovered, abs=0.051)
+    answers = answers_of(recovered, clean)
+    found = [value(answers, f"corrupted {name}") for name in recovered]
+    np.testing.assert_allclose(found, means, atol=0.06)
+    inflated, right = (value(answers, "R_cc", paper=paper) for paper in (True, False))
+    assert inflated == pytest.approx(as_committed, abs=0.06)
+    assert right == pytest.approx(as_recovered, abs=0.06)
     inflation = {"resnet50": 5.7, "SynCLIP": 8.1}[model]
     assert inflated - right == pytest.approx(inflation, abs=0.1)
 
 
 def test_scores_by_hand():
-    accuracies = {"a": [0.6, 0.4], "b": [0.3, 0.1]}
-    assert corruption_robustness(accuracies, 0.7) == pytest.approx(0.5)
-    errors = {"a": [30, 50], "b": [60, 80]}
-    baseline = {"a": 80.0, "b": 70.0}
-    assert mean_corruption_error(errors, baseline) == pytest.approx((50 + 100) / 2)
-    relative = relative_mean_corruption_error(errors, 20, baseline, 50)
-    assert relative == pytest.approx(100 * (20 / 30 + 50 / 20) / 2)
+    answers = answers_of({"fog": [70, 50], "snow": [40, 20]}, 80)
+    base = answers_of({"fog": [20, 20], "snow": [30, 30]}, 50)
+    assert value(answers, "R_cc") == pytest.approx(100 * 0.45 / 0.8, rel=1e-4)
+    assert value(answers, "mCE", baseline=base) == pytest.approx((50 + 100) / 2, rel=1e-3)
+    relative = 100 * (20 / 30 + 50 / 20) / 2
+    assert value(answers, "relative mCE", baseline=base) == pytest.approx(relative, rel=1e-3)
 
 
 def test_alexnet_is_100():
-    errors = {name: [error - 5, error + 5] for name, error in ALEXNET_ERRORS.items()}
-    assert mean_corruption_error(errors) == pytest.approx(100)
-    relative = relative_mean_corruption_error(errors, ALEXNET_CLEAN_ERROR)
-    assert relative == pytest.approx(100)
-    half = {name: [error / 2] * 5 for name, error in ALEXNET_ERRORS.items()}
-    assert mean_corruption_error(half) == pytest.approx(50)
-
-
-@pytest.mark.parametrize(
-    ("score", "message"),
-    [
-        (lambda: corruption_robustness({}, 0.5), "accuracies: expected a row for each corruption"),
-        (lambda: corruption_robustness({"a": [0.5]}, 0), "clean accuracy: expected more than 0"),
-        (lambda: corruption_robustness({"a": []}, 1), "accuracies of a: expected a number for"),
-        (lambda: corruption_robustness({"a": [np.nan]}, 1), "accuracies of a: expected 0 to 100"),
-        (lambda: mean_corruption_error({"fog": [50]}), "missing .*'snow'.*without a baseline"),
-        (lambda: mean_corruption_error({"a": [0.5]}, {"a": 50}), "errors: expected percent"),
-        (
-            lambda: relative_mean_corruption_error({"a": [50]}, 20, {"a": 40}, 50),
-            "a: the baseline's error does not rise",
-        ),
-    ],
-)
-def test_bad_tables_are_named(score, message):
-    with pytest.raises(ValueError, match=message):
-        score()
+    own = {name: [100 - error - 5, 100 - error + 5] for name, error in ALEXNET_ERRORS.items()}
+    answers = answers_of(own, 100 - ALEXNET_CLEAN_ERROR)
+    assert value(answers, "mCE", baseline="alexnet") == pytest.approx(100, abs=0.02)
+    assert value(answers, "relative mCE", baseline="alexnet") == pytest.approx(100, abs=0.1)
+    half = {name: [100 - error / 2] * 5 for name, error in ALEXNET_ERRORS.items()}
+    answers = answers_of(half, 100 - ALEXNET_CLEAN_ERROR)
+    assert value(answers, "mCE", baseline="alexnet") == pytest.approx(50, abs=0.02)

@@ -205,7 +205,7 @@ def test_bad_input_is_named(trained):
         detection(np.ones(3), np.array([0, np.nan]))
     with pytest.raises(ValueError, match=r"id_scores: expected one score an image, found shape"):
         detection(np.ones((3, 2)), np.ones(3))
-    with pytest.raises(ValueError, match="k: 500 of 240 training features"):
+    with pytest.raises(ValueError, match="k: expected a whole number, 1 to 240, found 500"):
         ood.knn(ood.fit_knn(features), strange, k=500)
     with pytest.raises(ValueError, match="features: 3 dimensions, fitted on 12"):
         ood.knn(ood.fit_knn(features), strange[:, :3])
