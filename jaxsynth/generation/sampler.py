@@ -181,7 +181,7 @@ class ImageSampler:
         `describe(i)` names image i in the UserError for one that is not finite.
         """
         batch = self._batch(keys, rows, which)
-        images, finite = _draw(*self._static, self._arrays, *batch)
+        images, finite = draw_images(*self._static, self._arrays, *batch)
         _check_finite(finite, len(keys), describe)
         return np.asarray(images)[: len(keys)]
 
@@ -230,7 +230,7 @@ def _sample(structure, vae, conditioner, shape, arrays, tables, sampler, key_dat
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(structure, vae_graph, conditioner, shape, arrays, key_data, rows, which):
+def draw_images(structure, vae_graph, conditioner, shape, arrays, key_data, rows, which):
     """Images and whether each is finite; the program is kept for the next of these shapes."""
     networks, vae_state, tables, sampler = arrays
     vae = nnx.merge(vae_graph, vae_state)

@@ -6,7 +6,7 @@ with the loss `real_weight * CE(real) + (1 - real_weight) * CE(synthetic)` over 
 fixed number of each (the official code divides by zero where one kind is missing).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,13 @@ from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, EvalTransform, TrainTransform
-from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
+from jaxsynth.data.pipeline.batches import (
+    Batch,
+    eval_batches,
+    mixed_batches,
+    real_count,
+    train_batches,
+)
 from jaxsynth.data.pipeline.mixing import mix_batch, one_hot
 from jaxsynth.data.prompts import check_template
 from jaxsynth.models.clip import CLIPModel
@@ -136,17 +142,15 @@ def classifier_task(
     config: ClassifyConfig,
     *,
     seed: int,
-    real: ImageSource | None = None,
-    synthetic: ImageSource | None = None,
+    both: bool,
+    start: Callable[[], Iterator[Batch]] | None = None,
 ) -> Task:
-    """Training of the CLIP's adapters on real images, synthetic ones, or both.
+    """Training of the CLIP's adapters on images of one kind, or of `both`, real and synthetic.
 
+    `start` makes the iterator of batches; a plan needs none, and its `clip` may be of shapes.
     UserError where a batch of both kinds cannot be cut as `config` asks.
     """
-    if real is None and synthetic is None:
-        raise ValueError("classifier_task: neither real nor synthetic images")
     parts = jax.process_count()
-    both = real is not None and synthetic is not None
     num_real = 0
     if both:
         num_real = parts * real_count(config.batch_size // parts, config.real_fraction)
@@ -171,20 +175,6 @@ def classifier_task(
         encode = partial(jax.eval_shape, _encode_text) if is_abstract(model) else _encode_text
         constants["text"] = encode(clip.model, ids)
 
-    def start():
-        transform = TrainTransform(clip.image_size, config.augment)
-        share = {
-            "process_index": jax.process_index(),
-            "process_count": parts,
-            "num_workers": config.num_workers,
-        }
-        if both:
-            args = (config.batch_size, seed, transform)
-            fraction = config.real_fraction
-            return mixed_batches(real, synthetic, *args, real_fraction=fraction, **share)
-        source = real if synthetic is None else synthetic
-        return train_batches(source, config.batch_size, seed, transform, **share)
-
     return Task(
         model=model,
         loss=Classification(
@@ -202,6 +192,29 @@ def classifier_task(
         constants=constants,
         identity={"base": clip.digest},
     )
+
+
+def _batches(
+    clip: Clip,
+    config: ClassifyConfig,
+    seed: int,
+    real: ImageSource | None,
+    synthetic: ImageSource | None,
+) -> Iterator[Batch]:
+    """This process's part of each batch, without end."""
+    transform = TrainTransform(clip.image_size, config.augment)
+    share = {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "num_workers": config.num_workers,
+    }
+    args = (config.batch_size, seed, transform)
+    if real is not None and synthetic is not None:
+        return mixed_batches(real, synthetic, *args, real_fraction=config.real_fraction, **share)
+    source = real if synthetic is None else synthetic
+    if source is None:
+        raise ValueError("train_classifier: neither real nor synthetic images")
+    return train_batches(source, *args, **share)
 
 
 def batch_shapes(size: int, rows: int, *, both: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -235,7 +248,14 @@ def train_classifier(
     epoch, and kept in `folder/best`.
     """
     sized = config.sized(images)
-    task = classifier_task(clip, prompts, config, seed=seed, real=real, synthetic=synthetic)
+    task = classifier_task(
+        clip,
+        prompts,
+        config,
+        seed=seed,
+        both=real is not None and synthetic is not None,
+        start=partial(_batches, clip, config, seed, real, synthetic),
+    )
     if validation is None:
         return train(task, sized, folder, mesh=mesh, description=description)
     best = _Best(folder / "best", clip, prompts, validation)

@@ -66,10 +66,23 @@ def compile_plan(
     traced = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere)).trace(
         state, frozen, data
     )
+    return measure(name, traced, mesh.size, frozen, steps=steps, note=note)
+
+
+def measure(
+    name: str,
+    traced: Any,
+    devices: int,
+    frozen: PyTree[jax.ShapeDtypeStruct],
+    *,
+    steps: int = 1,
+    note: str = "",
+) -> Plan:
+    """Compile a traced program of `steps` updates; `frozen` are those arguments that stay."""
     memory = traced.lower().compile().memory_analysis()
     return Plan(
         name=name,
-        devices=mesh.size,
+        devices=devices,
         arguments=memory.argument_size_in_bytes,
         frozen=sum(map(_bytes_on_a_device, jax.tree.leaves(frozen))),
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -77,6 +90,16 @@ def compile_plan(
         flops=count_flops(traced.jaxpr) / steps,
         note=note,
     )
+
+
+def shaped(tree: PyTree, places: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shapes of arrays with the shardings that they will lie in."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x),
+                                              sharding=place),
+        tree,
+        places,
+    )  # fmt: skip
 
 
 def count_flops(program: core.ClosedJaxpr | core.Jaxpr) -> float:

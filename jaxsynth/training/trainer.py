@@ -46,7 +46,7 @@ from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import Rate, make_optimizer, unused_patterns
-from jaxsynth.training.planning import Plan, compile_plan
+from jaxsynth.training.planning import Plan, compile_plan, shaped
 from jaxsynth.training.step import (
     StepFn,
     TrainState,
@@ -85,10 +85,11 @@ class Streamed:
     Args:
         start: makes the iterator of this process's rows of each batch; it has `get_state` and
             `set_state` where a resumed training is to see the same data as an undisturbed one.
+            None where the task is only planned.
         shapes: of the whole batch, for a plan.
     """
 
-    start: Callable[[], Iterator[PyTree]]
+    start: Callable[[], Iterator[PyTree]] | None
     shapes: PyTree = None
 
 
@@ -258,7 +259,7 @@ def _assemble(
     else:
         state, data = init(*start), _data_of([one.batches for one in tasks], together)
     if mesh is not None:
-        place = _shaped if abstract else sharding.place
+        place = shaped if abstract else sharding.place
         state = place(state, _state_places(state, task, mesh, together))
         whole = NamedSharding(mesh, PartitionSpec())
         frozen_places = (
@@ -339,6 +340,8 @@ def _fit(built: _Built, config: TrainingConfig, folder: Path, description: str) 
     batches: Any = loop.Constant(built.data)
     place = None
     if isinstance(task.batches, Streamed):
+        if task.batches.start is None:
+            raise ValueError("train: the task's batches have no start: it can only be planned")
         batches = task.batches.start()
         if mesh is not None:
             place = lambda batch: sharding.shard_batch(batch, mesh)  # noqa: E731
@@ -525,12 +528,3 @@ def _data_places(
         name: jax.tree.map(lambda _: NamedSharding(mesh, choose(name)), leaf)  # noqa: B023
         for name, leaf in data.items()
     }
-
-
-def _shaped(tree: PyTree, places: PyTree) -> PyTree:
-    """Shapes with their shardings."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=place),
-        tree,
-        places,
-    )

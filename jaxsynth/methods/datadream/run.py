@@ -27,6 +27,7 @@ from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
 from jaxsynth.methods.datadream import report as pages
 from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.plan import plan
 from jaxsynth.methods.datadream.stages import (
     Classifying,
     Drawing,
@@ -40,6 +41,8 @@ from jaxsynth.methods.datadream.stages import (
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+
+__all__ = ["Config", "plan", "report", "run"]
 
 
 def run(config: Config, workdir: Path) -> Path:

@@ -36,7 +36,6 @@ from jaxsynth.methods.robustness.stages import (
     predict_sets,
     train_model,
 )
-from jaxsynth.robustness import bias_sets
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import content_digest, files_digest
 from jaxsynth.runs.stage import Artifact, Source
@@ -80,9 +79,7 @@ def plan(config: Config, mesh: Mesh) -> list[Plan]:
         clip = describe_clip(model.clip)
         prompts = [config.template.format(word) for word in SHAPES]
         images = config.train_per_class * len(SHAPES)
-        drawn = bias_sets.drawn_backgrounds(1, config.image_size, config.seed)
-        real = getattr(drawn, model.train_on)
-        task = classifier_task(clip, prompts, config.classify, seed=config.seed, real=real)
+        task = classifier_task(clip, prompts, config.classify, seed=config.seed, both=False)
         plans.append(trainer.plan(f"training of {name}", task, config.classify.sized(images), mesh))
     if not plans:
         raise UserError("models: none is trained here (train_on), so there is nothing to plan")
