@@ -29,6 +29,7 @@ from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.pipeline.batches import eval_batches, mixed_batches, real_count, train_batches
 from jaxsynth.data.pipeline.mixing import mix_batch, one_hot
+from jaxsynth.data.pipeline.normalize import normalize_pixels
 from jaxsynth.data.prompts import check_template
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.training import sharding
@@ -140,8 +141,9 @@ def train_classifier(
             order = jnp.argsort(~batch["is_real"], stable=True)
             batch = {name: values[order] for name, values in batch.items()}
         labels = one_hot(batch["label"], len(prompts), config.label_smoothing)
+        pixels = normalize_pixels(batch["image"], clip.mean, clip.std)
         images, labels = mix_batch(
-            keys[0], batch["image"], labels, num_real=num_real, probability=config.mix_probability
+            keys[0], pixels, labels, num_real=num_real, probability=config.mix_probability
         )
         model = seed_dropout(nnx.merge(graphdef, trainable, frozen), keys[1])
         logits = logits_of(model, images, ids)
@@ -153,7 +155,7 @@ def train_classifier(
             value = weight * each[:num_real].mean() + (1 - weight) * each[num_real:].mean()
         return value, {"accuracy": right.mean()}
 
-    transform = TrainTransform(clip.image_size, config.augment, clip.mean, clip.std)
+    transform = TrainTransform(clip.image_size, config.augment)
     share = {
         "process_index": jax.process_index(),
         "process_count": parts,

@@ -226,20 +226,17 @@ def normalize(
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """uint8 (h, w, 3), generator -> augmented, normalised float32 (size, size, 3)."""
+    """uint8 (h, w, 3), generator -> augmented uint8 (size, size, 3); the device normalizes it."""
 
     size: int
     recipe: Augment = Augment()
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
 
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator | None
-    ) -> Float32[np.ndarray, "size size 3"]:
+    ) -> UInt8[np.ndarray, "size size 3"]:
         if rng is None:
             raise ValueError("a training transform needs a random generator")
-        out = augment(Image.fromarray(image), self.recipe, self.size, rng)
-        return normalize(out, self.mean, self.std)
+        return np.array(augment(Image.fromarray(image), self.recipe, self.size, rng))
 
 
 @dataclass(frozen=True)
