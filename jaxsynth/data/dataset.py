@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jaxsynth.core.errors import UserError
+
 Indices = Sequence[int] | np.ndarray
 
 
@@ -30,7 +32,7 @@ class Record(NamedTuple):
     id: str
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """Data that is not as expected; the message names what and where."""
 
 
@@ -116,7 +118,8 @@ class Dataset:
 class DataConfig:
     """Which data set, and how to name its classes.
 
-    source: "digits", "builtin", "folder" or "tfds".
+    source: "digits", "builtin", "folder" or "tfds". "" takes what the others say: a path is a
+        folder, a name of `builtin.NAMES` is drawn, another name is TFDS's, and nothing is digits.
     name: the data set's name (decides the default template); for "tfds" its TFDS name, for
         "builtin" one of `builtin.NAMES`.
     path: the folder of "folder"; the data directory of "tfds" ("" for TFDS's own default).
@@ -128,10 +131,13 @@ class DataConfig:
     test_fraction, split_seed: the held-out part of a source without a test split of its own.
     images_per_class: how many images of a class "builtin" draws.
     train_split, test_split: split names of "tfds" and "folder"; "" for test takes the first of
-        test, validation (or val) there is, else a held-out part of train.
+        test, validation (or val) there is, else a held-out part of train. "none" for the test of a
+        "folder" holds it out of train whatever other folders there are.
+    test_path: another folder, of the test images of "folder".
+    labels: the table (CSV or JSON lines) of the classes of images that lie side by side.
     """
 
-    source: str = "digits"
+    source: str = ""
     name: str = ""
     path: str = ""
     image_size: int = 0
@@ -144,3 +150,5 @@ class DataConfig:
     images_per_class: int = 500
     train_split: str = "train"
     test_split: str = ""
+    test_path: str = ""
+    labels: str = ""

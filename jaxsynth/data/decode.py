@@ -2,67 +2,155 @@
 
 Every source, the image store and the exports share these few functions, so that a picture means the
 same array wherever it is read. Photos come in all kinds: grey, palette, CMYK, 16-bit, with an alpha
-channel, with an EXIF rotation. All become upright 8-bit RGB here; what cannot be is an error that
-names the file.
+channel, with an EXIF rotation, from phones (MPO, HEIC) and scanners (hundreds of megapixels). All
+become upright 8-bit RGB here; what cannot be is an error that names the file.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+import struct
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.ops.resize import CropRounding, crop_start
 
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".gif", ".heic", ".heif",
+    ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
 )  # fmt: skip
-
-
+# Pillow's decoders that may see a file; JPEG's reads MPO, too. Others, which run programs (EPS) or
+# are hardly ever fuzzed, never do.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM")
+# The brands of HEIF's family that hold HEVC pictures, as telephones write them.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif")
+# Where a file may hold further pictures (the second eye, bursts, thumbnails), the first one counts.
+_FIRST_OF_MANY = ("MPO", "HEIF")
+# Of a picture with more pixels (a scan), one that is 2, 4 or 8 times smaller is made.
+LARGE = 2**26
+# A header that promises more is refused before anything is decoded. Pillow's own limit would refuse
+# a scan of an A3 page at 1200 dots an inch.
+MAX_PIXELS = 2**29
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
+_TOO_LARGE = f"expected at most {MAX_PIXELS:,} pixels; make it smaller, or remove it"
 # Raised when a file's pixels come out otherwise than before.
-DECODING = 1
+DECODING = 2
+
+logger = logging.getLogger(__name__)
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """An image that cannot be turned into RGB; the message names it."""
 
 
+def open_image(file: IO[bytes], name: str) -> Image.Image:
+    """The picture behind a file's header; pixels are not decoded yet.
+
+    ImageError for a kind that is not read, several frames, or too many pixels.
+    """
+    head = file.read(12)
+    if not head:
+        raise ImageError(f"{name}: the file is empty")
+    file.seek(0)
+    heif = head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
+    try:
+        image = _open_heif(file, name) if heif else Image.open(file, formats=_known())
+    except UnidentifiedImageError:
+        kinds = ", ".join(kind for kind in FORMATS if kind != "DIB")
+        found = "a damaged HEIC photo" if heif else f"none of {kinds} and HEIC"
+        raise ImageError(f"{name}: cannot be decoded as an image: it is {found}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"{name}: {_TOO_LARGE}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{name}: {image.width}x{image.height} pixels, {_TOO_LARGE}")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in _FIRST_OF_MANY:
+        raise ImageError(f"{name}: holds {frames} frames, expected a single image")
+    return image
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow has."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+
+
+def _open_heif(file: IO[bytes], name: str) -> Image.Image:
+    try:
+        import pillow_heif  # pyrefly: ignore[missing-import]
+    except ImportError:
+        raise ImageError(
+            f"{name}: a HEIC photo, as iPhones take them; pip install 'jaxsynth[heic]' to read "
+            "such photos, or convert them to JPEG"
+        ) from None
+    pillow_heif.register_heif_opener()
+    return Image.open(file, formats=("HEIF",))
+
+
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Upright 8-bit RGB. Transparency is laid over white; 16-bit grey keeps its top 8 bits."""
-    if getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{name}: holds {image.n_frames} frames, expected a single image")
+    """Upright 8-bit RGB. Transparency is laid over white; 16-bit grey keeps its top 8 bits.
+
+    Grey values of a 16-bit file none of which needs more than 12 bits (as cameras write them) are
+    taken for 12-bit ones, of which the top 8 stay.
+    """
+    factor = 1
+    while image.width * image.height > LARGE * factor**2:
+        factor *= 2
+    if factor > 1:  # JPEG decodes to a smaller size by itself
+        wanted = (-(-image.width // factor), -(-image.height // factor))
+        image.draft(None, wanted)
+        factor = max(1, round(image.width / wanted[0]))
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ImageError(f"{name}: holds floating point pixels, expected integer ones")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError(
-                f"{name}: pixels from {values.min()} to {values.max()}, expected at most 16 bits"
-            )
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = Image.fromarray(_eight_bits(np.asarray(image), name))
+    alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if factor > 1:
+        mode = {"1": "L", "P": "RGBA" if alpha else "RGB", "PA": "RGBA"}.get(image.mode)
+        image = (image if mode is None else image.convert(mode)).reduce(factor)
+    if alpha:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
+def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise ImageError(f"{name}: pixels from {low} to {high}, expected at most 16 bits")
+    twelve = 255 < high < 4096
+    if twelve:
+        logger.warning("%s: no value above %d in 16 bits: read as 12-bit values", name, high)
+    return (values >> (4 if twelve else 8)).astype(np.uint8)
+
+
 def decode_image(data: bytes | Path, name: str = "") -> UInt8[np.ndarray, "h w 3"]:
     """The pixels of encoded bytes or of a file. `name` is what an error calls it."""
     name = name or (str(data) if isinstance(data, Path) else "image")
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        content = data if isinstance(data, bytes) else data.read_bytes()
+    except OSError as error:  # a link to nowhere, a folder, no permission
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+    try:
+        with open_image(io.BytesIO(content), name) as image:
             return np.array(to_rgb(image, name))
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"{name}: {_TOO_LARGE}") from None
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ImageError(f"{name}: cannot be decoded as an image ({error})") from error
 
 

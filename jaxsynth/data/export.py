@@ -24,10 +24,10 @@ def _rows(store: ImageStore) -> Iterator[tuple[bytes, dict]]:
 
 
 def _imagefolder(store: ImageStore, folder: Path, _: int) -> None:
-    """<class>/<index>.png with class names percent-encoded, and Hugging Face's metadata.jsonl."""
+    """<class>/<index>.png, and Hugging Face's metadata.jsonl with the classes' whole names."""
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as manifest:
-        for png, row in _rows(store):
-            name = f"{safe_name(row['class_name'])}/{row['index']:06d}.png"
+        for entry, (png, row) in zip(store.entries, _rows(store), strict=True):
+            name = f"{safe_name(entry.title)}/{entry.index:06d}.png"
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(png)
@@ -39,9 +39,9 @@ def _webdataset(store: ImageStore, folder: Path, shard_size: int) -> None:
 
     The key is the image's position: class names may hold dots, where WebDataset ends a key.
     """
-    if any("\n" in name for name in store.class_names):
+    if any("\n" in name for name in store.titles):
         raise StoreError("webdataset: a class name with a line break does not fit classnames.txt")
-    (folder / "classnames.txt").write_text("\n".join(store.class_names) + "\n", "utf-8")
+    (folder / "classnames.txt").write_text("\n".join(store.titles) + "\n", "utf-8")
     tar = None
     try:
         for position, (png, row) in enumerate(_rows(store)):
@@ -70,14 +70,17 @@ def _parquet(store: ImageStore, folder: Path, shard_size: int) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise StoreError("parquet: the package pyarrow is missing (pip install pyarrow)") from error
+        raise StoreError(
+            "parquet: the package pyarrow is missing (pip install 'jaxsynth[parquet]')"
+        ) from error
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     value = {"dtype": "string", "_type": "Value"}
     columns = {
         "image": (image, {"_type": "Image"}),
-        "label": (pa.int64(), {"names": list(store.class_names), "_type": "ClassLabel"}),
+        "label": (pa.int64(), {"names": list(store.titles), "_type": "ClassLabel"}),
         "id": (pa.string(), value),
         "index": (pa.int64(), value | {"dtype": "int64"}),
+        "dataset": (pa.string(), value),
         "prompt": (pa.string(), value),
         "seed": (pa.int64(), value | {"dtype": "int64"}),
         "guidance": (pa.float64(), value | {"dtype": "float64"}),

@@ -8,11 +8,12 @@ a {class}". Its code puts class names into it as they are on disk ("AnnualCrop",
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.dataset import Dataset
+from jaxsynth.data.dataset import Dataset, SourceError
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 
@@ -101,7 +102,7 @@ def display_name(name: str, *, raw: bool = False) -> str:
     """Readable words of a class name: "apple_pie" -> "apple pie", "AnnualCrop" -> "annual crop"."""
     if raw:
         return name
-    words = " ".join(name.replace("_", " ").split())
+    words = " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
     if _CAMEL.fullmatch(words):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words).lower()
     return words or name
@@ -116,6 +117,25 @@ def display_names(
     if unknown:
         raise ValueError(f"display_names: no class is called {unknown}; found {list(class_names)}")
     return tuple(given.get(name, display_name(name, raw=raw)) for name in class_names)
+
+
+def check_distinct(dataset: Dataset) -> None:
+    """SourceError where two classes get prompts that CLIP reads alike.
+
+    Its tokenizer lower-cases, joins white space and composes accents.
+    """
+    seen: dict[str, str] = {}
+    for class_name, words in zip(dataset.class_names, dataset.display_names, strict=True):
+        key = " ".join(unicodedata.normalize("NFC", words).lower().split())
+        if key in seen:
+            raise SourceError(
+                f"{dataset.name}: classes {seen[key]!r} and {class_name!r} get the same prompt "
+                f"({key!r}), so that no model can tell them apart; merge them, rename one, or give "
+                'one another name for prompts, as in --config.data.display_names="{'
+                f"{class_name!r}: 'another name'"
+                '}"'
+            )
+        seen[key] = class_name
 
 
 def prompt(dataset: Dataset, class_: int | str) -> str:

@@ -28,7 +28,8 @@ from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES
 from jaxsynth.data.names import natural_key
 from jaxsynth.data.sources.arrays import ArraySource
-from jaxsynth.data.sources.folder import BESIDE, FileSource, folder_source
+from jaxsynth.data.sources.files import RUBBISH, FileSource, is_image
+from jaxsynth.data.sources.folder import folder_source, is_beside
 from jaxsynth.data.views import Subset
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -38,8 +39,6 @@ CIFAR10_CLASSES = (
 _WORDNET = re.compile(r"n\d{8}")
 # Bytes of one image in test_batch.bin: its label and three planes of 32 x 32.
 _CIFAR_BYTES = 1 + 3 * 32 * 32
-# What lies beside the class folders of SUN397 and of ImageNet's download.
-_LISTS = (".txt", ".csv", ".mat", ".json", ".md")
 
 
 @dataclass(frozen=True)
@@ -335,14 +334,15 @@ def _files(root: Path, *, below: bool) -> list[Path]:
         raise SourceError(f"{root}: no such folder")
     found = []
     for path in root.rglob("*") if below else root.iterdir():
-        if any(part.startswith(".") for part in path.relative_to(root).parts):
+        parts = path.relative_to(root).parts
+        if any(part.startswith(".") or part.lower() in RUBBISH for part in parts):
             continue
         if path.is_dir():
             if not below:
                 raise SourceError(f"{path}: a folder, expected images side by side in {root}")
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif is_image(path):
             found.append(path)
-        elif path.suffix.lower() not in _LISTS and path.name.lower() not in BESIDE:
+        elif not is_beside(path):
             raise SourceError(f"{path}: not an image file ({', '.join(IMAGE_SUFFIXES)} are read)")
     if not found:
         raise SourceError(f"{root}: no images found")

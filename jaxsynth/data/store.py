@@ -277,6 +277,14 @@ class ImageStore:
             twice = next(id_ for id_ in self.ids if self.ids.count(id_) > 1)
             raise StoreError(f"{self.folder}: two images are called {twice}")
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """The classes, each with its data set before it where the store has several."""
+        if not self.datasets:
+            return self.class_names
+        both = zip(self.datasets, self.class_names, strict=True)
+        return tuple(f"{dataset} {name}" for dataset, name in both)
+
     @cached_property
     def labels(self) -> Int[np.ndarray, " n"]:
         return np.asarray([entry.label for entry in self.entries], np.int32)

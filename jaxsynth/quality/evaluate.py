@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import ImageSource
-from jaxsynth.data.decode import IMAGE_SUFFIXES
 from jaxsynth.data.names import natural_key
-from jaxsynth.data.sources.folder import BESIDE, FileSource, folder_source
+from jaxsynth.data.sources.files import FileSource, is_image, refuse, visible
+from jaxsynth.data.sources.folder import folder_source, is_beside
 from jaxsynth.data.store import ImageStore
 from jaxsynth.quality.features import FeatureExtractor, read_images
 from jaxsynth.quality.metrics import QualityConfig, evaluate, least_samples
@@ -82,16 +82,17 @@ def open_images(path: str | Path) -> tuple[ImageSource, tuple[str, ...]]:
     if (path / "store.json").exists():
         store = ImageStore(path)
         return store, store.class_names
-    visible = [child for child in path.iterdir() if not child.name.startswith(".")]
-    if any(child.is_dir() for child in visible):
+    children = visible(path)
+    if any(child.is_dir() for child in children):
         source, names = folder_source(path)
         return source, tuple(names)
-    ids = sorted((p.name for p in visible if p.name.lower() not in BESIDE), key=natural_key)
-    for name in ids:
-        if not name.lower().endswith(IMAGE_SUFFIXES):
-            raise UserError(
-                f"{path / name}: not an image file ({', '.join(IMAGE_SUFFIXES)} are read)"
-            )
+    problems = {
+        child: "not an image file"
+        for child in children
+        if not is_image(child) and not is_beside(child)
+    }
+    refuse(path, problems)
+    ids = sorted((child.name for child in children if is_image(child)), key=natural_key)
     if not ids:
         raise UserError(f"{path}: no images and no class folders")
     return FileSource(path, tuple(ids), np.zeros(len(ids), np.int32)), ()

@@ -32,7 +32,8 @@ from jaxsynth.data.procedural.cues import (
 )
 from jaxsynth.data.procedural.shapes import SHAPES
 from jaxsynth.data.sources.arrays import ArraySource
-from jaxsynth.data.sources.folder import FileSource, folder_source
+from jaxsynth.data.sources.files import FileSource
+from jaxsynth.data.sources.folder import folder_source
 
 VARIANTS = ("original", "mixed_same", "mixed_rand")
 

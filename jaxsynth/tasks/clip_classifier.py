@@ -36,6 +36,7 @@ from jaxsynth.data.pipeline.batches import (
     train_batches,
 )
 from jaxsynth.data.pipeline.mixing import mix_batch, one_hot
+from jaxsynth.data.pipeline.normalize import normalize_pixels
 from jaxsynth.data.prompts import check_template
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.models.shapes import is_abstract, transform
@@ -117,8 +118,7 @@ class Classification:
             order = jnp.argsort(~batch["is_real"], stable=True)
             batch = {name: values[order] for name, values in batch.items()}
         labels = one_hot(batch["label"], self.num_classes, self.label_smoothing)
-        # Divided by an array and not by a constant, whose reciprocal XLA would round.
-        pixels = (batch["image"].astype(jnp.float32) - constants["mean"]) / constants["std"]
+        pixels = normalize_pixels(batch["image"], constants["mean"], constants["std"])
         images, labels = mix_batch(
             keys[0], pixels, labels, num_real=num_real, probability=self.mix_probability
         )
@@ -166,8 +166,8 @@ def classifier_task(
     model = transform(lambda base: registry.add(base, adapter, rngs=init_key), clip.model)
     ids = jnp.asarray(clip.tokenizer(list(prompts)))
     constants = {
-        "mean": np.asarray(clip.mean, np.float32) * 255,
-        "std": np.asarray(clip.std, np.float32) * 255,
+        "mean": np.asarray(clip.mean, np.float32),
+        "std": np.asarray(clip.std, np.float32),
     }
     if any(path.startswith("text_") for path in trainable_variables(model)):
         constants["ids"] = ids

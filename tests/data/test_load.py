@@ -85,7 +85,7 @@ def test_folder_held_out_is_seeded(folder):
         (lambda r: (r / "train/plain/more").mkdir(), "more: a folder inside"),
         (lambda r: (r / "train/empty").mkdir(), "class 'empty' has no images"),
         (lambda r: photo(r / "test/other/1.png"), r"unexpected \['other'\]"),
-        (lambda r: photo(r / "stray.png"), "stray.png: expected only splits"),
+        (lambda r: photo(r / "stray.png"), "stray.png: a file beside train"),
         (lambda r: photo(r / "cats/1.png"), r"found \['cats'\] beside train/"),
     ],
 )
@@ -165,13 +165,27 @@ def test_png_round_trip_is_deterministic():
 
 
 def test_safe_names():
-    names = ["F/A-18", "crème brûlée", "..", ".hidden", "100% cotton", "a b", "x%20y", "ok-1_2.3~"]
+    names = [
+        "F/A-18", "crème brûlée", "..", ".hidden", "100% cotton", "a b", "x%20y", "ok-1_2.3~",
+        " spaces ", "con", "NUL.txt", "a\nb", "what?", "<b>", "dot.", "back\\slash", "%",
+    ]  # fmt: skip
     for name in names:
         safe = safe_name(name)
-        assert "/" not in safe and " " not in safe and safe.isascii() and safe[0] != "."
+        assert not set(safe) & set('/\\:*?"<>|\n') and safe[0] not in ". " and safe[-1] not in ". "
         assert class_of_folder(safe) == name
+    assert safe_name("golden retriever") == "golden retriever"
+    assert safe_name("crème brûlée 犬") == "crème brûlée 犬"
+    assert class_of_folder("golden%20retriever") == "golden retriever", "as older exports wrote it"
     assert class_of_folder("100% cotton") == "100% cotton"
     assert len({safe_name(name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("letter", ["w", "é", "犬", "😀"])
+def test_long_names_fit_a_file_system(tmp_path, letter):
+    name = letter * (400 // len(letter.encode()))
+    safe, other = safe_name(name), safe_name(name + "!")
+    assert safe != other and len(safe.encode()) <= 180
+    (tmp_path / f"{safe}.safetensors").touch()
 
 
 def test_natural_order():

@@ -271,6 +271,6 @@ def test_export_refusals(store, tmp_path, monkeypatch):
         export(store, tmp_path, "imagefolder")
     # None in sys.modules is how Python marks a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(StoreError, match="pip install pyarrow"):
+    with pytest.raises(StoreError, match=r"pip install .jaxsynth\[parquet\]"):
         export(store, tmp_path / "pq", "parquet")
     assert not (tmp_path / "pq").exists()

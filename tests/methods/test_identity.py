@@ -74,6 +74,13 @@ EXEMPT = {
     "source": "which data: identified by content",
     "url": "a server",
     "model": "a server's model, or weights by content",
+    "raw_names": "only where a class's name is not what it is called in prompts",
+}
+# The same for single fields.
+EXEMPT_HERE = {
+    ("controlled", "train.learning_rate"): "`rates` says which are tried",
+    ("diffscaler", "train.learning_rate"): "`rates` says which are tried",
+    ("diffscaler", "base_data.printed.template"): "a class-conditional network reads no text",
 }
 
 # Fields that these small runs leave empty, or whose other values need files.
@@ -127,7 +134,7 @@ def others(name: str, old: Any) -> list[Any]:
     if isinstance(old, int):
         return [*found, old + 1, old * 2, old - 1]
     if isinstance(old, float):
-        return [*found, old * 0.5 + 0.1, old + 1.0, old * 0.5]
+        return [*found, old * 0.5 + 0.07, old + 1.0, old * 0.5]
     if isinstance(old, str):
         return found
     if isinstance(old, tuple) and old:
@@ -220,10 +227,14 @@ def test_every_field_decides_a_stage_or_says_why_not(method, identities, monkeyp
     forgotten, untried = [], {}
     for path in leaves(config):
         name, field = path[-1], field_of(config, path)
+        if (method, ".".join(path)) in EXEMPT_HERE:
+            continue
         if name in EXEMPT or (field is not None and not is_identity(field)):
             continue
         refusals = []
         for other in others(name, get(config, path)):
+            if other == get(config, path):
+                continue
             try:
                 after = identities(module, changed(config, path, other))
             except (ValueError, UserError) as error:

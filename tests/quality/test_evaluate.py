@@ -181,6 +181,6 @@ def test_paths_without_images(tmp_path):
         open_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images and no class folders"):
         open_images(tmp_path)
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"notes\.txt: not an image file"):
+    (tmp_path / "notes.docx").touch()
+    with pytest.raises(UserError, match=r"notes\.docx: not an image file"):
         open_images(tmp_path)

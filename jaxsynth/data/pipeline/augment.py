@@ -226,10 +226,7 @@ def normalize(
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """uint8 (h, w, 3), generator -> augmented uint8 (size, size, 3).
-
-    Bytes cross to the device, a quarter of what floats would be, and are normalized there.
-    """
+    """uint8 (h, w, 3), generator -> augmented uint8 (size, size, 3); the device normalizes it."""
 
     size: int
     recipe: Augment = Augment()
@@ -239,7 +236,7 @@ class TrainTransform:
     ) -> UInt8[np.ndarray, "size size 3"]:
         if rng is None:
             raise ValueError("a training transform needs a random generator")
-        return np.asarray(augment(Image.fromarray(image), self.recipe, self.size, rng))
+        return np.array(augment(Image.fromarray(image), self.recipe, self.size, rng))
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,6 @@ from jaxsynth.data.sources.arrays import cached
 Transform = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
 Batch = dict[str, np.ndarray]
 
-# Far more steps than any run takes; lets endless pipelines be zipped, which need equal lengths.
-_ENDLESS = 2**48
-
 
 class _Examples:
     """A source as what Grain asks of one: examples as dicts, `index` being the position."""
@@ -130,29 +127,18 @@ def train_batches(
     return _iterator(batches, num_workers, num_threads)
 
 
-class _Mixed:
-    """Batches whose first part is real and whose second is synthetic."""
-
-    def __init__(self, real: grain.MapDataset, synthetic: grain.MapDataset, steps: int):
-        self.real, self.synthetic, self.steps = real, synthetic, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> Batch:
-        real, synthetic = self.real[index], self.synthetic[index]
-        counts = [len(real["label"]), len(synthetic["label"])]
-        shapes = [part["image"].shape[1:] for part in (real, synthetic)]
-        if shapes[0] != shapes[1]:
-            raise SourceError(
-                f"real images are {shapes[0]}, synthetic ones {shapes[1]}: give a transform that "
-                "makes them equal"
-            )
-        batch = {key: np.concatenate([real[key], synthetic[key]]) for key in real}
-        return batch | {"is_real": np.repeat([True, False], counts)}
-
-    def __repr__(self) -> str:
-        return f"_Mixed({self.steps})"
+def _join(parts: tuple[Batch, Batch]) -> Batch:
+    """One batch of a real and a synthetic one, real images first."""
+    real, synthetic = parts
+    counts = [len(part["label"]) for part in parts]
+    shapes = [part["image"].shape[1:] for part in parts]
+    if shapes[0] != shapes[1]:
+        raise SourceError(
+            f"real images are {shapes[0]}, synthetic ones {shapes[1]}: give a transform that "
+            "makes them equal"
+        )
+    batch = {key: np.concatenate([real[key], synthetic[key]]) for key in real}
+    return batch | {"is_real": np.repeat([True, False], counts)}
 
 
 def real_count(batch_size: int, real_fraction: float) -> int:
@@ -198,7 +184,9 @@ def mixed_batches(
         # Odd and even seeds, so that the two kinds do not share their order.
         args = (2 * seed + offset, transform, None, process_index, process_count, what)
         parts.append(_batched(source, size, *args))
-    batches = grain.MapDataset.source(_Mixed(*parts, _ENDLESS if steps is None else steps))
+    # Both are endless; what is zipped must be of one length.
+    steps = min(map(len, parts)) if steps is None else steps
+    batches = grain.experimental.ZipMapDataset([part[:steps] for part in parts]).map(_join)
     return _iterator(batches, num_workers, num_threads)
 
 

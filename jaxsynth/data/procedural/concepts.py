@@ -285,6 +285,8 @@ class LanguageServer:
     """A language model behind an OpenAI-compatible server, `url` ending in its version ("/v1").
 
     `timeout` is in seconds, for each answer; `api_key` may be empty, as local servers have none.
+    huggingface_hub's client does not serve here: it reaches no local server where HF_HUB_OFFLINE is
+    set, as on clusters, and sends the hub's token along.
     """
 
     url: str

@@ -3,15 +3,26 @@
 import numpy as np
 from PIL import Image
 
+from jaxsynth.data.dataset import DataConfig, ImageSource
 from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.views import held_out
+
+
+def load_digits(
+    config: DataConfig,
+) -> tuple[tuple[str, ...], ImageSource, ImageSource, str]:
+    """Class names, train, test, and how they were split."""
+    names = tuple(str(i) for i in range(10))
+    train, test = held_out(digits_source(config.image_size), names, 0.5, 0)
+    return names, train, test, "half of each class held out, the same always"
 
 
 def digits_source(image_size: int = 0) -> ArraySource:
     """scikit-learn's 1797 handwritten digits: 8 x 8 grey, enlarged (bicubic), white on black."""
-    from sklearn.datasets import load_digits  # slow to import, only this source needs it
+    from sklearn import datasets  # slow to import, only this source needs it
 
     size = image_size or 32
-    data = load_digits()
+    data = datasets.load_digits()
     small = np.round(data.images * (255 / 16)).astype(np.uint8)
     grey = [
         np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC)) for x in small

@@ -1,143 +1,247 @@
-"""Folders of photos: one folder per class, below train/ and test/ or directly in the root.
+"""Folders of photos, in the layouts that people have.
 
-Folder names are class names; those that `safe_name` wrote (percent-encoded) are decoded. Classes
-are numbered in plain sorted order, as torchvision, Keras and Hugging Face number them. Hidden files
-and a root's README, LICENSE and metadata.jsonl are passed over; anything else that is not an image
-of a class is an error that names it, so that nothing is skipped unnoticed.
+- A folder for each class, directly in the root or below train/ and test/ (also Train/,
+  training_set/ and the like, val/ for test/); the test images may lie elsewhere (`test_path`).
+- Images side by side with a table of their labels (`labels`, or labels.csv, metadata.csv or
+  metadata.jsonl beside them).
+- What `data.export` and Hugging Face write: class folders with metadata.jsonl, WebDataset's .tar
+  files with classnames.txt, Parquet files with an image and a label column.
+
+Folder names are class names; those that `safe_name` wrote are decoded. Classes are numbered in
+plain sorted order, as torchvision, Keras and Hugging Face number them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
 
-from jaxsynth.core.io import file_digests_cached
-from jaxsynth.data.dataset import DataConfig, ImageSource, Indices, Record, SourceError
-from jaxsynth.data.decode import IMAGE_SUFFIXES, decode_image, decoded_digest, square
+from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
 from jaxsynth.data.names import class_of_folder, natural_key
+from jaxsynth.data.sources.files import (
+    FileSource,
+    check_images,
+    images_in,
+    is_image,
+    refuse,
+    visible,
+)
+from jaxsynth.data.sources.labels import exported_classes, find_table, read_table
+from jaxsynth.data.sources.shards import is_shards, read_shards
 from jaxsynth.data.views import held_out
 
-VALIDATION = ("val", "valid", "validation")
-# What an export of ours (and Hugging Face's imagefolder) puts beside the class folders.
-BESIDE = ("metadata.jsonl", "metadata.csv", "readme", "readme.md", "readme.txt", "license")
+# Names of splits, of which only letters count: "Training_Set" is a "trainingset".
+TRAIN = ("train", "training", "trainset", "trainingset", "traindata", "trainingdata")
+TEST = ("test", "testing", "testset", "testingset", "testdata")
+VALIDATION = ("val", "valid", "validation", "valset", "validationset", "dev")
+# Texts and tables that lie beside class folders.
+BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".html",
+          ".pdf", ".mat", ".rst")  # fmt: skip
+BESIDE_NAMES = ("readme", "license", "licence", "copying")
+# `test_split`: hold test images out of the training ones whatever folders there are.
+NO_TEST = "none"
+
+Loaded = tuple[tuple[str, ...], ImageSource, ImageSource, str]
 
 
-@dataclass(frozen=True)
-class FileSource:
-    """Image files; ids are their paths below `root`, with "/" between the parts."""
-
-    root: Path
-    ids: Sequence[str]
-    labels: Int[np.ndarray, " n"]
-    image_size: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Record:
-        image = decode_image(self.root / self.ids[index])
-        return Record(square(image, self.image_size), int(self.labels[index]), self.ids[index])
-
-    def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
-        ids = self.ids if indices is None else [self.ids[i] for i in indices]
-        digests = file_digests_cached([self.root / id_ for id_ in ids])
-        return [decoded_digest(digest, self.image_size) for digest in digests]
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+def is_beside(path: Path) -> bool:
+    """Whether a file is a text or table that may lie beside class folders."""
+    return path.suffix.lower() in BESIDE or path.name.lower() in BESIDE_NAMES
 
 
 def class_folders(root: Path) -> dict[str, Path]:
     """The class folders below `root` by class name, in sorted order."""
     if not root.is_dir():
-        raise SourceError(f"{root}: no such folder")
+        raise SourceError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
     found: dict[str, Path] = {}
-    for path in _visible(root):
+    problems: dict[Path, str] = {}
+    known = exported_classes(root)
+    for path in visible(root):
         if path.is_dir():
-            name = class_of_folder(path.name)
+            name = known.get(path.name) or class_of_folder(path.name)
             if name in found:
                 raise SourceError(
-                    f"{root}: {found[name].name!r} and {path.name!r} are both class {name!r}"
+                    f"{root}: {found[name].name!r} and {path.name!r} are both class {name!r}; "
+                    "rename or merge them"
                 )
             found[name] = path
-        elif path.name.lower() not in BESIDE:
-            raise SourceError(f"{path}: expected only class folders in {root}, found a file")
+        elif not is_beside(path):
+            problems[path] = "a file beside the class folders"
     if not found:
-        raise SourceError(f"{root}: no class folders found")
+        raise SourceError(_no_classes(root))
+    refuse(root, problems)
     return dict(sorted(found.items()))
 
 
-def folder_source(root: Path, class_names: list[str] | None = None, image_size: int = 0):
+def _no_classes(root: Path) -> str:
+    images = sum(is_image(path) for path in visible(root))
+    if not images:
+        return f"{root}: no class folders found; expected a folder of images for each class"
+    return (
+        f"{root}: {images} images side by side and no class folders. Move them into a folder for "
+        "each class, or say what they are in labels.csv (file,label) or metadata.jsonl beside them "
+        "(another place: --config.data.labels=). A folder of one class: give its parent as path"
+    )
+
+
+def folder_source(
+    root: Path, class_names: Sequence[str] | None = None, image_size: int = 0
+) -> tuple[FileSource, tuple[str, ...]]:
     """A source of every image below `root`, and its class names.
 
-    With `class_names` given, the folder must have exactly these classes.
+    With `class_names` given, the folder must have exactly these classes. SourceError naming all
+    files that are no images or cannot be read.
     """
     folders = class_folders(root)
     if class_names is not None and sorted(folders) != sorted(class_names):
         extra, missing = set(folders) - set(class_names), set(class_names) - set(folders)
         raise SourceError(
-            f"{root}: its classes differ: unexpected {sorted(extra)}, missing {sorted(missing)}"
+            f"{root}: its classes differ from those of the training images: unexpected "
+            f"{sorted(extra)}, missing {sorted(missing)}"
         )
-    names = list(folders) if class_names is None else class_names
-    ids, labels = [], []
+    names = list(folders) if class_names is None else list(class_names)
+    ids: list[str] = []
+    labels: list[int] = []
+    problems: dict[Path, str] = {}
     for label, name in enumerate(names):
-        members = []
-        for path in _visible(folders[name]):
-            if path.is_dir():
-                raise SourceError(f"{path}: a folder inside the folder of class {name!r}")
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                raise SourceError(
-                    f"{path}: not an image file ({', '.join(IMAGE_SUFFIXES)} are read)"
-                )
-            members.append(f"{folders[name].name}/{path.name}")
-        if not members:
-            raise SourceError(f"{folders[name]}: class {name!r} has no images")
+        images = images_in(folders[name], problems)
+        if not images and not any(path.parent == folders[name] for path in problems):
+            problems[folders[name]] = f"class {name!r} has no images"
+        members = [f"{folders[name].name}/{path.name}" for path in images]
         ids += sorted(members, key=natural_key)
         labels += [label] * len(members)
+    check_images([root / id_ for id_ in ids], problems)
+    refuse(root, problems)
     return FileSource(root, tuple(ids), np.asarray(labels, np.int32), image_size), tuple(names)
 
 
-def load_folder(config: DataConfig) -> tuple[tuple[str, ...], ImageSource, ImageSource, str]:
+def load_folder(config: DataConfig) -> Loaded:
     """Class names, train, test, and where test comes from."""
     if not config.path:
         raise SourceError('path: source "folder" needs the folder of the images')
     root = Path(config.path).expanduser()
     if not root.is_dir():
-        raise SourceError(f"path: {root}: no such folder")
-    below = [p.name for p in _visible(root) if p.is_dir()]
-    if config.train_split not in below:
-        if config.test_split:
-            raise SourceError(
-                f"{root}: test_split {config.test_split!r} needs {config.train_split}/ too; "
-                f"found {below}"
-            )
-        source, names = folder_source(root, None, config.image_size)
+        reason = "a file, expected the folder of the images" if root.exists() else "no such folder"
+        raise SourceError(f"path: {root}: {reason}")
+    splits = _splits(root, config)
+    train_root = root if splits is None else root / splits[0]
+    source, names, own_test = _part(train_root, None, config)
+    below = [] if splits is None else splits[1]
+    if config.test_path:
+        _refuse_unread(config, "the test images are those of test_path")
+        apart = Path(config.test_path).expanduser()
+        if not apart.is_dir():
+            raise SourceError(f"test_path: {apart}: no such folder")
+        return names, source, _part(apart, names, config)[0], "the folder of test_path"
+    if config.test_split == NO_TEST and NO_TEST not in below:
+        below, own_test = [], None
+    if own_test is not None:
+        _refuse_unread(config, "the files have test images of their own")
+        return names, source, own_test, "the files' own test images"
+    if not below:
+        train, test = held_out(source, names, config.test_fraction, config.split_seed)
+        note = f"{config.test_fraction:g} of each class held out, seed {config.split_seed}"
+        return names, train, test, note
+    _refuse_unread(config, f"the test images are those of {below[0]}/")
+    try:
+        test, _, _ = _part(root / below[0], names, config)
+    except SourceError as error:
+        raise SourceError(
+            f"{error}. To hold test images out of {train_root.name}/ instead: "
+            f"--config.data.test_split={NO_TEST}"
+        ) from None
+    unused = ", ".join(f"{name}/" for name in below[1:])
+    return names, source, test, f"the folder {below[0]}/" + (f"; not used: {unused}" * bool(unused))
+
+
+def _refuse_unread(config: DataConfig, why: str) -> None:
+    defaults = DataConfig()
+    for field in ("test_fraction", "split_seed"):
+        if getattr(config, field) != getattr(defaults, field):
+            raise SourceError(f"{field}: not used, {why}; leave it out")
+
+
+def _splits(root: Path, config: DataConfig) -> tuple[str, list[str]] | None:
+    """The folder of the training images and those for tests, best first; None without splits.
+
+    A folder called train that holds images is a class.
+    """
+    folders = [path for path in visible(root) if path.is_dir()]
+    below = [path.name for path in folders]
+    chosen = config.train_split != DataConfig().train_split
+    if chosen and config.train_split not in below:
+        raise SourceError(f"{root}: no folder {config.train_split}/ (train_split); found {below}")
+    if chosen:
+        trains = [config.train_split]
     else:
-        wanted = (config.test_split,) if config.test_split else ("test", *VALIDATION)
-        allowed = {config.train_split, config.test_split, "test", *VALIDATION}
-        strange = [name for name in below if name not in allowed]
-        if strange:
+        trains = [path.name for path in folders if _kind(path.name) in TRAIN and _has_parts(path)]
+    wanted = config.test_split if config.test_split != NO_TEST or NO_TEST in below else ""
+    if not trains:
+        if wanted:
             raise SourceError(
-                f"{root}: found {strange} beside {config.train_split}/: expected either class "
-                "folders or splits"
+                f"{root}: test_split {wanted!r} needs the training images in a folder of their "
+                f"own (train_split), found {below}; a test folder elsewhere is test_path"
             )
-        for path in _visible(root):
-            if not path.is_dir() and path.name.lower() not in BESIDE:
-                raise SourceError(f"{path}: expected only splits in {root}, found a file")
-        tests = [name for name in wanted if name in below]
-        if config.test_split and not tests:
-            raise SourceError(f"{root}: no folder {config.test_split}/ (test_split); found {below}")
-        source, names = folder_source(root / config.train_split, None, config.image_size)
-        if tests:
-            test, _ = folder_source(root / tests[0], list(names), config.image_size)
-            unused = [f"{name}/" for name in below if name not in (config.train_split, tests[0])]
-            note = f"; not used: {', '.join(unused)}" if unused else ""
-            return names, source, test, f"the folder {tests[0]}/{note}"
-    train, test = held_out(source, names, config.test_fraction, config.split_seed)
-    note = f"{config.test_fraction:g} of each class held out, seed {config.split_seed}"
-    return names, train, test, note
+        return None
+    if len(trains) > 1:
+        raise SourceError(f"{root}: {trains} may all hold training images; choose by train_split")
+    if wanted and wanted not in below:
+        raise SourceError(f"{root}: no folder {wanted}/ (test_split); found {below}")
+    others = [name for name in below if name != trains[0]]
+    tests = [name for kinds in (TEST, VALIDATION) for name in others if _kind(name) in kinds]
+    if strange := [name for name in others if name not in (*tests, wanted)]:
+        raise SourceError(
+            f"{root}: found {strange} beside {trains[0]}/: expected either class folders or splits "
+            "(train/ and test/); name yours by train_split and test_split, or move them"
+        )
+    problems = {
+        path: f"a file beside {trains[0]}/"
+        for path in visible(root)
+        if not path.is_dir() and not is_beside(path)
+    }
+    refuse(root, problems)
+    return trains[0], [wanted, *(x for x in tests if x != wanted)] if wanted else tests
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.lower())
+
+
+def _has_parts(folder: Path) -> bool:
+    """Whether a folder holds class folders, or images with a table of their labels."""
+    paths = visible(folder)
+    if is_shards(folder) or find_table(folder) is not None:
+        return True
+    return any(path.is_dir() for path in paths) and not any(map(is_image, paths))
+
+
+def _part(
+    root: Path, names: tuple[str, ...] | None, config: DataConfig
+) -> tuple[ImageSource, tuple[str, ...], ImageSource | None]:
+    """The images of one place, their class names, and test images that packed files may have."""
+    if is_shards(root):
+        sources, found = read_shards(root, config.image_size, names)
+        tests = [sources[kind] for kind in ("test", "validation", "val") if kind in sources]
+        if "train" not in sources:
+            return tests[0], found, None
+        return sources["train"], found, tests[0] if tests else None
+    table = Path(config.labels).expanduser() if config.labels else None
+    if table is None and sum(path.is_dir() for path in visible(root)) < 2:
+        table = find_table(root)
+    if table is None:
+        return *folder_source(root, names, config.image_size), None
+    if not table.is_absolute() and not table.is_file() and (root / table).is_file():
+        table = root / table
+    rows = read_table(table, root)
+    problems: dict[Path, str] = {}
+    check_images([root / id_ for id_ in rows], problems)
+    refuse(root, problems)
+    found = tuple(sorted(set(rows.values()))) if names is None else names
+    if unknown := sorted(set(rows.values()) - set(found)):
+        raise SourceError(f"{table}: classes {unknown} are none of the training images' {found}")
+    ids = sorted(rows, key=lambda id_: (found.index(rows[id_]), natural_key(id_)))
+    labels = np.asarray([found.index(rows[id_]) for id_ in ids], np.int32)
+    return FileSource(root, tuple(ids), labels, config.image_size), found, None

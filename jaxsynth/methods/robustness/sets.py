@@ -6,7 +6,7 @@ corrupted. All labels are places among the model's classes, which a file lists (
 are the clean set's own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,11 @@ class SetConfig:
             raise ValueError(f"source: expected one of {SOURCES}, found {self.source!r}")
         if self.path and not self.source:
             raise ValueError("source: there is a path; expected folder, tfds or cifar10")
+        if self.source in ("", "drawn"):
+            for field_ in fields(self):
+                if field_.name != "source" and getattr(self, field_.name) != field_.default:
+                    kind = "a drawn set" if self.source else "a set without a source"
+                    raise ValueError(f"{field_.name}: of a set in files, but this is {kind}")
 
     @property
     def folder(self) -> Path:

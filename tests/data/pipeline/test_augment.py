@@ -20,8 +20,10 @@ from jaxsynth.data.pipeline.augment import (
     TrainTransform,
     color_jitter,
     crop_box,
+    normalize,
     rand_augment,
 )
+from jaxsynth.data.pipeline.normalize import normalize_pixels
 
 
 def picture(height=40, width=48, seed=0):
@@ -33,11 +35,21 @@ def picture(height=40, width=48, seed=0):
 def test_train_transform(recipe):
     transform = pickle.loads(pickle.dumps(TrainTransform(24, RECIPES[recipe])))
     a, b, c = (transform(picture(), np.random.default_rng(seed)) for seed in (0, 0, 1))
-    assert a.shape == (24, 24, 3) and a.dtype == np.float32
+    assert a.shape == (24, 24, 3) and a.dtype == np.uint8
     np.testing.assert_array_equal(a, b)
     assert (recipe == "none") == np.array_equal(a, c)
     if recipe == "none":
-        np.testing.assert_array_equal(a, EvalTransform(24)(picture()))
+        expected = EvalTransform(24)(picture())
+        np.testing.assert_array_equal(normalize(a, CLIP_MEAN, CLIP_STD), expected)
+
+
+def test_the_device_normalizes_as_the_host_does():
+    pixels = np.stack([np.arange(256, dtype=np.uint8)] * 3, axis=-1)[None]
+    for mean, std in ((CLIP_MEAN, CLIP_STD), ((0.5, 0.4, 0.3), (0.2, 0.7, 1.0))):
+        found = jax.jit(lambda x, mean=mean, std=std: normalize_pixels(x, mean, std))(pixels)
+        assert found.dtype == np.float32
+        # XLA may divide by multiplying with the reciprocal: one rounding more.
+        np.testing.assert_allclose(found, normalize(pixels, mean, std), rtol=3e-7, atol=3e-7)
 
 
 def test_evaluation_is_transformers():

@@ -1,0 +1,137 @@
+"""Tables that say what images show: labels.csv, and Hugging Face's metadata.csv and metadata.jsonl.
+
+A table names a file and a class in each row. Column names vary; the file's column is the one whose
+cells are files, the class's is called label, class, category or the like, or is the only other one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxsynth.data.dataset import SourceError
+from jaxsynth.data.decode import IMAGE_SUFFIXES as _SUFFIXES
+from jaxsynth.data.sources.files import is_image, nearest_stems, visible
+
+TABLES = ("labels.csv", "metadata.jsonl", "metadata.csv", "labels.tsv", "labels.jsonl")
+CLASS_COLUMNS = ("class_name", "label", "class", "category", "label_name", "target", "species")
+
+
+def find_table(root: Path) -> Path | None:
+    """The table that lies in a folder of images, if one does."""
+    by_name = {path.name.lower(): path for path in visible(root) if path.is_file()}
+    return next((by_name[name] for name in TABLES if name in by_name), None)
+
+
+def read_table(path: Path, root: Path) -> dict[str, str]:
+    """The class of each image below `root`, by its path there.
+
+    SourceError for a column that cannot be told, a file that is missing, an image without a class,
+    and a class or file that is empty or named twice with different classes.
+    """
+    if not path.is_file():
+        raise SourceError(f"labels: {path}: no such file")
+    rows = [(number, row) for number, row in _rows(path) if any(row.values())]
+    if not rows:
+        raise SourceError(f"{path}: has no rows")
+    images = sorted(p.relative_to(root) for p in root.rglob("*") if is_image(p))
+    hidden = [p for p in images if any(part.startswith(".") for part in p.parts)]
+    files = nearest_stems(p.as_posix() for p in images if p not in hidden)
+    columns = list(rows[0][1])
+    file_column = _file_column(path, rows, files, columns)
+    class_column = _class_column(path, columns, file_column)
+    found: dict[str, str] = {}
+    for number, row in rows:
+        name, label = row.get(file_column, ""), row.get(class_column, "")
+        if name not in files:
+            raise SourceError(f"{path}, line {number}: no image {name!r} in {root}")
+        if not label:
+            raise SourceError(f"{path}, line {number}: {name!r} has no {class_column}")
+        if found.setdefault(files[name], label) != label:
+            raise SourceError(
+                f"{path}, line {number}: {name!r} is {label!r} here and {found[files[name]]!r} "
+                "in a row above"
+            )
+    if missing := sorted(set(files.values()) - set(found)):
+        raise SourceError(
+            f"{path}: {len(missing)} images of {root} are in no row, the first is {missing[0]!r}; "
+            "add them, or move them away"
+        )
+    return found
+
+
+def exported_classes(root: Path) -> dict[str, str]:
+    """The class of each folder by metadata.jsonl, where it tells one for every image of it."""
+    path = root / "metadata.jsonl"
+    if not path.is_file():
+        return {}
+    found: dict[str, set[str]] = {}
+    for _, row in _rows(path):
+        folder = Path(row.get("file_name", "")).parts[:1]
+        if row.get("class_name") and folder:
+            title = " ".join(filter(None, (row.get("dataset"), row["class_name"])))
+            found.setdefault(folder[0], set()).add(title)
+    return {folder: next(iter(names)) for folder, names in found.items() if len(names) == 1}
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows, cells as text; a table without a heading has columns "0", "1", ..."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: cannot be read as text ({error})") from None
+    lines = text.splitlines()
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SourceError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise SourceError(f"{path}, line {number}: expected an object")
+            yield number, {str(k): str(v) for k, v in row.items() if isinstance(v, str | int)}
+        return
+    first = lines[0] if lines else ""
+    delimiter = next((sign for sign in ("\t", ";") if sign in first and "," not in first), ",")
+    table = list(csv.reader(lines, delimiter=delimiter))
+    if not table:
+        return
+    headed = not any(Path(cell.strip()).suffix.lower() in _SUFFIXES for cell in table[0])
+    heading = [x.strip() for x in table[0]] if headed else [str(i) for i in range(len(table[0]))]
+    for number, cells in enumerate(table[headed:], 1 + headed):
+        if len(cells) not in (0, len(heading)):
+            raise SourceError(f"{path}, line {number}: {len(cells)} cells, expected {len(heading)}")
+        yield number, {key: cell.strip() for key, cell in zip(heading, cells, strict=False)}
+
+
+def _file_column(
+    path: Path,
+    rows: list[tuple[int, dict[str, str]]],
+    files: dict[str, str],
+    columns: list[str],
+) -> str:
+    counts = {key: sum(row.get(key) in files for _, row in rows) for key in columns}
+    best = max(columns, key=counts.__getitem__)
+    if not counts[best]:
+        raise SourceError(
+            f"{path}: no column names images that lie beside it; found {columns}, "
+            f"with {list(rows[0][1].values())} in the first row"
+        )
+    return best
+
+
+def _class_column(path: Path, columns: list[str], file_column: str) -> str:
+    others = [key for key in columns if key != file_column]
+    by_name = {key.lower(): key for key in reversed(others)}
+    for name in CLASS_COLUMNS:
+        if name in by_name:
+            return by_name[name]
+    if len(others) == 1 and others[0].lower() not in ("text", "caption", "prompt"):
+        return others[0]
+    raise SourceError(
+        f"{path}: no column of classes; expected one of {', '.join(CLASS_COLUMNS)}, found {others}"
+    )
