@@ -56,7 +56,28 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "negative_prompt": ("blurred",),
     "template": ("a drawing of a {}",),
     "train_on": ("mixed_rand", "original"),
-    "retention": (),
+    "retention": ({"images": 8},),
+    "test_fraction": (0.5,),
+    "class_names": (("1", "7"), ("A", "B")),
+    "display_names": ({"1": "uno", "A": "letter"},),
+    "train_split": ("other",),
+    "test_split": ("other",),
+    "test_path": ("elsewhere",),
+    "labels": ("labels.csv",),
+    "files": ("files.txt",),
+    "depth": ("depth",),
+    "class_map": ("map.json",),
+    "classes": ("classes.json",),
+    "kinds": (("fog",),),
+    "split": ("train",),
+    "kind": ("edges", "segmentation"),
+    "condition_folder": ("maps",),
+    "templates": ("imagenet7",),
+    "preprocessing": ("imagenet",),
+    "adapter": ("dora", "lokr"),
+    "shifted": ({"x": {"source": "drawn"}},),
+    "ood": ({"x": {"source": "drawn"}},),
+    "corrupted": ({"x": {"source": "drawn"}},),
 }
 # Fields that no stage of these runs reads, and why that is right.
 EXEMPT = {
@@ -70,7 +91,6 @@ EXEMPT = {
     "features": "weights are identified by content",
     "checkpoint": "weights are identified by content",
     "head": "weights are identified by content",
-    "adapter": "a kind of adapter or a file, with settings of its own",
     "source": "which data: identified by content",
     "url": "a server",
     "model": "a server's model, or weights by content",
@@ -92,7 +112,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     found = []
     for field in dataclasses.fields(value):
         inner, own = getattr(value, field.name), (*path, field.name)
-        if dataclasses.is_dataclass(inner):
+        if dataclasses.is_dataclass(inner) and not hasattr(inner, "schema"):
             found += leaves(inner, own)
         elif isinstance(inner, dict) and any(map(dataclasses.is_dataclass, inner.values())):
             for key, item in inner.items():

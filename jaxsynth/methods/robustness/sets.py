@@ -86,13 +86,14 @@ class SetsConfig:
         if not self.clean.source:
             raise ValueError("clean: expected a source")
         if self.drawn:
-            others = {
-                **{f"shifted.{name}": one for name, one in self.shifted.items()},
-                **{f"ood.{name}": one for name, one in self.ood.items()},
-                **{f"corrupted.{name}": one for name, one in self.corrupted.items()},
-                **{k: getattr(self, k) for k in ("context", "conflict", "background")},
-            }
-            for name, one in others.items():
+            for name in ("shifted", "ood", "corrupted", "classes"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}: of sets in files, but the clean set is drawn, and so are the "
+                        "others, of its classes"
+                    )
+            for name in ("context", "conflict", "background"):
+                one = getattr(self, name)
                 if one.source not in ("", "drawn"):
                     raise ValueError(
                         f"{name}: from {one.source}, but the clean set is drawn, of other classes"

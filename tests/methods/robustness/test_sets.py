@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_named(published, tmp_path):
         load(clean=FOLDER)
     with pytest.raises(ConfigError, match=r"clean.*source: expected one of .* found 'zip'"):
         load(clean={"source": "zip"})
-    with pytest.raises(ConfigError, match=r"ood\.strange: from folder, but the clean set is drawn"):
+    with pytest.raises(ConfigError, match=r"ood: of sets in files, but the clean set is drawn"):
         load(ood=sets["ood"])
     with pytest.raises(ConfigError, match=r"source: there is a path; expected folder, tfds"):
         load(clean={"source": "", "path": "a"})
