@@ -12,6 +12,9 @@ examples:
 environment:
   JAXSYNTH_CACHE     where compiled programs are kept, so that the next run starts faster
                      (default ~/.cache/jaxsynth/programs; "off" keeps none)
+  MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
+                     glibc keeps freed memory, which saves a fifth of large steps on a CPU
+                     (launch/demo.sh sets them)
   JAX_PLATFORMS      the devices to use: cpu, cuda or tpu (default: the fastest there is)
   HF_HUB_OFFLINE=1   never ask the Hugging Face hub; use only what was fetched before
 """
@@ -41,8 +44,8 @@ prints, in MiB on each device,
   arguments    what lies there between steps: weights, optimiser, average and cached latents
   frozen       the part of them that training does not change
   outputs      what a step returns beside them
-  temporaries  what a step needs while it runs; an accelerator, which computes in 16 bits, needs
-               less than these CPU devices
+  temporaries  what a step needs while it runs: the figure of CPU devices, which compute in 32
+               bits and lay memory out otherwise; an accelerator's may be smaller or larger
 and the floating-point operations of one update on all devices together.
 
 A mesh has the axes data, fsdp and tensor; their sizes multiply to the number of devices, and data

@@ -1,17 +1,18 @@
 """The `jaxsynth` command. It parses, calls and prints; what a verb does lives in the library.
 
-Exit codes: 0 success, 1 a run that failed, 2 a wrong command line or config, 130 interrupted. An
+Exit codes: 0 success, 1 a run that failed, 2 a wrong command line or config, 130 interrupted, 143
+stopped by SIGTERM with its work saved. An
 error that a user can act on is one line; any other keeps its traceback, because it is a bug.
 """
 
 import argparse
 import contextlib
-import ctypes
 import difflib
 import importlib
 import os
 import shlex
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -25,10 +26,7 @@ from rich.text import Text as RichText
 import jaxsynth
 from jaxsynth.cli import help
 from jaxsynth.core.errors import UsageError, UserError
-
-# malloc.h of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-
+from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 
 # The module that runs a method has `Config` (frozen dataclasses), `run(config, workdir)` and
 # `plan(config, mesh)`, which returns a list of `training.planning.Plan`; those of REPORTS also have
@@ -47,8 +45,6 @@ def method_module(name: str) -> ModuleType:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    if argv is None:  # the command itself, not a call from another program
-        _keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     debug = "--debug" in argv
@@ -68,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Interrupted. The same command goes on where this one stopped.", style="yellow"
         )
         return 130
+    except Preempted as error:
+        errors.print(RichText(str(error), "yellow"))
+        return EXIT_CODE
     except Exception as error:
         if debug or not _is_for_users(error):
             traceback.print_exc()
@@ -89,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
     from jaxsynth.core.console import console, duration, set_quiet
     from jaxsynth.runs.run import RUN_FILE, read_record, write_record
 
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        install()
     first = jax.process_index() == 0
     set_quiet(not first)
     workdir, command = args.workdir, shlex.join(["jaxsynth", *args.argv])
@@ -258,20 +259,6 @@ def _prepare_libraries() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next step, unless the environment tunes it already.
-
-    Every step on a CPU allocates its intermediate values as one block. By default glibc gives that
-    back to the kernel, and faulting it in again takes a fifth of the time of a large step. Only the
-    first arena can keep blocks of any size, so it has to be the only one.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ):
-        return
-    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-        mallopt(option, value)
 
 
 def _take_assignments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

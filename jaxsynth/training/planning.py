@@ -3,9 +3,9 @@
 A program is traced, placed on a mesh and compiled from shapes alone, so that a configuration for
 many accelerators is checked on a laptop whose devices are fake. Nothing of its size is allocated.
 
-Memory is what the compiler reports for the devices that it compiled for. XLA for CPUs computes
-bfloat16 in float32 and plans memory less tightly than it does for accelerators, so temporaries of
-fake CPU devices are an upper estimate; arguments are exact anywhere. Work is counted in the traced
+Memory is what the compiler reports for the devices that it compiled for. Arguments are exact
+anywhere; temporaries of fake CPU devices are the CPU's own, which computes bfloat16 in float32 and
+attends in chunks: an accelerator's may be smaller or larger. Work is counted in the traced
 program, because XLA's own analysis counts the body of a loop (all layers of a scanned network)
 once.
 """

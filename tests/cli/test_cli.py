@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 import jaxsynth.core.errors
 from jaxsynth.cli import main as cli
+from jaxsynth.core import preemption
 from jaxsynth.runs.stage import run_stage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,7 +58,8 @@ def command(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JAXSYNTH_CACHE", "off")
     monkeypatch.setenv("COLUMNS", "300")
     method = types.SimpleNamespace(Config=Config, run=run, report=report)
-    monkeypatch.setitem(cli.METHODS, "counting", lambda: method)
+    monkeypatch.setitem(sys.modules, "counting_method", method)
+    monkeypatch.setitem(cli.METHODS, "counting", "counting_method")
     monkeypatch.setattr(cli, "REPORTS", ("counting",))
     Path("counting.py").write_text(
         "from ml_collections import ConfigDict\n"
@@ -167,7 +171,7 @@ def test_compile_cache_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_help_reads_well_and_does_not_wait_for_jax():
-    code = "import sys; from jaxsynth import cli\ntry:\n cli.main(['run', '--help'])\nfinally:\n"
+    code = "import sys; from jaxsynth.cli import main as cli\ntry:\n cli.main(['run', '--help'])\nfinally:\n"
     code += " print('jax' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
@@ -181,7 +185,7 @@ _TWO = """
 import dataclasses, sys, types
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 1)
-from jaxsynth import cli
+from jaxsynth.cli import main as cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -192,7 +196,8 @@ def run(config, workdir):
     total = process_allgather(np.float32(config.value * (1 + jax.process_index()))).sum()
     (workdir / f"{jax.process_index()}.txt").write_text(f"{jax.process_count()} {total}")
 
-cli.METHODS["two"] = lambda: types.SimpleNamespace(Config=Config, run=run)
+sys.modules["two_method"] = types.SimpleNamespace(Config=Config, run=run)
+cli.METHODS["two"] = "two_method"
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -232,3 +237,20 @@ def test_two_processes_meet_by_the_environment(tmp_path):
     assert [(tmp_path / "w" / f"{i}.txt").read_text() for i in range(2)] == ["2 6.0"] * 2
     assert "2 x cpu: two in w" in outputs[0][0]
     assert "jaxsynth" not in outputs[1][0] and "Done" not in outputs[1][0]
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(command, monkeypatch):
+    """As SLURM and Kubernetes send it; the code is 128 + 15."""
+    monkeypatch.setattr(preemption, "_asked", threading.Event())
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stops(config, workdir):
+        os.kill(os.getpid(), signal.SIGTERM)
+        preemption.stop_if_requested("the work of step 7")
+
+    monkeypatch.setattr(sys.modules["counting_method"], "run", stops)
+    try:
+        code, _, err = command(*RUN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 143 and "stopped on SIGTERM; the work of step 7 is saved" in err
