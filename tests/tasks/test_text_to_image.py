@@ -328,7 +328,7 @@ def test_diffusers_draws_the_same_image_with_the_adapter(pipeline, strong, peer)
 
 
 SETTINGS = {
-    "adalora": {"target_rank": 1},
+    "adalora": {"target_rank": 1, "warmup": 1, "final": 1},
     "delta_lora": {"ratio": 0.5},
     "oft": {"block_size": 4},
     "boft": {"block_size": 2},
@@ -415,3 +415,26 @@ def test_a_plan_is_the_program_that_runs(pipeline, by_class):
     assert planned.arguments == memory.argument_size_in_bytes
     many = trainer.plan("cls", task, config, mesh, count=3)
     assert many.arguments > planned.arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_any_kind_trains_on_a_mesh_as_on_one_device(pipeline, by_class, tmp_path, kind):
+    """With what it brings frozen (VeRA's projections, PiSSA's start) on every device."""
+    choice = registry.AdapterChoice(kind, SETTINGS.get(kind, {}))
+    known = registry.KINDS[kind].fields
+    sizes = {name: getattr(CONFIG, name) if name in known else None for name in ("rank", "alpha")}
+    targets = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_v",)
+    config = dataclasses.replace(
+        CONFIG, adapter=choice, unet_targets=targets, text_targets=(), dropout=None, steps=4,
+        warmup_steps=0, **sizes,
+    )  # fmt: skip
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    one, many = (
+        finetune(pipeline, by_class[0], config, tmp_path / name, seed=5, mesh=place)
+        for name, place in (("one", None), ("many", mesh))
+    )
+    assert losses(tmp_path / "many")[-1] == pytest.approx(losses(tmp_path / "one")[-1], rel=1e-5)
+    assert one.arrays.keys() == many.arrays.keys()
+    for name, value in one.arrays.items():
+        assert np.abs(many.arrays[name] - value).max() <= 1e-4 * max(np.abs(value).max(), 1), name

@@ -138,7 +138,9 @@ def budgeted(
         if not zeros:
             raise ValueError("AdaLoRA: no lora_A, lora_B and lora_E among the parameters")
         kept = {path: jnp.ones(own["lora_E"].shape, bool) for path, own in zeros.items()}
-        return BudgetState(inner.init(params), jnp.zeros((), jnp.int32), zeros, zeros, kept)
+        # Arrays of their own: a step donates each of them.
+        apart = jax.tree.map(jnp.copy, zeros)
+        return BudgetState(inner.init(params), jnp.zeros((), jnp.int32), zeros, apart, kept)
 
     def update(grads: Any, state: BudgetState, params: Any = None, **extra):
         if params is None:
