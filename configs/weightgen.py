@@ -105,7 +105,7 @@ def _tiny() -> ConfigDict:
                 "x0 on ridge": _generator("sample", "ridge"),
             },
             "few_steps": 4,
-            "levers_at": (0, 5, 20),
+            "ablation_at": (0, 5, 20),
             "seeds": (0,),
         }
     )  # fmt: skip
@@ -157,7 +157,7 @@ def _smoke() -> ConfigDict:
     generator = config.generators["x0 on ridge"].generator
     generator.network.block_out_channels, generator.network.attention_head_dim = (16, 16), 16
     generator.train.steps = generator.train.steps_per_call = 2
-    config.levers_at, config.few_steps = (0, 2), 2
+    config.ablation_at, config.few_steps = (0, 2), 2
     return config
 
 

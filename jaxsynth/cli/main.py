@@ -54,9 +54,9 @@ def _diffscaler() -> ModuleType:
 
 
 def _weightgen() -> ModuleType:
-    from jaxsynth.methods.weightgen import stages
+    from jaxsynth.methods.weightgen import run
 
-    return stages
+    return run
 
 
 def _robustness() -> ModuleType:
