@@ -148,6 +148,7 @@ def _smoke() -> ConfigDict:
     config.editor.pix2pix.num_downs, config.editor.pix2pix.ngf = 2, 4
     for name in ("base", "together", "tune", "scratch"):
         config.editor[name].steps, config.editor[name].batch_size = 4, 2
+    config.editor.base.batch_size = 8
     config.editor.every, config.checkpoints = 1, 2
     config.editor.pairs, config.rank = 4, 2
     config.editor.tune_at, config.editor.scratch_at = (0, 2, 4), (0, 4)
@@ -172,7 +173,7 @@ def _full() -> ConfigDict:
     )  # fmt: skip
     config.editor = ConfigDict(
         {
-            "base": _gan(200_000, 4),
+            "base": _gan(50_000, 16),
             "together": _gan(20_000, 4),
             "tune": _gan(5_000, 4),
             "scratch": {"steps": 50_000, "batch_size": 4},

@@ -319,12 +319,12 @@ def gan_task(
     trainable values of `generator` have an axis of them, or of the parts that `mix` adds up.
 
     Raises:
-        UserError: `accumulate` with stacked concepts.
+        UserError: `accumulate` where the batch is not of mixed concepts.
     """
     stacked = batches == "each"
-    if stacked and config.accumulate > 1:
+    if batches != "mixed" and config.accumulate > 1:
         raise UserError(
-            f"accumulate: {config.accumulate}, but concepts that train together have one batch each"
+            f"accumulate: {config.accumulate}, but a batch of {batches!r} concepts is not cut"
         )
     key = jax.random.key(seed)
     return Task(
