@@ -105,7 +105,7 @@ def _tiny() -> ConfigDict:
                 "x0 on ridge": _generator("sample", "ridge"),
             },
             "few_steps": 4,
-            "levers_at": (0, 5, 20),
+            "ablation_at": (0, 5, 20),
             "seeds": (0,),
         }
     )  # fmt: skip
@@ -148,6 +148,7 @@ def _smoke() -> ConfigDict:
     config.editor.pix2pix.num_downs, config.editor.pix2pix.ngf = 2, 4
     for name in ("base", "together", "tune", "scratch"):
         config.editor[name].steps, config.editor[name].batch_size = 4, 2
+    config.editor.base.batch_size = 8
     config.editor.every, config.checkpoints = 1, 2
     config.editor.pairs, config.rank = 4, 2
     config.editor.tune_at, config.editor.scratch_at = (0, 2, 4), (0, 4)
@@ -157,7 +158,7 @@ def _smoke() -> ConfigDict:
     generator = config.generators["x0 on ridge"].generator
     generator.network.block_out_channels, generator.network.attention_head_dim = (16, 16), 16
     generator.train.steps = generator.train.steps_per_call = 2
-    config.levers_at, config.few_steps = (0, 2), 2
+    config.ablation_at, config.few_steps = (0, 2), 2
     return config
 
 
@@ -172,7 +173,7 @@ def _full() -> ConfigDict:
     )  # fmt: skip
     config.editor = ConfigDict(
         {
-            "base": _gan(200_000, 4),
+            "base": _gan(50_000, 16),
             "together": _gan(20_000, 4),
             "tune": _gan(5_000, 4),
             "scratch": {"steps": 50_000, "batch_size": 4},

@@ -11,7 +11,7 @@ several edits by their texts (`train_base`); "denoised neural weights" (arXiv 24
 LoRAs of very many edits (`gan_together`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt8
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable, with_values
@@ -32,15 +32,15 @@ from jaxsynth.models.clip import CLIPTextModel, CLIPTextTransformer
 from jaxsynth.models.gan.e2gan import E2GAN
 from jaxsynth.models.gan.patchgan import PatchGAN
 from jaxsynth.models.gan.pix2pix import Pix2Pix
-from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.loop import Constant, fit
-from jaxsynth.training.metrics import MetricsWriter
-from jaxsynth.training.step import StepFn, TrainState
+from jaxsynth.training import sharding
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.trainer import Resident, Task, train
 from jaxsynth.weights.tokenizer import Tokenizer
 
 Generator = E2GAN | Pix2Pix
 LOSSES = ("lsgan", "vanilla")
-SCHEDULES = ("constant", "cosine")
+# E2GAN's layers have the UNet's names; a LoRA's first factor is the base's where it does not train.
+TABLE: sharding.Table = (*sharding.UNET, (r"\.lora_A$", PartitionSpec()))
 
 # What LoRA wraps in E2GAN, as published: all but the residual blocks.
 E2GAN_TARGETS = (
@@ -56,34 +56,40 @@ E2GAN_TARGETS = (
 
 
 @dataclass(frozen=True)
-class GANConfig:
+class GANConfig(TrainingConfig):
     """How a generator and its discriminator train; the defaults are pix2pix's.
 
     `batch_size` counts images, for each concept where many train together. `loss` is "vanilla"
-    (cross entropy) or "lsgan" (least squares, Mao et al. 2016, arXiv 1611.04076). `schedule` is
-    that of both rates: "constant", or falling to 0 as a "cosine" over `steps`.
+    (cross entropy) or "lsgan" (least squares, Mao et al. 2016, arXiv 1611.04076). `learning_rate`
+    is the generator's, `discriminator_rate` the other's peak; both follow the one schedule.
     """
 
     steps: int = 20_000
     batch_size: int = 1
+    optimizer: str = "adam"
     learning_rate: float = 2e-4
     discriminator_rate: float = 2e-4
     b1: float = 0.5
-    b2: float = 0.999
     loss: Literal["lsgan", "vanilla"] = "vanilla"
     l1_weight: float = 100.0
-    schedule: Literal["constant", "cosine"] = "constant"
-    checkpoint_every: int = 1000
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name, known in (("loss", LOSSES), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
-                )
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: {self.loss!r}, expected one of {', '.join(LOSSES)}")
+        if self.discriminator_rate < 0 or (self.discriminator_rate and not self.learning_rate):
+            raise ValueError(
+                f"discriminator_rate: {self.discriminator_rate} with learning_rate "
+                f"{self.learning_rate}, expected at least 0, and a learning_rate above 0 with it"
+            )
+        if self.remat is not None:
+            raise ValueError(f"remat: {self.remat!r}, but an image-to-image GAN keeps everything")
+
+    def sized(self, examples: int) -> "GANConfig":
+        """As of `TrainingConfig`, with the discriminator's rate as a factor of its parameters'."""
+        sized = super().sized(examples)
+        factor = self.discriminator_rate / self.learning_rate if self.learning_rate else 1.0
+        return replace(sized, rates=(*self.rates, (r"^discriminator\.", factor)))
 
 
 @dataclass(frozen=True)
@@ -164,40 +170,82 @@ def gan_error(logits: Array, real: bool, loss: str) -> Array:
     return jax.nn.softplus(-logits if real else logits)
 
 
+class GAN(nnx.Module):
+    """The two networks of a training: paths start with "generator." or "discriminator."."""
+
+    def __init__(self, generator: Generator, discriminator: PatchGAN):
+        self.generator = generator
+        self.discriminator = discriminator
+
+
 @dataclass(frozen=True)
-class Networks:
-    """The structures of a generator and a discriminator: what a compiled step depends on.
+class _Objective:
+    """What both phases need. Where `stacked`, the generator's trainable values are those of C
+    adapters on one base, and batches have an axis of C before the images; the discriminator is one
+    for all."""
 
-    Where `stacked`, the generator is C adapters on one base, and batches have an axis of C before
-    the images; the discriminator is one for all.
-    """
-
-    generator: nnx.GraphDef
-    discriminator: nnx.GraphDef
+    loss: str
     stacked: bool = False
 
-    def fakes(self, trainable: Any, frozen: Any, source: Array, states: Array) -> Array:
+    def fakes(self, model: GAN, mix: Array | None, batch: dict[str, Array]) -> Array:
         """What the generator makes of (*c, b, h, w, 3)."""
+        source, states = batch["source"], batch["states"]
+        if not self.stacked:
+            return generate(model.generator, source, states)
+        graphdef, values, rest = nnx.split(model.generator, Trainable, ...)
+        if mix is not None:
+            values = mixed(mix, values)
 
-        def one(trainable, source, states):
-            return generate(nnx.merge(self.generator, trainable, frozen), source, states)
+        def one(values, source, states):
+            return generate(nnx.merge(graphdef, values, rest), source, states)
 
-        return (jax.vmap(one) if self.stacked else one)(trainable, source, states)
+        return jax.vmap(one)(values, source, states)
 
-    def logits(self, trainable: Any, source: Array, image: Array, pooled: Array) -> Array:
+    def logits(self, model: GAN, batch: dict[str, Array], image: Array) -> Array:
         """The discriminator's, (*c, b, h2, w2, 1), of pairs with their texts (*c, b, d)."""
-        model = nnx.merge(self.discriminator, trainable)
-        lead = image.shape[:-3]
-        flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in (source, image, pooled)]
-        found = model(*flat[:2], flat[2] if model.config.text_dim else None)
+        judge, lead = model.discriminator, image.shape[:-3]
+        flat = [
+            x.reshape(-1, *x.shape[len(lead) :]) for x in (batch["source"], image, batch["pooled"])
+        ]
+        found = judge(*flat[:2], flat[2] if judge.config.text_dim else None)
         return found.reshape(*lead, *found.shape[1:])
 
 
-# The batch of a step, from its key: "source" and "target" (*c, b, h, w, 3) in [-1, 1], the text's
-# "states" (*b, t, d) or (c, t, d), and "pooled" (*c, b, d).
-Draw = Callable[[Array, dict[str, Array]], dict[str, Array]]
+@dataclass(frozen=True)
+class DiscriminatorLoss(_Objective):
+    """What the discriminator's judgement of real and generated images costs."""
+
+    def __call__(self, model: GAN, mix: Array | None, batch: dict[str, Array], key: Array):
+        real = self.logits(model, batch, batch["target"])
+        false = self.logits(model, batch, self.fakes(model, mix, batch))
+        errors = gan_error(real, True, self.loss), gan_error(false, False, self.loss)
+        value = sum(error.mean() for error in errors) / 2
+        return value, {"discriminator": value}
 
 
+@dataclass(frozen=True)
+class GeneratorLoss(_Objective):
+    """What the generator's images cost against the discriminator and their targets.
+
+    Losses of stacked generators are summed, so each gets the gradient of its own alone; "l1" and
+    "gan" have an axis of C.
+    """
+
+    l1_weight: float = 100.0
+
+    def __call__(self, model: GAN, mix: Array | None, batch: dict[str, Array], key: Array):
+        def mean(values: Array) -> Array:
+            """Over all but the axis of concepts."""
+            return values.mean(tuple(range(int(self.stacked), values.ndim)))
+
+        fake = self.fakes(model, mix, batch)
+        fooling = mean(gan_error(self.logits(model, batch, fake), True, self.loss))
+        l1 = mean(jnp.abs(fake - batch["target"]).astype(jnp.float32))
+        return (fooling + self.l1_weight * l1).sum(), {"l1": l1, "gan": fooling}
+
+
+# Batches are "source" and "target" (*c, b, h, w, 3) in [-1, 1], the text's "states" (*b, t, d) or
+# (c, t, d), and "pooled" (*c, b, d).
 def draw_mixed(key: Key[Array, ""], data: dict[str, Array], *, count: int) -> dict[str, Array]:
     """`count` pairs of any concepts, each asked for in any of its wordings."""
     keys = jax.random.split(key, 3)
@@ -238,114 +286,72 @@ def _values(pixels: Array) -> Array:
     return pixels.astype(jnp.float32) / 127.5 - 1
 
 
-def training_data(pairs: Pairs) -> dict[str, Array]:
-    """What batches are drawn from, on the device."""
-    return {
-        name: jnp.asarray(getattr(pairs, name)) for name in ("source", "target", "states", "pooled")
-    }
+@dataclass(frozen=True)
+class PairBatches:
+    """Batches of `count` images: of any concepts ("mixed"), of every one, or of a single one."""
+
+    kind: Literal["mixed", "each", "one"]
+    count: int
+
+    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
+        draw = {"mixed": draw_mixed, "each": draw_each, "one": draw_one}[self.kind]
+        return draw(jax.random.fold_in(data["order"], step), data, count=self.count)
 
 
-def optimizers(config: GANConfig) -> dict[str, optax.GradientTransformation]:
-    """Adam for each of the two networks."""
-
-    def adam(rate: float) -> optax.GradientTransformation:
-        falls = config.schedule == "cosine"
-        rates = optax.cosine_decay_schedule(rate, config.steps) if falls else rate
-        return optax.adam(rates, b1=config.b1, b2=config.b2)
-
-    return {
-        "generator": adam(config.learning_rate),
-        "discriminator": adam(config.discriminator_rate),
-    }
+def training_data(pairs: Pairs) -> dict[str, np.ndarray]:
+    """The arrays that batches are drawn from."""
+    return {name: getattr(pairs, name) for name in ("source", "target", "states", "pooled")}
 
 
-def init_gan(
-    generator: Any, discriminator: Any, config: GANConfig, key: Key[Array, ""]
-) -> TrainState:
-    """A state at step 0 from the trainable values of the two networks (copied)."""
-    trainable = jax.tree.map(jnp.copy, {"generator": generator, "discriminator": discriminator})
-    tx = optimizers(config)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        trainable=trainable,
-        opt_state={name: tx[name].init(values) for name, values in trainable.items()},
-        ema=None,
-        key=jnp.copy(key),
-    )
+def gan_task(
+    generator: Generator,
+    discriminator: PatchGAN,
+    data: dict[str, Any],
+    config: GANConfig,
+    *,
+    seed: int,
+    batches: Literal["mixed", "each", "one"],
+    mix: Float[np.ndarray, "c p"] | None = None,
+) -> Task:
+    """A training of what is `Trainable` in `generator` and of all of `discriminator`.
 
+    `data` is what `training_data` gives, or its shapes for a plan. "each" stacks the concepts: the
+    trainable values of `generator` have an axis of them, or of the parts that `mix` adds up.
 
-def make_step(networks: Networks, config: GANConfig, draw: Draw) -> StepFn:
-    """`step(state, frozen, data) -> (state, metrics)`: the discriminator moves, then the generator.
-
-    `frozen` is the generator's; `data` is `training_data`'s. Losses of stacked generators are
-    summed, so each gets the gradient of its own alone; their metrics have an axis of C. With a
-    "mix" in `data` the generator's state holds the parts that `mixed` adds up.
+    Raises:
+        UserError: `accumulate` where the batch is not of mixed concepts.
     """
-    tx = optimizers(config)
-    norm = jax.vmap(optax.tree.norm) if networks.stacked else optax.tree.norm
-
-    def mean(values: Array) -> Array:
-        """Over all but the axis of concepts."""
-        return values.mean(tuple(range(int(networks.stacked), values.ndim)))
-
-    def step(state: TrainState, frozen: Any, data: dict[str, Array]):
-        batch = draw(jax.random.fold_in(state.key, state.step), data)
-        source, target, pooled = (batch[name] for name in ("source", "target", "pooled"))
-        before = state.trainable
-
-        def of_generator(trainable):
-            if "mix" in data:
-                trainable = mixed(data["mix"], trainable)
-            return networks.fakes(trainable, frozen, source, batch["states"])
-
-        fake, pull_back = jax.vjp(of_generator, before["generator"])
-
-        def discriminator_loss(trainable):
-            real = networks.logits(trainable, source, target, pooled)
-            false = networks.logits(trainable, source, fake, pooled)
-            errors = gan_error(real, True, config.loss), gan_error(false, False, config.loss)
-            return sum(error.mean() for error in errors) / 2
-
-        loss_d, grads_d = jax.value_and_grad(discriminator_loss)(before["discriminator"])
-        discriminator, opt_d = _moved(tx["discriminator"], grads_d, state, "discriminator")
-
-        def generator_loss(fake):
-            logits = networks.logits(discriminator, source, fake, pooled)
-            fooling = mean(gan_error(logits, True, config.loss))
-            l1 = mean(jnp.abs(fake - target).astype(jnp.float32))
-            total = fooling + config.l1_weight * l1
-            return total.sum(), (total, l1, fooling)
-
-        grad_fake, (loss, l1, fooling) = jax.grad(generator_loss, has_aux=True)(fake)
-        (grads_g,) = pull_back(grad_fake)
-        generator, opt_g = _moved(tx["generator"], grads_g, state, "generator")
-        new = TrainState(
-            step=state.step + 1,
-            trainable={"generator": generator, "discriminator": discriminator},
-            opt_state={"generator": opt_g, "discriminator": opt_d},
-            ema=None,
-            key=state.key,
+    stacked = batches == "each"
+    if batches != "mixed" and config.accumulate > 1:
+        raise UserError(
+            f"accumulate: {config.accumulate}, but a batch of {batches!r} concepts is not cut"
         )
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm(grads_g),
-            "l1": l1,
-            "gan": fooling,
-            "discriminator": loss_d,
-        }
-        return new, metrics
-
-    return step
+    key = jax.random.key(seed)
+    return Task(
+        model=GAN(generator, mark_trainable(discriminator)),
+        loss={
+            "discriminator": DiscriminatorLoss(config.loss, stacked),
+            "generator": GeneratorLoss(config.loss, stacked, config.l1_weight),
+        },
+        batches=Resident(
+            {**data, "order": key},
+            PairBatches(batches, config.batch_size),
+            sharded=("target", "states", "pooled") if stacked else (),
+        ),
+        table=TABLE,
+        key=key,
+        constants=mix,
+        identity={"batches": batches, "parts": 0 if mix is None else mix.shape[1]},
+        learns={
+            "generator": "stack" if stacked else "replicate",
+            "discriminator": "replicate",
+        },
+    )
 
 
 def mixed(mix: Float[Array, "c p"], parts: Any) -> Any:
     """The adapters, stacked, from their stacked parts."""
     return jax.tree.map(lambda x: jnp.tensordot(mix.astype(x.dtype), x, axes=1), parts)
-
-
-def _moved(tx: optax.GradientTransformation, grads: Any, state: TrainState, name: str):
-    updates, opt_state = tx.update(grads, state.opt_state[name], state.trainable[name])
-    return optax.apply_updates(state.trainable[name], updates), opt_state
 
 
 def adapted(
@@ -367,50 +373,20 @@ def train_base(
     folder: Path,
     *,
     seed: int,
+    mesh: Mesh | None = None,
     description: str = "train the base",
 ) -> tuple[E2GAN, PatchGAN]:
     """Both networks after training on all concepts, by their texts; resumes from `folder`."""
-    marked = mark_trainable(generator), mark_trainable(discriminator)
-    (graph_g, trainable_g, frozen), (graph_d, trainable_d) = (
-        nnx.split(marked[0], Trainable, ...),
-        nnx.split(marked[1]),
-    )
-    state = init_gan(trainable_g, trainable_d, config, jax.random.key(seed))
-    draw = partial(draw_mixed, count=config.batch_size)
-    step = make_step(Networks(graph_g, graph_d), config, draw)
-    state = fit_gan(state, frozen, training_data(pairs), step, config, folder, description)
+    task = gan_task(
+        mark_trainable(generator), discriminator, training_data(pairs), config, seed=seed,
+        batches="mixed",
+    )  # fmt: skip
+    sized = config.sized(len(pairs) * len(pairs.source))
+    trained = train(task, sized, folder, mesh=mesh, description=description)
     return (
-        with_values(generator, state.trainable["generator"]),
-        with_values(discriminator, state.trainable["discriminator"]),
+        with_values(generator, nnx.state(trained.generator)),
+        with_values(discriminator, nnx.state(trained.discriminator)),
     )
-
-
-def fit_gan(
-    state: TrainState,
-    frozen: Any,
-    data: dict[str, Array],
-    step: StepFn,
-    config: GANConfig,
-    folder: Path,
-    description: str,
-) -> TrainState:
-    """The state after `config.steps`; resumes from `folder`."""
-    with (
-        Checkpoints(
-            folder / "checkpoints", every=config.checkpoint_every, keep=1, identity={}
-        ) as checkpoint,
-        MetricsWriter(folder) as metrics,
-    ):
-        return fit(
-            state,
-            frozen,
-            Constant(data),
-            step,
-            steps=config.steps,
-            checkpoint=checkpoint,
-            metrics=metrics,
-            description=description,
-        )
 
 
 def edit_images(

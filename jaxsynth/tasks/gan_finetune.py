@@ -7,32 +7,25 @@ at hand: neither the compilation nor the measuring in between counts, and what w
 first step (generating weights, say) is added by whoever did it.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, UInt8
 
-from jaxsynth.adapters.inject import AdapterState, Trainable, extract, mark_trainable
+from jaxsynth.adapters.inject import AdapterState, extract
 from jaxsynth.models.gan.patchgan import PatchGAN
 from jaxsynth.quality.metrics import fid
 from jaxsynth.tasks.gan import (
     GANConfig,
     Generator,
-    Networks,
     Pairs,
-    draw_one,
     edit_images,
-    init_gan,
+    gan_task,
     l1_error,
-    make_step,
     training_data,
 )
+from jaxsynth.training.trainer import Steps
 
 Features = Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n d"]]
 
@@ -77,7 +70,8 @@ def fine_tune(
     """The curve of one edit's training at the steps `at`, and what was learnt in the end.
 
     Everything `Trainable` in `generator` learns, and all of `discriminator`. `pairs` and `held_out`
-    hold one concept each. The training ends at the last of `at`, whatever `config.steps` says.
+    hold one concept each. The training ends at the last of `at`, whatever `config.steps` says; a
+    falling rate falls over `config.steps`.
 
     Raises:
         ValueError: more than one concept, or steps that do not increase from 0 on.
@@ -86,54 +80,20 @@ def fine_tune(
         raise ValueError(f"fine_tune: {len(pairs)} and {len(held_out)} concepts, expected one")
     if not at or at[0] < 0 or list(at) != sorted(set(at)):
         raise ValueError(f"fine_tune: steps {list(at)}, expected them to increase from 0 on")
-    graphdef, trainable, frozen = nnx.split(generator, Trainable, ...)
-    graph_d, trainable_d = nnx.split(mark_trainable(discriminator))
-    state = init_gan(trainable, trainable_d, config, jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(state)
-    frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
-    program = _program(Networks(graphdef, graph_d), config, structure, frozen_structure)
     data = training_data(pairs)
-    if at[-1] > 0:
-        # Compiles, on copies because the state is donated; the clock is not running yet.
-        jax.block_until_ready(program(jax.tree.map(jax.numpy.copy, leaves), frozen_leaves, data))
+    task = gan_task(generator, discriminator, data, config, seed=seed, batches="one")
+    steps = Steps(task, config.sized(len(pairs.source)))
     real = None if features is None else features(held_out.target[0])
     l1: list[float] = []
     fd: list[float] = []
     seconds: list[float] = []
-    step, spent = 0, 0.0
-
-    def model() -> Generator:
-        values = jax.tree.unflatten(structure, leaves).trainable["generator"]
-        return nnx.merge(graphdef, values, frozen)
-
+    spent = 0.0
     for due in at:
-        if due > step:
-            began = time.perf_counter()
-            for _ in range(due - step):
-                leaves = program(leaves, frozen_leaves, data)
-            jax.block_until_ready(leaves)
-            spent += time.perf_counter() - began
-            step = due
+        spent += steps.advance(due - steps.done)
         seconds.append(spent)
-        made = edit_images(model(), held_out.source, held_out.states[0, 0])
+        made = edit_images(steps.model.generator, held_out.source, held_out.states[0, 0])
         l1.append(l1_error(made, held_out.target[0]))
         if features is not None:
             fd.append(fid(real, features(made)))
-    return Curve(tuple(at), tuple(seconds), tuple(l1), tuple(fd)), extract(model())
-
-
-@lru_cache(maxsize=8)
-def _program(networks: Networks, config: GANConfig, structure: Any, frozen_structure: Any):
-    """One step over flat lists (flattening modules costs milliseconds), kept for the next start.
-
-    A program for each step: inside a loop XLA's CPU convolutions lose their fast gradients (5 to 14
-    times slower as measured), so several steps are not put into one.
-    """
-    step = make_step(networks, config, partial(draw_one, count=config.batch_size))
-
-    def call(leaves, frozen_leaves, data):
-        state = jax.tree.unflatten(structure, leaves)
-        new, _ = step(state, jax.tree.unflatten(frozen_structure, frozen_leaves), data)
-        return jax.tree.leaves(new)
-
-    return jax.jit(call, donate_argnums=0)
+    curve = Curve(tuple(at), tuple(seconds), tuple(l1), tuple(fd))
+    return curve, extract(steps.model.generator)

@@ -14,8 +14,9 @@ regression from the words left 85 % of the variance of left-out ones unexplained
 shared words; their own error was the same (held-out L1 0.037 both).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from jaxsynth.adapters.inject import (
-    AdapterState,
-    Trainable,
-    extract,
-    mark_trainable,
-    stack,
-    unstack,
-)
+from jaxsynth.adapters.inject import AdapterState, Trainable, extract, stack, unstack
 from jaxsynth.models.gan.e2gan import E2GAN
 from jaxsynth.models.gan.patchgan import PatchGAN
-from jaxsynth.tasks.gan import (
-    GANConfig,
-    Networks,
-    Pairs,
-    draw_each,
-    fit_gan,
-    init_gan,
-    make_step,
-    mixed,
-    training_data,
-)
-from jaxsynth.training import sharding
-from jaxsynth.training.step import TrainState
+from jaxsynth.tasks.gan import GAN, GANConfig, Pairs, gan_task, mixed, training_data
+from jaxsynth.training.trainer import train
 from jaxsynth.weights.adapters.native import read_state, write_state
 
 
@@ -99,66 +82,53 @@ def train_together(
     devices = 1 if mesh is None else mesh.shape["data"]
     rows += [count - 1] * (-count % devices)
     pairs = pairs.select(rows)
+    config = config.sized(len(pairs.source))
     kept = [config.steps - k * every for k in reversed(range(checkpoints))]
     if kept[0] < 1 or (checkpoints > 1 and every < 1):
         raise ValueError(
             f"{checkpoints} checkpoints every {every} steps, of a training of {config.steps} steps"
         )
-    graphdef, trainable, frozen = nnx.split(generator, Trainable, ...)
-    graph_d, trainable_d = nnx.split(mark_trainable(discriminator))
-    features = None if shared is None else np.asarray(shared)[rows]
-    mix = mixture(features, len(pairs), own, multiple=devices)
-    parts = stack([trainable] * mix.shape[1])
-    data = training_data(pairs)
+    mix = None
     if shared is not None:
-        # What all have in common starts where the adapters do, the rest from nothing.
-        parts = jax.tree.map(lambda x: x.at[1:].set(0), parts)
-        data["mix"] = jnp.asarray(mix)
-    state = init_gan(parts, trainable_d, config, jax.random.key(seed))
-    placed = frozen
-    if mesh is not None:
-        state, data = place_together(state, data, mesh)
-        placed = sharding.replicate(frozen, mesh)
-    networks = Networks(graphdef, graph_d, stacked=True)
-    step = make_step(networks, config, partial(draw_each, count=config.batch_size))
-
-    def state_of(values: Any) -> AdapterState:
-        whole = values if shared is None else mixed(jnp.asarray(mix), values)
-        return extract(nnx.merge(graphdef, whole, frozen))
-
+        mix = mixture(np.asarray(shared)[rows], len(pairs), own, multiple=devices)
+    parts = len(pairs) if mix is None else mix.shape[1]
+    task = gan_task(
+        stacked_parts(generator, parts, shared=mix is not None), discriminator,
+        training_data(pairs), config, seed=seed, batches="each", mix=mix,
+    )  # fmt: skip
     late = folder / "late"
     late.mkdir(parents=True, exist_ok=True)
-    for at in kept:
-        path = late / f"{at}.safetensors"
-        if not path.exists():
-            part = replace(config, steps=at)
-            state = fit_gan(state, placed, data, step, part, folder, description)
-            write_state(path, state_of(sharding.gather(state.trainable["generator"])))
+    task = replace(task, evaluate=_late_states(late, set(kept), mix))
+    # The steps to keep are multiples of this.
+    config = replace(config, evaluate_every=math.gcd(config.steps, every))
+    train(task, config, folder, mesh=mesh, description=description)
     found = [unstack(read_state(late / f"{at}.safetensors"))[:count] for at in kept]
     return [list(states) for states in zip(*found, strict=True)]
 
 
-def place_together(
-    state: TrainState, data: dict[str, Array], mesh: Mesh
-) -> tuple[TrainState, dict[str, Array]]:
-    """Adapters and their pairs along "data"; the discriminator and the photos on every device."""
+def stacked_parts(generator: E2GAN, parts: int, *, shared: bool) -> E2GAN:
+    """`generator` with an axis of `parts` before its adapters' values.
 
-    def along(tree: Any) -> Any:
-        def place(leaf: Array) -> Array:  # the optimiser counts its steps once for all
-            return (sharding.shard_stack if leaf.ndim else sharding.replicate)(leaf, mesh)
+    Where they are `shared`, what all have in common starts where the adapters do, the rest from
+    nothing.
+    """
+    graphdef, trainable, frozen = nnx.split(generator, Trainable, ...)
+    values = stack([trainable] * parts)
+    if shared:
+        values = jax.tree.map(lambda x: x.at[1:].set(0), values)
+    return nnx.merge(graphdef, values, frozen)
 
-        return jax.tree.map(place, tree)
 
-    def both(trees: dict[str, Any]) -> dict[str, Any]:
-        judge = sharding.replicate(trees["discriminator"], mesh)
-        return {"generator": along(trees["generator"]), "discriminator": judge}
+def _late_states(
+    folder: Path, kept: set[int], mix: Float[np.ndarray, "c p"] | None
+) -> Callable[[GAN, int], dict[str, Any]]:
+    """What the trainer calls between steps: writes the adapters after each of the steps `kept`."""
 
-    whole = partial(sharding.replicate, mesh=mesh)
-    state = replace(
-        state,
-        step=whole(state.step),
-        trainable=both(state.trainable),
-        opt_state=both(state.opt_state),
-        key=whole(state.key),
-    )
-    return state, {k: whole(x) if k == "source" else along(x) for k, x in data.items()}
+    def write(model: GAN, step: int) -> dict[str, Any]:
+        if step in kept and not jax.process_index():
+            graphdef, values, frozen = nnx.split(model.generator, Trainable, ...)
+            whole = values if mix is None else mixed(jnp.asarray(mix), values)
+            write_state(folder / f"{step}.safetensors", extract(nnx.merge(graphdef, whole, frozen)))
+        return {}
+
+    return write

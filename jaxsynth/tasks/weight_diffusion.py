@@ -7,7 +7,6 @@ linear schedule and 157 at its end, so nearly pure noise gives nothing; predicti
 such factor. All three are here (the schedule's `prediction_type`), as is sampling in a few steps.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,62 +15,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxsynth.adapters.inject import Trainable, mark_trainable, with_values
+from jaxsynth.adapters.inject import mark_trainable, with_values
 from jaxsynth.diffusion.losses import target
 from jaxsynth.diffusion.samplers import Sampler, make_sampler, sample
 from jaxsynth.diffusion.schedules import PREDICTION_TYPES, NoiseSchedule, add_noise, to_x0_eps
 from jaxsynth.models.diffusion.weight_unet import WeightUNet
-from jaxsynth.training import sharding
-from jaxsynth.training.checkpoint import Checkpoints
-from jaxsynth.training.loop import Constant, fit
-from jaxsynth.training.metrics import MetricsWriter
-from jaxsynth.training.optim import OptimConfig, make_optimizer, make_schedule
-from jaxsynth.training.step import StepFn, init_state, make_train_step, scan_steps
+from jaxsynth.training import sharding, trainer
+from jaxsynth.training.config import TrainingConfig, aside
+from jaxsynth.training.trainer import Resident, Task
 
 
 @dataclass(frozen=True)
-class WeightTrainConfig:
+class WeightTrainConfig(TrainingConfig):
     """How the denoiser of weights is trained. A batch is of blocks, of any concepts and places.
 
     `prediction_type` is "epsilon" (the paper's), "v_prediction" or "sample". Times are drawn with a
-    density of t ** `noise_bias`: one step from noise asks for the last ones alone. `ema_decay` 0
-    keeps no average. `steps_per_call` must divide `steps`.
+    density of t ** `noise_bias`: one step from noise asks for the last ones alone.
     """
 
     steps: int = 100_000
     batch_size: int = 512
-    learning_rate: float = 1e-4
     schedule: str = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    checkpoint_every: int = aside(5000)
     prediction_type: str = "sample"
     beta_schedule: str = "linear"
     num_train_timesteps: int = 1000
     noise_bias: float = 0.0
-    steps_per_call: int = 1
-    checkpoint_every: int = 5000
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "steps_per_call"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.steps % self.steps_per_call:
-            raise ValueError(
-                f"steps {self.steps} is not divisible by steps_per_call {self.steps_per_call}"
-            )
+        super().__post_init__()
         if self.noise_bias < 0:
-            raise ValueError(f"noise_bias is {self.noise_bias}, expected at least 0")
+            raise ValueError(f"noise_bias: {self.noise_bias}, expected at least 0")
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type {self.prediction_type!r}, expected one of {PREDICTION_TYPES}"
+                f"prediction_type: {self.prediction_type!r}, expected one of {PREDICTION_TYPES}"
             )
+        if self.remat is not None:
+            raise ValueError(f"remat: {self.remat!r}, but the denoiser of weights keeps everything")
 
     def noise_schedule(self) -> NoiseSchedule:
         """The schedule, its timesteps spaced from the last one so that sampling starts in noise."""
@@ -108,92 +94,82 @@ class WeightData:
                 f"{self.counts.shape} and mask {self.mask.shape} do not belong together"
             )
 
-    def tree(self, key: Key[Array, ""]) -> dict[str, Any]:
-        """What `draw_batch` draws from."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What batches are drawn from."""
         return {
             "blocks": self.blocks,
             "context": self.context,
             "counts": np.asarray(self.counts, np.int32),
             "mask": self.mask,
-            "key": key,
         }
 
 
-def draw_batch(step: Array, data: dict[str, Array], batch_size: int) -> dict[str, Array]:
-    """The batch of a step, with replacement: "x0" and "mask" (b, v), "index" (b,), "context"."""
-    keys = jax.random.split(jax.random.fold_in(data["key"], step), 4)
-    concepts, checkpoints, count, _ = data["blocks"].shape
+@dataclass(frozen=True)
+class BlockBatches:
+    """Batches of `batch_size` blocks of `concepts` concepts, drawn with replacement.
 
-    def pick(key: Array, size: int) -> Array:
-        return jax.random.randint(key, (batch_size,), 0, size)
+    A batch is "x0" and "mask" (b, v), "index" (b,) and "context" (b, tokens, d).
+    """
 
-    rows, index = pick(keys[0], concepts), pick(keys[2], count)
-    text = jax.random.randint(keys[3], (batch_size,), 0, data["counts"][rows])
-    return {
-        "x0": data["blocks"][rows, pick(keys[1], checkpoints), index],
-        "mask": data["mask"][index],
-        "index": index,
-        "context": data["context"][rows, text],
-    }
+    concepts: int
+    batch_size: int
+
+    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
+        keys = jax.random.split(jax.random.fold_in(data["order"], step), 4)
+        _, checkpoints, count, _ = data["blocks"].shape
+
+        def pick(key: Array, size: int) -> Array:
+            return jax.random.randint(key, (self.batch_size,), 0, size)
+
+        rows, index = pick(keys[0], self.concepts), pick(keys[2], count)
+        text = jax.random.randint(keys[3], (self.batch_size,), 0, data["counts"][rows])
+        return {
+            "x0": data["blocks"][rows, pick(keys[1], checkpoints), index],
+            "mask": data["mask"][index],
+            "index": index,
+            "context": data["context"][rows, text],
+        }
 
 
-def make_loss(
-    graphdef: Any, schedule: NoiseSchedule, mesh: Mesh | None = None, *, noise_bias: float = 0.0
-):
-    """`loss(trainable, frozen, batch, key)` over what `draw_batch` draws: a mean over values."""
+@dataclass(frozen=True)
+class BlockDenoising:
+    """The loss over what `BlockBatches` draws, a mean over values; its constant is the schedule."""
 
-    def loss(trainable, frozen, batch, key):
-        if mesh is not None:
-            rows = NamedSharding(mesh, sharding.BATCH)
-            batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
+    noise_bias: float = 0.0
+
+    def __call__(self, model: WeightUNet, schedule: NoiseSchedule, batch: dict, key: Array):
         x0 = batch["x0"]
         share = jax.random.uniform(jax.random.fold_in(key, 0), x0.shape[:1])
         last = schedule.num_train_timesteps - 1  # where rounding would go beyond
-        t = jnp.minimum(jnp.int32(share ** (1 / (1 + noise_bias)) * (last + 1)), last)
+        t = jnp.minimum(jnp.int32(share ** (1 / (1 + self.noise_bias)) * (last + 1)), last)
         noise = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
-        model = nnx.merge(graphdef, trainable, frozen)
         output = model(add_noise(schedule, x0, noise, t), t, batch["index"], batch["context"])
         error = jnp.square(output - target(schedule, x0, noise, t)) * batch["mask"]
         return error.sum() / jnp.maximum(batch["mask"].sum(), 1), {}
 
-    return loss
 
+def weight_task(
+    model: WeightUNet, arrays: dict[str, Any], config: WeightTrainConfig, *, seed: int
+) -> Task:
+    """A training of all of `model`; `arrays` are `WeightData.arrays`, or for a plan their shapes.
 
-def make_step(
-    graphdef: Any, config: WeightTrainConfig, mesh: Mesh | None = None
-) -> tuple[optax.GradientTransformation, StepFn]:
-    """The optimiser, and `step(state, frozen, data)` of `config.steps_per_call` updates."""
-    optim = OptimConfig(
-        learning_rate=config.learning_rate,
-        schedule=config.schedule,
-        warmup_steps=min(config.warmup_steps, config.steps),
-        total_steps=config.steps,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
+    On a mesh what learns is cut by `sharding.WEIGHT_UNET`, and the concepts over "data" and "fsdp".
+    """
+    order, key = jax.random.split(jax.random.key(seed))
+    return Task(
+        model=mark_trainable(model),
+        loss=BlockDenoising(config.noise_bias),
+        batches=Resident(
+            {**arrays, "order": order},
+            BlockBatches(arrays["blocks"].shape[0], config.batch_size),
+            sharded=("blocks", "context", "counts"),
+        ),
+        table=sharding.WEIGHT_UNET,
+        key=key,
+        constants=config.noise_schedule(),
+        identity={"task": "weights"},
+        learns="table",
     )
-    tx = make_optimizer(optim)
-    step = make_train_step(
-        make_loss(graphdef, config.noise_schedule(), mesh, noise_bias=config.noise_bias),
-        tx,
-        ema_decay=_warmed(config.ema_decay) if config.ema_decay else None,
-        learning_rate=make_schedule(optim),
-    )
-    draw = partial(draw_batch, batch_size=config.batch_size)
-    return tx, scan_steps(step, draw, config.steps_per_call)
-
-
-def _warmed(decay: float) -> Callable[[Array], Array]:
-    """A decay that rises to `decay`: a short run's average would be of its first parameters."""
-    return lambda step: jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-
-
-def check_rows(config: WeightTrainConfig, mesh: Mesh) -> None:
-    """ValueError unless a batch divides over the devices of `mesh`."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not divisible over data x fsdp = {parts} devices"
-        )
 
 
 def train(
@@ -206,30 +182,12 @@ def train(
     mesh: Mesh | None = None,
     description: str = "weights",
 ) -> WeightUNet:
-    """The network trained on `data` (its average where there is one); resumes from `folder`.
-
-    On a mesh the state is cut by `sharding.WEIGHT_UNET` and the batch over "data" and "fsdp".
-    """
-    graphdef, trainable, frozen = nnx.split(mark_trainable(model), Trainable, ...)
-    tx, step = make_step(graphdef, config, mesh)
-    order, key = jax.random.split(jax.random.key(seed))
-    state = init_state(trainable, tx, key, ema=bool(config.ema_decay))
-    batch = jax.tree.map(jnp.asarray, data.tree(order))
-    if mesh is not None:
-        check_rows(config, mesh)
-        state = sharding.shard(state, mesh, sharding.WEIGHT_UNET)
-        frozen, batch = sharding.replicate(frozen, mesh), sharding.replicate(batch, mesh)
-    with (
-        Checkpoints(folder / "checkpoints", every=config.checkpoint_every, keep=1) as checkpoint,
-        MetricsWriter(folder) as metrics,
-    ):
-        state = fit(
-            state, frozen, Constant(batch), step, steps=config.steps,
-            steps_per_call=config.steps_per_call, checkpoint=checkpoint, metrics=metrics,
-            description=description,
-        )  # fmt: skip
-    learnt = sharding.gather(state.trainable if state.ema is None else state.ema)
-    return with_values(model, learnt)
+    """The network trained on `data` (its average where there is one); resumes from `folder`."""
+    task = weight_task(model, data.arrays(), config, seed=seed)
+    checkpoints, blocks = data.blocks.shape[1:3]
+    sized = config.sized(len(data.blocks) * checkpoints * blocks)
+    trained = trainer.train(task, sized, folder, mesh=mesh, description=description)
+    return with_values(model, nnx.state(trained))
 
 
 def few_steps(config: WeightTrainConfig, steps: int) -> Sampler:

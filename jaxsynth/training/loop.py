@@ -102,7 +102,7 @@ def fit(
 
     leaves, structure = jax.tree.flatten(state)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
-    program = _program(step_fn, structure, frozen_structure, _pinned(leaves))
+    program = program_of(step_fn, structure, frozen_structure, leaves)
     window.start(start)
     pending: tuple[int, Any] | None = None
 
@@ -212,6 +212,14 @@ class _Window:
         means = {name: value / self.count for name, value in self.sums.items()}
         self.sums, self.count = {}, 0
         return means
+
+
+def program_of(step_fn: StepFn, structure, frozen_structure, leaves: list[jax.Array]):
+    """`(leaves, frozen leaves, batch) -> (new leaves, metrics)`, compiled once for equal arguments.
+
+    `leaves` are the state's, which are donated; only where they lie is looked at.
+    """
+    return _program(step_fn, structure, frozen_structure, _pinned(leaves))
 
 
 @lru_cache(maxsize=32)

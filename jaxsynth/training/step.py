@@ -183,8 +183,20 @@ def _named(tree: Any, part: str) -> Any:
 
 
 def _with(tree: Any, part: str, value: Any) -> Any:
-    """`tree` with another entry `part`; `value` itself where the part is the whole."""
-    return type(tree)({**tree, part: value}) if part else value
+    """`tree` with another entry `part`; `value` itself where the part is the whole.
+
+    Leaf by leaf, so that the structure stays the tree's own: an entry of an `nnx.State` is a state
+    where it is read, and none where it lies.
+    """
+    if not part:
+        return value
+    leaves = iter(jax.tree.leaves(value))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            next(leaves) if jax.tree_util.keystr(path[:1], simple=True) == part else leaf
+        ),
+        tree,
+    )
 
 
 def _gradients(loss: LossFn, part: str, accumulate: int, trainable, frozen, batch, key):
@@ -208,6 +220,13 @@ def scan_steps(
     from the device: `batch_fn(step, data) -> batch`, where `data` is what the caller passes in the
     batch's place, such as a whole data set of latents.
     """
+
+    def single(state: TrainState, frozen: PyTree, data: PyTree):
+        return step(state, frozen, batch_fn(state.step, data))
+
+    # XLA for CPUs has slow convolutions' gradients inside a loop, be it of one step.
+    if steps_per_call == 1:
+        return single
 
     def scanned(state: TrainState, frozen: PyTree, data: PyTree):
         def body(state: TrainState, _):

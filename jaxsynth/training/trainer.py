@@ -23,6 +23,7 @@ batches are drawn from lie over "data" and "fsdp", and a batch's rows as well.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -169,6 +170,60 @@ def train_stacked(
     return _fit(built, configs[0], folder, description)[:count]
 
 
+class Steps:
+    """`train` by hand, for what is measured between steps: the same program, nothing written.
+
+        steps = Steps(task, config)
+        seconds = steps.advance(20)
+        error = measure(steps.model)
+
+    `done` counts the updates so far.
+
+    Raises:
+        UserError: as `train`. ValueError: batches from the host.
+    """
+
+    def __init__(self, task: Task, config: TrainingConfig, *, mesh: Mesh | None = None):
+        if not isinstance(task.batches, Resident):
+            raise ValueError("Steps: batches from the host, expected Resident ones")
+        self.done, self._config = 0, config
+        self._built = built = _assemble([task], config, mesh, together=False)
+        self._leaves, self._structure = jax.tree.flatten(built.state)
+        self._frozen, frozen_structure = jax.tree.flatten(built.frozen)
+        self._program = loop.program_of(built.step, self._structure, frozen_structure, self._leaves)
+        self._compiled = False
+
+    @property
+    def model(self) -> nnx.Module:
+        """The task's model as it is now."""
+        state = jax.tree.unflatten(self._structure, self._leaves)
+        return _models(self._built, self._config, state)[0]
+
+    def advance(self, steps: int) -> float:
+        """Do so many updates; returns the seconds that they took, without the compilation.
+
+        Raises:
+            ValueError: `steps` is negative or no whole number of calls (`steps_per_call`).
+        """
+        calls, rest = divmod(steps, self._config.steps_per_call)
+        if calls < 0 or rest:
+            raise ValueError(
+                f"advance: {steps} steps, expected a multiple of steps_per_call = "
+                f"{self._config.steps_per_call}"
+            )
+        if calls and not self._compiled:
+            # On copies, because the state is donated.
+            copies = jax.tree.map(jnp.copy, self._leaves)
+            jax.block_until_ready(self._program(copies, self._frozen, self._built.data))
+            self._compiled = True
+        began = time.perf_counter()
+        for _ in range(calls):
+            self._leaves, _ = self._program(self._leaves, self._frozen, self._built.data)
+        jax.block_until_ready(self._leaves)
+        self.done += steps
+        return time.perf_counter() - began
+
+
 def plan(
     name: str,
     task: Task,
@@ -225,7 +280,7 @@ def _assemble(
             raise UserError(f"{name}: {unused[0]!r} matches no parameter that learns")
     phases = tuple(task.loss.items()) if isinstance(task.loss, Mapping) else task.loss
     resident = isinstance(task.batches, Resident)
-    if mesh is not None and not together:
+    if mesh is not None and not together and not _is_stack(task):
         _check_rows(config, mesh, task.batches)
     step = _step(
         phases,
@@ -233,7 +288,7 @@ def _assemble(
         _program_of(config, adapter),
         graphdef,
         adapter,
-        None if together else mesh,
+        None if together or mesh is None else NamedSharding(mesh, _rows(task)),
         together,
     )
     tx = optim_hooks.optimiser(adapter, make_optimizer(config), config.steps)
@@ -269,8 +324,9 @@ def _assemble(
         )
         frozen = place(frozen, frozen_places)
         if resident:
-            data = _filled(data, task.batches.sharded, mesh, together, abstract)
-            data = place(data, _data_places(data, task.batches.sharded, mesh, together))
+            stacks = together or _is_stack(task)
+            data = _filled(data, task.batches.sharded, mesh, stacks, abstract)
+            data = place(data, _data_places(data, task, mesh, together))
         elif abstract:
             rows = NamedSharding(mesh, sharding.BATCH)
             data = place(data, jax.tree.map(lambda _: rows, data))
@@ -288,7 +344,7 @@ def _step(
     config: TrainingConfig,
     graphdef: Any,
     adapter: Any,
-    mesh: Mesh | None,
+    rows: NamedSharding | None,
     together: bool,
 ) -> StepFn:
     """The step function; equal arguments give the same one, whose compiled program `fit` keeps."""
@@ -296,8 +352,7 @@ def _step(
     def of(one: Loss):
         def value(trainable, frozen, batch, key):
             buffers, base, constants = frozen
-            if mesh is not None:
-                rows = NamedSharding(mesh, sharding.BATCH)
+            if rows is not None:
                 batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
             return one(nnx.merge(graphdef, trainable, buffers, base), constants, batch, key)
 
@@ -352,18 +407,12 @@ def _fit(built: _Built, config: TrainingConfig, folder: Path, description: str) 
         "tasks": built.count if built.together else 0,
     }
 
-    def models(state: TrainState) -> list[nnx.Module]:
-        learned = sharding.gather(averaged(state, config.ema_decay))
-        buffers, base = built.rest
-        values = unstack(learned) if built.together else [learned]
-        return [nnx.merge(built.graphdef, one, buffers, base) for one in values]
-
     def evaluate(state: TrainState) -> dict[str, Any]:
-        (model,) = models(state)
+        (model,) = _models(built, config, state)
         return dict(task.evaluate(model, int(state.step)))
 
     def sample(state: TrainState) -> None:
-        (model,) = models(state)
+        (model,) = _models(built, config, state)
         _write_samples(folder / "samples" / f"{int(state.step):07d}.png", task.sample(model))
 
     with (
@@ -395,7 +444,14 @@ def _fit(built: _Built, config: TrainingConfig, folder: Path, description: str) 
             profile=folder / "profile" if config.profile else None,
             description=description,
         )
-    return models(state)
+    return _models(built, config, state)
+
+
+def _models(built: _Built, config: TrainingConfig, state: TrainState) -> list[nnx.Module]:
+    """The tasks' models with what was learned, off the mesh."""
+    learned = sharding.gather(averaged(state, config.ema_decay))
+    values = unstack(learned) if built.together else [learned]
+    return [nnx.merge(built.graphdef, one, *built.rest) for one in values]
 
 
 def _write_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
@@ -425,6 +481,17 @@ def _check_rows(config: TrainingConfig, mesh: Mesh, batches: Resident | Streamed
                 f"batch_size: of {config.batch_size}, {leaf.shape[0]} rows are "
                 f"{sharding.dotted(path)!r}{cut}, not divisible over data x fsdp = {parts} devices"
             )
+
+
+def _is_stack(task: Task) -> bool:
+    """Whether a part that learns is a stack: batches and their data then have its axis first."""
+    learns = task.learns.values() if isinstance(task.learns, Mapping) else (task.learns,)
+    return "stack" in learns
+
+
+def _rows(task: Task) -> PartitionSpec:
+    """How a batch's first axis is cut."""
+    return PartitionSpec("data") if _is_stack(task) else sharding.BATCH
 
 
 def _data_of(batches: Sequence[Resident | Streamed], together: bool) -> PyTree:
@@ -494,10 +561,10 @@ def _state_places(state: TrainState, task: Task, mesh: Mesh, together: bool) -> 
 
 
 def _filled(
-    data: dict[str, Any], names: Sequence[str], mesh: Mesh, together: bool, abstract: bool
+    data: dict[str, Any], names: Sequence[str], mesh: Mesh, stacks: bool, abstract: bool
 ) -> dict[str, Any]:
     """Arrays of examples filled up to a multiple of the devices; the filling is never drawn."""
-    if together:
+    if stacks:
         return data
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     filled = dict(data)
@@ -517,12 +584,12 @@ def _filled(
 
 
 def _data_places(
-    data: dict[str, Any], names: Sequence[str], mesh: Mesh, together: bool
+    data: dict[str, Any], task: Task, mesh: Mesh, together: bool
 ) -> dict[str, NamedSharding]:
     def choose(name: str) -> PartitionSpec:
         if together:
             return PartitionSpec("data")
-        return sharding.BATCH if name in names else PartitionSpec()
+        return _rows(task) if name in task.batches.sharded else PartitionSpec()
 
     return {
         name: jax.tree.map(lambda _: NamedSharding(mesh, choose(name)), leaf)  # noqa: B023

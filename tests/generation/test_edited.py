@@ -8,13 +8,21 @@ import pytest
 import torch
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.procedural.concepts import Concept, concept_of
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.guidance import classifier_free, nested
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.edited import EditConfig, edit_images
 from jaxsynth.generation.generate import image_keys
-from jaxsynth.methods.weightgen.edits import Edits, EditsConfig
+from jaxsynth.methods.weightgen.edits import (
+    Edits,
+    EditsConfig,
+    Scene,
+    draw_photos,
+    write_edits,
+)
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.weights.hf import load_pipeline, save_pipeline
 from tests.methods.small_base import UNET, random_network
@@ -67,34 +75,48 @@ def test_edits_are_those_of_diffusers(folder, images):
     assert expected.std() > 0.02
 
 
+def data_of(images) -> Dataset:
+    """The images to learn from, and to measure on."""
+    source = ArraySource(images, np.zeros(len(images), int), [str(i) for i in range(len(images))])
+    return Dataset("photos", ("a",), ("a",), "{}", source, source)
+
+
+def scene_of(*concepts) -> Scene:
+    return Scene(concepts, 5, photos=3, held_out=2, seed=7)
+
+
 def test_pairs_of_a_run_may_come_from_a_diffusion_model(folder, images, tmp_path):
     """Here because the program is compiled above; what a stopped run has edited is kept."""
-    config = EditsConfig("diffusion", str(folder), CONFIG)
-    concept = Concept("artistic", "the digit two")  # without procedural edits
-    edits = Edits(config, tmp_path, seed=7)
-    found = edits(concept, images)
+    scene, data = scene_of(Concept("artistic", "the digit two")), data_of(images)
     pipeline = load_pipeline(folder, editing=True)
-    expected = edit_images(pipeline, images, [concept.prompt] * 3, CONFIG, seed=7)
-    np.testing.assert_array_equal(found, expected)
-    assert edits.identity["digest"] == pipeline.digest and len(list(tmp_path.iterdir())) == 1
-    again = Edits(config, tmp_path, seed=7)
-    (path,) = tmp_path.iterdir()
-    np.save(path, np.zeros_like(images))
-    assert not again(concept, images).any(), "read, not made again"
-    assert edits(concept, images[:2]).any() and len(list(tmp_path.iterdir())) == 2
+    write_edits(tmp_path, scene, data, pipeline, CONFIG)
+    edits = Edits(scene, data, tmp_path)
+    for name, photos in draw_photos(data, scene).items():
+        np.testing.assert_array_equal(edits.photos[name], photos)
+        prompts = ["the digit two"] * len(photos)
+        expected = edit_images(pipeline, photos, prompts, CONFIG, seed=7)
+        np.testing.assert_array_equal(edits([5], name)[0], expected)
+    first, _ = sorted(tmp_path.iterdir())
+    np.save(first, np.zeros_like(images[:2]))
+    write_edits(tmp_path, scene, data, pipeline, CONFIG)
+    assert not np.load(first).any(), "kept, not made again"
 
 
-def test_procedural_edits_need_no_model(images, tmp_path):
-    edits = Edits(EditsConfig(), tmp_path, seed=7)
-    negative = concept_of("negative", "artistic")
-    np.testing.assert_array_equal(edits(negative, images), 255 - images)
-    assert not list(tmp_path.iterdir())
+def test_procedural_edits_need_no_model(images):
+    scene = scene_of(concept_of("negative", "artistic"), Concept("artistic", "a castle"))
+    edits = Edits(scene, data_of(images))
+    np.testing.assert_array_equal(edits([5], "photos")[0], 255 - edits.photos["photos"])
+    assert sorted(map(bytes, edits.photos["photos"])) == sorted(map(bytes, images))
     with pytest.raises(UserError, match="'a castle' has no procedural edits"):
-        edits(Concept("artistic", "a castle"), images)
+        edits([6], "held_out")
+    with pytest.raises(ValueError, match="held_out: 4 asked for, the data set has 3"):
+        Edits(dataclasses.replace(scene, held_out=4), data_of(images))
     with pytest.raises(ValueError, match=r"edits\.model is '': expected a folder or hub id"):
         EditsConfig("diffusion")
     with pytest.raises(ValueError, match=r"edits\.kind is 'video', expected one of proc"):
         EditsConfig("video")
+    with pytest.raises(ValueError, match=r"edits\.how: procedural edits have no settings"):
+        EditsConfig(how=CONFIG)
 
 
 def test_nested_guidance_is_a_chain_of_differences():

@@ -9,16 +9,14 @@ from jaxsynth.data.procedural.concepts import (
     COLOURS,
     FAMILIES,
     Concept,
-    LanguageServer,
-    ask_concepts,
     builtin_concepts,
     check_families,
     read_concepts,
 )
-from jaxsynth.methods.weightgen.editors import EditorConfig
+from jaxsynth.methods.weightgen.editors import Adapter, EditorConfig, Networks
 from jaxsynth.methods.weightgen.edits import EditsConfig
+from jaxsynth.methods.weightgen.generator import GeneratorConfig
 from jaxsynth.tasks.gan import E2GAN_TARGETS
-from jaxsynth.tasks.weight_generator import GeneratorConfig
 from jaxsynth.training.sharding import MeshConfig
 
 
@@ -50,16 +48,25 @@ class ConceptConfig:
                 f"concepts: base {self.base}, train {self.train}, validation {self.validation}, "
                 f"unseen {self.unseen}; expected 1 <= base <= train and at least 2 of the others"
             )
+        uses = {"builtin": (), "file": ("path",), "server": ("url", "model")}[self.source]
+        for name in ("path", "url", "model"):
+            if bool(value := getattr(self, name)) != (name in uses):
+                raise ValueError(
+                    f"concepts.{name} is {value!r}, but source is {self.source!r}: expected "
+                    + ("a value" if name in uses else "none")
+                )
+
+    @property
+    def each(self) -> int:
+        """How many concepts of a family a server is asked for."""
+        return -(-(self.train + self.validation + self.unseen) // len(self.families))
 
     def load(self, seed: int) -> list[Concept]:
-        """All concepts of the source."""
+        """All concepts of a source that is here. ValueError for a server, which a stage asks."""
+        if self.source == "server":
+            raise ValueError("concepts.source is 'server': its concepts are not here")
         if self.source == "file":
             return read_concepts(self.path)
-        if self.source == "server":
-            server = LanguageServer(self.url, self.model)
-            each = -(-(self.train + self.validation + self.unseen) // len(self.families))
-            asked = (ask_concepts(server, family, each, seed=seed) for family in self.families)
-            return [concept for own in asked for concept in own]
         return builtin_concepts(
             self.families, colours=self.colours, combinations=self.combinations, seed=seed
         )
@@ -82,10 +89,12 @@ class Config:
 
     `rank` is that of the LoRAs, on the layers that the paper adapts.
     `checkpoints` is K, how many late states of each LoRA are kept; `block` the values in a block.
-    `generators` are compared on validation concepts by the mean L1 after `levers_at` steps, and
+    `generators` are compared on validation concepts by the mean L1 after `ablation_at` steps, and
     the best is the one that the comparison reports. `noise` is the standard deviation of the noise
     on the nearest concept's LoRA, relative to each weight's spread over the concepts. `mesh` is
-    what the collection (its concepts over "data") and the generators train on.
+    what the base, the collection (its concepts over "data") and the generators train on; `memory`
+    is that of one of its devices in GiB: where the LoRAs of all concepts together need more, as
+    many as fit train at a time. 0: there is no limit.
     """
 
     method: str = "weightgen"
@@ -101,19 +110,22 @@ class Config:
     block: int = 256
     generators: dict[str, Variant] = field(default_factory=dict)
     few_steps: int = 4
-    levers_at: tuple[int, ...] = (0, 5, 20)
+    ablation_at: tuple[int, ...] = (0, 5, 20)
     noise: float = 0.3
     seeds: tuple[int, ...] = (0,)
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    memory: float = 0.0
 
     def __post_init__(self):
-        if not self.generators or not self.seeds or not self.levers_at:
-            raise ValueError("generators, seeds and levers_at: expected at least one of each")
+        if not self.generators or not self.seeds or not self.ablation_at:
+            raise ValueError("generators, seeds and ablation_at: expected at least one of each")
         if self.checkpoints < 1 or self.few_steps < 2:
             raise ValueError(
                 f"checkpoints {self.checkpoints} and few_steps {self.few_steps}, expected at least "
                 "1 and 2"
             )
+        if self.memory < 0:
+            raise ValueError(f"memory is {self.memory}, expected GiB of a device, or 0")
         if self.editor.pairs > self.photos:
             raise ValueError(f"editor.pairs is {self.editor.pairs} of {self.photos} photos")
         for name, variant in self.generators.items():
@@ -124,6 +136,12 @@ class Config:
                 )
 
     @property
-    def lora(self) -> LoRAConfig:
+    def networks(self) -> Networks:
+        """The editor's two networks."""
+        return Networks(self.editor.generator, self.editor.discriminator)
+
+    @property
+    def adapter(self) -> Adapter:
         """The adapter of every concept."""
-        return LoRAConfig(rank=self.rank, targets=E2GAN_TARGETS)
+        lora = LoRAConfig(rank=self.rank, targets=E2GAN_TARGETS)
+        return Adapter(lora, self.editor.train_down, self.block)

@@ -1,27 +1,30 @@
 """Where a run's pairs of images come from: procedural edits, or a diffusion model for editing.
 
 Procedural edits cost nothing and are made when asked for. A diffusion model takes many evaluations
-for each image, so what it made stays on disk, a file for each concept and set of photos, under the
-digest of all that decides it: a run that goes on finds it there.
+for each image, so its images are a stage's files, one for each concept and set of photos: a run
+that was killed finds the finished ones there.
 """
 
-import dataclasses
-import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxsynth.core.io import replacing
+from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.procedural.concepts import Concept
 from jaxsynth.generation.edited import EditConfig, edit_images
-from jaxsynth.weights.hf import StableDiffusion, load_pipeline
+from jaxsynth.weights.hf import StableDiffusion
 
 KINDS = ("procedural", "diffusion")
+# Concepts whose edited photos are kept in memory.
+_KEPT = 256
+
+Photos = UInt8[np.ndarray, "n h w 3"]
 
 
 @dataclass(frozen=True)
@@ -40,44 +43,86 @@ class EditsConfig:
                 f"edits.model is {self.model!r}: expected a folder or hub id where edits.kind is "
                 "'diffusion', and none otherwise"
             )
+        if self.kind == "procedural" and self.how != EditConfig():
+            raise ValueError("edits.how: procedural edits have no settings")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Which photos are seen and which concepts change them.
+
+    `photos` of a data set's training part to learn from and `held_out` ones of its test part to
+    measure on are drawn by `seed`. The concepts are numbers `first` and up of all that a run has.
+    """
+
+    concepts: tuple[Concept, ...]
+    first: int
+    photos: int
+    held_out: int
+    seed: int
+
+    @property
+    def rows(self) -> range:
+        """The concepts' numbers."""
+        return range(self.first, self.first + len(self.concepts))
+
+    @property
+    def prompts(self) -> list[str]:
+        return [concept.prompt for concept in self.concepts]
+
+
+def draw_photos(data: Dataset, scene: Scene) -> dict[str, Photos]:
+    """The "photos" and the "held_out" ones. ValueError where the data set has too few."""
+    rng, found = np.random.default_rng(scene.seed), {}
+    for name, source, count in (
+        ("photos", data.train, scene.photos),
+        ("held_out", data.test, scene.held_out),
+    ):
+        if count > len(source):
+            raise ValueError(f"{name}: {count} asked for, the data set has {len(source)}")
+        order = rng.permutation(len(source))[:count]
+        found[name] = np.stack([source[int(i)].image for i in order])
+    return found
+
+
+def write_edits(
+    folder: Path, scene: Scene, data: Dataset, model: StableDiffusion, how: EditConfig
+) -> None:
+    """The edits of every concept by a diffusion model, as files that `Edits` reads."""
+    for name, photos in draw_photos(data, scene).items():
+        for row, concept in zip(scene.rows, scene.concepts, strict=True):
+            path = _file(folder, name, row)
+            if path.is_file():
+                continue
+            prompts = [concept.prompt] * len(photos)
+            made = edit_images(model, photos, prompts, how, seed=scene.seed)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, made)
 
 
 class Edits:
-    """Photos as concepts change them; `folder` keeps what a diffusion model made."""
+    """A scene's photos as its concepts change them; made or read when asked for.
 
-    def __init__(self, config: EditsConfig, folder: Path, *, seed: int):
-        self.config, self.folder, self.seed = config, folder, seed
+    `folder` holds what `write_edits` wrote; without it the concepts' own edits are procedural.
+    """
 
-    @cached_property
-    def pipeline(self) -> StableDiffusion:
-        """The diffusion model."""
-        return load_pipeline(self.config.model, editing=True)
+    def __init__(self, scene: Scene, data: Dataset, folder: Path | None = None):
+        self.scene, self.folder = scene, folder
+        self.photos = draw_photos(data, scene)
+        self._edited = lru_cache(maxsize=_KEPT)(self._edit)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a stage that reads edited photos has to say about them."""
-        digest = self.pipeline.digest if self.config.kind == "diffusion" else ""
-        return {**dataclasses.asdict(self.config), "digest": digest}
+    def __call__(self, rows: Sequence[int], name: str) -> UInt8[np.ndarray, "c n h w 3"]:
+        """The "photos" or "held_out" ones after the edits of these concepts.
 
-    def __call__(
-        self, concept: Concept, photos: UInt8[np.ndarray, "n h w 3"]
-    ) -> UInt8[np.ndarray, "n h w 3"]:
-        """The photos after the concept's edit.
-
-        UserError where the concept has no procedural edit, or the model does not fit the photos.
+        UserError where a concept has no procedural edit.
         """
-        if self.config.kind == "procedural":
-            return concept.apply(photos)
-        path = self.folder / f"{self._name(concept, photos)}.npy"
-        if path.is_file():
-            return np.load(path)
-        prompts = [concept.prompt] * len(photos)
-        made = edit_images(self.pipeline, photos, prompts, self.config.how, seed=self.seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, made)
-        return made
+        return np.stack([self._edited(row, name) for row in rows])
 
-    def _name(self, concept: Concept, photos: np.ndarray) -> str:
-        said = json.dumps([self.identity, concept.prompt, self.seed, photos.shape], sort_keys=True)
-        return hashlib.sha256(said.encode() + photos.tobytes()).hexdigest()[:32]
+    def _edit(self, row: int, name: str) -> Photos:
+        if self.folder is not None:
+            return np.load(_file(self.folder, name, row))
+        return self.scene.concepts[row - self.scene.first].apply(self.photos[name])
+
+
+def _file(folder: Path, name: str, row: int) -> Path:
+    return folder / f"{name}-{row:05d}.npy"

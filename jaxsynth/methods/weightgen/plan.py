@@ -1,81 +1,231 @@
 """What a run of generated weights needs on a mesh, from a configuration alone.
 
 The programs are those of the base, of a group of LoRAs together (their stack axis over "data"), of
-one fine-tuning, of each generator's training (its state cut by `sharding.WEIGHT_UNET`, the batch
-over "data" and "fsdp"), and of making one concept's weights. Nothing of their size is allocated.
+each generator's training (its state cut by `sharding.WEIGHT_UNET`, the batch over "data" and
+"fsdp"), of one fine-tuning, and of making one concept's weights; the last two run on one device.
+They are made from the very tasks that a run trains, of shapes in the place of arrays.
 """
 
-from functools import partial
+import dataclasses
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jaxsynth.adapters.flatten import Layout
-from jaxsynth.adapters.inject import (
-    AdapterState,
-    Trainable,
-    freeze,
-    mark_trainable,
-    trainable_variables,
-)
+from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.documents import read_json
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.procedural.concepts import Concept, split_concepts
 from jaxsynth.methods.weightgen.config import Config, Variant
-from jaxsynth.methods.weightgen.editors import with_text_width
+from jaxsynth.methods.weightgen.editors import Networks, shared_words
+from jaxsynth.methods.weightgen.generator import fitted
 from jaxsynth.models.diffusion.weight_unet import WeightUNet
 from jaxsynth.models.gan.e2gan import E2GAN
-from jaxsynth.models.gan.patchgan import PatchGAN
-from jaxsynth.tasks import weight_diffusion
-from jaxsynth.tasks.gan import (
-    GANConfig,
-    Networks,
-    adapted,
-    draw_each,
-    draw_mixed,
-    draw_one,
-    init_gan,
-    make_step,
-)
-from jaxsynth.tasks.weight_generator import fitted
-from jaxsynth.training import sharding
-from jaxsynth.training.planning import Plan, plan
-from jaxsynth.training.step import init_state
+from jaxsynth.tasks.gan import GANConfig, gan_task
+from jaxsynth.tasks.gan_together import mixture, stacked_parts
+from jaxsynth.tasks.weight_diffusion import recover, weight_task
+from jaxsynth.training import trainer
+from jaxsynth.training.planning import Plan, compile_plan
+from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hub import resolve
 
 # Stable Diffusion 1.x's, where the text encoder is not at hand.
 ASSUMED_WIDTH, ASSUMED_TOKENS = 768, 77
-WORDINGS = 4
+# Of concepts that a server is still to name.
+ASSUMED_WORDINGS = 4
 
 
-def plans(config: Config, mesh: Mesh) -> list[Plan]:
-    """One for each program of a run; ValueError where a batch does not divide over the mesh."""
-    width, tokens, note = _text(config)
-    editor = with_text_width(config.editor, width)
-    key = jax.random.key(0)
-    base = nnx.eval_shape(lambda: mark_trainable(E2GAN(editor.generator, rngs=nnx.Rngs(0))))
+def plan(config: Config, mesh: Mesh) -> list[Plan]:
+    """What each program of a run needs on `mesh`; compiled, and not run.
 
-    def with_lora() -> E2GAN:
-        model = adapted(E2GAN(editor.generator, rngs=nnx.Rngs(0)), config.lora, key)
-        return model if editor.train_down else freeze(model, ["lora_A"])
-
-    lora = nnx.eval_shape(with_lora)
-    judge = nnx.eval_shape(lambda: PatchGAN(editor.discriminator, rngs=nnx.Rngs(0)))
-    gan = partial(_gan, config=config, mesh=mesh, judge=judge, text=(width, tokens), note=note)
-    group = editor.group or config.concepts.train
+    Raises:
+        UserError: a batch does not divide over the mesh.
+    """
+    shapes, one_device = _Shapes.of(config), make_mesh(devices=mesh.devices.flat[:1])
+    group = config.editor.group or config.concepts.train
+    if config.memory and not config.editor.group:
+        group = fitting_group(config, mesh)
     made = [
-        gan("base", base, train=editor.base, concepts=config.concepts.base, draw=draw_mixed),
-        gan(f"{group} LoRAs", lora, train=editor.together, concepts=group, draw=draw_each),
-        gan("one fine-tuning", lora, train=editor.tune, concepts=1, draw=draw_one),
+        shapes.base(mesh),
+        shapes.together(mesh, group),
+        *(shapes.generator(name, variant, mesh) for name, variant in config.generators.items()),
+        shapes.tuning(one_device),
+        *(shapes.making(name, one, one_device) for name, one in config.generators.items()),
     ]
-    values = {name: one.get_value() for name, one in trainable_variables(lora).items()}
-    layout = Layout.of(AdapterState(values, config.lora), config.block)
-    for name, variant in config.generators.items():
-        made += _generator(name, variant, layout, config, mesh, (width, tokens), note)
-    return made
+    return [_within(one, config.memory) for one in made]
+
+
+def fitting_group(config: Config, mesh: Mesh) -> int:
+    """How many LoRAs at a time fit in `config.memory` of each device: all, a half, a quarter, ...
+
+    Raises:
+        UserError: not even one for each device fits, or parts in common forbid groups.
+    """
+    shapes, limit = _Shapes.of(config), config.memory * 2**30
+    group, least = config.concepts.train, mesh.shape["data"]
+    while (found := shapes.together(mesh, group).bytes) > limit:
+        if config.editor.share != "none":
+            raise UserError(
+                f"memory: {group} LoRAs together need {found / 2**30:.1f} GiB of each device's "
+                f"{config.memory:g}, and with editor.share {config.editor.share!r} all train "
+                "together: take more devices, or a smaller editor.together.batch_size"
+            )
+        if group <= least:
+            raise UserError(
+                f"memory: {group} LoRAs need {found / 2**30:.1f} GiB of each device's "
+                f"{config.memory:g}: take a smaller editor.together.batch_size"
+            )
+        group = max(math.ceil(group / 2), least)
+    return group
+
+
+def _within(one: Plan, memory: float) -> Plan:
+    """The plan, which says so where it needs more than `memory` GiB (0: no limit)."""
+    if not memory or one.bytes <= memory * 2**30:
+        return one
+    over = f"needs {one.bytes / 2**30:.2f} GiB of each device's {memory:g} and does not fit"
+    return dataclasses.replace(one, note="; ".join(filter(None, [one.note, over])))
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """A run's networks and data as shapes. `width` and `tokens` are of the text's states."""
+
+    config: Config
+    networks: Networks
+    concepts: list[Concept] | None
+    width: int
+    tokens: int
+    note: str
+
+    @classmethod
+    def of(cls, config: Config) -> "_Shapes":
+        width, tokens, note = _text(config)
+        concepts, wanted = None, config.concepts
+        if wanted.source == "server":
+            assumed = f"{ASSUMED_WORDINGS} wordings of a concept are assumed"
+            note = "; ".join(filter(None, [note, assumed]))
+        else:
+            seed, rest = config.seeds[0], wanted.validation + wanted.unseen
+            concepts, _ = split_concepts(wanted.load(seed), wanted.train, rest, seed=seed)
+        return cls(config, config.networks.with_text(width), concepts, width, tokens, note)
+
+    def base(self, mesh: Mesh) -> Plan:
+        """A step of the base, with all its concepts' pairs."""
+        key = jax.random.key(0)
+        model = nnx.eval_shape(lambda: mark_trainable(self.networks.make_generator(key)))
+        config, count = self.config.editor.base, self.config.concepts.base
+        return self._gan("base", model, config, count, "mixed", mesh)
+
+    def together(self, mesh: Mesh, group: int) -> Plan:
+        """A step of so many LoRAs."""
+        devices = mesh.shape["data"]
+        count, mix = group + -group % devices, None
+        if self.config.editor.share != "none":
+            mix = self._mix(count, devices)
+        parts = count if mix is None else mix.shape[1]
+        model = nnx.eval_shape(
+            lambda: stacked_parts(self._with_lora(), parts, shared=mix is not None)
+        )
+        config = self.config.editor.together
+        return self._gan(f"{group} LoRAs", model, config, count, "each", mesh, mix)
+
+    def _mix(self, count: int, devices: int) -> jax.ShapeDtypeStruct:
+        """The shape of what `mixture` gives."""
+        # No more words recur than there are concepts, of those that are not known yet.
+        features = np.zeros((count, count))
+        if self.concepts is not None:
+            features = np.zeros((count, shared_words(self.concepts).shape[1]))
+        return jax.ShapeDtypeStruct(mixture(features, count, multiple=devices).shape, np.float32)
+
+    def tuning(self, mesh: Mesh) -> Plan:
+        """A step of one concept's fine-tuning."""
+        model, config = nnx.eval_shape(self._with_lora), self.config.editor.tune
+        return self._gan("one fine-tuning", model, config, 1, "one", mesh)
+
+    def _with_lora(self) -> E2GAN:
+        key = jax.random.key(0)
+        return self.config.adapter.add(self.networks.make_generator(key), key)
+
+    def _gan(
+        self,
+        name: str,
+        generator: E2GAN,
+        train: GANConfig,
+        concepts: int,
+        batches: Literal["mixed", "each", "one"],
+        mesh: Mesh,
+        mix: Any = None,
+    ) -> Plan:
+        """A step of the generator and the discriminator."""
+        key, photos = jax.random.key(0), self.config.photos
+        if batches == "one":
+            photos = self.config.editor.pairs or photos
+        judge = nnx.eval_shape(lambda: self.networks.make_discriminator(key))
+        side, wordings = self.config.data.image_size or 32, self._wordings
+        data = {
+            "source": jax.ShapeDtypeStruct((photos, side, side, 3), jnp.uint8),
+            "target": jax.ShapeDtypeStruct((concepts, photos, side, side, 3), jnp.uint8),
+            "states": jax.ShapeDtypeStruct(
+                (concepts, wordings, self.tokens, self.width), jnp.float32
+            ),
+            "pooled": jax.ShapeDtypeStruct((concepts, wordings, self.width), jnp.float32),
+        }
+        task = gan_task(generator, judge, data, train, seed=0, batches=batches, mix=mix)
+        return trainer.plan(name, task, train.sized(photos), mesh, note=self.note)
+
+    @property
+    def _wordings(self) -> int:
+        if self.concepts is None:
+            return ASSUMED_WORDINGS
+        return max(len(concept.texts) for concept in self.concepts)
+
+    def generator(self, name: str, variant: Variant, mesh: Mesh) -> Plan:
+        """A step of the denoiser of weights."""
+        config, layout = self.config, self.config.adapter.layout(self.networks)
+        concepts, count = config.concepts.train, layout.num_blocks
+        arrays = {
+            "blocks": jax.ShapeDtypeStruct(
+                (concepts, config.checkpoints, count, layout.block), jnp.float32
+            ),
+            "context": jax.ShapeDtypeStruct(
+                (concepts, self._wordings, self.tokens, self.width), jnp.float32
+            ),
+            "counts": jax.ShapeDtypeStruct((concepts,), jnp.int32),
+            "mask": jax.ShapeDtypeStruct((count, layout.block), jnp.bool_),
+        }
+        train = variant.generator.train
+        task = weight_task(self._denoiser(variant), arrays, train, seed=0)
+        sized = train.sized(concepts * config.checkpoints * count)
+        return trainer.plan(f"generator {name}", task, sized, mesh, note=self.note)
+
+    def making(self, name: str, variant: Variant, mesh: Mesh) -> Plan:
+        """One concept's weights in one step."""
+        train, count = variant.generator.train, self.config.adapter.layout(self.networks).num_blocks
+        schedule = train.noise_schedule()
+
+        def make(key, model, context):
+            t = jnp.asarray(train.num_train_timesteps - 1)
+            return key, {"blocks": recover(model, schedule, context, t, key, count=count)}
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        texts = jax.ShapeDtypeStruct((1, self.tokens, self.width), jnp.float32)
+        return compile_plan(
+            f"weights of one concept, {name}", make, _whole(key, mesh),
+            _whole(self._denoiser(variant), mesh), _whole(texts, mesh), note=self.note,
+        )  # fmt: skip
+
+    def _denoiser(self, variant: Variant) -> WeightUNet:
+        layout = self.config.adapter.layout(self.networks)
+        network = fitted(variant.generator.network, layout, self.width)
+        return nnx.eval_shape(lambda: WeightUNet(network, rngs=nnx.Rngs(0)))
 
 
 def _text(config: Config) -> tuple[int, int, str]:
@@ -87,116 +237,7 @@ def _text(config: Config) -> tuple[int, int, str]:
     return ASSUMED_WIDTH, ASSUMED_TOKENS, note
 
 
-def _gan(
-    name: str,
-    generator: E2GAN,
-    *,
-    config: Config,
-    mesh: Mesh,
-    judge: PatchGAN,
-    text: tuple[int, int],
-    note: str,
-    train: GANConfig,
-    concepts: int,
-    draw: Any,
-) -> Plan:
-    """A step of the generator and the discriminator."""
-    together = draw is draw_each
-    graph, trainable, frozen = nnx.split(generator, Trainable, ...)
-    graph_d, trainable_d = nnx.split(nnx.eval_shape(lambda: mark_trainable(judge)))
-    parts, devices = concepts, mesh.shape["data"]
-    if together:
-        if config.editor.share != "none":
-            # One part for all, one for each concept, and no more words that recur than concepts.
-            parts = 1 + 2 * concepts
-            parts += -parts % devices
-        trainable = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((parts, *x.shape), x.dtype), trainable
-        )
-    state = jax.eval_shape(
-        lambda g, d: init_gan(g, d, train, jax.random.key(0)), trainable, trainable_d
-    )
-    networks = Networks(graph, graph_d, stacked=together)
-    step = make_step(networks, train, partial(draw, count=train.batch_size))
-    side, (width, tokens) = config.data.image_size, text
-    shapes = {
-        "source": ((config.photos, side, side, 3), jnp.uint8),
-        "target": ((concepts, config.photos, side, side, 3), jnp.uint8),
-        "states": ((concepts, WORDINGS, tokens, width), jnp.float32),
-        "pooled": ((concepts, WORDINGS, width), jnp.float32),
-    }
-    if parts != concepts:
-        shapes["mix"] = ((concepts, parts), jnp.float32)
-    data = {name: jax.ShapeDtypeStruct(*one) for name, one in shapes.items()}
-    over = PartitionSpec("data") if together and concepts % devices == 0 else None
-
-    def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        own = over is not None and len(leaf.shape) and leaf.shape[0] in (concepts, parts)
-        of_photos = "source" in jax.tree_util.keystr(path)
-        of_judge = "discriminator" in jax.tree_util.keystr(path)
-        spec = over if own and not of_photos and not of_judge else PartitionSpec()
-        return _at(leaf, NamedSharding(mesh, spec))
-
-    state, data = (jax.tree_util.tree_map_with_path(place, tree) for tree in (state, data))
-    return plan(name, step, state, _whole(frozen, mesh), data, note=note)
-
-
-def _generator(
-    name: str,
-    variant: Variant,
-    layout: Layout,
-    config: Config,
-    mesh: Mesh,
-    text: tuple[int, int],
-    note: str,
-) -> list[Plan]:
-    """Training the denoiser of weights, and one concept's weights in one step."""
-    train, (width, tokens) = variant.generator.train, text
-    weight_diffusion.check_rows(train, mesh)
-    network = fitted(variant.generator.network, layout, width)
-    model = nnx.eval_shape(lambda: WeightUNet(network, rngs=nnx.Rngs(0)))
-    graph, trainable, frozen = nnx.split(
-        nnx.eval_shape(lambda: mark_trainable(WeightUNet(network, rngs=nnx.Rngs(0)))),
-        Trainable,
-        ...,
-    )
-    tx, step = weight_diffusion.make_step(graph, train, mesh)
-    init = partial(init_state, tx=tx, ema=bool(train.ema_decay))
-    state = jax.eval_shape(lambda values: init(values, key=jax.random.key(0)), trainable)
-    places = sharding.shardings_for(state, mesh, sharding.WEIGHT_UNET)
-    concepts, count = config.concepts.train, layout.num_blocks
-    data = {
-        "blocks": jax.ShapeDtypeStruct(
-            (concepts, config.checkpoints, count, layout.block), jnp.float32
-        ),
-        "context": jax.ShapeDtypeStruct((concepts, WORDINGS, tokens, width), jnp.float32),
-        "counts": jax.ShapeDtypeStruct((concepts,), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((count, layout.block), jnp.bool_),
-        "key": jax.eval_shape(lambda: jax.random.key(0)),
-    }
-    schedule = train.noise_schedule()
-
-    def make(key, model, context):
-        t = jnp.asarray(train.num_train_timesteps - 1)
-        found = weight_diffusion.recover(model, schedule, context, t, key, count=count)
-        return key, {"blocks": found}
-
-    trained = plan(
-        f"generator {name}", step, jax.tree.map(_at, state, places), _whole(frozen, mesh),
-        _whole(data, mesh), steps=train.steps_per_call, note=note,
-    )  # fmt: skip
-    texts = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
-    used = plan(
-        f"weights of one concept, {name}", make, _whole(data["key"], mesh), _whole(model, mesh),
-        _whole(texts, mesh), note=note,
-    )  # fmt: skip
-    return [trained, used]
-
-
 def _whole(tree: PyTree, mesh: Mesh) -> PyTree:
     """On every device."""
-    return jax.tree.map(lambda x: _at(x, NamedSharding(mesh, PartitionSpec())), tree)
-
-
-def _at(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    place = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)

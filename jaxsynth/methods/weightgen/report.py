@@ -36,7 +36,7 @@ MEASURES = {
     "l1": ("Held-out L1 x 1000", 1000, 1),
     "fd": ("Frechet distance in CLIP's features", 1, 1),
 }
-RIVALS = ("scratch", "default", "mean", "nearest", "noise", "ridge")
+BASELINES = ("scratch", "default", "mean", "nearest", "noise", "ridge")
 
 
 def page_of(workdir: Path) -> Path:
@@ -250,7 +250,7 @@ def sentences(results: Sequence[dict], names: Sequence[str]) -> list[str]:
     for own in GENERATED:
         if own not in names:
             continue
-        for rival in (*RIVALS, *CONTROLS):
+        for rival in (*BASELINES, *CONTROLS):
             if rival not in names:
                 continue
             others = [curves_of(result, rival) for result in results]
@@ -275,13 +275,13 @@ def _winners(results: Sequence[dict], names: Sequence[str]) -> Section:
     return Section("Who wins", "\n".join(f"- {line}" for line in sentences(results, names)))
 
 
-def levers_table(results: Sequence[dict]) -> Table:
+def ablation_table(results: Sequence[dict]) -> Table:
     """The settings that were tried, on validation concepts, and what was chosen in each seed."""
-    steps = results[0]["levers"]["steps"]
+    steps = results[0]["ablation"]["steps"]
     body = []
-    for name in results[0]["levers"]["variants"]:
-        found = [result["levers"]["variants"][name] for result in results]
-        chosen = sum(result["levers"]["chosen"] == name for result in results)
+    for name in results[0]["ablation"]["variants"]:
+        found = [result["ablation"]["variants"][name] for result in results]
+        chosen = sum(result["ablation"]["chosen"] == name for result in results)
         errors = zip(*(one["l1"] for one in found), strict=True)
         body.append(
             [
@@ -307,7 +307,7 @@ def _tried(results: Sequence[dict]) -> Section:
         "Settings of the generator, and the plain predictors beside them, compared on concepts "
         "that are neither trained on nor reported above. `replaced` is the share of concepts at "
         "which the guard of the norms took the fallback instead.",
-        tables=[levers_table(results)],
+        tables=[ablation_table(results)],
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from jaxsynth.tasks.weight_generator import Rivals, group_norms
+from jaxsynth.methods.weightgen.generator import Baselines, group_norms
 
 # Initial weights in the order of the tables.
 INITS = {
@@ -141,13 +141,13 @@ def repaid_after(cost: float, own: float, other: float) -> float:
     return math.inf if saved <= 0 else cost / saved
 
 
-def described(blocks: Float[np.ndarray, "m n v"], rivals: Rivals) -> dict[str, float]:
+def described(blocks: Float[np.ndarray, "m n v"], baselines: Baselines) -> dict[str, float]:
     """The squared distance to the nearest LoRA of the collection, arrays weighted alike and over
     the mean LoRA's to all of them, and the least and largest of the layers' relative norms."""
-    own, learnt = rivals.scaled(blocks), rivals.scaled(rivals.blocks)
+    own, learnt = baselines.scaled(blocks), baselines.scaled(baselines.blocks)
     closest = [np.square(learnt - row).sum(1).min() for row in own]
-    typical = group_norms(rivals.blocks, rivals.layout).mean(0)
-    ratios = group_norms(blocks, rivals.layout) / np.maximum(typical, 1e-12)
+    typical = group_norms(baselines.blocks, baselines.layout).mean(0)
+    ratios = group_norms(blocks, baselines.layout) / np.maximum(typical, 1e-12)
     return {
         "nearest_train": float(np.mean(closest) / _spread(learnt)),
         "norm_low": float(ratios.min()),
@@ -155,21 +155,21 @@ def described(blocks: Float[np.ndarray, "m n v"], rivals: Rivals) -> dict[str, f
     }
 
 
-def unexplained(blocks: Float[np.ndarray, "c n v"], rivals: Rivals) -> float:
+def unexplained(blocks: Float[np.ndarray, "c n v"], baselines: Baselines) -> float:
     """The share of the collection's variance, arrays weighted alike, that these miss."""
-    learnt = rivals.scaled(rivals.blocks)
-    return float(np.square(rivals.scaled(blocks) - learnt).sum(1).mean() / _spread(learnt))
+    learnt = baselines.scaled(baselines.blocks)
+    return float(np.square(baselines.scaled(blocks) - learnt).sum(1).mean() / _spread(learnt))
 
 
-def trained(rivals: Rivals) -> dict[str, float]:
+def trained(baselines: Baselines) -> dict[str, float]:
     """The same of the collection's own LoRAs, each to the nearest of the others."""
-    learnt = rivals.scaled(rivals.blocks)
+    learnt = baselines.scaled(baselines.blocks)
     closest = [
         np.square(np.delete(learnt, row, axis=0) - own).sum(1).min()
         for row, own in enumerate(learnt)
     ]
     nearest = float(np.mean(closest) / _spread(learnt))
-    return described(rivals.blocks, rivals) | {"nearest_train": nearest}
+    return described(baselines.blocks, baselines) | {"nearest_train": nearest}
 
 
 def _spread(values: Float[np.ndarray, "c values"]) -> float:

@@ -22,8 +22,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsynth.adapters.flatten import PER, Layout, Per
 from jaxsynth.adapters.inject import AdapterState, extract, mark_trainable
+from jaxsynth.core.config import to_dataclass
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import write_json
 from jaxsynth.methods.weightgen.baselines import (
     Ridge,
     choose_features,
@@ -44,7 +46,6 @@ from jaxsynth.tasks.weight_diffusion import (
     train,
 )
 from jaxsynth.weights.adapters.native import read_network, write_state
-from jaxsynth.weights.hub import write_json
 from jaxsynth.weights.tokenizer import Tokenizer
 
 Prior = Literal["none", "mean", "nearest", "ridge"]
@@ -104,7 +105,7 @@ def _encode(encoder: CLIPTextModel, ids: Array) -> tuple[Array, Array]:
     return out.last_hidden_state, out.pooled
 
 
-class Rivals:
+class Baselines:
     """The plain predictors of a collection: they are compared with, and generated on top of.
 
     Weights of a concept are the mean of its checkpoints. Which features of the texts serve (the
@@ -196,13 +197,13 @@ class WeightGenerator:
 
     model: WeightUNet
     config: GeneratorConfig
-    rivals: Rivals
+    baselines: Baselines
     read: TextReader
     statistics: Statistics
 
     @property
     def layout(self) -> Layout:
-        return self.rivals.layout
+        return self.baselines.layout
 
     def __call__(
         self,
@@ -231,8 +232,8 @@ class WeightGenerator:
             sampler = few_steps(self.config.train, steps)
             found = denoise(self.model, sampler, context, key, count=count)
         blocks = self.statistics.restored(np.asarray(found), self.layout)
-        blocks = blocks + self.rivals.predict(self.config.residual, texts)
-        return self._guarded(blocks, self.rivals.mean if fallback is None else fallback)
+        blocks = blocks + self.baselines.predict(self.config.residual, texts)
+        return self._guarded(blocks, self.baselines.mean if fallback is None else fallback)
 
     def states(self, generated: Generated) -> list[AdapterState]:
         """The adapters that lie in generated blocks."""
@@ -241,7 +242,7 @@ class WeightGenerator:
     @cached_property
     def norms(self) -> Float[np.ndarray, "ck g"]:
         """The norms of every layer group of every checkpoint that was learnt from."""
-        blocks = self.rivals.collection.blocks
+        blocks = self.baselines.collection.blocks
         return group_norms(blocks.reshape(-1, *blocks.shape[2:]), self.layout)
 
     def _guarded(self, blocks: np.ndarray, fallback: np.ndarray) -> Generated:
@@ -273,21 +274,21 @@ def train_generator(
     folder: Path,
     *,
     seed: int,
-    rivals: Rivals | None = None,
+    baselines: Baselines | None = None,
     mesh: Mesh | None = None,
     description: str = "generator",
 ) -> WeightGenerator:
     """A generator of weights like those of `collection`; resumes from `folder/checkpoints`."""
-    rivals = rivals or Rivals(collection, read)
+    baselines = baselines or Baselines(collection, read)
     layout = collection.layout
-    rest = collection.blocks - rivals.left_out(config.residual)[:, None]
+    rest = collection.blocks - baselines.left_out(config.residual)[:, None]
     statistics = Statistics.of(rest, layout, config.per)
     context, counts = _contexts(collection, read)
     data = WeightData(statistics.normalised(rest, layout), context, counts, layout.mask)
     network = fitted(config.network, layout, context.shape[-1])
     model = WeightUNet(network, rngs=nnx.Rngs(seed))
     model = train(model, data, config.train, folder, seed=seed, mesh=mesh, description=description)
-    return WeightGenerator(model, config, rivals, read, statistics)
+    return WeightGenerator(model, config, baselines, read, statistics)
 
 
 def fitted(network: WeightUNetConfig, layout: Layout, text_width: int) -> WeightUNetConfig:
@@ -311,7 +312,7 @@ def save_generator(generator: WeightGenerator, folder: Path) -> None:
     """Write the network and what its output means; the collection stays where it is."""
     settings = {
         "config": dataclasses.asdict(generator.config),
-        "base": generator.rivals.collection.base,
+        "base": generator.baselines.collection.base,
         "layout": generator.layout.to_json(),
         "mean": generator.statistics.mean.tolist(),
         "std": generator.statistics.std.tolist(),
@@ -327,7 +328,7 @@ def load_generator(
     collection: WeightCollection,
     read: TextReader,
     *,
-    rivals: Rivals | None = None,
+    baselines: Baselines | None = None,
 ) -> WeightGenerator:
     """Read what `save_generator` wrote.
 
@@ -337,14 +338,7 @@ def load_generator(
     where = folder / _SETTINGS
     try:
         base, layout = settings["base"], Layout.from_json(settings["layout"])
-        values = settings["config"]
-        config = GeneratorConfig(
-            **values
-            | {
-                "network": WeightUNetConfig.from_dict(values["network"]),
-                "train": WeightTrainConfig(**values["train"]),
-            }
-        )
+        config = to_dataclass(GeneratorConfig, settings["config"], path=f"{where}: config")
         mean, std = (np.asarray(settings[name], np.float32) for name in ("mean", "std"))
         width = int(settings["text_width"])
     except (KeyError, TypeError, ValueError) as error:
@@ -361,7 +355,7 @@ def load_generator(
     return WeightGenerator(
         read_network(plain, folder / _WEIGHTS),
         config,
-        rivals or Rivals(collection, read),
+        baselines or Baselines(collection, read),
         read,
         Statistics(config.per, mean, std),
     )

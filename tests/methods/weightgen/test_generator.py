@@ -14,19 +14,19 @@ from jaxsynth.adapters.inject import AdapterState, extract, load_state
 from jaxsynth.adapters.kinds.affiner import AffinerConfig, add_affiner
 from jaxsynth.core.errors import UserError
 from jaxsynth.methods.weightgen.collection import WeightCollection
-from jaxsynth.models.diffusion.dit import DiT, DiTConfig
-from jaxsynth.models.diffusion.weight_unet import WeightUNetConfig
-from jaxsynth.tasks.weight_diffusion import WeightTrainConfig
-from jaxsynth.tasks.weight_generator import (
+from jaxsynth.methods.weightgen.generator import (
     PRIORS,
+    Baselines,
     GeneratorConfig,
-    Rivals,
     TextReader,
     group_norms,
     load_generator,
     save_generator,
     train_generator,
 )
+from jaxsynth.models.diffusion.dit import DiT, DiTConfig
+from jaxsynth.models.diffusion.weight_unet import WeightUNetConfig
+from jaxsynth.tasks.weight_diffusion import WeightTrainConfig
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
 from tests.methods.small_base import random_network
@@ -85,14 +85,14 @@ def collection() -> WeightCollection:
 
 
 @pytest.fixture(scope="module")
-def rivals(collection, read) -> Rivals:
-    return Rivals(collection, read)
+def baselines(collection, read) -> Baselines:
+    return Baselines(collection, read)
 
 
 @pytest.fixture(scope="module")
-def generator(collection, read, rivals, tmp_path_factory):
+def generator(collection, read, baselines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generator")
-    return train_generator(collection, read, CONFIG, folder, seed=0, rivals=rivals)
+    return train_generator(collection, read, CONFIG, folder, seed=0, baselines=baselines)
 
 
 PROMPTS = [texts[0] for texts in TEXTS]
@@ -110,55 +110,55 @@ def missed(blocks, truth) -> float:
 
 
 @pytest.mark.parametrize("how", [{}, {"steps": 3}])
-def test_eight_concepts_become_their_adapters(generator, rivals, how):
+def test_eight_concepts_become_their_adapters(generator, baselines, how):
     found = generator(PROMPTS, seed=5, **how)
-    assert missed(found.blocks, rivals.blocks) < 0.05 and not found.replaced.any()
+    assert missed(found.blocks, baselines.blocks) < 0.05 and not found.replaced.any()
     np.testing.assert_allclose(found.ratios.mean(), 1, atol=0.02)
     state = generator.states(found)[3]
     assert state.arrays.keys() == STATE.arrays.keys()
     # The paraphrases are learnt as well.
     other = generator([texts[1] for texts in TEXTS], seed=6, **how)
-    assert missed(other.blocks, rivals.blocks) < 0.1
+    assert missed(other.blocks, baselines.blocks) < 0.1
 
 
-def test_shuffled_texts_give_the_wrong_adapters(generator, rivals):
+def test_shuffled_texts_give_the_wrong_adapters(generator, baselines):
     shuffled = generator(PROMPTS[1:] + PROMPTS[:1], seed=5)
-    assert missed(shuffled.blocks, rivals.blocks) > 1
+    assert missed(shuffled.blocks, baselines.blocks) > 1
 
 
-def test_plain_predictors(rivals, collection, read):
+def test_plain_predictors(baselines, collection, read):
     mean = collection.blocks.mean((0, 1))
-    np.testing.assert_allclose(rivals.predict("mean", PROMPTS[:2]), [mean, mean], rtol=1e-5)
-    np.testing.assert_array_equal(rivals.nearest(PROMPTS), np.arange(8))
-    np.testing.assert_array_equal(rivals.predict("nearest", PROMPTS), rivals.blocks)
-    np.testing.assert_array_equal(rivals.predict("none", PROMPTS[:1]), 0 * mean[None])
-    assert rivals.predict("ridge", ["the digit nine"]).shape == (1, *mean.shape)
+    np.testing.assert_allclose(baselines.predict("mean", PROMPTS[:2]), [mean, mean], rtol=1e-5)
+    np.testing.assert_array_equal(baselines.nearest(PROMPTS), np.arange(8))
+    np.testing.assert_array_equal(baselines.predict("nearest", PROMPTS), baselines.blocks)
+    np.testing.assert_array_equal(baselines.predict("none", PROMPTS[:1]), 0 * mean[None])
+    assert baselines.predict("ridge", ["the digit nine"]).shape == (1, *mean.shape)
     # Nothing of a concept itself is in what the others say of it.
-    assert (np.abs(rivals.left_out("nearest") - rivals.blocks).max((1, 2)) > 0.1).all()
-    assert rivals.features in ("pooled", "tokens", "words")
-    assert not rivals.left_out("ridge")[:, ~LAYOUT.mask].any()
+    assert (np.abs(baselines.left_out("nearest") - baselines.blocks).max((1, 2)) > 0.1).all()
+    assert baselines.features in ("pooled", "tokens", "words")
+    assert not baselines.left_out("ridge")[:, ~LAYOUT.mask].any()
 
 
 @pytest.mark.parametrize("kind", PRIORS)
-def test_a_generator_adds_to_its_prior(collection, read, rivals, tmp_path, kind):
+def test_a_generator_adds_to_its_prior(collection, read, baselines, tmp_path, kind):
     config = dataclasses.replace(UNTRAINED, residual=kind, guard=0.0)
-    made = train_generator(collection, read, config, tmp_path, seed=0, rivals=rivals)
-    rest = (rivals.blocks - rivals.left_out(kind))[:, LAYOUT.mask]
+    made = train_generator(collection, read, config, tmp_path, seed=0, baselines=baselines)
+    rest = (baselines.blocks - baselines.left_out(kind))[:, LAYOUT.mask]
     parts = LAYOUT.parts("array")[LAYOUT.mask]
     shift = np.array([rest[:, parts == part].mean() for part in range(4)])[parts]
     found = made(["the digit nine"], seed=1).blocks[0, LAYOUT.mask]
     # An untrained network predicts the mean of what is left.
-    expected = rivals.predict(kind, ["the digit nine"])[0, LAYOUT.mask] + shift
+    expected = baselines.predict(kind, ["the digit nine"])[0, LAYOUT.mask] + shift
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_weights_out_of_range_are_replaced(generator, rivals):
+def test_weights_out_of_range_are_replaced(generator, baselines):
     far = dataclasses.replace(generator.statistics, std=100 * generator.statistics.std)
     wild = dataclasses.replace(generator, statistics=far)
     found = wild(PROMPTS, seed=5)
     assert found.replaced.all() and found.ratios.max() > 2
-    np.testing.assert_allclose(found.blocks, rivals.predict("mean", PROMPTS), rtol=1e-5)
-    own = 7 * np.ones_like(rivals.mean)
+    np.testing.assert_allclose(found.blocks, baselines.predict("mean", PROMPTS), rtol=1e-5)
+    own = 7 * np.ones_like(baselines.mean)
     np.testing.assert_array_equal(wild(PROMPTS, seed=5, fallback=own).blocks[2], own)
     free = dataclasses.replace(wild, config=dataclasses.replace(CONFIG, guard=0.0))
     assert not free(PROMPTS, seed=5).replaced.any()
@@ -167,27 +167,29 @@ def test_weights_out_of_range_are_replaced(generator, rivals):
     assert found.replaced.all() and np.isfinite(found.blocks).all()
 
 
-def test_norms_are_of_layer_groups(rivals):
-    norms = group_norms(rivals.blocks, LAYOUT)
-    state = LAYOUT.from_blocks(jnp.asarray(rivals.blocks[4]))
+def test_norms_are_of_layer_groups(baselines):
+    norms = group_norms(baselines.blocks, LAYOUT)
+    state = LAYOUT.from_blocks(jnp.asarray(baselines.blocks[4]))
     up = [state.arrays["up.lora_A"], state.arrays["up.lora_B"]]
     assert norms[4, 1] == pytest.approx(np.sqrt(sum(np.square(x).sum() for x in up)), rel=1e-4)
 
 
-def test_a_generator_comes_back(generator, collection, read, rivals, tmp_path):
+def test_a_generator_comes_back(generator, collection, read, baselines, tmp_path):
     save_generator(generator, tmp_path)
-    found = load_generator(tmp_path, collection, read, rivals=rivals)
+    found = load_generator(tmp_path, collection, read, baselines=baselines)
     assert found.config == generator.config
     expected = generator(PROMPTS[:2], seed=3, t=800)
     np.testing.assert_allclose(found(PROMPTS[:2], seed=3, t=800).blocks, expected.blocks, atol=1e-6)
 
 
 def test_a_collection_of_another_base_or_layout_is_refused(
-    generator, collection, read, rivals, tmp_path
+    generator, collection, read, baselines, tmp_path
 ):
     save_generator(generator, tmp_path)
     with pytest.raises(UserError, match=r"adapters of base the-base, the collection's are of oth"):
-        load_generator(tmp_path, dataclasses.replace(collection, base="other"), read, rivals=rivals)
+        load_generator(
+            tmp_path, dataclasses.replace(collection, base="other"), read, baselines=baselines
+        )
     layout = Layout.of(STATE, 16)
     blocks = np.stack(
         [
@@ -197,14 +199,14 @@ def test_a_collection_of_another_base_or_layout_is_refused(
     )
     other = dataclasses.replace(collection, blocks=blocks, layout=layout)
     with pytest.raises(UserError, match="another layout than the collection's"):
-        load_generator(tmp_path, other, read, rivals=rivals)
+        load_generator(tmp_path, other, read, baselines=baselines)
     path = tmp_path / "generator.json"
     values = json.loads(path.read_text())
     del values["config"]["network"]["patch_size"]
     values["config"]["network"]["patches"] = 2
     path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"generator.json: ValueError: .*unknown field 'patches'"):
-        load_generator(tmp_path, collection, read, rivals=rivals)
+    with pytest.raises(UserError, match=r"generator.json: config.network.*patches"):
+        load_generator(tmp_path, collection, read, baselines=baselines)
 
 
 def test_settings_that_cannot_be_are_refused(generator):
