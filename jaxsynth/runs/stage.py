@@ -37,22 +37,27 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import TEMPORARY, file_digests_cached, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
+from jaxsynth.runs.agreement import agree, agree_value, barrier
+from jaxsynth.runs.artifact import (
+    MANIFEST,
+    Artifact,
+    Source,
+    StageError,
+    load_artifact,
+    read_manifest,
+)
 
-MANIFEST = "manifest.json"
 STARTED = ".started.json"
 LOCK = ".lock"
 LISTINGS = ".inputs.json"
@@ -61,91 +66,6 @@ TRAINING = ".training"
 UNLISTED = (f"{TRAINING}/*", "checkpoints/*", "*.jsonl", "events.out.*")
 PACKAGES = ("jaxsynth", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FORMAT = 2
-# Of a data set with more files, a changed one is noticed but not named.
-MOST_LISTED = 20_000
-
-T = TypeVar("T")
-
-
-class StageError(UserError):
-    """A stage cannot run as asked; the message names the folder, the field and both values."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Artifact:
-    """A finished stage: its folder and the manifest that lies there."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) over the stage's name, configuration, inputs and files."""
-        return self.manifest["digest"]
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """What the stage's function returned."""
-        return self.manifest["counts"]
-
-    def verify(self) -> None:
-        """Compare every file with the manifest; digests of unchanged files are remembered.
-
-        Raises:
-            StageError: a file is missing or differs from the digest in the manifest; it is named.
-        """
-        paths = [self._existing(name) for name in self.manifest["files"]]
-        found = file_digests_cached(paths)
-        for path, digest, entry in zip(paths, found, self.manifest["files"].values(), strict=True):
-            if digest != entry["sha256"]:
-                raise StageError(
-                    f"{path} is damaged or was changed: its SHA-256 is {digest[:16]}..., the "
-                    f"manifest says {entry['sha256'][:16]}...; remove {self.path} to make the "
-                    "stage again"
-                )
-
-    def _existing(self, name: str) -> Path:
-        file = self.path / name
-        if not file.is_file():
-            raise StageError(
-                f"{file} is in the manifest of stage {self.manifest['stage']!r} but is missing; "
-                f"remove {self.path} to make the stage again"
-            )
-        return file
-
-
-class Source(Generic[T]):
-    """An input that no stage made: weights, a data set, a file. Loaded once, when first needed.
-
-    Args:
-        load: returns the value; called at most once.
-        digest: identifies the content: a string, or a function of the loaded value.
-        listing: digests of its parts by name, from which a refusal names the changed ones.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], T],
-        digest: str | Callable[[T], str],
-        listing: Callable[[T], Mapping[str, str]] | None = None,
-    ):
-        self._load, self._digest, self._listing = load, digest, listing
-
-    @cached_property
-    def value(self) -> T:
-        """What the stage's function receives."""
-        return self._load()
-
-    @cached_property
-    def digest(self) -> str:
-        """Hex digits that stand for the content."""
-        return self._digest if isinstance(self._digest, str) else self._digest(self.value)
-
-    @cached_property
-    def listing(self) -> dict[str, str] | None:
-        """Digests by name, or None where there are none, or too many to keep."""
-        found = None if self._listing is None else dict(self._listing(self.value))
-        return found if found is not None and len(found) <= MOST_LISTED else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,28 +169,6 @@ def stage(
     return declare
 
 
-def load_artifact(folder: str | Path) -> Artifact:
-    """Read a finished stage's folder.
-
-    Raises:
-        StageError: the folder holds no manifest, or a file that the manifest lists is not there
-            or has another size (`Artifact.verify` also compares the contents).
-    """
-    folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST)
-    if manifest is None:
-        raise StageError(f"{folder} holds no finished stage: {MANIFEST} is missing")
-    artifact = Artifact(folder, manifest)
-    for name, entry in manifest["files"].items():
-        size = artifact._existing(name).stat().st_size
-        if size != entry["bytes"]:
-            raise StageError(
-                f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}; remove "
-                f"{folder} to make the stage again"
-            )
-    return artifact
-
-
 def run_stage(
     name: str,
     folder: str | Path,
@@ -316,7 +214,7 @@ def run_stage(
     listings = {key: x.listing for key, x in inputs.items() if isinstance(x, Source) and x.listing}
     first = jax.process_index() == 0
     with _Holder(folder, config, wanted, listings) as holder:
-        state = _agree(holder.take) if first else _agree(None)
+        state = agree(holder.take) if first else agree(None)
         if state == "done":
             artifact = load_artifact(folder)
             stage_line(name, 0.0, "unchanged, skipped", out=console)
@@ -339,7 +237,7 @@ def run_stage(
             }
             write_json(folder / MANIFEST, manifest)
             (folder / STARTED).unlink(missing_ok=True)
-        _barrier(f"{name} written")
+        barrier(f"{name} written")
     artifact = load_artifact(folder)
     note = ", ".join(f"{key} {_short(value)}" for key, value in artifact.counts.items())
     resumed = "resumed  " if state == "resumed" else ""
@@ -388,7 +286,7 @@ class _Holder:
             raise
         if self._finished():
             return "done"
-        if (begun := _read_manifest(self.folder / STARTED)) is not None:
+        if (begun := read_manifest(self.folder / STARTED)) is not None:
             self._refuse_changes(begun)
             _remove_temporaries(self.folder)
             return "resumed"
@@ -398,7 +296,7 @@ class _Holder:
         return "new"
 
     def _finished(self) -> bool:
-        done = _read_manifest(self.folder / MANIFEST)
+        done = read_manifest(self.folder / MANIFEST)
         if done is not None:
             self._refuse_changes(done)
         return done is not None
@@ -498,48 +396,10 @@ def _build(
     build: Callable[[Path], dict[str, Any] | None], folder: Path, processes: str
 ) -> dict[str, Any] | None:
     if processes == "first" and jax.process_count() > 1:
-        return _agree_value(lambda: build(folder))
+        return agree_value(lambda: build(folder))
     counts = build(folder)
-    _barrier(f"{folder} built")
+    barrier(f"{folder} built")
     return counts
-
-
-def _agree(take: Callable[[], str] | None) -> str:
-    """What process 0 found, in every process; its refusal is raised in all, so that none waits."""
-    if jax.process_count() == 1:
-        assert take is not None
-        return take()
-    return _agree_value(take)
-
-
-_MESSAGE = 4096
-
-
-def _agree_value(compute: Callable[[], Any] | None) -> Any:
-    """Process 0 computes; every process gets its JSON value, or raises its error's message."""
-    from jax.experimental import multihost_utils
-
-    failed: BaseException | None = None
-    message = {}
-    if jax.process_index() == 0:
-        assert compute is not None
-        try:
-            message = {"value": to_json(compute())}
-        except Exception as error:
-            failed = error
-            message = {"error": f"{type(error).__name__}: {error}"[: _MESSAGE // 4]}
-    text = json.dumps(message).encode()
-    if len(text) > _MESSAGE:  # counts that do not fit stand in the manifest
-        text = b'{"value": null}'
-    sent = np.zeros(_MESSAGE, np.uint8)
-    sent[: len(text)] = np.frombuffer(text, np.uint8)
-    got = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).rstrip(b"\0")
-    if failed is not None:
-        raise failed
-    found = json.loads(got)
-    if "error" in found:
-        raise StageError(f"process 0 stopped: {found['error']}")
-    return found["value"]
 
 
 def _list_files(folder: Path, unlisted: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -574,26 +434,5 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """A manifest, or None where there is none. StageError for one that is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        found = read_json(path)
-    except UserError as error:
-        raise StageError(f"{error}; remove {path.parent} to make the stage again") from error
-    if not isinstance(found, dict) or not isinstance(found.get("config"), (dict, list)):
-        raise StageError(f"{path} is no stage's manifest; remove {path.parent} to make it again")
-    return found
-
-
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _barrier(name: str) -> None:
-    """Wait for every process of a multi-process run; nothing to wait for in a single one."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -24,18 +24,18 @@ batches are drawn from lie over "data" and "fsdp", and a batch's rows as well.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Key, PyTree, UInt8
+from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
 from jaxsynth.adapters import optim_hooks
@@ -47,6 +47,13 @@ from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import Rate, make_optimizer, unused_patterns
+from jaxsynth.training.placement import (
+    batch_rows,
+    data_places,
+    filled_rows,
+    is_stack,
+    state_places,
+)
 from jaxsynth.training.planning import Plan, compile_plan, shaped
 from jaxsynth.training.step import (
     StepFn,
@@ -58,72 +65,7 @@ from jaxsynth.training.step import (
     scan_steps,
     stacked,
 )
-
-Loss = Callable[[Any, PyTree, PyTree, Key[Array, ""]], tuple[Array, dict[str, Array]]]
-Learns = Literal["replicate", "table", "stack"]
-
-
-@dataclass(frozen=True)
-class Resident:
-    """Batches drawn on the device from arrays that lie there: cached latents, small images.
-
-    Args:
-        data: arrays, or their shapes for a plan. Those named in `sharded` have the examples on
-            their first axis and are cut over the devices; the others are on every device.
-        next_batch: `(step, data) -> batch`, a frozen dataclass; it must not draw rows beyond the
-            number of examples, because arrays that do not divide are filled up.
-    """
-
-    data: dict[str, Any]
-    next_batch: Callable[[Array, dict[str, Array]], PyTree]
-    sharded: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """Batches from the host, such as a Grain pipeline's.
-
-    Args:
-        start: makes the iterator of this process's rows of each batch; it has `get_state` and
-            `set_state` where a resumed training is to see the same data as an undisturbed one.
-            None where the task is only planned.
-        shapes: of the whole batch, for a plan.
-    """
-
-    start: Callable[[], Iterator[PyTree]] | None
-    shapes: PyTree = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained.
-
-    Args:
-        model: the network; its `Trainable` variables learn. For a plan it may be of shapes alone.
-        loss: `(model, constants, batch, key) -> (mean over the batch, metrics)`, a frozen
-            dataclass: compared by value, a second training finds the compiled program. Or one for
-            each phase by the name of the model's part that it moves (`step.make_train_step`).
-        batches: where batches come from.
-        table: the sharding rules of the model's weights.
-        key: decides all that is random in the steps.
-        constants: arrays that the loss needs besides: text states, a noise schedule.
-        identity: JSON that checkpoints must agree on, such as the base's digest.
-        learns: where what learns lies on a mesh.
-        evaluate: `(model, step) -> scalars`, every `evaluate_every` steps (by default each epoch's
-            `evaluate_steps`), logged as "eval/<name>".
-        sample: `model -> images`, every `sample_every` steps, written beside the metrics.
-    """
-
-    model: nnx.Module
-    loss: Loss | Mapping[str, Loss]
-    batches: Resident | Streamed
-    table: sharding.Table
-    key: Key[Array, ""]
-    constants: PyTree = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    learns: Learns | Mapping[str, Learns] = "replicate"
-    evaluate: Callable[[nnx.Module, int], Mapping[str, Any]] | None = None
-    sample: Callable[[nnx.Module], UInt8[np.ndarray, "n h w 3"]] | None = None
+from jaxsynth.training.task import Loss, Resident, Streamed, Task
 
 
 def train(
@@ -280,7 +222,7 @@ def _assemble(
             raise UserError(f"{name}: {unused[0]!r} matches no parameter that learns")
     phases = tuple(task.loss.items()) if isinstance(task.loss, Mapping) else task.loss
     resident = isinstance(task.batches, Resident)
-    if mesh is not None and not together and not _is_stack(task):
+    if mesh is not None and not together and not is_stack(task):
         _check_rows(config, mesh, task.batches)
     step = _step(
         phases,
@@ -288,7 +230,7 @@ def _assemble(
         _program_of(config, adapter),
         graphdef,
         adapter,
-        None if together or mesh is None else NamedSharding(mesh, _rows(task)),
+        None if together or mesh is None else NamedSharding(mesh, batch_rows(task)),
         together,
     )
     tx = optim_hooks.optimiser(adapter, make_optimizer(config), config.steps)
@@ -315,7 +257,7 @@ def _assemble(
         state, data = init(*start), _data_of([one.batches for one in tasks], together)
     if mesh is not None:
         place = shaped if abstract else sharding.place
-        state = place(state, _state_places(state, task, mesh, together))
+        state = place(state, state_places(state, task, mesh, together))
         whole = NamedSharding(mesh, PartitionSpec())
         frozen_places = (
             jax.tree.map(lambda _: whole, buffers),
@@ -324,9 +266,9 @@ def _assemble(
         )
         frozen = place(frozen, frozen_places)
         if resident:
-            stacks = together or _is_stack(task)
-            data = _filled(data, task.batches.sharded, mesh, stacks, abstract)
-            data = place(data, _data_places(data, task, mesh, together))
+            stacks = together or is_stack(task)
+            data = filled_rows(data, task.batches.sharded, mesh, stacks, abstract)
+            data = place(data, data_places(data, task, mesh, together))
         elif abstract:
             rows = NamedSharding(mesh, sharding.BATCH)
             data = place(data, jax.tree.map(lambda _: rows, data))
@@ -483,17 +425,6 @@ def _check_rows(config: TrainingConfig, mesh: Mesh, batches: Resident | Streamed
             )
 
 
-def _is_stack(task: Task) -> bool:
-    """Whether a part that learns is a stack: batches and their data then have its axis first."""
-    learns = task.learns.values() if isinstance(task.learns, Mapping) else (task.learns,)
-    return "stack" in learns
-
-
-def _rows(task: Task) -> PartitionSpec:
-    """How a batch's first axis is cut."""
-    return PartitionSpec("data") if _is_stack(task) else sharding.BATCH
-
-
 def _data_of(batches: Sequence[Resident | Streamed], together: bool) -> PyTree:
     if isinstance(batches[0], Streamed):
         if together:
@@ -526,72 +457,3 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _repeated(leaf: Any, count: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), jnp.result_type(leaf))
-
-
-def _state_places(state: TrainState, task: Task, mesh: Mesh, together: bool) -> TrainState:
-    """The NamedSharding of every leaf of a state."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    stack_place = NamedSharding(mesh, PartitionSpec("data"))
-    if together:
-        return jax.tree.map(lambda _: stack_place, state)
-
-    def choose(how: Learns, tree: PyTree) -> PyTree:
-        if how == "table":
-            return sharding.shardings_for(tree, mesh, task.table)
-        if how == "stack":
-            return jax.tree.map(lambda leaf: stack_place if leaf.ndim else whole, tree)
-        return jax.tree.map(lambda _: whole, tree)
-
-    def of_parts(tree: PyTree) -> PyTree:
-        if isinstance(task.learns, Mapping):
-            return type(tree)({part: choose(how, tree[part]) for part, how in task.learns.items()})
-        return choose(task.learns, tree)
-
-    everywhere = lambda tree: jax.tree.map(lambda _: whole, tree)  # noqa: E731
-    return TrainState(
-        step=whole,
-        trainable=of_parts(state.trainable),
-        opt_state=of_parts(state.opt_state),
-        ema=None
-        if state.ema is None
-        else state.ema._replace(count=whole, ema=of_parts(state.ema.ema)),
-        rate=everywhere(state.rate),
-        key=whole,
-    )
-
-
-def _filled(
-    data: dict[str, Any], names: Sequence[str], mesh: Mesh, stacks: bool, abstract: bool
-) -> dict[str, Any]:
-    """Arrays of examples filled up to a multiple of the devices; the filling is never drawn."""
-    if stacks:
-        return data
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    filled = dict(data)
-    for name in names:
-        short = -len(data[name]) % parts if not abstract else -data[name].shape[0] % parts
-        if not short:
-            continue
-        if abstract:
-            leaf = data[name]
-            filled[name] = jax.ShapeDtypeStruct(
-                (leaf.shape[0] + short, *leaf.shape[1:]), leaf.dtype
-            )
-        else:
-            host = np.asarray(data[name])
-            filled[name] = np.concatenate([host, np.zeros((short, *host.shape[1:]), host.dtype)])
-    return filled
-
-
-def _data_places(
-    data: dict[str, Any], task: Task, mesh: Mesh, together: bool
-) -> dict[str, NamedSharding]:
-    def choose(name: str) -> PartitionSpec:
-        if together:
-            return PartitionSpec("data")
-        return _rows(task) if name in task.batches.sharded else PartitionSpec()
-
-    return {
-        name: jax.tree.map(lambda _: NamedSharding(mesh, choose(name)), leaf)  # noqa: B023
-        for name, leaf in data.items()
-    }

@@ -171,7 +171,8 @@ def test_compile_cache_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_help_reads_well_and_does_not_wait_for_jax():
-    code = "import sys; from jaxsynth.cli import main as cli\ntry:\n cli.main(['run', '--help'])\nfinally:\n"
+    code = "import sys; from jaxsynth.cli import main as cli\n"
+    code += "try:\n cli.main(['run', '--help'])\nfinally:\n"
     code += " print('jax' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
