@@ -152,7 +152,7 @@ def test_conditions_are_stored_at_the_size_of_latents(tmp_path):
 
 def test_a_batch_has_the_condition_of_each_view(base):
     sets = [steered(5, 0, views=2), steered(3, 1, views=2)]
-    config = AdaptConfig(steps=1, batch_size=16)
+    config = AdaptConfig(steps=1, batch_size=64)
     models = [conditional(base)] * 2
     _, task = adapt_tasks(models, sets, SCHEDULE, config, seed=0)
     data = jax.tree.map(jnp.asarray, task.batches.data)
