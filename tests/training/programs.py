@@ -8,7 +8,7 @@ from jaxsynth.training import loop
 
 
 def memory_of_programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that gets the compiler's memory analysis of every training program from now on."""
+    """A list that gets the compiler's memory analysis of the first training program from now on."""
     measured: list[Any] = []
     make = loop._program
 
