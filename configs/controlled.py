@@ -7,7 +7,8 @@ Variants:
   Affiners and LoRA in every layer, by Affiners in attention, and by a new input alone.
 - `edges`: the same with the edges of handwritten digits, which any folder of photos has too
   (`--config.data.source=folder --config.data.path=photos/`).
-- `sd21`: Stable Diffusion 2.1 at 512 pixels with ControlNet's own settings, on a TPU or GPU.
+- `sd21`: Stable Diffusion 2.1 at 512 pixels with ControlNet's own settings, on all TPUs or GPUs
+  there are: a batch is cut over them, and `--config.mesh.fsdp=4` cuts the weights four ways.
 - `smoke`: every stage in a few steps, for the tests.
 
 Any kind of adapter on all layers is a further way: `--config.adapter=lokr --config.adapter.rank=4`.

@@ -11,7 +11,8 @@ Variants:
   drawn scenes, each learnt as condition images. `tiny` learns the digits' edges alone.
 - `xl2`: DiT-XL/2 at 256 pixels, the published recipe. `xl2,dataset=NAME` is a data set of TFDS,
   `xl2,path=FOLDER` one of class folders. `--config.base=` takes the authors' .pt
-  (DiT-XL-2-256x256.pt) or a diffusers folder. On a TPU or GPU.
+  (DiT-XL-2-256x256.pt) or a diffusers folder. On all TPUs or GPUs there are: a batch is cut over
+  them, and `--config.mesh.fsdp=4` cuts the weights four ways.
 - `base,path=FOLDER`: trains the shipped DiT (`jaxsynth/assets/tiny/dit`) on printed digits, shapes
   and six of CIFAR-10's classes; FOLDER holds train/ and test/ with class folders. Forty minutes
   on one core.

@@ -3,9 +3,9 @@
 - `with_controlnet`: a trainable copy of the encoder with zero convolutions (ControlNet, arXiv
   2302.05543), with two fifths of the parameters of Stable Diffusion's base;
 - `with_adapters`: no second network (DiffScaler, arXiv 2404.09976): the condition enters as further
-  channels of the first convolution, which starts by ignoring them (`adapters.inputs`), and adapters
-  in the base learn to use it. How the paper lets the condition in is not known; channels beside the
-  noisy latents are the way of InstructPix2Pix (arXiv 2211.09800).
+  channels of the first convolution, which starts by ignoring them (`surgery.input_channels`), and
+  adapters in the base learn to use it. How the paper lets the condition in is not known; channels
+  beside the noisy latents are the way of InstructPix2Pix (arXiv 2211.09800).
 
 Both start as the base itself, and with one seed both see the same images, noise and timesteps at
 every step, so their losses compare step by step. `num_trainable` says what each costs.

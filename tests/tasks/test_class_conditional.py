@@ -1,4 +1,4 @@
-"""Training on latents: one set or many at once, on a mesh, resumed, with retention."""
+"""Training on latents: one set or many at once, on a mesh, planned, resumed, with retention."""
 
 import dataclasses
 from functools import partial
@@ -10,35 +10,33 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.learned_range import learned_range_loss
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.methods.diffscaler.recipes import adapted, first_label
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import encode_images
-from jaxsynth.tasks import class_conditional
+from jaxsynth.quality.errors import held_out_error
 from jaxsynth.tasks.class_conditional import (
+    AdaptConfig,
+    LabelledDenoising,
     Latents,
     Retention,
-    TrainConfig,
     adapt,
     adapt_each,
-    check_rows,
-    draw_batch,
+    adapt_tasks,
     encode_latents,
-    held_out_error,
-    make_loss,
-    make_step,
     sample_times,
 )
-from jaxsynth.training import sharding
+from jaxsynth.training import sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.training.step import init_state
 from jaxsynth.weights.hf import load_pipeline
 from jaxsynth.weights.networks.dit import SCHEDULER
 from tests.methods.small_base import random_network
+from tests.training.programs import memory_of_programs
 
 SCHEDULE = NoiseSchedule.from_config(SCHEDULER)
 # The noise and the variance of a latent of 2 x 2 patches.
@@ -50,7 +48,9 @@ DIT = DiTConfig(
     sample_size=4,
     num_embeds_ada_norm=3,
 )
-CONFIG = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2)
+CONFIG = AdaptConfig(steps=6, batch_size=8, learning_rate=1e-2)
+# A large eps: Adam would divide the smallest gradients, which are rounding, by themselves.
+GENTLE = dataclasses.replace(CONFIG, eps=1e-2)
 
 
 @jax.jit
@@ -98,11 +98,8 @@ def distance(found: DiT, expected: DiT, start: DiT) -> float:
     return max(np.abs(found[name] - value).max() for name, value in expected.items()) / change
 
 
-@pytest.fixture
-def gentle(monkeypatch):
-    """A large eps: Adam would divide the smallest gradients, which are rounding, by themselves."""
-    optim = partial(class_conditional.OptimConfig, eps=1e-2)
-    monkeypatch.setattr(class_conditional, "OptimConfig", optim)
+def error(model: DiT, latents: Latents) -> float:
+    return held_out_error(model, SCHEDULE, latents.mean[:, 0], latents.inputs, seed=0)
 
 
 @pytest.mark.parametrize("power", [0, 1, 2.5])
@@ -110,27 +107,6 @@ def test_times_have_their_density(key, power):
     found = np.bincount(sample_times(key, 100_000, 5, power), minlength=5) / 100_000
     edges = np.arange(6.0) ** (power + 1) / 5 ** (power + 1)
     np.testing.assert_allclose(found, np.diff(edges), atol=6e-3)
-
-
-def test_held_out_error_is_the_mean_over_fixed_times_and_noises(base):
-    latents = drawn(0, 5, views=2, first=0)
-    found = held_out_error(base, latents, SCHEDULE, seed=3, repeats=4)
-    assert found == held_out_error(base, latents, SCHEDULE, seed=3, repeats=4)
-    for size in (3, 7):
-        again = held_out_error(base, latents, SCHEDULE, seed=3, repeats=4, batch_size=size)
-        assert again == pytest.approx(found, rel=1e-5)
-    assert held_out_error(base, latents, SCHEDULE, seed=4, repeats=4) != found
-    # By the definition: image i at a time from each quarter of the schedule.
-    rng = np.random.default_rng(3)
-    times = (1000 * (np.arange(4) + rng.random((5, 4))) / 4).astype(int)
-    noise = rng.standard_normal((5, 4, 4, 4, 4), np.float32)
-    assert all(sorted(row // 250) == [0, 1, 2, 3] for row in times)
-    signal = np.asarray(SCHEDULE.alphas_cumprod, np.float64)[times][..., None, None, None]
-    x_t = np.sqrt(signal) * latents.mean[:, :1] + np.sqrt(1 - signal) * noise
-    labels = np.repeat(latents.labels, 4)
-    output = apply(base, x_t.reshape(20, 4, 4, 4).astype(np.float32), times.reshape(-1), labels)
-    expected = np.square(np.asarray(output[..., :4]) - noise.reshape(20, 4, 4, 4)).mean()
-    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_latents_of_images_and_of_their_mirror_images(base_folder, tmp_path):
@@ -157,7 +133,6 @@ def test_training_lowers_the_error_and_leaves_the_base_alone(base, tmp_path):
     before, frozen = values(base), values(start, nnx.Not(Trainable))
     config = dataclasses.replace(CONFIG, steps=200, steps_per_call=50)
     trained = adapt(start, latents, SCHEDULE, config, tmp_path, seed=0)
-    error = partial(held_out_error, schedule=SCHEDULE, seed=0)
     assert error(trained, latents) < 0.5 * error(start, latents)
     losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
@@ -185,11 +160,18 @@ def test_a_whole_network_trained_in_place_leaves_its_start_alone(base, tmp_path)
 
 
 def test_the_average_is_what_training_returns(base, tmp_path):
-    """With a decay of 1 the average never leaves the start."""
+    """Of the parameters after each step, without a share of the start."""
     start, latents = affined(base), drawn(1, 6)
-    config = dataclasses.replace(CONFIG, ema_decay=1.0, remat="block")
-    kept = adapt(start, latents, SCHEDULE, config, tmp_path / "kept", seed=0)
-    same(values(kept), values(start))
+    config = dataclasses.replace(GENTLE, steps=3, ema_decay=0.5)
+    averaged = adapt(start, latents, SCHEDULE, config, tmp_path / "averaged", seed=0)
+    after = []
+    for steps in (1, 2, 3):
+        plain = dataclasses.replace(config, steps=steps, ema_decay=0.0)
+        model = adapt(start, latents, SCHEDULE, plain, tmp_path / f"{steps}", seed=0)
+        after.append(values(model, Trainable))
+    for name, found in values(averaged, Trainable).items():
+        expected = (after[0][name] + 2 * after[1][name] + 4 * after[2][name]) / 7
+        np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=name)
 
 
 SIZES = ((5, 1), (9, 2), (3, 3))
@@ -206,19 +188,19 @@ def starts(base) -> list[DiT]:
     return [affined(base, seed) for seed in range(3)]
 
 
-def test_sets_trained_together_equal_those_trained_apart(starts, sets, tmp_path, gentle):
+def test_sets_trained_together_equal_those_trained_apart(starts, sets, tmp_path):
     folder = tmp_path / "together"
-    together = adapt_each(starts, sets, SCHEDULE, CONFIG, folder, seed=5)
+    together = adapt_each(starts, sets, SCHEDULE, GENTLE, folder, seed=5)
     line = read_metrics(folder / "metrics.jsonl")[-1]
     for i, found in enumerate(together):
         apart = tmp_path / f"apart{i}"
-        alone = adapt(starts[i], sets[i], SCHEDULE, CONFIG, apart, seed=5)
+        alone = adapt(starts[i], sets[i], SCHEDULE, GENTLE, apart, seed=5)
         assert distance(found, alone, starts[i]) < 1e-5
         same(values(found, nnx.Not(Trainable)), values(starts[i], nnx.Not(Trainable)))
         loss = read_metrics(apart / "metrics.jsonl")[-1]["loss"]
         assert line["loss"][i] == pytest.approx(loss, rel=1e-5)
     # A set more leaves the others what they are, up to the rounding of another program.
-    two = adapt_each(starts[:2], sets[:2], SCHEDULE, CONFIG, tmp_path / "two", seed=5)
+    two = adapt_each(starts[:2], sets[:2], SCHEDULE, GENTLE, tmp_path / "two", seed=5)
     for i, found in enumerate(two):
         assert distance(found, together[i], starts[i]) < 1e-6
     assert distance(together[0], together[1], starts[0]) > 0.1
@@ -261,37 +243,27 @@ def test_a_resumed_training_is_bit_identical(starts, sets, tmp_path, monkeypatch
 RETAINING = dataclasses.replace(CONFIG, retention=Retention(share=0.25, weight=0.1))
 
 
-def loss_of(model: DiT, config: TrainConfig):
-    """The compiled loss of a model, and its two arguments."""
-    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
-    loss = make_loss(graphdef, SCHEDULE, config, model.config.null_label)
-    return jax.jit(lambda *args: loss(*args)[0]), (trainable, frozen)
+def loss_of(model: DiT, **options):
+    """The compiled loss over (model, batch, key)."""
+    denoising = LabelledDenoising(model.config.null_label, **options)
+    return jax.jit(lambda model, batch, key: denoising(model, SCHEDULE, batch, key)[0])
 
 
 def test_retention_is_a_share_of_the_batch_with_a_weight(base, key):
-    assert RETAINING.rows == {"target": 6, "kept": 2}
-    latents = drawn(0, 5)
-    kept = jax.random.normal(key, (4, 4, 4, 4))
-    data = {
-        "mean": jnp.asarray(latents.mean),
-        "std": jnp.zeros(latents.mean.shape),
-        "labels": jnp.asarray(latents.labels),
-        "count": jnp.array(5),
-        "views": jnp.array(1),
-        "kept": kept,
-        "key": key,
-    }
-    batch = draw_batch(jnp.array(0), data, RETAINING)
+    latents, model = drawn(0, 5), affined(base)
+    latents = dataclasses.replace(latents, std=np.zeros_like(latents.std))
+    kept = np.asarray(jax.random.normal(key, (4, 4, 4, 4)))
+    config = dataclasses.replace(RETAINING, label_dropout=0.0)
+    (task,) = adapt_tasks([model], [latents], SCHEDULE, config, seed=0, kept=kept)
+    data = jax.tree.map(jnp.asarray, task.batches.data)
+    batch = task.batches.next_batch(jnp.array(0), data)
     assert {name: x.shape for name, x in batch.items()} == {
         "mean": (6, 4, 4, 4),
         "std": (6, 4, 4, 4),
         "labels": (6,),
         "kept": (2, 4, 4, 4),
     }
-    assert all((kept == one).all(axis=(1, 2, 3)).any() for one in batch["kept"])
-    model = affined(base)
-    config = dataclasses.replace(RETAINING, label_dropout=0.0)
-    loss, arguments = loss_of(model, config)
+    assert all((kept == one).all(axis=(1, 2, 3)).any() for one in np.asarray(batch["kept"]))
     # By the definition: each part's own mean, the base's images without a label.
     keys = [jax.random.fold_in(key, i) for i in range(6)]
     x0 = jnp.concatenate([batch["mean"], batch["kept"]])
@@ -305,7 +277,32 @@ def test_retention_is_a_share_of_the_batch_with_a_weight(base, key):
         SCHEDULE, apply(model, x_t, t, labels), x0, x_t, noise, t
     )
     expected = errors[:6].mean() + 0.1 * errors[6:].mean()
-    assert loss(*arguments, batch, key) == pytest.approx(float(expected), rel=1e-4)
+    loss = jax.jit(lambda model, batch: task.loss(model, SCHEDULE, batch, key)[0])
+    assert loss(model, batch) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_images_that_fill_up_are_never_drawn(base):
+    """On a mesh arrays are filled up to a multiple of its devices, and sets to the longest one."""
+    short, long = drawn(0, 3), drawn(1, 7, views=2)
+    kept = np.ones((5, 4, 4, 4), np.float32)
+    config = dataclasses.replace(RETAINING, batch_size=64)
+    models = [affined(base)] * 2
+    for task, own in zip(
+        adapt_tasks(models, [short, long], SCHEDULE, config, seed=0, kept=kept),
+        (short, long),
+        strict=True,
+    ):
+        data = {
+            name: np.concatenate([x, np.full_like(x[:3], 99)])
+            if name in task.batches.sharded
+            else x
+            for name, x in task.batches.data.items()
+        }
+        batch = task.batches.next_batch(jnp.array(0), jax.tree.map(jnp.asarray, data))
+        rows = {row.tobytes() for row in own.mean.reshape(-1, 64)}
+        found = {row.tobytes() for row in np.asarray(batch["mean"]).reshape(-1, 64)}
+        assert found <= rows and len(found) == len(rows)
+        assert (np.asarray(batch["kept"]) == 1).all()
 
 
 def test_retention_keeps_the_last_steps_and_learns_the_first(key):
@@ -318,7 +315,7 @@ def test_retention_keeps_the_last_steps_and_learns_the_first(key):
 
 def test_retention_trains_and_needs_images_of_the_base(base, tmp_path):
     model, latents = affined(base), drawn(0, 6)
-    with pytest.raises(ValueError, match="retention needs `kept`"):
+    with pytest.raises(UserError, match="retention needs `kept`"):
         adapt(model, latents, SCHEDULE, RETAINING, tmp_path / "none", seed=0)
     rng = np.random.default_rng(0)
     first, second = (
@@ -336,51 +333,21 @@ def test_labels_are_dropped_for_guidance(base, key):
     batch = {name: jnp.asarray(getattr(latents, name)[:, 0]) for name in ("mean", "std")}
     batch["labels"] = jnp.asarray(latents.labels)
     nothing = {**batch, "labels": jnp.full(8, base.config.null_label)}
-    always, arguments = loss_of(model, dataclasses.replace(CONFIG, label_dropout=1.0))
-    never, _ = loss_of(model, dataclasses.replace(CONFIG, label_dropout=0.0))
-    assert always(*arguments, batch, key) == never(*arguments, nothing, key)
+    always, never = loss_of(model, label_dropout=1.0), loss_of(model, label_dropout=0.0)
+    assert always(model, batch, key) == never(model, nothing, key)
     # New rows start as no label's row: another one shows the difference.
     moved = {**batch, "labels": batch["labels"] % 2}
-    assert always(*arguments, moved, key) != never(*arguments, moved, key)
-
-
-def test_accumulated_parts_make_one_update(base, key, gentle):
-    """The gradient is the mean over the parts of a batch, each with noise of its own."""
-    model, latents = affined(base, recipe="lora_all"), drawn(0, 7, views=2)
-    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
-    config = dataclasses.replace(CONFIG, accumulate=2)
-    null = base.config.null_label
-    tx, step = make_step(graphdef, SCHEDULE, config, null)
-    arrays = {name: jnp.asarray(getattr(latents, name)) for name in ("mean", "std", "labels")}
-    data = {**arrays, "count": jnp.array(7), "views": jnp.array(2), "key": key}
-    state = init_state(trainable, tx, key)
-    found, metrics = jax.jit(step)(state, frozen, data)
-    loss = make_loss(graphdef, SCHEDULE, config, null)
-    gradient = jax.jit(jax.value_and_grad(lambda *args: loss(*args)[0]))
-    batch = draw_batch(jnp.array(0), data, config)
-    parts = []
-    for i in range(2):
-        of_part = jax.random.fold_in(jax.random.fold_in(key, 0), i)
-        rows = {name: x[i::2] for name, x in batch.items()}
-        parts.append(gradient(trainable, frozen, rows, of_part))
-    total, grads = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
-    assert metrics["loss"] == pytest.approx(float(total), rel=1e-5)
-    updates, _ = tx.update(grads, state.opt_state, trainable)
-    for update, new, old in zip(
-        *map(jax.tree.leaves, (updates, found.trainable, trainable)), strict=True
-    ):
-        np.testing.assert_allclose(new, old + update, atol=1e-6)
-    assert max(float(jnp.abs(update).max()) for update in jax.tree.leaves(updates)) > 1e-3
+    assert always(model, moved, key) != never(model, moved, key)
 
 
 @pytest.fixture
 def sharded_smalls(monkeypatch):
     """Weights this small would otherwise stay whole on every device."""
-    monkeypatch.setattr(sharding.shard, "__kwdefaults__", {"min_size": 16})
+    monkeypatch.setattr(sharding.shardings_for, "__kwdefaults__", {"min_size": 16})
 
 
-def test_devices_train_what_one_does(starts, sets, tmp_path, gentle, sharded_smalls):
-    config = dataclasses.replace(CONFIG, steps=3, ema_decay=0.5)
+def test_devices_train_what_one_does(starts, sets, tmp_path, sharded_smalls):
+    config = dataclasses.replace(GENTLE, steps=3, ema_decay=0.5)
     one = adapt(starts[1], sets[1], SCHEDULE, config, tmp_path / "one", seed=5)
     mesh = make_mesh(data=2, fsdp=4)
     many = adapt(starts[1], sets[1], SCHEDULE, config, tmp_path / "many", seed=5, mesh=mesh)
@@ -388,9 +355,9 @@ def test_devices_train_what_one_does(starts, sets, tmp_path, gentle, sharded_sma
     same(values(many, nnx.Not(Trainable)), values(one, nnx.Not(Trainable)))
 
 
-def test_devices_train_many_sets(starts, sets, tmp_path, gentle, sharded_smalls):
+def test_devices_train_many_sets(starts, sets, tmp_path, sharded_smalls):
     """Three sets on two parts of the data axis: the stack is filled up."""
-    config = dataclasses.replace(CONFIG, steps=3)
+    config = dataclasses.replace(GENTLE, steps=3)
     one = adapt_each(starts, sets, SCHEDULE, config, tmp_path / "one", seed=5)
     mesh = make_mesh(data=2, fsdp=4)
     many = adapt_each(starts, sets, SCHEDULE, config, tmp_path / "many", seed=5, mesh=mesh)
@@ -399,34 +366,52 @@ def test_devices_train_many_sets(starts, sets, tmp_path, gentle, sharded_smalls)
         assert distance(found, expected, start) < 1e-5
 
 
-def test_batches_that_do_not_divide_over_devices_are_refused(starts, sets, tmp_path):
+def test_a_plan_needs_what_training_needs(starts, sets, tmp_path, monkeypatch):
+    """Compiled from shapes alone, the program is that of the run: its bytes are the same."""
     mesh = make_mesh(data=2, fsdp=4)
-    for change, message in (
-        ({"batch_size": 12}, r"batch_size 12: 12 target images in 1 parts .* = 8 devices"),
-        ({"accumulate": 2}, "8 target images in 2 parts"),
-        ({"batch_size": 24, "retention": Retention(1 / 3)}, None),
-        ({"batch_size": 32, "retention": Retention(1 / 8)}, "28 target images in 1 parts"),
-    ):
-        config = dataclasses.replace(CONFIG, **change)
-        if message is None:
-            check_rows(config, mesh)
-            continue
-        kept = np.zeros((1, 4, 4, 4), np.float32)
-        with pytest.raises(ValueError, match=message):
-            adapt(starts[0], sets[0], SCHEDULE, config, tmp_path, seed=0, kept=kept, mesh=mesh)
+    config = dataclasses.replace(GENTLE, steps=1, ema_decay=0.5)
+    measured = memory_of_programs(monkeypatch)
+    adapt(starts[1], sets[1], SCHEDULE, config, tmp_path, seed=0, mesh=mesh)
+    (memory,) = measured
+    model = nnx.eval_shape(lambda: starts[1])
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in vars(sets[1]).items()
+        if x is not None
+    }
+    (task,) = adapt_tasks([model], [Latents(**shapes)], SCHEDULE, config, seed=0)
+    plan = trainer.plan("adapt", task, config, mesh)
+    assert plan.arguments == memory.argument_size_in_bytes
+    assert plan.temporaries == memory.temp_size_in_bytes
+    assert 0 < plan.frozen < plan.arguments
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 50, "steps_per_call": 20}, "steps 50 is not divisible by steps_per_call 20"),
-        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        ({"accumulate": 3}, "8 target images in a batch, expected a multiple of accumulate = 3"),
-        ({"retention": Retention(share=0.05)}, "0 kept images in a batch"),
-        ({"retention": Retention(share=0.95)}, "0 target images in a batch"),
+        ({"batch_size": 12}, r"batch_size: 12 is not divisible over data x fsdp = 8 devices"),
+        ({"accumulate": 2}, r"batch_size: 8 in 2 parts \(accumulate\) is not divisible"),
+        ({"batch_size": 32, "retention": Retention(1 / 8)}, "4 rows are 'kept', not divisible"),
+    ],
+)
+def test_batches_that_do_not_divide_over_devices_are_refused(
+    starts, sets, tmp_path, change, message
+):
+    mesh, config = make_mesh(data=2, fsdp=4), dataclasses.replace(CONFIG, **change)
+    kept = np.zeros((1, 4, 4, 4), np.float32)
+    with pytest.raises(UserError, match=message):
+        adapt(starts[0], sets[0], SCHEDULE, config, tmp_path, seed=0, kept=kept, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label_dropout": 1.5}, "label_dropout: 1.5, expected 0 to 1"),
+        ({"retention": Retention(share=0.05)}, "has 0 kept images"),
+        ({"retention": Retention(share=0.95)}, "has 0 target images"),
         (
             {"retention": Retention(share=0.125), "accumulate": 2},
-            "7 target images in a batch, expected a multiple of accumulate = 2",
+            "has 7 target images, expected a multiple of accumulate = 2",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters.inject import extract, load_state, merge, with_scale
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.conditions import as_fractions
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
@@ -16,15 +17,13 @@ from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.methods.diffscaler.recipes import RECIPES, adapted, with_condition
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.ops.space_to_depth import space_to_depth
+from jaxsynth.quality.errors import held_out_error
 from jaxsynth.tasks.class_conditional import (
+    AdaptConfig,
     Latents,
-    Retention,
-    TrainConfig,
-    _padded,
+    RetainingDenoising,
     adapt,
-    draw_batch,
-    held_out_error,
-    make_loss,
+    adapt_tasks,
 )
 from jaxsynth.weights.hf import load_pipeline
 from jaxsynth.weights.networks.dit import SCHEDULER, DiTPipeline, load_dit, save_dit
@@ -151,23 +150,23 @@ def test_conditions_are_stored_at_the_size_of_latents(tmp_path):
         plain.conditioned(np.zeros((5, 18, 18, 1)))
 
 
-def test_a_batch_has_the_condition_of_each_view():
+def test_a_batch_has_the_condition_of_each_view(base):
     sets = [steered(5, 0, views=2), steered(3, 1, views=2)]
-    padded = {name: value[1] for name, value in _padded(sets).items()}
-    data = {name: jnp.asarray(value) for name, value in padded.items()}
-    batch = draw_batch(
-        jnp.array(0), data | {"key": jax.random.key(0)}, TrainConfig(steps=1, batch_size=16)
-    )
+    config = AdaptConfig(steps=1, batch_size=64)
+    models = [conditional(base)] * 2
+    _, task = adapt_tasks(models, sets, SCHEDULE, config, seed=0)
+    data = jax.tree.map(jnp.asarray, task.batches.data)
+    batch = task.batches.next_batch(jnp.array(0), data)
     found = 2 * as_fractions(batch["condition"]) - 1
     np.testing.assert_allclose(found, batch["mean"], atol=1e-6)
     assert len(np.unique(np.asarray(batch["mean"]), axis=0)) == 6, "both views of three images"
-    with pytest.raises(ValueError, match=r"conditions of \[0, 4\] channels"):
-        _padded([sets[0], dataclasses.replace(sets[1], condition=None)])
+    plain = dataclasses.replace(sets[1], condition=None)
+    with pytest.raises(UserError, match=r"conditions of \[0, 4\] channels"):
+        adapt_tasks(models, [sets[0], plain], SCHEDULE, config, seed=0)
 
 
 def test_images_of_the_base_have_no_condition():
     """Retention's part of a batch: the network sees zeros beside it."""
-    config = TrainConfig(steps=1, batch_size=4, retention=Retention(share=0.5, images=2))
     seen = []
 
     class Seeing(nnx.Module):
@@ -178,9 +177,9 @@ def test_images_of_the_base_have_no_condition():
     latents, kept = steered(2, 0), jnp.ones((2, 4, 4, 4))
     batch = {name: jnp.asarray(getattr(latents, name)[:, 0]) for name in ("mean", "std")}
     batch |= {"condition": jnp.asarray(latents.condition[:, 0]), "labels": jnp.zeros(2, int)}
-    graphdef, state = nnx.split(Seeing())
-    loss = jax.jit(make_loss(graphdef, SCHEDULE, config, 3))
-    loss(state, nnx.State({}), batch | {"kept": kept}, jax.random.key(0))[0].block_until_ready()
+    denoising = RetainingDenoising(null_label=3, power=1.0)
+    loss = jax.jit(lambda batch: denoising(Seeing(), SCHEDULE, batch, jax.random.key(0))[0])
+    loss(batch | {"kept": kept}).block_until_ready()
     jax.effects_barrier()
     assert seen[0].shape == (4, 4, 4, CHANNELS) and not seen[0][2:].any()
     np.testing.assert_array_equal(seen[0][:2], as_fractions(latents.condition[:, 0]))
@@ -189,7 +188,7 @@ def test_images_of_the_base_have_no_condition():
 def test_a_learnt_condition_is_used(base, tmp_path):
     """The error with an image's own condition is far below that with another's, or with none."""
     train, test = steered(64, 0), steered(32, 1)
-    config = TrainConfig(
+    config = AdaptConfig(
         steps=400, batch_size=32, learning_rate=1e-2, steps_per_call=100, schedule="cosine"
     )
     model = adapt(conditional(base), train, SCHEDULE, config, tmp_path, seed=0)
@@ -197,7 +196,7 @@ def test_a_learnt_condition_is_used(base, tmp_path):
 
     def error(condition):
         held = dataclasses.replace(test, condition=condition)
-        return held_out_error(model, held, SCHEDULE, seed=0, repeats=4)
+        return held_out_error(model, SCHEDULE, held.mean[:, 0], held.inputs, seed=0, repeats=4)
 
     own, others = error(test.condition), error(np.roll(test.condition, 1, axis=0))
     assert own < 0.75 * others and own < 0.75 * error(np.zeros_like(test.condition))

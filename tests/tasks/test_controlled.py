@@ -19,22 +19,24 @@ from jaxsynth.generation.controlled import draw_controlled
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.models.diffusion.controlnet import ControlNet, ControlNetConfig
 from jaxsynth.ops.space_to_depth import space_to_depth
+from jaxsynth.quality.errors import held_out_error
 from jaxsynth.tasks.controlled import (
     ControlConfig,
-    draw_batch,
+    Triples,
+    control_task,
     encode_triples,
     finetune_controlled,
-    held_out_error,
     merged,
     num_trainable,
     with_adapters,
     with_controlnet,
 )
-from jaxsynth.training import sharding
+from jaxsynth.training import sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.weights.hf import load_model, load_pipeline, save_model
 from tests.models.torch_parity import nchw, nhwc, relative_error
+from tests.training.programs import memory_of_programs
 
 SIZE = 8
 TARGETS = ("to_q", "to_v")
@@ -74,11 +76,11 @@ def triples(pipeline, scenes, masks):
 
 
 def by_controlnet(pipeline):
-    return with_controlnet(pipeline, 1, rngs=nnx.Rngs(0))
+    return with_controlnet(pipeline.unet, 2, 1, rngs=nnx.Rngs(0))
 
 
 def by_adapters(pipeline, make=lora(LoRAConfig(rank=2, targets=TARGETS)), targets=TARGETS):
-    return with_adapters(pipeline, 1, make, targets, rngs=nnx.Rngs(0))
+    return with_adapters(pipeline.unet, 2, 1, make, targets, rngs=nnx.Rngs(0))
 
 
 WAYS = pytest.mark.parametrize("way", [by_controlnet, by_adapters])
@@ -120,12 +122,12 @@ def test_parameters_are_counted(pipeline):
     net = by_controlnet(pipeline)
     leaves = jax.tree.leaves(nnx.state(net.controlnet))
     assert num_trainable(net) == sum(leaf.size for leaf in leaves)
-    alone = with_adapters(pipeline, 1, None, (), rngs=nnx.Rngs(0))
+    alone = with_adapters(pipeline.unet, 2, 1, None, (), rngs=nnx.Rngs(0))
     # 3x3 pixels, 2x2 places of one channel of condition, 8 outputs.
     assert num_trainable(alone) == 3 * 3 * 4 * 8
     low = by_adapters(pipeline)
     assert num_trainable(alone) < num_trainable(low) < num_trainable(net) / 5
-    gated = with_adapters(pipeline, 1, None, (), gate=True, rngs=nnx.Rngs(0))
+    gated = with_adapters(pipeline.unet, 2, 1, None, (), gate=True, rngs=nnx.Rngs(0))
     assert num_trainable(gated) == num_trainable(alone) + 1
     make = affiner(AffinerConfig(rank=2, targets=TARGETS))
     assert num_trainable(by_adapters(pipeline, make)) != num_trainable(low)
@@ -134,12 +136,12 @@ def test_parameters_are_counted(pipeline):
 
 
 @pytest.fixture(scope="module")
-def trained(pipeline, triples, tmp_path_factory):
+def trained(pipeline, triples, schedule, tmp_path_factory):
     """Both ways after 60 steps, and their folders."""
     found = {}
     for way in (by_controlnet, by_adapters):
         folder = tmp_path_factory.mktemp(way.__name__)
-        model = finetune_controlled(pipeline, way(pipeline), triples, CONFIG, folder, seed=0)
+        model = finetune_controlled(way(pipeline), triples, schedule, CONFIG, folder, seed=0)
         found[way] = model, folder
     return found
 
@@ -156,7 +158,9 @@ def test_training_changes_what_is_trainable_and_lowers_the_error(
         learns = path[0] == "controlnet" or path[-1] in ("lora_A", "lora_B") or "side" in path
         assert np.array_equal(variable[...], before[path][...]) != learns, path
     errors = [
-        held_out_error(one, triples, schedule, seed=1, repeats=4, batch_size=48)
+        held_out_error(
+            one, schedule, triples.mean, triples.inputs, seed=1, repeats=4, batch_size=48
+        )
         for one in (start, model)
     ]
     assert errors[1] < 0.9 * errors[0], errors
@@ -171,23 +175,21 @@ def test_the_condition_is_used(pipeline, triples, trained, way):
     assert relative_error(predict(model, *inputs, 1 - condition), told) > 0.01
 
 
-def test_both_ways_see_the_same_batches(pipeline, triples):
-    data = {
-        "mean": triples.mean,
-        "std": triples.std,
-        "condition": triples.condition,
-        "text": triples.text,
-        "prompt": triples.prompt,
-        "key": jax.random.key(3),
-    }
-    data = jax.tree.map(jax.numpy.asarray, data)
-    batches = [jax.jit(draw_batch, static_argnums=2)(s, data, CONFIG) for s in range(4)]
+def test_both_ways_see_the_same_batches(pipeline, triples, schedule):
+    net, task = (
+        control_task(way(pipeline), triples, schedule, CONFIG, seed=3)
+        for way in (by_controlnet, by_adapters)
+    )
+    assert net.batches.next_batch == task.batches.next_batch and net.key == task.key
+    assert net.batches.data["order"] == task.batches.data["order"]
+    data = jax.tree.map(jax.numpy.asarray, task.batches.data)
+    batches = [jax.jit(task.batches.next_batch)(step, data) for step in range(4)]
     means = np.concatenate([batch["mean"] for batch in batches[:2]])
     assert len(np.unique(means.reshape(16, -1), axis=0)) == 16, "an epoch shows each image once"
     empties = prompted = 0
     for batch in batches:
         for mean, text, condition in zip(
-            batch["mean"], batch["text"], batch["condition"], strict=True
+            batch["mean"][:, 0], batch["text"], batch["condition"], strict=True
         ):
             (row,) = np.flatnonzero((triples.mean == mean).all((1, 2, 3)))
             np.testing.assert_array_equal(condition, triples.condition[row])
@@ -202,10 +204,12 @@ class Killed(Exception):
     pass
 
 
-def test_a_resumed_training_is_bit_identical(pipeline, triples, trained, tmp_path, monkeypatch):
+def test_a_resumed_training_is_bit_identical(
+    pipeline, triples, schedule, trained, tmp_path, monkeypatch
+):
     def train():
         model = by_adapters(pipeline)
-        return finetune_controlled(pipeline, model, triples, CONFIG, tmp_path, seed=0)
+        return finetune_controlled(model, triples, schedule, CONFIG, tmp_path, seed=0)
 
     save = Checkpoints.save
 
@@ -223,16 +227,30 @@ def test_a_resumed_training_is_bit_identical(pipeline, triples, trained, tmp_pat
 
 
 @pytest.mark.slow
-def test_devices_train_what_one_does(pipeline, triples, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding.shard, "__kwdefaults__", {"min_size": 16})
-    config = dataclasses.replace(CONFIG, steps=1, steps_per_call=1)
-    found = []
-    for name, mesh in (("one", None), ("many", sharding.make_mesh(data=4, fsdp=2))):
-        model, folder = by_controlnet(pipeline), tmp_path / name
-        finetune_controlled(pipeline, model, triples, config, folder, seed=4, mesh=mesh)
-        found.append(read_metrics(folder / "metrics.jsonl")[-1])
+@WAYS
+def test_devices_train_what_one_does_and_what_was_planned(
+    pipeline, triples, schedule, tmp_path, monkeypatch, way
+):
+    monkeypatch.setattr(sharding.shardings_for, "__kwdefaults__", {"min_size": 16})
+    # A large eps: Adam would divide the smallest gradients, which are rounding, by themselves.
+    config = dataclasses.replace(CONFIG, steps=1, steps_per_call=1, eps=1e-2)
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    measured, train = memory_of_programs(monkeypatch), finetune_controlled
+    many = train(way(pipeline), triples, schedule, config, tmp_path / "many", seed=4, mesh=mesh)
+    one = train(way(pipeline), triples, schedule, config, tmp_path / "one", seed=4)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("one", "many")]
     for name in ("loss", "grad_norm"):
-        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-5)
+    start, expected = extract(way(pipeline)).arrays, extract(one).arrays
+    change = max(np.abs(value - start[name]).max() for name, value in expected.items())
+    for name, value in extract(many).arrays.items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-4 * change, err_msg=name)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in vars(triples).items()}
+    model = nnx.eval_shape(lambda: way(pipeline))
+    task = control_task(model, Triples(**shapes), schedule, config, seed=4)
+    plan = trainer.plan("control", task, config, mesh)
+    assert plan.arguments == measured[0].argument_size_in_bytes
+    assert plan.temporaries == measured[0].temp_size_in_bytes
 
 
 def test_both_ways_go_to_diffusers(pipeline, triples, trained, tmp_path):

@@ -22,6 +22,7 @@ from jaxsynth.methods.controlled import stages
 from jaxsynth.methods.controlled.config import Config
 from jaxsynth.methods.controlled.plan import plan
 from jaxsynth.methods.controlled.report import report
+from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import condition_files, data_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.runs.sweep import sweep
@@ -39,6 +40,7 @@ def run(config: Config, workdir: Path) -> Path:
         folder / "triples", stages.Encoding(config.kind), label="triples", base=base, data=data,
         files=condition_files(data, config.condition_folder),
     )  # fmt: skip
+    keep_record(folder, config)
 
     def train(way: str, rate: float, seed: int) -> Artifact:
         slice_ = stages.WayTraining(

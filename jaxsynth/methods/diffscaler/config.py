@@ -129,6 +129,7 @@ class Config:
             raise ValueError("study: expected at least one of data")
         if RECIPES[self.sets_recipe].whole:
             raise ValueError(f"sets_recipe: {self.sets_recipe!r} changes the base's own weights")
+        self.sets_train  # noqa: B018, refuses `sets_steps` that its calls do not divide
         for recipe in self.recipes if self.data else ():
             if not self.rates_of(recipe):
                 raise ValueError(f"rates: none for recipe {recipe!r}")

@@ -6,7 +6,8 @@ config.json or its published name, and of data that cannot be counted a size is 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -37,69 +38,103 @@ from jaxsynth.weights.networks.dit import SCHEDULER
 _PUBLISHED = re.compile(r"(?:.*/)?(DiT-(?:S|B|L|XL))-([248])-(256|512)(?:x\3)?(?:\.pt)?")
 
 
+@dataclass(frozen=True)
+class _Program:
+    """A training of the run: of a `recipe`, or of the base itself ("")."""
+
+    name: str
+    recipe: str
+    train: AdaptConfig
+    images: int
+    views: int
+    rows: int = 0
+    channels: int = 0
+    count: int = 0
+    note: str = ""
+
+    @property
+    def shape(self) -> "_Program":
+        """What equal trainings have in common: one of them is planned."""
+        return replace(self, name="", note="", train=replace(self.train, steps=0))
+
+
 def plan(config: Config, mesh: Mesh) -> list[Plan]:
-    """One for the base, if the run trains it, every recipe, the sets, and every condition.
+    """One for every training program: the base's, every recipe's, the sets' and the conditions'.
 
     Raises UserError where the base's shape cannot be known, and as `trainer.train`.
     """
-    network, made = network_of(config), []
-    counted = {name: count_data(data) for name, data in config.data.items()}
-    seed = config.seeds[0]
+    network, planned = network_of(config), {}
+    for one in _programs(config):
+        planned.setdefault(one.shape, one)
+    return [_planned(one, config, network, mesh) for one in planned.values()]
 
-    def add(name: str, make: Callable[[], DiT], train: AdaptConfig, images: int, views: int, *,
-            channels: int = 0, count: int = 0, notes: tuple[str, ...] = ()) -> None:  # fmt: skip
-        latents, retention = _shapes(network, images, views, channels), train.retention
-        kept = None
-        if retention is not None:
-            kept = jax.ShapeDtypeStruct((retention.images, *latents.mean.shape[2:]), jnp.float32)
-        (task,) = adapt_tasks(
-            [nnx.eval_shape(make)], [latents], NoiseSchedule.from_config(SCHEDULER), train,
-            seed=seed, kept=kept,
-        )  # fmt: skip
-        note = ", ".join(dict.fromkeys(note for note in notes if note))
-        sized = train.sized(images)
-        made.append(trainer.plan(name, task, sized, mesh, count=count, note=note))
 
-    def recipe(name: str, rows: int, channels: int = 0) -> Callable[[], DiT]:
-        adaptation = config.adaptation(name, seed)
-        return lambda: adaptation.apply(
-            _network(network, config.dtype), rows, condition_channels=channels
-        )
-
+def _programs(config: Config) -> list[_Program]:
+    made = []
     if not config.base:
-        base = [count_data(data) for data in config.base_data.values()]
-        add(
-            "base", lambda: mark_trainable(_network(network, "float32")), config.pretrain.train,
-            sum(images for _, images, _ in base), _views(config, "base"),
-            notes=tuple(note for *_, note in base),
-        )  # fmt: skip
+        counts = [count_data(data) for data in config.base_data.values()]
+        images, views = sum(images for _, images, _ in counts), _views(config, "base")
+        note = _joined(note for *_, note in counts)
+        made.append(_Program("base", "", config.pretrain.train, images, views, note=note))
+    counted = {name: count_data(data) for name, data in config.data.items()}
     for name in config.study:
         classes, images, note = counted[name]
-        for one in config.recipes:
-            add(
-                f"{one} on {name}", recipe(one, classes), config.train, images,
-                _views(config, name), notes=(note,),
-            )  # fmt: skip
+        for recipe in config.recipes:
+            views = _views(config, name)
+            label = f"{recipe} on {name}"
+            made.append(_Program(label, recipe, config.train, images, views, classes, note=note))
     if not config.data:
         return made
+    recipe, train = config.sets_recipe, config.sets_train
     rows = max(classes for classes, _, _ in counted.values())
-    groups = [tuple(config.data)] if config.together else [(name,) for name in config.data]
-    for group in groups:
-        add(
-            f"{len(group)} sets" if config.together else f"set of {group[0]}",
-            recipe(config.sets_recipe, rows), config.sets_train,
-            max(counted[name][1] for name in group), max(_views(config, name) for name in group),
-            count=len(group), notes=tuple(counted[name][2] for name in group),
-        )  # fmt: skip
+    for group in [tuple(counted)] if config.together else [(name,) for name in counted]:
+        made.append(
+            _Program(
+                f"{len(group)} sets" if len(group) > 1 else f"set of {group[0]}",
+                recipe,
+                train,
+                max(counted[name][1] for name in group),
+                max(_views(config, name) for name in group),
+                rows,
+                count=len(group) if len(group) > 1 else 0,
+                note=_joined(counted[name][2] for name in group),
+            )
+        )
     for name, kinds in config.conditions.items():
+        _, images, note = counted[name]
         for kind in kinds:
             channels = CHANNELS[kind] * _vae_config(config).downscale ** 2
-            add(
-                f"{kind} of {name}", recipe(config.sets_recipe, rows, channels),
-                config.sets_train, counted[name][1], _views(config, name),
-                channels=channels, notes=(counted[name][2],),
+            label, views = f"{kind} of {name}", _views(config, name)
+            made.append(
+                _Program(label, recipe, train, images, views, rows, channels, note=note)
             )  # fmt: skip
     return made
+
+
+def _planned(one: _Program, config: Config, network: DiTConfig, mesh: Mesh) -> Plan:
+    seed = config.seeds[0]
+
+    def make() -> DiT:
+        if not one.recipe:
+            return mark_trainable(_network(network, "float32"))
+        base = _network(network, config.dtype)
+        adaptation = config.adaptation(one.recipe, seed)
+        return adaptation.apply(base, one.rows, condition_channels=one.channels)
+
+    latents = _shapes(network, one.images, one.views, one.channels)
+    retention, kept = one.train.retention, None
+    if retention is not None:
+        kept = jax.ShapeDtypeStruct((retention.images, *latents.mean.shape[2:]), jnp.float32)
+    schedule = NoiseSchedule.from_config(SCHEDULER)
+    (task,) = adapt_tasks(
+        [nnx.eval_shape(make)], [latents], schedule, one.train, seed=seed, kept=kept
+    )
+    sized = one.train.sized(one.images)
+    return trainer.plan(one.name, task, sized, mesh, count=one.count, note=one.note)
+
+
+def _joined(notes: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(note for note in notes if note))
 
 
 def network_of(config: Config) -> DiTConfig:

@@ -29,6 +29,7 @@ from jaxsynth.methods.diffscaler import report as diffscaler_report
 from jaxsynth.methods.diffscaler.config import Config
 from jaxsynth.methods.diffscaler.plan import plan
 from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import condition_files, data_source, joined_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.runs.sweep import sweep
@@ -44,9 +45,11 @@ def run(config: Config, workdir: Path) -> Path:
     """Every stage of the run, then its page; returns the page's path, or the base's folder."""
     made = _Run(config, Path(workdir))
     if not config.data:
+        keep_record(made.folder, config)
         return made.trained.path
     wanted = [(name, kind) for name, kinds in config.conditions.items() for kind in kinds]
     maps = {pair: made.maps(*pair) for pair in wanted}  # first, because files may be missing
+    keep_record(made.folder, config)
     rates: dict[str, float] = {}
     for name in config.study:
         for recipe in config.recipes:

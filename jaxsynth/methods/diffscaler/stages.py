@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -231,18 +232,19 @@ def train_sets(
     schedule = NoiseSchedule.from_config(base.scheduler_config)
     sets = {name.removeprefix(LATENTS): one for name, one in latents.items()}
     model = config.adaptation.apply(base.transformer, config.rows)
-    trained = adapt_each(
-        [model] * len(sets),
-        [new_latents(base, one, "train") for one in sets.values()],
-        schedule,
-        config.train,
-        work.training,
-        seed=config.adaptation.seed,
-        kept=read_kept(kept),
-        identity={"base": base.digest},
-        mesh=work.mesh,
-        description=f"{len(sets)} sets",
-    )
+    data = [new_latents(base, one, "train") for one in sets.values()]
+    options: dict[str, Any] = {
+        "seed": config.adaptation.seed,
+        "kept": read_kept(kept),
+        "identity": {"base": base.digest},
+        "mesh": work.mesh,
+        "description": f"{len(sets)} sets",
+    }
+    if len(sets) == 1:  # on a mesh its batch is cut, where those of several lie side by side
+        trained = [adapt(model, data[0], schedule, config.train, work.training, **options)]
+    else:
+        models = [model] * len(sets)
+        trained = adapt_each(models, data, schedule, config.train, work.training, **options)
     if not work.writes:
         return None
     errors = {}

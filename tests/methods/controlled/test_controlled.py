@@ -13,8 +13,14 @@ from jaxsynth.adapters.inject import AdapterLayer, layers
 from jaxsynth.adapters.kinds.affiner import Affiner
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.cli import main as cli
-from jaxsynth.methods.controlled.stages import WAYS, best, compared
+from jaxsynth.core.config import load_config, to_dataclass
+from jaxsynth.core.errors import UserError
+from jaxsynth.methods.controlled.config import Config
+from jaxsynth.methods.controlled.report import best, compared
+from jaxsynth.methods.controlled.run import plan
+from jaxsynth.methods.controlled.ways import WAYS
 from jaxsynth.runs.stage import MANIFEST
+from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters.native import read_state
 from jaxsynth.weights.hf import load_pipeline
 
@@ -30,6 +36,7 @@ def arguments(base, workdir, *more) -> list[str]:
         f"--workdir={workdir}",
         f"--config.base={base}",
         "--config.data.image_size=8",
+        "--config.train.batch_size=8",
         "--config.ways=controlnet",
         "--config.adapter=ia3",
         "--config.adapter.targets=to_k,to_v",
@@ -111,7 +118,7 @@ def test_adapters_go_into_every_layer(base_folder):
     choice = AdapterChoice("lokr", {"factor": 2})
     for way, wrapped in ways.items():
         model = nnx.eval_shape(
-            lambda way=way: WAYS[way][1](pipeline, 3, 1, choice, jax.random.key(0))
+            lambda way=way: WAYS[way][1](pipeline.unet, 2, 3, 1, choice, jax.random.key(0))
         )
         kinds = {path: type(layer) for path, layer in layers(model.unet).items()}
         own = {path for path, kind in kinds.items() if issubclass(kind, AdapterLayer)}
@@ -122,6 +129,23 @@ def test_adapters_go_into_every_layer(base_folder):
         # What is left is what the adapters wrap.
         assert not {path for path in plain if not path.endswith(".base")} - own
         assert all(issubclass(kinds[path], wrapped) for path in own - {"conv_in"})
+
+
+def test_every_way_is_planned_from_config_files_alone(base_folder, tmp_path):
+    values = load_config(f"{CONFIG}:smoke")
+    values["train"]["batch_size"] = 8
+    for name in ("unet", "vae", "text_encoder", "scheduler"):
+        (tmp_path / name).mkdir()
+        for file in (base_folder / name).glob("*config.json"):
+            (tmp_path / name / file.name).symlink_to(file)
+    config = to_dataclass(Config, values | {"base": str(tmp_path)})
+    net, affiner = plan(config, make_mesh(data=4, fsdp=2))
+    assert (net.name, affiner.name) == ("controlnet", "affiner") and net.devices == 8
+    # A ControlNet's moments are cut as the base is, but there are many more of them.
+    assert net.arguments - net.frozen > affiner.arguments - affiner.frozen > 0
+    assert net.flops > affiner.flops > 0
+    with pytest.raises(UserError, match="base: 'owner/name' is no folder here"):
+        plan(to_dataclass(Config, values | {"base": "owner/name"}), make_mesh())
 
 
 def test_the_rate_of_the_least_validation_error_counts():

@@ -11,19 +11,18 @@ from jaxsynth.data.conditions import as_bytes, source_condition
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, fill_store
-from jaxsynth.methods.diffscaler import run
-from jaxsynth.methods.diffscaler.conditions import ConditionTask, others, ranks, rows_of
-from jaxsynth.methods.diffscaler.recipes import adapted
+from jaxsynth.methods.diffscaler import conditions, run
+from jaxsynth.methods.diffscaler.conditions import others, ranks, rows_of
+from jaxsynth.methods.diffscaler.config import Config
 from jaxsynth.methods.diffscaler.report import _conditions
-from jaxsynth.methods.diffscaler.run import Config
-from jaxsynth.methods.diffscaler.stages import SCHEDULER_CONFIG, Work
+from jaxsynth.methods.diffscaler.stages import new_latents, parts_of
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.report.page import write_page
 from jaxsynth.runs.stage import load_artifact, run_stage
-from jaxsynth.tasks.class_conditional import TrainConfig
+from jaxsynth.tasks.class_conditional import AdaptConfig
 from jaxsynth.weights.adapters.native import read_state, write_state
 from jaxsynth.weights.hf import load_pipeline
-from jaxsynth.weights.networks.dit import DiTPipeline, save_dit
+from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, DiTPipeline, save_dit
 from tests.methods.small_base import random_network
 
 pytestmark = pytest.mark.slow
@@ -53,7 +52,7 @@ def config_of(base: str = "", **more) -> Config:
         "draw": (),
         "rates": {"adapter": (1e-2,)},
         "rank": 2,
-        "train": TrainConfig(steps=4, batch_size=4, steps_per_call=2),
+        "train": AdaptConfig(steps=4, batch_size=8, steps_per_call=2),
         "seeds": (0,),
         "error_repeats": 1,
         "generate": GenerateConfig(
@@ -66,12 +65,12 @@ def config_of(base: str = "", **more) -> Config:
 
 
 @pytest.fixture(scope="module")
-def work(base_folder, tmp_path_factory) -> Work:
+def work(base_folder, tmp_path_factory) -> run._Run:
     folder = tmp_path_factory.mktemp("conditions")
     base, vae = random_network(DiT, DIT, 0), load_pipeline(base_folder).vae
     names = dict(enumerate("abc"))
-    save_dit(DiTPipeline(base, vae, SCHEDULER_CONFIG, names), folder / "base")
-    return Work(config_of(str(folder / "base")), folder / "run")
+    save_dit(DiTPipeline(base, vae, DDIM_SCHEDULER, names), folder / "base")
+    return run._Run(config_of(str(folder / "base")), folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,8 @@ def plain(work):
     """The data set's parameters without a condition, untrained, and images that are noise."""
 
     def write(path):
-        model = adapted(work.dit, "affiner_all", work.rows, rank=2, lora_rank=9, seed=0)
+        adaptation = work.config.adaptation("affiner_all", 0)
+        model = adaptation.apply(work.base.value.transformer, 2)
         write_state(path / "scenes.safetensors", extract(model))
 
     def draw(path):
@@ -87,8 +87,9 @@ def plain(work):
             shape = (len(labels), 8, 8, 3)
             return np.random.default_rng(len(labels)).integers(0, 256, shape, np.uint8)
 
-        titles = [f"scenes {name}" for name in SHAPES]
-        fill_store(noise, path, titles, titles, work.config.generate, seed=0)
+        fill_store(
+            noise, path, SHAPES, SHAPES, work.config.generate, seed=0, datasets=["scenes"] * 2
+        )
 
     folder = work.folder
     return (
@@ -99,7 +100,9 @@ def plain(work):
 
 @pytest.fixture(scope="module")
 def following(work, plain):
-    return ConditionTask(work, "scenes", "depth").run(1e-2, *plain)
+    maps = work.maps("scenes", "depth")
+    work.condition("scenes", "depth", 1e-2, maps, *plain)
+    return load_artifact(work.folder / "conditions" / "scenes" / "depth" / "following")
 
 
 def test_a_task_learns_draws_and_measures(work, plain, following):
@@ -120,18 +123,21 @@ def test_a_task_learns_draws_and_measures(work, plain, following):
     assert all(0 <= value <= 1 for value in following.counts.values())
     written = json.loads((following.path / "following.json").read_text("utf-8"))
     assert written == following.counts | {"images": 6}
-    again = ConditionTask(work, "scenes", "depth").run(1e-2, *plain)
-    assert again.digest == following.digest
+    before = following.path.stat().st_mtime_ns
+    work.condition("scenes", "depth", 1e-2, work.maps("scenes", "depth"), *plain)
+    assert following.path.stat().st_mtime_ns == before
 
 
 def test_conditions_are_those_of_the_held_out_images(work, following):
     """In the order of the latents, a pixel of the condition above each pixel of the image."""
-    task = ConditionTask(work, "scenes", "depth")
-    test, source = task.latents("test"), work.sources("scenes")["test"]
+    maps, latents = work.maps("scenes", "depth"), work.latents("scenes")
+    test = conditions._conditioned(work.base.value, latents, maps, "test")
+    source = parts_of(work._data["scenes"].value)["test"]
     np.testing.assert_array_equal(np.asarray(source.labels) + 4, test.labels)
+    np.testing.assert_array_equal(test.mean, new_latents(work.base.value, latents, "test").mean)
     for index in (0, len(source) - 1):
         expected = as_bytes(source_condition(source, index, "depth", 8))
-        np.testing.assert_array_equal(task.pixels("test")[index], expected)
+        np.testing.assert_array_equal(conditions._pixels(maps, "test")[index], expected)
         np.testing.assert_array_equal(test.condition[index, 0, 1, 1], expected[2:4, 2:4].ravel())
 
 

@@ -14,8 +14,8 @@ from jaxsynth.core.config import load_config, override, to_dataclass
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.diffscaler import run
-from jaxsynth.methods.diffscaler.run import Config
-from jaxsynth.methods.diffscaler.stages import Work
+from jaxsynth.methods.diffscaler.config import Config
+from jaxsynth.methods.diffscaler.stages import known_latents
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.tasks.class_conditional import Latents
 from jaxsynth.training.sharding import make_mesh
@@ -28,12 +28,14 @@ SMALL = (
     "--config.recipes=full,affiner_zero",
     "--config.data.digits.class_names=1,4,7",
     "--config.train.steps=4",
+    "--config.train.batch_size=8",
+    "--config.pretrain.train.batch_size=8",
     "--config.train.steps_per_call=2",
     "--config.pretrain.train.steps=4",
     "--config.pretrain.train.steps_per_call=2",
     "--config.generate.images_per_class=3",
     "--config.quality.repeats=1",
-    "--config.conditions.digits=",  # tests/methods/test_diffscaler_conditions.py
+    "--config.conditions.digits=",  # test_conditions.py
 )
 
 
@@ -79,7 +81,8 @@ def test_one_store_holds_all_sets(finished):
     store = ImageStore(finished / "images")
     # Three digits, four textures and two photos' patches, three of each.
     assert len(store) == 27 and len(store.class_names) == 9
-    assert store.class_names[0] == "digits one" and store.class_names[-1] == "textures waves"
+    assert (store.datasets[0], store.class_names[0]) == ("digits", "one")
+    assert (store.datasets[-1], store.class_names[-1]) == ("textures", "waves")
     assert np.std(store[0].image) > 0
 
 
@@ -106,13 +109,13 @@ def configured(*more: str) -> Config:
     return to_dataclass(Config, override(values, [(name, value) for name, value in assignments]))
 
 
-def test_any_kind_of_adapter_is_a_recipe_and_that_of_the_sets(finished, tmp_path):
+def test_any_kind_of_adapter_is_a_recipe_and_that_of_the_sets(finished):
     chosen = ("--config.adapter=lokr", "--config.adapter.factor=2", "--config.lora_rank=3")
     config = configured(f"--config.base={finished / 'base'}", *chosen)
     assert config.recipes == ("full", "affiner_zero", "adapter")
     assert config.sets_recipe == "adapter" and config.rates_of("adapter") == (1e-2,)
-    model = Work(config, tmp_path)._adapted("digits", "adapter", 0, classes=3)
-    state = extract(model)
+    base = load_dit(finished / "base").transformer
+    state = extract(config.adaptation("adapter", 0).apply(base, 3))
     assert type(state.config) is LoKrConfig and (state.config.rank, state.config.factor) == (3, 2)
     assert {name.split(".")[-1] for name in state.arrays} >= {"lokr_w1", "rows"}
     with pytest.raises(ValueError, match="'adapter' is what `adapter` chooses"):
@@ -130,16 +133,17 @@ def test_a_base_that_knows_more_finds_its_classes_by_name(finished, tmp_path):
     known = load_dit(base).id2label
     assert known[0] == "printed zero" and len(known) == 18
     names = "--config.base_data.printed.class_names=circle,three"
-    work = Work(configured(f"--config.base={base}", names), tmp_path / "run")
-    found = work.latents("base", "test").labels
+    made = run._Run(configured(f"--config.base={base}", names), tmp_path / "run")
+    latents = made.latents("base")
+    found = known_latents(made.base.value, latents, "test").labels
     assert [known[label] for label in sorted(set(found))] == ["printed three", "printed circle"]
-    stored = Latents.load(tmp_path / "run" / "latents" / "base" / "test.npz").labels
+    stored = Latents.load(latents.path / "test.npz").labels
     np.testing.assert_array_equal(found, np.array([10, 3])[stored])
     index["id2label"].pop("3")
     (base / "model_index.json").write_text(json.dumps(index))
-    work = Work(configured(f"--config.base={base}", names), tmp_path / "other")
+    made = run._Run(configured(f"--config.base={base}", names), tmp_path / "other")
     with pytest.raises(UserError, match="class 'printed three' is none of the 17"):
-        work.latents("base", "test")
+        known_latents(made.base.value, latents, "test")
 
 
 def test_without_new_data_the_run_ends_with_its_base(finished, tmp_path):
