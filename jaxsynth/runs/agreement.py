@@ -1,17 +1,24 @@
 """Several processes of one run: what process 0 found, in all of them."""
 
 import json
+import time
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import TEMPORARY, write_json
 from jaxsynth.core.records import to_json
 
 _MESSAGE = 4096
+# Seconds between two looks at the shared storage.
+_POLL = 0.2
 
 
 class ProcessError(UserError):
@@ -46,6 +53,31 @@ def agree_value(compute: Callable[[], Any] | None) -> Any:
     if failed is not None:
         raise failed
     found = json.loads(got)
+    if "error" in found:
+        raise ProcessError(f"process 0 stopped: {found['error']}")
+    return found["value"]
+
+
+def compute_first(compute: Callable[[], Any], folder: Path) -> Any:
+    """Process 0 computes, for hours if it must; the others look for its result in `folder`.
+
+    A collective would do the same, but those that wait in one give up after minutes. The folder
+    is on storage that all processes share.
+    """
+    first = jax.process_index() == 0
+    token = agree_value((lambda: uuid.uuid4().hex) if first else None)
+    path = folder / f".result-{token}{TEMPORARY}"
+    if first:
+        try:
+            value = compute()
+            write_json(path, {"value": to_json(value)})
+        except Exception as error:
+            write_json(path, {"error": f"{type(error).__name__}: {error}"})
+            raise
+        return value
+    while not path.is_file():
+        time.sleep(_POLL)
+    found = read_json(path)
     if "error" in found:
         raise ProcessError(f"process 0 stopped: {found['error']}")
     return found["value"]

@@ -48,7 +48,7 @@ from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import TEMPORARY, file_digests_cached, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
-from jaxsynth.runs.agreement import agree, agree_value, barrier
+from jaxsynth.runs.agreement import agree, barrier, compute_first
 from jaxsynth.runs.artifact import (
     MANIFEST,
     Artifact,
@@ -237,6 +237,7 @@ def run_stage(
             }
             write_json(folder / MANIFEST, manifest)
             (folder / STARTED).unlink(missing_ok=True)
+            _remove_temporaries(folder)
         barrier(f"{name} written")
     artifact = load_artifact(folder)
     note = ", ".join(f"{key} {_short(value)}" for key, value in artifact.counts.items())
@@ -396,7 +397,9 @@ def _build(
     build: Callable[[Path], dict[str, Any] | None], folder: Path, processes: str
 ) -> dict[str, Any] | None:
     if processes == "first" and jax.process_count() > 1:
-        return agree_value(lambda: build(folder))
+        counts = compute_first(lambda: build(folder), folder)
+        barrier(f"{folder} built")
+        return counts
     counts = build(folder)
     barrier(f"{folder} built")
     return counts

@@ -101,6 +101,7 @@ def write(workdir: Path) -> Path:
             "Images at the same place of the two generated groups started from the same noise.",
             images=[Picture(grid, "Real, prompt-only and DataDream images.", pixelated=True)],
         ),
+        *_training_samples(workdir),
         Section("How it was made", details=stage_details(workdir)),
     ]
     facts = [
@@ -116,6 +117,18 @@ def write(workdir: Path) -> Path:
         subtitle="A few-shot guided synthetic data set, and what training on it is worth.",
         facts=facts,
     )
+
+
+def _training_samples(workdir: Path) -> list[Section]:
+    """What the generator drew while it learned, where `finetune.sample_every` asked for it."""
+    pictures = [
+        Picture(path, f"{path.parents[2].parent.name}, step {int(path.stem)}", pixelated=True)
+        for path in sorted(workdir.glob("shots*/*/adapter/.training/samples/*.png"))
+    ]
+    if not pictures:
+        return []
+    return [Section("While the generator learned", "The first prompts, step by step.",
+                    images=pictures)]  # fmt: skip
 
 
 def _chosen(found: dict[tuple[int, int], Path]) -> str:

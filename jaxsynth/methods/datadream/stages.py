@@ -1,7 +1,7 @@
 """DataDream's stages: shots, adapters, images, classifiers. `run` says in which order."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
-from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
+from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store, sample_images
+from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, scores, train_classifier
 from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
@@ -80,7 +81,7 @@ def finetune_generator(
     if config.mode == "dset":
         state = finetune(
             base, examples, finetuning, work.training, seed=config.seed, mesh=work.mesh,
-            description="fine-tune dset",
+            sample=_sampler(base, class_prompts(data)), description="fine-tune dset",
         )  # fmt: skip
         if work.writes:
             write_adapter(work.folder, state)
@@ -98,6 +99,20 @@ def finetune_generator(
             if work.writes:
                 write_adapter(work.folder / safe_name(data.class_names[label]), state)
     return {"adapters": len(each), "steps": finetuning.num_steps(len(each[0]))}
+
+
+# How images are drawn during a training, one for each of the first prompts.
+SAMPLES = GenerateConfig(num_inference_steps=25)
+MOST_SAMPLES = 8
+
+
+def _sampler(base: StableDiffusion, prompts: Sequence[str]) -> Callable[[TextToImage], np.ndarray]:
+    shown = prompts[:MOST_SAMPLES]
+
+    def sample(model: TextToImage) -> np.ndarray:
+        return sample_images(base, shown, SAMPLES, seed=0, model=model)[:, 0]
+
+    return sample
 
 
 @dataclass(frozen=True)

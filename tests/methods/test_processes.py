@@ -1,0 +1,99 @@
+"""Every method as two processes: one writer, the same result as one process, no work done twice."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxsynth.runs.stage import MANIFEST
+from tests.methods.test_identity import GIVEN
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+ROOT = Path(__file__).parents[2]
+# Counts that a rounding may move, and those of time.
+LOOSE = 0.05
+
+
+def run(method: str, workdir: Path, count: int, base: Path, cache: Path) -> list[str]:
+    """The outputs of `count` processes with two devices in all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    more = list(GIVEN.get(method, ()))
+    if method == "datadream":
+        more = ["modes=dset", f"base={base}", f"clip={base / 'clip'}", "finetune.batch_size=4",
+                "data.class_names=1,4,7", "finetune.rank=2", "classify.rank=2"]  # fmt: skip
+    command = [
+        sys.executable, "-m", "jaxsynth.cli", "run", f"--config={ROOT}/configs/{method}.py:smoke",
+        f"--workdir={workdir}", *(f"--config.{field}" for field in more),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(2 // count),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(ROOT),
+    }
+    if count > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+        }
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**environment, **({"JAX_PROCESS_ID": str(i)} if count > 1 else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=900)[0])
+            assert process.returncode == 0, outputs[-1][-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return outputs
+
+
+def manifests(workdir: Path) -> dict[str, dict]:
+    return {
+        path.parent.relative_to(workdir).as_posix(): json.loads(path.read_text())
+        for path in workdir.rglob(MANIFEST)
+    }
+
+
+def close(one, two) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(close(one[k], two[k]) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(close, one, two))
+    if isinstance(one, float):
+        return bool(np.isclose(one, two, rtol=LOOSE, atol=LOOSE))
+    return one == two
+
+
+@pytest.mark.parametrize(
+    "method", ["controlled", "datadream", "diffscaler", "robustness", "tiny_base"]
+)
+def test_two_processes_do_what_one_does(method, tmp_path, base_folder, compilation_cache):
+    for name, count in (("one", 1), ("two", 2)):
+        outputs = run(method, tmp_path / name, count, base_folder, compilation_cache)
+    assert "skipped" not in outputs[0] and not outputs[1].strip()
+    one, two = (manifests(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys() and one
+    for stage, manifest in one.items():
+        assert manifest["config"] == two[stage]["config"], stage
+        assert manifest["files"].keys() == two[stage]["files"].keys(), stage
+        assert close(manifest["counts"], two[stage]["counts"]), stage
