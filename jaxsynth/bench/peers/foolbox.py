@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsynth.bench.cases.attacks import EPS, STEP_SIZE, STEPS, Attack
+from jaxsynth.bench.cases.attacked_networks import EPS, STEP_SIZE, STEPS, Attack
 from jaxsynth.core.errors import UserError
 
 try:

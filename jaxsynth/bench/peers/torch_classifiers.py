@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from jaxsynth.bench.cases.attacks import MEAN, STD, Attack, blocks
+from jaxsynth.bench.cases.attacked_networks import MEAN, STD, Attack, blocks
 
 
 def torch_network(ours: Attack) -> torch.nn.Module:

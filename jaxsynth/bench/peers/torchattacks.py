@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxsynth.bench.cases.attacks import EPS, STEP_SIZE, STEPS, Attack
+from jaxsynth.bench.cases.attacked_networks import EPS, STEP_SIZE, STEPS, Attack
 from jaxsynth.bench.timing import cores
 from jaxsynth.core.errors import UserError
 
