@@ -1,4 +1,4 @@
-"""PGD of 20 steps on a small classifier: ours, and foolbox's or torchattacks' on the same weights."""
+"""PGD of 20 steps on a small classifier: ours, and foolbox's or torchattacks' on equal weights."""
 
 from collections.abc import Callable
 from typing import Any
