@@ -66,7 +66,7 @@ def fit_ridge(
     model = RidgeCV(
         alphas=[by * scale for by in strengths],
         scoring="neg_mean_squared_error",  # so that the predictions are stored, not their errors
-        store_cv_results=True,
+        store_cv_results=True,  # pyrefly: ignore[unexpected-keyword]
     )
     coordinates = left * sizes
     model.fit(features, coordinates)
