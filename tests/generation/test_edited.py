@@ -9,8 +9,8 @@ import torch
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import Dataset
-from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.procedural.concepts import Concept, concept_of
+from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.guidance import classifier_free, nested
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule

@@ -14,19 +14,19 @@ from jaxsynth.adapters.inject import AdapterState, extract, load_state
 from jaxsynth.adapters.kinds.affiner import AffinerConfig, add_affiner
 from jaxsynth.core.errors import UserError
 from jaxsynth.methods.weightgen.collection import WeightCollection
-from jaxsynth.models.diffusion.dit import DiT, DiTConfig
-from jaxsynth.models.diffusion.weight_unet import WeightUNetConfig
-from jaxsynth.tasks.weight_diffusion import WeightTrainConfig
 from jaxsynth.methods.weightgen.generator import (
     PRIORS,
-    GeneratorConfig,
     Baselines,
+    GeneratorConfig,
     TextReader,
     group_norms,
     load_generator,
     save_generator,
     train_generator,
 )
+from jaxsynth.models.diffusion.dit import DiT, DiTConfig
+from jaxsynth.models.diffusion.weight_unet import WeightUNetConfig
+from jaxsynth.tasks.weight_diffusion import WeightTrainConfig
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
 from tests.methods.small_base import random_network
