@@ -331,7 +331,7 @@ def test_what_does_not_fit_is_refused(base, pairs):
         replace(pairs, source=pairs.source[1:])
     with pytest.raises(ValueError, match="loss: 'wgan', expected one of lsgan, vanilla"):
         GANConfig(loss="wgan")
-    with pytest.raises(ValueError, match=r"discriminator_rate: 0\.1 with learning_rate 0"):
+    with pytest.raises(ValueError, match=r"discriminator_rate: .* with learning_rate"):
         GANConfig(learning_rate=0.0, discriminator_rate=0.1)
     with pytest.raises(ValueError, match="remat: 'block'"):
         GANConfig(remat="block")
