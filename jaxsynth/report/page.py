@@ -49,8 +49,8 @@ class Section:
     text: str = ""
     tables: Sequence[Table] = ()
     images: Sequence[Picture] = ()
-    folded: Sequence[Table] = ()
     details: Sequence[Details] = ()
+    folded: Sequence[Table] = ()
 
 
 def write_page(

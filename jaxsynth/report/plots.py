@@ -161,7 +161,8 @@ def plot_bars(
             error_kw={"ecolor": _INK, "elinewidth": 1.1, "capsize": 2},
         )
     axes.axvline(0, color=_INK, linewidth=0.8)
-    axes.set_yticks(rows, list(labels))
+    axes.set_yticks(rows, [drawable(label) for label in labels])
+    axes.tick_params(labelfontfamily=families(labels))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     return _save(figure, axes, path)
@@ -240,9 +241,11 @@ def _style(axes: Axes) -> Axes:
 
 def _legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> Legend:
     """Above the axes, so that it never covers a line, in as many columns as the figure holds."""
+    font = {"family": families(labels), "size": 10}
+    labels = [drawable(label) for label in labels]
     for columns in (3, 2, 1):
         legend = figure.legend(
-            handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=10
+            handles, labels, loc="outside upper left", ncols=columns, frameon=False, prop=font
         )
         width = legend.get_window_extent(figure.canvas.get_renderer()).width
         if columns == 1 or width <= figure.bbox.width:

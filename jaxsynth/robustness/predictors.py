@@ -30,7 +30,8 @@ class HostFunction:
     function: Callable
 
     def __call__(self, images) -> np.ndarray:
-        return np.asarray(as_array(self.function(np.asarray(images)), "predict"))
+        # A copy, for torch warns of arrays that it must not write to.
+        return np.asarray(as_array(self.function(np.array(images)), "predict"))
 
 
 @dataclass(frozen=True)
