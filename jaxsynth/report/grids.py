@@ -8,17 +8,18 @@ mid-grey, so that one file reads well on a light and on a dark page.
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from jaxsynth.report.fonts import drawable, font_file
 
 # Contrast 4:1 or better against both #ffffff and #16181d.
 LABEL_COLOUR = (120, 126, 134, 255)
 _GAP, _ROW_GAP, _LABEL_GAP, _FONT_SIZE, _MAX_LABEL = 4, 4, 14, 15, 320
 
 
-Images = Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"]
+Images = Sequence[UInt8[np.ndarray, "h w 3"] | None] | UInt8[np.ndarray, "n h w 3"]
 
 
 def write_grid(
@@ -45,6 +46,9 @@ def image_grid(
 ) -> Image.Image:
     """Rows of uint8 images, (h, w, 3) or (h, w) and of any number, as one RGBA picture.
 
+    None in a row leaves a place empty. A heading stands over the middle of its column and of those
+    after it whose heading is "".
+
     `tile` is the size in pixels at which the longer side of an image is shown; an image smaller
     than it is enlarged by the largest whole factor that fits (at least 1). `labels` are written to
     the left of the rows and `headings` above the columns. Raises `ValueError` naming the row of an
@@ -53,37 +57,50 @@ def image_grid(
     if labels and len(labels) != len(rows):
         raise ValueError(f"image grid: {len(labels)} labels for {len(rows)} rows")
     names = list(labels) or [""] * len(rows)
-    if not any(len(row) for row in rows):
+    if not any(image is not None for row in rows for image in row):
         raise ValueError(f"image grid: no images in {len(rows)} rows")
     tiles = [
-        [_tile(image, tile, name or str(number)) for image in row]
+        [None if x is None else _tile(x, tile, name or str(number)) for x in row]
         for number, (name, row) in enumerate(zip(names, rows, strict=True))
     ]
-    cell_w = max(image.width for row in tiles for image in row)
-    heights = [max((image.height for image in row), default=tile) for row in tiles]
+    cell_w = max(image.width for row in tiles for image in row if image)
+    heights = [max((image.height for image in row if image), default=tile) for row in tiles]
     columns = max(len(row) for row in tiles)
 
-    # DejaVu comes with matplotlib and covers far more alphabets than Pillow's built-in font.
-    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(font_file), _FONT_SIZE)
-    names = [_shorten(name, font) for name in names]
-    label_w = max(round(font.getlength(name)) for name in names)
+    fonts = [_font(name) for name in names]
+    names = [_shorten(drawable(name), font) for name, font in zip(names, fonts, strict=True)]
+    label_w = max(round(font.getlength(name)) for name, font in zip(names, fonts, strict=True))
     left = label_w + _LABEL_GAP if label_w else 0
     top = _FONT_SIZE + 10 if headings else 0
     width = left + columns * cell_w + (columns - 1) * _GAP
     height = top + sum(heights) + (len(heights) - 1) * _ROW_GAP
     canvas = Image.new("RGBA", (width, height), (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
-    for column, heading in enumerate(headings[:columns]):
-        x = left + column * (cell_w + _GAP) + cell_w / 2
+    for first, last, heading in _groups(headings[:columns]):
+        x = left + (first + last) / 2 * (cell_w + _GAP) + cell_w / 2
+        room = (last - first + 1) * (cell_w + _GAP)
+        font = _font(heading)
+        heading = _shorten(drawable(heading), font, room)
         draw.text((x, 0), heading, LABEL_COLOUR, font=font, anchor="ma")
     y = top
-    for name, images, row_h in zip(names, tiles, heights, strict=True):
+    for name, font, images, row_h in zip(names, fonts, tiles, heights, strict=True):
         draw.text((label_w, y + row_h / 2), name, LABEL_COLOUR, font=font, anchor="rm")
         for column, image in enumerate(images):
-            canvas.paste(image, (left + column * (cell_w + _GAP), y))
+            if image is not None:
+                canvas.paste(image, (left + column * (cell_w + _GAP), y))
         y += row_h + _ROW_GAP
     return canvas
+
+
+def _groups(headings: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(first column, last column, heading) of each heading with those after it that are ""."""
+    starts = [i for i, heading in enumerate(headings) if heading]
+    ends = [*(start - 1 for start in starts[1:]), len(headings) - 1]
+    return [(a, b, headings[a]) for a, b in zip(starts, ends[: len(starts)], strict=True)]
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(font_file(text)), _FONT_SIZE)
 
 
 def _tile(image: np.ndarray, tile: int, label: str) -> Image.Image:
@@ -104,14 +121,14 @@ def _tile(image: np.ndarray, tile: int, label: str) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST)
 
 
-def _shorten(label: str, font: ImageFont.FreeTypeFont) -> str:
-    """Cuts a label in its middle until it fits the label column."""
-    if font.getlength(label) <= _MAX_LABEL:
+def _shorten(label: str, font: ImageFont.FreeTypeFont, room: float = _MAX_LABEL) -> str:
+    """Cuts a label in its middle until it fits the room."""
+    if font.getlength(label) <= room:
         return label
     keep = len(label)
     while keep > 2:
         keep -= 1
         short = label[: (keep + 1) // 2] + "…" + label[len(label) - keep // 2 :]
-        if font.getlength(short) <= _MAX_LABEL:
+        if font.getlength(short) <= room:
             return short
     return "…"

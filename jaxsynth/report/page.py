@@ -17,6 +17,7 @@ from typing import Any
 from jaxsynth.core.io import write_text
 from jaxsynth.report.tables import Table, to_html
 
+STYLE = Path(__file__).with_name("page.css")
 _MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
 
 
@@ -41,13 +42,15 @@ class Details:
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A part of the page. `text` is plain: blank lines part paragraphs, lines that start with `- `
-    make a list, `code` and **bold** are set as such. Tables come before images."""
+    make a list, `code` and **bold** are set as such. Tables come before images, `folded` ones after
+    them, behind a line to open."""
 
     title: str
     text: str = ""
     tables: Sequence[Table] = ()
     images: Sequence[Picture] = ()
     details: Sequence[Details] = ()
+    folded: Sequence[Table] = ()
 
 
 def write_page(
@@ -84,7 +87,8 @@ def write_page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
+<style>
+{STYLE.read_text("utf-8")}</style>
 </head>
 <body>
 <header>
@@ -111,6 +115,10 @@ def _section(anchor: str, section: Section) -> str:
     parts = [f'<section id="{anchor}"><h2>{html.escape(section.title)}</h2>', _prose(section.text)]
     parts += [to_html(table) for table in section.tables]
     parts += [_picture(picture) for picture in section.images]
+    if section.folded:
+        tables = "\n".join(to_html(table) for table in section.folded)
+        title = "Table" if len(section.folded) == 1 else f"{len(section.folded)} tables"
+        parts.append(f'<details class="tables"><summary>{title}</summary>\n{tables}</details>')
     for details in section.details:
         content = details.content
         if not isinstance(content, str):
@@ -161,109 +169,3 @@ def _anchors(sections: Sequence[Section]) -> list[str]:
         anchor = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") or f"part-{number}"
         anchors.append(anchor if anchor not in anchors else f"{anchor}-{number}")
     return anchors
-
-
-_STYLE = """
-:root {
-  --page: #f6f7f9; --card: #ffffff; --ink: #1c2128; --soft: #5b636e; --line: #dfe3e8;
-  --accent: #1f6fc4; --best: #e7f5ec; --best-ink: #10693c; --code: #eef1f4;
-  --rule: #aab2bd;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #101216; --card: #181b21; --ink: #e4e7eb; --soft: #9aa3ae; --line: #2b3038;
-    --accent: #6cb0f5; --best: #15321f; --best-ink: #7fdca4; --code: #22262d;
-    --rule: #59626e;
-  }
-}
-* { box-sizing: border-box; }
-html { scroll-behavior: smooth; scroll-padding-top: 1rem; }
-@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
-body {
-  margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-}
-header, .columns, footer { max-width: 1180px; margin: 0 auto; padding: 0 1.5rem; }
-header { padding-top: 2.5rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.01em; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin: 0 0 .75rem; }
-.subtitle { color: var(--soft); margin: .4rem 0 0; font-size: 1.05rem; }
-.facts {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
-  margin: 1.5rem 0 0;
-}
-.facts div {
-  background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem
-  .9rem;
-}
-.facts dt {
-  color: var(--soft); font-size: .78rem; text-transform: uppercase; letter-spacing: .04em;
-}
-.facts dd { margin: .1rem 0 0; font-size: 1.2rem; font-weight: 600; overflow-wrap: anywhere; }
-.columns {
-  display: grid; grid-template-columns: 13rem minmax(0, 1fr); gap: 2rem; padding-top: 1.75rem;
-  align-items: start;
-}
-nav {
-  position: sticky; top: 1rem; font-size: .92rem; max-height: calc(100vh - 2rem); overflow-y:
-  auto;
-}
-nav h2 {
-  font-size: .78rem; text-transform: uppercase; letter-spacing: .06em; color: var(--soft);
-  margin-bottom: .4rem;
-}
-nav ol { list-style: none; margin: 0; padding: 0; border-left: 2px solid var(--line); }
-nav a { display: block; padding: .22rem .8rem; color: var(--ink); text-decoration: none; }
-nav a:hover { color: var(--accent); }
-a { color: var(--accent); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
-section {
-  background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.4rem
-  1.6rem; margin-bottom: 1.25rem;
-}
-p, ul { margin: 0 0 .9rem; max-width: 46rem; }
-section > :last-child { margin-bottom: 0; }
-figure { margin: 1.1rem 0; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; }
-.table figcaption { font-weight: 600; color: var(--ink); margin-bottom: .4rem; }
-.picture figcaption { margin-top: .5rem; }
-.scroll { overflow-x: auto; }
-table {
-  border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabular-nums; min-width:
-  60%;
-}
-th, td {
-  padding: .45rem .85rem; border-bottom: 1px solid var(--line); text-align: left; white-space:
-  nowrap;
-}
-thead th {
-  color: var(--soft); font-size: .85rem; font-weight: 600; border-bottom: 2px solid var(--line);
-}
-tbody th { font-weight: 500; }
-tbody tr:last-child > * { border-bottom: 0; }
-tr.rule > * { border-top: 2px solid var(--rule); }
-.num { text-align: right; }
-.best { background: var(--best); color: var(--best-ink); font-weight: 700; }
-.std { font-size: .85em; font-weight: 400; opacity: .75; }
-img { display: block; max-width: 100%; height: auto; }
-img.pixelated { image-rendering: pixelated; }
-details { border: 1px solid var(--line); border-radius: 8px; margin: .6rem 0; }
-summary { cursor: pointer; padding: .5rem .9rem; font-weight: 500; }
-pre {
-  margin: 0; padding: .9rem; overflow: auto; max-height: 28rem; border-top: 1px solid
-  var(--line);
-}
-pre, code { font: .86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-code { background: var(--code); border-radius: 4px; padding: .1em .35em; }
-footer { color: var(--soft); font-size: .88rem; padding-top: .5rem; padding-bottom: 2.5rem; }
-@media (max-width: 820px) {
-  .columns { grid-template-columns: minmax(0, 1fr); gap: 1rem; }
-  nav { position: static; }
-  header, .columns, footer { padding-left: 1rem; padding-right: 1rem; }
-  section { padding: 1.1rem 1rem; }
-}
-@media print {
-  body { background: #fff; } nav { display: none; } .columns { display: block; }
-  section { break-inside: avoid; border: 0; padding: 0; }
-}
-"""

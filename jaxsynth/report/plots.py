@@ -1,4 +1,4 @@
-"""Plots in one style: learning curves, a score with its spread, and bars.
+"""Plots in one style: learning curves, a score with its spread, bars with intervals, reliability.
 
 Figures have a transparent background, mid-grey text and colours of middle lightness (Okabe and
 Ito's palette, which people with colour-blindness can tell apart, adjusted), so that one PNG reads
@@ -6,9 +6,9 @@ well on a light and on a dark page. Nothing here touches pyplot's global state.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from jaxsynth.report.fonts import drawable, families
+
 _INK, _GRID = "#787e86", "#787e8638"
 COLOURS = ("#2f7fd1", "#e0801f", "#1d9e78", "#c95b9c", "#b39211", "#7d6bd6", "#4aa8d8", "#c9503f")
 _MARKERS = "osD^vPXd"
@@ -26,13 +28,24 @@ _MARKERS = "osD^vPXd"
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line: `y[i]` at `x[i]`, `std[i]` its spread over seeds (None, or NaN, draws no bar)."""
+    """A line: `y[i]` at `x[i]`, `std[i]` its spread over seeds (None, or NaN, draws no bar), or
+    `low[i]` to `high[i]` its interval."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     std: Sequence[float] | None = None
     dashed: bool = False
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+    @property
+    def reach(self) -> Any:
+        """What errorbar takes."""
+        if self.low is None or self.high is None:
+            return self.std
+        y = np.asarray(self.y, float)
+        return np.stack([y - np.asarray(self.low, float), np.asarray(self.high, float) - y])
 
     def __post_init__(self):
         lengths = {len(self.x), len(self.y), len(self.y if self.std is None else self.std)}
@@ -66,7 +79,7 @@ def plot_scores(
         axes.errorbar(
             x,
             line.y,
-            yerr=line.std,
+            yerr=line.reach,
             label=line.label,
             linestyle="--" if line.dashed else "-",
             marker=_MARKERS[index % len(_MARKERS)],
@@ -112,28 +125,83 @@ def plot_curves(
     return _save(figure, axes, path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """A bar `value[i]` for label i, and its interval from `low[i]` to `high[i]`; NaN draws none."""
+
+    label: str
+    value: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
 def plot_bars(
-    path: Path,
-    labels: Sequence[str],
-    groups: Mapping[str, Sequence[float]],
-    *,
-    xlabel: str,
-    title: str = "",
+    path: Path, labels: Sequence[str], groups: Sequence[Bars], *, xlabel: str, title: str = ""
 ) -> Path:
-    """Horizontal bars, one cluster per label (for example per-class accuracy of each method)."""
-    figure, axes = _figure(xlabel, "", title, height=1.2 + 0.13 * len(labels) * (len(groups) + 1))
+    """Horizontal bars with intervals, one cluster a label (a metric) and one bar a group (a model).
+
+    ValueError for a group that has not one bar a label.
+    """
+    figure, axes = _figure(xlabel, "", title, height=1.3 + 0.17 * len(labels) * (len(groups) + 1))
     rows = np.arange(len(labels))
     thick = 0.8 / max(1, len(groups))
-    for index, (name, values) in enumerate(groups.items()):
-        if len(values) != len(labels):
-            raise ValueError(f"bars {name!r}: {len(values)} values for {len(labels)} labels")
-        offset = (index - (len(groups) - 1) / 2) * thick
-        colour = COLOURS[index % len(COLOURS)]
-        axes.barh(rows + offset, values, height=thick * 0.92, label=name, color=colour)
-    axes.set_yticks(rows, labels)
+    for index, bars in enumerate(groups):
+        if not len(bars.value) == len(bars.low) == len(bars.high) == len(labels):
+            raise ValueError(
+                f"bars {bars.label!r}: {len(bars.value)} values for {len(labels)} labels"
+            )
+        value, low, high = (np.asarray(x, float) for x in (bars.value, bars.low, bars.high))
+        axes.barh(
+            rows + (index - (len(groups) - 1) / 2) * thick,
+            value,
+            xerr=np.stack([value - low, high - value]),
+            height=thick * 0.9,
+            label=bars.label,
+            color=COLOURS[index % len(COLOURS)],
+            error_kw={"ecolor": _INK, "elinewidth": 1.1, "capsize": 2},
+        )
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set_yticks(rows, [drawable(label) for label in labels])
+    axes.tick_params(labelfontfamily=families(labels))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     return _save(figure, axes, path)
+
+
+def plot_reliability(
+    path: Path, diagrams: Mapping[str, Mapping[str, Sequence[float | None]]], *, title: str = ""
+) -> Path:
+    """Accuracy against confidence, a panel each; the diagonal is where a model is calibrated.
+
+    A diagram has the `edges` of its bins, and of each its `confidence`, `accuracy` (None where it
+    is empty) and `count`, which the width of a dot shows.
+    """
+    columns = min(3, len(diagrams))
+    rows = -(-len(diagrams) // columns)
+    figure = Figure(figsize=(7.2, 2.6 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(0)
+    for number, (name, diagram) in enumerate(diagrams.items()):
+        axes = _style(figure.add_subplot(rows, columns, number + 1))
+        axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle="--")
+        points = [
+            (confidence, accuracy, count)
+            for confidence, accuracy, count in zip(
+                diagram["confidence"], diagram["accuracy"], diagram["count"], strict=True
+            )
+            if confidence is not None and accuracy is not None
+        ]
+        x, y, count = (np.array(values, float) for values in zip(*points, strict=True))
+        axes.plot(x, y, color=COLOURS[number % len(COLOURS)], linewidth=1.4)
+        sizes = 12 + 120 * count / max(count.sum(), 1)
+        axes.scatter(x, y, s=sizes, color=COLOURS[number % len(COLOURS)], zorder=3)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.set_title(name, color=_INK, fontsize=10)
+        axes.set_xlabel("confidence", color=_INK, fontsize=9)
+        axes.set_ylabel("accuracy", color=_INK, fontsize=9)
+    if title:
+        figure.suptitle(title, color=_INK, fontsize=12)
+    return _write(figure, path)
 
 
 def moving_average(values: Float[np.ndarray, " n"], memory: float) -> Float[np.ndarray, " n"]:
@@ -150,16 +218,8 @@ def moving_average(values: Float[np.ndarray, " n"], memory: float) -> Float[np.n
 def _figure(xlabel: str, ylabel: str, title: str, height: float = 4.0) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_prop_cycle(color=COLOURS)
+    axes = _style(figure.add_subplot())
     figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.set_axisbelow(True)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_INK)
-    axes.tick_params(colors=_INK, which="both", length=3, labelsize=10)
     axes.set_xlabel(xlabel, color=_INK, fontsize=11)
     axes.set_ylabel(ylabel, color=_INK, fontsize=11)
     if title:
@@ -167,11 +227,25 @@ def _figure(xlabel: str, ylabel: str, title: str, height: float = 4.0) -> tuple[
     return figure, axes
 
 
+def _style(axes: Axes) -> Axes:
+    axes.set_prop_cycle(color=COLOURS)
+    axes.patch.set_alpha(0)
+    axes.set_axisbelow(True)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
+    axes.tick_params(colors=_INK, which="both", length=3, labelsize=10)
+    return axes
+
+
 def _legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> Legend:
     """Above the axes, so that it never covers a line, in as many columns as the figure holds."""
+    font = {"family": families(labels), "size": 10}
+    labels = [drawable(label) for label in labels]
     for columns in (3, 2, 1):
         legend = figure.legend(
-            handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=10
+            handles, labels, loc="outside upper left", ncols=columns, frameon=False, prop=font
         )
         width = legend.get_window_extent(figure.canvas.get_renderer()).width
         if columns == 1 or width <= figure.bbox.width:
@@ -186,14 +260,18 @@ def _save(figure: Figure, axes: Axes, path: Path) -> Path:
         legend = _legend(figure, handles, labels)
         for text in legend.get_texts():
             text.set_color(_INK)
-    for text in figure.findobj(Text):
+    return _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    written = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    fonts = families(text.get_text() for text in written)
+    for text in written:
         text.set_parse_math(False)  # a class may be named "$100 bill"
+        text.set_fontfamily(fonts)
+        if (shown := drawable(text.get_text())) != text.get_text().strip():
+            text.set_text(shown)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        # DejaVu Sans has no Chinese, Japanese or Korean; such letters are drawn as boxes.
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from font", category=UserWarning
-        )
-        figure.savefig(path, dpi=160, transparent=True)
+    figure.savefig(path, dpi=160, transparent=True)
     return path

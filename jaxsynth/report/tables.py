@@ -1,7 +1,8 @@
 """One table, three renderings: the terminal (rich), HTML for the page, Markdown for a README.
 
 A cell that was measured over seeds is a `Measure`; it prints as mean ± sample standard deviation,
-and the best mean of a column is emphasised, together with every mean that prints the same.
+and the best mean of a column is emphasised, together with every mean that prints the same; none is
+where all of them do.
 """
 
 import dataclasses
@@ -37,6 +38,9 @@ class Measure:
         mean = self.mean
         return math.sqrt(math.fsum((v - mean) ** 2 for v in self.values) / (len(self.values) - 1))
 
+
+# Of a table on the page: more go below.
+_MOST_COLUMNS = 8
 
 Cell = str | int | float | Measure | None
 
@@ -95,7 +99,8 @@ class Table:
         if len(values) < 2:
             return frozenset()
         top = max(values.values()) if self.better == "higher" else min(values.values())
-        return frozenset(i for i, v in values.items() if self._number(v) == self._number(top))
+        found = frozenset(i for i, v in values.items() if self._number(v) == self._number(top))
+        return found if len(found) < len(values) else frozenset()
 
     def _number(self, value: float) -> str:
         if isinstance(value, int):
@@ -132,26 +137,41 @@ def to_rich(table: Table) -> rich.table.Table:
 
 
 def to_html(table: Table) -> str:
-    """The table as one HTML `<figure>`, its text escaped; styled by the page."""
-    numeric = [table.numeric(index) for index in range(len(table.columns))]
+    """The table as one HTML `<figure>`, its text escaped; styled by the page.
+
+    One of many columns is cut into parts below each other, so that none lies out of sight.
+    """
+    count = len(table.columns) - 1
+    parts = max(1, -(-count // _MOST_COLUMNS))
+    size = -(-count // parts)
+    tables = "\n".join(
+        _html_part(table, range(1 + start, 1 + min(start + size, count)))
+        for start in range(0, max(count, 1), max(size, 1))
+    )
+    caption = f"<figcaption>{html.escape(table.caption)}</figcaption>" if table.caption else ""
+    return f'<figure class="table">{caption}{tables}</figure>'
+
+
+def _html_part(table: Table, columns: range) -> str:
+    """The rows' labels and some of the columns."""
     head = "".join(
-        f'<th scope="col"{_class(num, False)}>{html.escape(name)}</th>'
-        for name, num in zip(table.columns, numeric, strict=True)
+        f'<th scope="col"{_class(table.numeric(index), False)}>'
+        f"{html.escape(str(table.columns[index]))}</th>"
+        for index in (0, *columns)
     )
     body = []
     for ruled, cells in table._cells():
-        (label, _, _), *rest = cells
+        label = html.escape(cells[0][0])
         tds = "".join(
-            f"<td{_class(num, best)}>{_spread(html.escape(text))}</td>" for text, num, best in rest
+            f"<td{_class(num, best)}>{_spread(html.escape(text))}</td>"
+            for text, num, best in (cells[index] for index in columns)
         )
         rule = ' class="rule"' if ruled else ""
-        body.append(f'<tr{rule}><th scope="row">{html.escape(label)}</th>{tds}</tr>')
-    caption = f"<figcaption>{html.escape(table.caption)}</figcaption>" if table.caption else ""
+        body.append(f'<tr{rule}><th scope="row">{label}</th>{tds}</tr>')
     # tabindex: a region that scrolls must be reachable from the keyboard.
     return (
-        f'<figure class="table">{caption}<div class="scroll" tabindex="0"><table>'
+        '<div class="scroll" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(body) + "</tbody></table></div>"
-        "</figure>"
     )
 
 

@@ -12,22 +12,47 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.data.conditions import depth, known_map, partner_file
 from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.robustness.attacks.evaluate import batches
-from jaxsynth.robustness.checks import check_labels
+from jaxsynth.robustness.checks import as_array, check_labels
 
 Answers = dict[str, np.ndarray]
 Preprocess = Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray]
 
 
 @dataclass(frozen=True)
+class HostFunction:
+    """A model that is no function of JAX operations: it gets numpy arrays, on the host."""
+
+    function: Callable
+
+    def __call__(self, images) -> np.ndarray:
+        # A copy, for torch warns of arrays that it must not write to.
+        return np.asarray(as_array(self.function(np.array(images)), "predict"))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What OOD scores of features need: a network's, and the images that it was trained on.
+
+    `function` takes what `predict` does and gives (n, d). ViM needs the last layer too: logits =
+    features @ `kernel` + `bias`.
+    """
+
+    function: Callable
+    training: ImageSource
+    kernel: Float[np.ndarray, "d c"] | None = None
+    bias: Float[np.ndarray, " c"] | None = None
+
+
+@dataclass(frozen=True)
 class Asker:
     """A model with how it takes images: pixels in [0, 1], `batch_size` of them at once."""
 
-    predict: Partial
+    predict: Partial | HostFunction
     preprocess: Preprocess | None
     batch_size: int
 
@@ -100,8 +125,35 @@ class Asker:
         return found, labels
 
 
+def as_predictor(predict: Callable, image: Float[np.ndarray, "h w 3"]) -> Partial | HostFunction:
+    """A function of images, as a Partial where JAX can trace it. ValueError where it is none."""
+    if isinstance(predict, Partial | HostFunction):
+        return predict
+    if not callable(predict):
+        raise ValueError(f"predict: expected a function, found {type(predict).__name__}")
+    try:
+        jax.eval_shape(predict, image[None])
+    except Exception:
+        return HostFunction(predict)
+    return Partial(predict)
+
+
+def ask(predict: Partial | HostFunction, images: Float[Array, "n h w 3"]) -> np.ndarray:
+    """Logits (n, c). ValueError for another shape."""
+    if isinstance(predict, HostFunction):
+        found = predict(images)
+    else:
+        found = np.asarray(_ask(predict, images))
+    if found.ndim != 2 or len(found) != len(images) or found.shape[1] < 2:
+        raise ValueError(
+            f"predict: expected logits ({len(images)}, classes) of 2 or more classes, found "
+            f"{found.shape}"
+        )
+    return found
+
+
 @jax.jit
-def ask(predict, images):
+def _ask(predict, images):
     return predict(images)
 
 

@@ -9,9 +9,18 @@ import pytest
 import rich.console
 from PIL import Image
 
+from jaxsynth.report.fonts import drawable, font_file
 from jaxsynth.report.grids import image_grid, write_grid
 from jaxsynth.report.page import Details, Picture, Section, write_page
-from jaxsynth.report.plots import Series, moving_average, plot_bars, plot_curves, plot_scores
+from jaxsynth.report.plots import (
+    Bars,
+    Series,
+    moving_average,
+    plot_bars,
+    plot_curves,
+    plot_reliability,
+    plot_scores,
+)
 from jaxsynth.report.tables import Measure, Table, to_html, to_markdown, to_rich
 
 ODD = "cat/dog <b>& “猫” | $x$"
@@ -82,12 +91,25 @@ def test_plots_write_pictures(tmp_path):
     series = [
         Series("real", [1, 4, 16], [50, 80, 95], [1, 2, math.nan]),
         Series(ODD, [1, 4], [30, 30], dashed=True),
+        Series("interval", [1, 4], [30, 40], low=[10, 20], high=[35, 45]),
     ]
+    diagram = {
+        "edges": [0, 0.5, 1], "count": [0, 9], "confidence": [None, 0.9], "accuracy": [None, 0.8]
+    }  # fmt: skip
     paths = [
         plot_scores(tmp_path / "s.png", series, xlabel="shots", ylabel="%", log_x=True),
         plot_scores(tmp_path / "one.png", [Series("x", [1], [2])], xlabel="x", ylabel="y"),
         plot_curves(tmp_path / "c.png", {ODD: ([0, 10, 20, 30], [3, 2, math.nan, 1])}, log_y=True),
-        plot_bars(tmp_path / "b.png", ["a", ODD], {"real": [1, 2], "both": [2, 3]}, xlabel="%"),
+        plot_bars(
+            tmp_path / "b.png",
+            ["a", ODD],
+            [
+                Bars("real", [1, math.nan], [0, math.nan], [2, math.nan]),
+                Bars("b", [2, 3], [1, 2], [3, 4]),
+            ],
+            xlabel="%",
+        ),
+        plot_reliability(tmp_path / "r.png", {ODD: diagram, "b": diagram}),
     ]
     for path in paths:
         with Image.open(path) as image:
@@ -95,7 +117,7 @@ def test_plots_write_pictures(tmp_path):
     with pytest.raises(ValueError, match="series 'x'"):
         Series("x", [1, 2], [1])
     with pytest.raises(ValueError, match="bars 'real': 1 values for 2 labels"):
-        plot_bars(tmp_path / "b.png", ["a", "b"], {"real": [1]}, xlabel="%")
+        plot_bars(tmp_path / "b.png", ["a", "b"], [Bars("real", [1], [0], [2])], xlabel="%")
 
 
 def test_moving_average_is_unbiased_and_passes_over_nan():
@@ -138,6 +160,48 @@ def test_page_is_self_contained_and_escaped(tmp_path, table, rng_images):
         write_page(path, "t", [Section("s", images=[Picture(tmp_path / "gone.png")])])
     with pytest.raises(ValueError, match=r"gone\.gif: expected one of"):
         write_page(path, "t", [Section("s", images=[Picture(tmp_path / "gone.gif")])])
+
+
+def test_none_is_best_where_all_tie():
+    table = Table(["a", "x", "y"], [["one", 0.5, 0.0], ["two", 0.4, 0.0], ["three", 0.5, 0.0]])
+    assert table.best(1) == {0, 2} and table.best(2) == frozenset()
+
+
+def test_a_table_of_many_columns_goes_on_below():
+    columns = ["row", *(f"class {i}" for i in range(10))]
+    page = to_html(Table(columns, [["a", *(i / 10 for i in range(10))]]))
+    assert page.count("<table>") == 2 and page.count('<th scope="row">a</th>') == 2
+    assert all(page.count(f">{name}<") == 1 for name in columns[1:])
+    assert to_html(Table(columns[:9], [["a", *range(8)]])).count("<table>") == 1
+
+
+def test_folded_tables_are_behind_a_line_to_open(tmp_path, table):
+    path = write_page(tmp_path / "page.html", "t", [Section("s", folded=[table, table])])
+    text = path.read_text("utf-8")
+    before, after = text.split("<summary>2 tables</summary>")
+    assert "<table>" not in before and after.count("<table>") == 2
+    assert "--accent" in before  # the style comes from its file
+
+
+def test_a_place_of_a_grid_may_stay_empty_and_a_heading_spans_its_group(rng_images):
+    one, two = rng_images(2, 32, 32)
+    image = np.asarray(image_grid([[one, None, two]], headings=("real", "", "drawn"), tile=32))
+    assert (image[-32:, 36:68] == 0).all()  # transparent, not black
+    np.testing.assert_array_equal(image[-32:, 72:104, :3], two)
+    headings = image[:-36, :, 3]
+    middle = np.flatnonzero(headings[:, :68].any(0)).mean()
+    assert abs(middle - 34) < 4  # over the middle of its two columns
+    with pytest.raises(ValueError, match="no images in 1 rows"):
+        image_grid([[None]])
+
+
+def test_letters_that_no_font_has_are_written_as_code_points():
+    assert drawable("Größe, λ, Ж") == "Größe, λ, Ж"
+    # A letter of the private use area, which is no one's.
+    assert drawable("cat \U000f1234") == "cat U+F1234"
+    assert font_file("cat").name == "DejaVuSans.ttf"
+    shown = drawable("猫")
+    assert shown == "猫" or (shown == "U+732B" and font_file("猫").name == "DejaVuSans.ttf")
 
 
 class _Page(html.parser.HTMLParser):

@@ -132,6 +132,8 @@ def test_models_compare_on_the_same_images(answers, key):
     same = table.compare(one, one, key, resamples=100)
     # The same model again: no difference, and how large one could be is told by the images.
     assert all(x.low < x.value == 0 < x.high for x in same.values())
+    told = {"signs": np.array(["stochastic: a", "few classes: b"]), "example/PGD": np.zeros(3)}
+    assert table.compare({**one, **told}, other, key, resamples=100).keys() == found.keys()
     moved = {**other, "clean/labels": other["clean/labels"][::-1]}
     with pytest.raises(ValueError, match="clean/labels: differs between the models"):
         table.compare(one, moved, key)

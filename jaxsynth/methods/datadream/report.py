@@ -21,6 +21,7 @@ from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
+from jaxsynth.robustness.metrics.limits import share_limits
 from jaxsynth.runs.results import stage_details
 from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
@@ -88,7 +89,8 @@ def write(workdir: Path) -> Path:
         Section(
             "Accuracy on the test set",
             f"Top-1 in per cent on {len(dataset.test)} test images ({dataset.split}). "
-            + _seeds_note(seeds)
+            + _seeds_note(seeds, results, len(dataset.test))
+            + _modes_note(modes)
             + " Every trained classifier starts from the same CLIP and takes the same number of "
             "steps. The test set chooses nothing: " + _chosen(found),
             tables=tables,
@@ -99,7 +101,7 @@ def write(workdir: Path) -> Path:
             f"From left to right: real shots, images from the prompt alone, and images of the "
             f"fine-tuned generator ({shots[-1]} shots, seed {seeds[0]}), one class per row. "
             "Images at the same place of the two generated groups started from the same noise.",
-            images=[Picture(grid, "Real, prompt-only and DataDream images.", pixelated=True)],
+            images=[Picture(grid, _grid_caption(dataset), pixelated=True)],
         ),
         *_training_samples(workdir),
         Section("How it was made", details=stage_details(workdir)),
@@ -190,10 +192,27 @@ def _per_class(results: list[dict], lines: list[Row]) -> Table:
     return Table(["Trained on", *names], body, caption="Per class, in %", scale=100, rules=(3,))
 
 
-def _seeds_note(seeds: list[int]) -> str:
-    if len(seeds) == 1:
-        return f"One seed ({seeds[0]}): differences of a point or two mean nothing."
+def _seeds_note(seeds: list[int], results: list[dict], images: int) -> str:
+    if len(seeds) == 1 and results:
+        best = max(result["top1"] for result in results)
+        limits = share_limits(best * images, images, 0.95)
+        return (
+            f"One seed ({seeds[0]}), so the test images alone tell how sure a figure is: of "
+            f"{images} of them, {100 * best:.1f} % has the 95 % interval {100 * limits.low:.1f} to "
+            f"{100 * limits.high:.1f} (Clopper and Pearson); another training may differ by more."
+        )
     return f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+
+
+def _modes_note(modes: list[str]) -> str:
+    meaning = {"dset": "one adapter for the whole data set", "cls": "one adapter for each class"}
+    return "".join(f" `{mode}` is {meaning[mode]}." for mode in modes)
+
+
+def _grid_caption(dataset: Dataset) -> str:
+    shown, count = min(dataset.num_classes, MAX_CLASSES), dataset.num_classes
+    hidden = f" {shown} of the {count} classes, evenly spread." if shown < count else ""
+    return f"Real, prompt-only and DataDream images.{hidden}"
 
 
 def _curve(workdir: Path, results, lines: list[Row], shots: list[int], seeds) -> list[Picture]:
@@ -243,13 +262,12 @@ def _grid(workdir: Path, dataset: Dataset, shots: int, seed: int, modes: list[st
     count = dataset.num_classes
     labels = np.unique(np.linspace(0, count - 1, min(count, MAX_CLASSES)).round().astype(int))
     sides = COLUMNS_PER_SOURCE
-    blank = np.zeros_like(_first(drawn, int(labels[0]), 1)[0])
     lines = []
     for label in labels:
-        line = []
+        line: list[np.ndarray | None] = []
         for _, source in sources:
             images = _first(source, int(label), sides)
-            line += images + [blank] * (sides - len(images))
+            line += images + [None] * (sides - len(images))
         lines.append(line)
     headings = [text for name, _ in sources for text in (name, *[""] * (sides - 1))]
     names = [dataset.display_names[label] for label in labels]

@@ -19,6 +19,7 @@ from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.bootstrap import Interval
 from jaxsynth.robustness.metrics.corruption import by_severity, check_alexnet
+from jaxsynth.robustness.metrics.details import describe
 from jaxsynth.robustness.predictors import Preprocess
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, of_pixels, train_classifier
@@ -194,6 +195,10 @@ def measure_models(work: Work, config: Measuring, **predictions: Artifact) -> di
             "differences": differences,
             "by_severity": {name: by_severity(found) for name, found in answers.items()},
             "images": table.counts(answers[against]),
+            "details": {
+                name: describe(found, key, resamples=config.resamples)
+                for name, found in answers.items()
+            },
         },
     )
     return {"models": len(answers)}

@@ -45,7 +45,7 @@ GROUPS = {
 # Without those that need a video codec.
 _ALL = (*CORRUPTIONS, *CORRUPTIONS_3D)
 _NAMES = (*_ALL, *CODEC_CORRUPTIONS)
-_DEEP = (*CORRUPTIONS_3D, *CODEC_CORRUPTIONS)
+DEEP = (*CORRUPTIONS_3D, *CODEC_CORRUPTIONS)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def answer_corruptions(
     shape = len(asked.severities), len(clean)
     found = {name: np.empty(shape, bool) for name in asked.asked}
     labels = labels_of(clean)
-    deep = any(name in _DEEP for name in found)
+    deep = any(name in DEEP for name in found)
     for rows, batch in batches(len(clean), asker.batch_size):
         images = jnp.asarray(asker.read(clean, batch))
         nearness = jnp.asarray(asker.nearness(clean, batch, depth_folder)) if deep else None
