@@ -170,8 +170,8 @@ def test_a_part_chosen_by_name():
     found = chosen("adapter.rank=3", "adapter=lokr", "own.kind=ia3", "own.targets=to_q,to_k")
     assert found.adapter == AdapterChoice("lokr", {"rank": 3})
     assert found.own == AdapterChoice("ia3", {"targets": ("to_q", "to_k")})
-    assert found.adapter.config(targets=("x",), rank=8, alpha=4.0).alpha is None
-    config = found.own.config(targets=("x",), rank=8, alpha=4.0)
+    assert found.adapter.config(targets=("x",), defaults={"rank": 8}).rank == 3
+    config = found.own.config(targets=("x",), defaults={"rank": 8})
     assert config.targets == ("to_q", "to_k") and config.feedforward == ("ff.net.2",)
     file = {"adapter": {"kind": "dora", "rank": 3, "alpha": 2}}
     assert chosen("adapter.rank=5", **file).adapter.settings == {"rank": 5, "alpha": 2.0}

@@ -30,7 +30,12 @@ from tests.adapters.nets import randomised
 
 CONFIG = GenerateConfig(num_inference_steps=2, batch_size=4)
 PROMPTS = ("a photo of the digit one", "zero")
-NEEDED = {"locon": {"targets": ("conv1",)}}
+NEEDED = {
+    "locon": {"targets": ("conv1",)},
+    "delta_lora": {"ratio": 0.5},
+    "oft": {"block_size": 4},
+    "boft": {"block_size": 2},
+}
 
 
 @pytest.fixture(scope="module")

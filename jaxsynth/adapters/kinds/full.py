@@ -56,14 +56,15 @@ class Full(inject.AdapterLayer):
                 f"{path}: {self.kind} changes a kernel, embedding or scale and a bias, found "
                 f"{type(layer).__name__} with {sorted(other if found else found)}"
             )
-        self.names = {
-            ("diff_b" if name == "bias" else "diff"): name
+        # Pairs and no dict: what is static in a network must be hashable.
+        self.names = tuple(
+            ("diff_b" if name == "bias" else ("diff"), name)
             for name in sorted(found)
             if config.parameters in ("all", "bias" if name == "bias" else "weight")
-        }
+        )
         if not self.names:
             raise ValueError(f"{path}: {type(layer).__name__} has no {config.parameters}")
-        for factor, name in self.names.items():
+        for factor, name in self.names:
             shape = getattr(layer, name).get_value().shape
             setattr(self, factor, inject.Trainable(jnp.zeros(shape, jnp.float32)))
 
@@ -71,7 +72,7 @@ class Full(inject.AdapterLayer):
         return inject.with_params(self.base, self.merged())(inputs)
 
     def merged(self) -> dict[str, Array]:
-        return self._shifted({n: getattr(self.base, n)[...] for n in self.names.values()}, 1.0)
+        return self._shifted({n: getattr(self.base, n)[...] for _, n in self.names}, 1.0)
 
     def unmerged(self, merged: dict[str, Array]) -> dict[str, Array | None]:
         return self._shifted(merged, -1.0)
@@ -80,7 +81,7 @@ class Full(inject.AdapterLayer):
         if self.is_off:
             return values
         result = {}
-        for factor, name in self.names.items():
+        for factor, name in self.names:
             change = sign * self.strength * getattr(self, factor)[...]
             result[name] = (values[name].astype(jnp.float32) + change).astype(values[name].dtype)
         return result
