@@ -63,7 +63,7 @@ SNIPPETS = [
     (name, text)
     for path, name in zip(GUIDES, NAMES, strict=True)
     for text in blocks(path, "python")
-    if name.startswith(("README", "jaxsynth/methods", "jaxsynth/training"))
+    if name.startswith(("README", "jaxsynth/data", "jaxsynth/methods", "jaxsynth/training"))
 ]
 
 

@@ -8,6 +8,7 @@ error that a user can act on is one line; any other keeps its traceback, because
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import shlex
@@ -25,6 +26,7 @@ from rich.text import Text as RichText
 
 import jaxsynth
 from jaxsynth.cli import help
+from jaxsynth.core.checks import check_config
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """`jaxsynth run`: starts a run, or goes on with it."""
     name, method, config = _configured(args)
+    check_config(config, args.workdir)
     _enable_compile_cache()
     _start_processes(args)
     import jax
@@ -432,6 +435,8 @@ def _is_for_users(error: Exception) -> bool:
     """
     if isinstance(error, UserError) or type(error).__module__.startswith("jaxsynth."):
         return True
+    if _is_out_of_space(error):
+        return True
     if isinstance(error, OSError) and error.filename is not None:
         return True
     if not isinstance(error, (ValueError, FloatingPointError, FileNotFoundError)):
@@ -443,7 +448,31 @@ def _is_for_users(error: Exception) -> bool:
     return bool(frames) and frames[-1].filename.startswith(package)
 
 
+def _is_out_of_space(error: BaseException) -> bool:
+    """Whether a full disk is at the bottom of an error, whichever library was writing."""
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(code) in str(one) for code in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    return False
+
+
 def _message(error: Exception) -> str:
+    if _is_out_of_space(error):
+        named = getattr(error, "filename", None)
+        where = f"{named}: " if named else ""
+        return (
+            f"{where}no space left on the disk (or in a quota). Free some, or choose another "
+            "--workdir; the same command goes on where this one stopped"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = str(error)

@@ -37,6 +37,11 @@ def run(config, workdir):
     """A real method of one stage."""
     if config.part.path == "bug":
         return {}["bug"]
+    if config.part.path == "full":
+        try:
+            os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+        except OSError as error:  # as libraries in C++ pass it on
+            raise RuntimeError(f"INTERNAL: write: {os.strerror(error.errno)}") from error
     if config.part.path == "jax":
         return jax.numpy.zeros(2) + jax.numpy.zeros(3)
     if config.part.path:
@@ -120,6 +125,12 @@ def test_a_mistake_is_one_line(command, argv, code, message):
     found, _, err = command(*argv)
     assert found == code and message in err, err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(command):
+    code, _, err = command(*RUN, "--config.part.path=full")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith("error: no space left on the disk") and "the same command goes on" in err
 
 
 def test_a_bug_keeps_its_traceback(command):

@@ -17,7 +17,7 @@ from jaxsynth.robustness.attacks import common
 from jaxsynth.robustness.attacks.apgd import apgd, checkpoints
 from jaxsynth.robustness.attacks.autoattack import autoattack, standard
 from jaxsynth.robustness.attacks.common import fold_each, image_keys, random_start
-from jaxsynth.robustness.attacks.evaluate import attacked, correct, eps_sweep, worst_case
+from jaxsynth.robustness.attacks.evaluate import attacked, correct, eps_sweep
 from jaxsynth.robustness.attacks.fab import fab, fab_distance, to_boundary
 from jaxsynth.robustness.attacks.gradient import fgsm, pgd
 from jaxsynth.robustness.attacks.masking import check_model, check_results
@@ -284,15 +284,17 @@ class TestSquare:
             "square": square(predict, digits.images, digits.labels, key, eps=EPS, steps=500),
         }
         np.testing.assert_array_equal(moved["pgd"], digits.images)
-        found = worst_case(predict, digits.images, digits.labels, moved)
+        accuracy = {
+            name: float(correct(predict, images, digits.labels).mean())
+            for name, images in moved.items()
+        }
         clean = correct(predict, digits.images, digits.labels).mean()
-        assert found.accuracy["pgd"] == clean > found.accuracy["square"]
-        assert found.correct.mean() == found.accuracy["square"]
+        assert accuracy["pgd"] == clean > accuracy["square"]
         assert sizes(digits, moved["square"]).max() <= EPS + 1e-6
         assert [w.sign for w in check_model(predict, digits.images, digits.labels)] == [
             "zero gradients"
         ]
-        assert [w.sign for w in check_results(found.accuracy)] == ["black box"]
+        assert [w.sign for w in check_results(accuracy)] == ["black box"]
 
 
 class TestAutoAttack:

@@ -11,7 +11,11 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +28,8 @@ from jaxsynth.data.decode import decode_image, decoded_digest, square
 from jaxsynth.data.views import held_out
 
 TESTS = ("test", "validation", "val")
+# Seconds to wait for a host before a download is given up.
+_PATIENCE = 5.0
 
 
 class TfdsSource:
@@ -113,6 +119,12 @@ def _prepared_builder(config: DataConfig):
         ) from error
     if builder.is_prepared():
         return builder
+    # The downloader would try again for minutes and fill the screen with its attempts.
+    if host := _unreachable(builder.url_infos or ()):
+        raise SourceError(
+            f"{config.name}: not prepared under {builder.data_dir}, and {host} cannot be reached "
+            f"from here. {_advice(config)}"
+        )
     try:
         builder.download_and_prepare(file_format="array_record")
     # Whatever goes wrong while downloading (network, disk, checksums, a builder that itself needs
@@ -120,11 +132,39 @@ def _prepared_builder(config: DataConfig):
     except Exception as error:
         raise SourceError(
             f"{config.name}: not prepared under {builder.data_dir}, and preparing it here failed "
-            f"({type(error).__name__}: {error}). Where there is a network (and, for some sets, "
-            f"TensorFlow), run tfds.builder({config.name!r}, data_dir=...)"
-            '.download_and_prepare(file_format="array_record"), then give that folder as path'
+            f"({type(error).__name__}: {error}). {_advice(config)}"
         ) from error
     return builder
+
+
+def _advice(config: DataConfig) -> str:
+    return (
+        "Where there is a network (and, for some sets, TensorFlow), run "
+        f"tfds.builder({config.name!r}, data_dir=...)"
+        '.download_and_prepare(file_format="array_record"), then give that folder as path'
+    )
+
+
+def _unreachable(urls: Iterable[str]) -> str:
+    """The first host of `urls` if no connection to it can be made within seconds, else ""."""
+    if urllib.request.getproxies():  # then the proxy resolves names and connects
+        return ""
+    for url in urls:
+        parts = urllib.parse.urlsplit(url)
+        if not parts.hostname or parts.scheme not in ("http", "https"):
+            continue
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        # A resolver without a network may take longer than a connection's own time limit.
+        pool = ThreadPoolExecutor(1)
+        attempt = pool.submit(socket.create_connection, (parts.hostname, port), _PATIENCE)
+        try:
+            attempt.result(_PATIENCE).close()
+        except (OSError, TimeoutError):
+            return parts.hostname
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return ""
+    return ""
 
 
 def _check(builder) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from jaxsynth.methods.robustness.sets import SetsConfig
 from jaxsynth.robustness import bias_sets
+from jaxsynth.robustness.checks import check_eps
 from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
 from jaxsynth.training.sharding import MeshConfig
@@ -93,5 +94,7 @@ class Config:
                     f"models.{name}.train_on: trains on drawn shapes, but sets.clean is "
                     f"{self.sets.clean.source}"
                 )
+        # The sets' images are in [0, 1], whatever their size.
+        check_eps(self.eps, "linf", ())
         if self.per_class < 1 or self.train_per_class < 1:
             raise ValueError("per_class and train_per_class: expected 1 or more")

@@ -1,8 +1,8 @@
-"""Accuracy under attacks: many images in batches, many radii in one program, the worst of many."""
+"""Accuracy under attacks: many images in batches, many radii in one program."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,6 @@ from jaxsynth.robustness.checks import check_images, check_labels
 # fgsm, pgd, apgd, fab or square with its settings, by keywords: attack(predict, images, labels,
 # key, eps=eps).
 Attack = Callable[..., Images]
-
-
-class WorstOf(NamedTuple):
-    """`correct` (n,): whether an image withstood every attack; `images` (n, h, w, c): the first
-    adversarial one of each that did not, else the clean one; `accuracy` under each attack alone.
-    """
-
-    images: Images
-    correct: Bool[np.ndarray, " n"]
-    accuracy: dict[str, float]
 
 
 def correct(
@@ -93,30 +83,6 @@ def eps_sweep(
         return _sweep(attack, predict, images, labels, keys, epsilons)
     moved = (attack(predict, images, labels, keys, eps=eps) for eps in epsilons)
     return jnp.stack([_right(predict, x, labels) for x in moved])
-
-
-def worst_case(
-    predict: Predict,
-    images: Images,
-    labels: Labels,
-    adversarial: Mapping[str, Images],
-    *,
-    batch_size: int = 256,
-) -> WorstOf:
-    """The worst for each image of several attacks, given what each of them made."""
-    if not adversarial:
-        raise ValueError("adversarial: no attack, expected the images of one or more")
-    right = correct(predict, images, labels, batch_size=batch_size)
-    worst, accuracy = np.array(images, np.float32), {}
-    for name, moved in adversarial.items():
-        if moved.shape != images.shape:
-            raise ValueError(f"{name}: images of {moved.shape}, the clean ones are {images.shape}")
-        withstood = correct(predict, moved, labels, batch_size=batch_size)
-        fell = right & ~withstood
-        worst[fell] = np.asarray(moved)[fell]
-        right &= withstood
-        accuracy[name] = float(withstood.mean())
-    return WorstOf(worst, right, accuracy)
 
 
 def batches(count: int, size: int):

@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -47,7 +48,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 def builder_class(packages, name, code):
     """The builder of a package written for the test."""
     package = packages / name
-    package.mkdir()
+    package.mkdir(exist_ok=True)
     (package / "__init__.py").write_text("")
     (package / f"{name}_dataset_builder.py").write_text(code)
     sys.path.insert(0, str(packages))
@@ -144,6 +145,21 @@ def test_a_failed_download_says_what_to_do(tmp_path):
     builder_class(tmp_path, "far_away", failing)
     with pytest.raises(SourceError, match=r"not prepared under .*no network.*give that folder"):
         load_dataset(DataConfig(source="tfds", name="far_away", path=str(tmp_path / "data")))
+
+
+def test_a_host_out_of_reach_is_told_at_once(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    package = tmp_path / "packages"
+    (package / "no_such_host").mkdir(parents=True)
+    # The name is reserved: it never resolves.
+    line = f"https://nowhere.invalid/photos.zip\t10\t{'0' * 64}\tphotos.zip\n"
+    (package / "no_such_host" / "checksums.tsv").write_text(line)
+    builder_class(package, "no_such_host", BUILDER)
+    began = time.monotonic()
+    with pytest.raises(SourceError, match=r"nowhere\.invalid cannot be reached.*that folder"):
+        load_dataset(DataConfig(source="tfds", name="no_such_host", path=str(tmp_path / "data")))
+    assert time.monotonic() - began < 10
 
 
 @pytest.fixture

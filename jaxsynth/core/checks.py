@@ -1,0 +1,59 @@
+"""What can be told of a config before anything is made: seeds, and where photos and runs lie."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxsynth.core.errors import UsageError
+
+SEEDS = ("seed", "seeds", "split_seed")
+FOLDERS = ("path", "test_path")
+
+
+def check_config(config: Any, workdir: Path) -> None:
+    """UsageError for a negative seed, and where photos lie inside the workdir or the reverse.
+
+    A run's files among photos would be taken for photos, and the run's folder may be removed.
+    Data directories of TFDS may be anywhere: they are read by their own index.
+    """
+    for where, holder, value in _leaves(config, "config"):
+        name = where.rpartition(".")[2]
+        if name in SEEDS:
+            for seed in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(seed, int) and seed < 0:
+                    raise UsageError(f"{where}: expected 0 or more, found {seed}")
+        is_folder = name in FOLDERS and isinstance(value, str) and bool(value)
+        if is_folder and getattr(holder, "source", "") != "tfds":
+            _check_apart(where, Path(value).expanduser(), workdir)
+
+
+def _check_apart(where: str, photos: Path, workdir: Path) -> None:
+    if not photos.is_dir():
+        return
+    inner, outer = workdir.expanduser().resolve(), photos.resolve()
+    if inner == outer:
+        what = "are the same folder"
+    elif inner.is_relative_to(outer):
+        what = f"lie in each other: --workdir {workdir} is inside the folder of the images"
+    elif outer.is_relative_to(inner):
+        what = f"lie in each other: the images are inside --workdir {workdir}"
+    else:
+        return
+    raise UsageError(
+        f"{where}: {photos} and the workdir {what}; give the run a folder elsewhere by --workdir"
+    )
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, holder and value of each field of nested dataclasses and mappings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        items = list(value.items())
+    else:
+        return
+    for name, item in items:
+        path = f"{where}.{name}"
+        yield path, value, item
+        yield from _leaves(item, path)

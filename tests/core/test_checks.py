@@ -1,0 +1,67 @@
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from jaxsynth.core.checks import check_config
+from jaxsynth.core.errors import UsageError
+from jaxsynth.data.dataset import DataConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    seeds: tuple[int, ...] = (0, 1)
+    data: DataConfig = field(default_factory=DataConfig)
+    sets: dict = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("config", "where"),
+    [
+        (Config(seed=-1), "config.seed: expected 0 or more, found -1"),
+        (Config(seeds=(0, -3)), "config.seeds: expected 0 or more, found -3"),
+        (Config(data=DataConfig(split_seed=-2)), "config.data.split_seed: expected 0 or more"),
+        (Config(sets={"a": DataConfig(split_seed=-2)}), "config.sets.a.split_seed: expected 0"),
+    ],
+)
+def test_negative_seeds_are_named(tmp_path, config, where):
+    with pytest.raises(UsageError, match=where):
+        check_config(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["path", "test_path"])
+@pytest.mark.parametrize(
+    ("photos", "workdir", "message"),
+    [
+        ("photos", "photos/run", "--workdir .* is inside the folder of the images"),
+        ("photos", "photos/cat/deep/run", "is inside the folder of the images"),
+        ("run/photos", "run", "the images are inside --workdir"),
+        ("photos", "photos", "are the same folder"),
+        ("photos/", "link/run", "is inside the folder of the images"),
+        ("photos", "./photos/../photos/run", "is inside the folder of the images"),
+    ],
+)
+def test_photos_and_runs_lie_apart(tmp_path, monkeypatch, name, photos, workdir, message):
+    monkeypatch.chdir(tmp_path)
+    Path(photos).mkdir(parents=True)
+    Path("link").symlink_to(photos.rstrip("/"))
+    before = sorted(tmp_path.rglob("*"))
+    for config in (
+        Config(data=replace(DataConfig(), **{name: photos})),
+        Config(sets={"a": replace(DataConfig(), **{name: str(tmp_path / photos)})}),
+    ):
+        with pytest.raises(UsageError, match=rf"config\.\S*{name}: .*{message}.*by --workdir"):
+            check_config(config, Path(workdir))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_places_are_fine(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for config in (
+        Config(),
+        Config(data=DataConfig(path=str(tmp_path / "photos"))),
+        Config(data=DataConfig(path=str(tmp_path / "missing"))),
+        Config(data=DataConfig(source="tfds", path=str(tmp_path))),
+    ):
+        check_config(config, tmp_path / "photos run")
