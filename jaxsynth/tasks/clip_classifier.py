@@ -43,7 +43,7 @@ from jaxsynth.models.shapes import is_abstract, transform
 from jaxsynth.training import sharding
 from jaxsynth.training.config import TrainingConfig, aside
 from jaxsynth.training.trainer import Streamed, Task, train
-from jaxsynth.weights.adapters.diffusers import attach
+from jaxsynth.adapters.registry import attach
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.hf import Clip
 from jaxsynth.weights.hub import write_json

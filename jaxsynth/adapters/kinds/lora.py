@@ -67,7 +67,7 @@ class LoRAConfig(UpdateConfig):
 
 
 def lora(config: LoRAConfig) -> inject.Maker:
-    """Makes the LoRA layers of `config`, for `base.inject`."""
+    """Makes the LoRA layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         return LoRA(layer, config, path, key)
@@ -76,7 +76,7 @@ def lora(config: LoRAConfig) -> inject.Maker:
 
 
 def add_lora(model: inject.T, config: LoRAConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> inject.T:
-    """A copy of `model` with LoRA on `config.targets`; see `base.inject`."""
+    """A copy of `model` with LoRA on `config.targets`; see `inject.inject`."""
     return inject.inject(model, lora(config), targets=config.targets, rngs=rngs)
 
 

@@ -22,7 +22,8 @@ from jaxsynth.robustness.metrics.corruption import by_severity, check_alexnet
 from jaxsynth.robustness.predictors import Preprocess
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, of_pixels, train_classifier
-from jaxsynth.weights.adapters.diffusers import attach, read_peft, write_peft
+from jaxsynth.adapters.registry import attach
+from jaxsynth.weights.adapters.peft import read_peft, write_peft
 from jaxsynth.weights.hf import Clip
 from jaxsynth.weights.networks.classifiers import Classifier
 
