@@ -11,24 +11,13 @@ base that they are for.
 
 from pathlib import Path
 
-from jaxsynth.adapters.inject import AdapterState, extract
-from jaxsynth.adapters.to_lora import as_lora
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.export import export
 from jaxsynth.data.store import ImageStore
-from jaxsynth.weights.adapters.a1111 import write_hypernetwork
-from jaxsynth.weights.adapters.comfyui import write_comfyui
-from jaxsynth.weights.adapters.components import join_networks
-from jaxsynth.weights.adapters.diffusers import fits_diffusers, write_diffusers
-from jaxsynth.weights.adapters.io import Networks, read
-from jaxsynth.weights.adapters.layer_names import PREFIXES
-from jaxsynth.weights.adapters.lycoris import write_networks
-from jaxsynth.weights.adapters.native import write_state
-from jaxsynth.weights.adapters.peft import write_peft
+from jaxsynth.weights.adapters.io import FORMATS, Networks, read, write
 
-ADAPTERS = ("peft", "diffusers", "kohya", "lycoris", "comfyui", "a1111", "jaxsynth")
 STORES = ("imagefolder", "webdataset", "parquet")
-TARGETS = (*ADAPTERS, *STORES)
+TARGETS = (*FORMATS, *STORES)
 
 _STORE_FILE = "store.json"
 
@@ -55,9 +44,9 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         return f"{len(store)} images to {target} ({to})"
     networks = Networks.of(base)
     states, notes = read(source, networks)
-    _expect(source, "an adapter", to, ADAPTERS)
+    _expect(source, "an adapter", to, FORMATS)
     try:
-        notes += _write_adapters(target, states, to, networks)
+        notes += write(target, states, to, networks)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source} cannot be written as {to}: {error}") from error
     parts = ", ".join(f"{name} ({len(state.arrays)} arrays)" for name, state in states.items())
@@ -67,55 +56,3 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
 def _expect(source: Path, kind: str, to: str, formats: tuple[str, ...]) -> None:
     if to not in formats:
         raise UserError(f"{source} is {kind}: --to={to} does not apply, only {', '.join(formats)}")
-
-
-def _write_adapters(
-    target: Path, states: dict[str, AdapterState], to: str, networks: Networks
-) -> list[str]:
-    """Writes the states; returns what has become of them."""
-
-    if to == "jaxsynth":
-        write_state(target, join_networks(states, mixed=True))
-        return []
-    if to == "peft":
-        for name, state in states.items():
-            place = target if len(states) == 1 else target / name
-            write_peft(place, state, model=networks.get(name))
-        return []
-    notes: list[str] = []
-    if to in ("diffusers", "kohya"):
-        states, notes = _as_lora(states, to, networks)
-    if to == "diffusers":
-        write_diffusers(target, states)
-        return notes
-    why = f"--to={to} needs the base's layers"
-    models = {name: networks.attached(state, name, why) for name, state in states.items()}
-    if to == "a1111":
-        if list(models) != ["unet"]:
-            raise ValueError(f"A1111's hypernetworks are a UNet's, found {', '.join(models)}")
-        write_hypernetwork(target, models["unet"])
-    elif to == "comfyui":
-        write_comfyui(target, models)
-        if any(getattr(s.config, "decompose", "") == "output" for s in states.values()):
-            notes.append("DoRA's magnitudes are for the base's norms, by which ComfyUI divides")
-    else:
-        if unknown := sorted(models.keys() - PREFIXES):
-            raise ValueError(f"kohya's files of Stable Diffusion have no {unknown[0]}")
-        write_networks(target, {PREFIXES[name]: model for name, model in models.items()})
-    return notes
-
-
-def _as_lora(
-    states: dict[str, AdapterState], to: str, networks: Networks
-) -> tuple[dict[str, AdapterState], list[str]]:
-    """The states as plain LoRA or DoRA, exactly, where they are another kind."""
-
-    found, notes = {}, []
-    for name, state in states.items():
-        if not fits_diffusers(state.config):
-            kind = type(state.config).__name__.removesuffix("Config")
-            why = f"--to={to} makes LoRA of {kind}, for which the base is needed"
-            state = extract(as_lora(networks.attached(state, name, why)))
-            notes.append(f"{name}: {kind} as LoRA of rank {state.config.rank}, exactly")
-        found[name] = state
-    return found, notes

@@ -16,8 +16,9 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxsynth.adapters.inject import AdapterState, extract, trainable_variables
+from jaxsynth.adapters.inject import AdapterState, configs_of, extract, trainable_variables
 from jaxsynth.adapters.registry import add, attach
+from jaxsynth.adapters.to_lora import as_lora
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights.adapters import (
     comfyui,
@@ -27,7 +28,7 @@ from jaxsynth.weights.adapters import (
     recognize,
     tensor_files,
 )
-from jaxsynth.weights.adapters.a1111 import read_hypernetwork
+from jaxsynth.weights.adapters.a1111 import read_hypernetwork, write_hypernetwork
 from jaxsynth.weights.adapters.components import join_networks, split_networks
 from jaxsynth.weights.adapters.diffusers import (
     DIFFUSERS_WEIGHTS,
@@ -37,10 +38,12 @@ from jaxsynth.weights.adapters.diffusers import (
     read_diffusers,
     write_diffusers,
 )
+from jaxsynth.weights.adapters.layer_names import PREFIXES
 from jaxsynth.weights.adapters.layered import read_layers
-from jaxsynth.weights.adapters.peft import PEFT_CONFIG, read_peft, weights_of
+from jaxsynth.weights.adapters.peft import PEFT_CONFIG, read_peft, weights_of, write_peft
 from jaxsynth.weights.hf import load_pipeline
 
+FORMATS = ("peft", "diffusers", "kohya", "lycoris", "comfyui", "a1111", "jaxsynth")
 FILES = (DIFFUSERS_WEIGHTS, native.STATE_FILE, TORCH_WEIGHTS)
 
 
@@ -173,6 +176,66 @@ def read(source: Path, networks: Networks) -> tuple[dict[str, AdapterState], lis
         notes = [note for note in notes if not note.startswith("DoRA")]
         notes.append("DoRA's magnitudes are for the base's norms, as its metadata says")
     return {name: extract(model) for name, model in models.items()}, notes
+
+
+def write(
+    target: Path, states: Mapping[str, AdapterState], to: str, networks: Networks
+) -> list[str]:
+    """Writes adapters by component in one of `FORMATS`; returns what has become of them.
+
+    A state of one network is a peft folder, of several a folder of those; all else is a file (or
+    diffusers' folder). Raises ValueError or TypeError naming what the format has no form for, and
+    UserError where it needs a base that is not given.
+    """
+    if to == "jaxsynth":
+        native.write_state(target, join_networks(states, mixed=True))
+        return []
+    if to == "peft":
+        for name, state in states.items():
+            place = target if len(states) == 1 else target / name
+            write_peft(place, state, model=networks.get(name))
+        return []
+    notes: list[str] = []
+    if to in ("diffusers", "kohya"):
+        states, notes = _as_lora(states, to, networks)
+    if to == "diffusers":
+        write_diffusers(target, dict(states))
+        return notes
+    why = f"--to={to} needs the base's layers"
+    models = {name: networks.attached(state, name, why) for name, state in states.items()}
+    if to == "a1111":
+        if list(models) != ["unet"]:
+            raise ValueError(f"A1111's hypernetworks are a UNet's, found {', '.join(models)}")
+        write_hypernetwork(target, models["unet"])
+    elif to == "comfyui":
+        comfyui.write_comfyui(target, models)
+        if any(getattr(s.config, "decompose", "") == "output" for s in states.values()):
+            notes.append("DoRA's magnitudes are for the base's norms, by which ComfyUI divides")
+    else:
+        if unknown := sorted(models.keys() - PREFIXES):
+            raise ValueError(f"kohya's files of Stable Diffusion have no {unknown[0]}")
+        named = {PREFIXES[name]: model for name, model in models.items()}
+        lycoris.write_networks(target, named)
+    return notes
+
+
+def _as_lora(
+    states: Mapping[str, AdapterState], to: str, networks: Networks
+) -> tuple[dict[str, AdapterState], list[str]]:
+    """The states as plain LoRA or DoRA, exactly, where they are another kind."""
+    found, notes = {}, []
+    for name, state in states.items():
+        if not fits_diffusers(state.config):
+            kinds = {
+                type(part).__name__.removesuffix("Config") for part in configs_of(state.config)
+            }
+            kind = " and ".join(sorted(kinds))
+            why = f"--to={to} makes LoRA of {kind}, for which the base is needed"
+            state = extract(as_lora(networks.attached(state, name, why)))
+            rank = max(part.rank for part in configs_of(state.config))
+            notes.append(f"{name}: {kind} as LoRA of rank {rank}, exactly")
+        found[name] = state
+    return found, notes
 
 
 def _network(names: Sequence[str]) -> str:
