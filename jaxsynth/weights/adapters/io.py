@@ -128,13 +128,14 @@ def find(folder: str | Path, names: Sequence[str] = ()) -> list[Path]:
     return found
 
 
-def read(source: Path, networks: Networks) -> tuple[dict[str, AdapterState], list[str]]:
+def read(source: str | Path, networks: Networks) -> tuple[dict[str, AdapterState], list[str]]:
     """The adapters at `source` by the name of their network, and what was assumed.
 
     A file of diffusers, kohya, LyCORIS, ComfyUI, OneTrainer, A1111 or this package, a folder with
     one, a peft folder, or a folder of those. Where a base is given, all paths and shapes must fit
     it. Raises UserError naming the file, and what it is where it is no adapter.
     """
+    source = Path(source)
     if (source / PEFT_CONFIG).is_file():
         network = _network(tensor_files.keys(weights_of(source)))
         states = {network: read_peft(source, networks.get(network))}
@@ -179,7 +180,7 @@ def read(source: Path, networks: Networks) -> tuple[dict[str, AdapterState], lis
 
 
 def write(
-    target: Path, states: Mapping[str, AdapterState], to: str, networks: Networks
+    target: str | Path, states: Mapping[str, AdapterState], to: str, networks: Networks
 ) -> list[str]:
     """Writes adapters by component in one of `FORMATS`; returns what has become of them.
 
@@ -187,6 +188,7 @@ def write(
     diffusers' folder). Raises ValueError or TypeError naming what the format has no form for, and
     UserError where it needs a base that is not given.
     """
+    target = Path(target)
     if to == "jaxsynth":
         native.write_state(target, join_networks(states, mixed=True))
         return []

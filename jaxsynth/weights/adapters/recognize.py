@@ -90,11 +90,3 @@ def check_adapter(keys: Sequence[str], source: Any) -> None:
             "loaded from a folder with its config.json"
         )
     raise UserError(f"{source}: holds no adapter of a kind known here ({shown})")
-
-
-def check_spelling(keys: Sequence[str], source: Any) -> None:
-    """UserError naming the first key that is none of an adapter's factors."""
-    scaled = {key.removesuffix(".on_input") for key in keys if key.endswith(".on_input")}
-    for key in keys:
-        if not _FACTOR.search(key) and key.removesuffix(".weight") not in scaled:
-            raise UserError(f"{source}: unknown key {key}")
