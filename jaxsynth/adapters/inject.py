@@ -208,8 +208,8 @@ def mark_trainable(model: T, patterns: Sequence[str] | None = None) -> T:
 def freeze(model: T, patterns: Sequence[str]) -> T:
     """A copy of `model` whose `Trainable` variables that a pattern matches no longer train.
 
-    Patterns are those of `inject`, on their paths ("lora_A"). They are then part of the base, and
-    no longer of the adapter's state. ValueError if a pattern matches none.
+    Patterns are those of `inject`, on their paths ("lora_A"). They are `Constant` then, and no
+    longer of the adapter's state. ValueError if a pattern matches none.
     """
     unmatched = set(patterns)
 
@@ -218,7 +218,7 @@ def freeze(model: T, patterns: Sequence[str]) -> T:
         if not isinstance(variable, Trainable) or not matching:
             return variable
         unmatched.difference_update(matching)
-        return nnx.Param(variable.get_value(), **variable.get_metadata())
+        return Constant(variable.get_value(), **variable.get_metadata())
 
     frozen = map_variables(fix, model)
     if unmatched:

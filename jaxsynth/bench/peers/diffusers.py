@@ -51,6 +51,7 @@ class TorchTraining:
         self._text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
         self._scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
         self._factors = {}
+        adapter = config.adapter_config()
         for component, model, targets in (
             ("unet", self._unet, config.unet_targets),
             ("text_encoder", self._text, config.text_targets),
@@ -58,8 +59,8 @@ class TorchTraining:
             model.requires_grad_(False)
             model.add_adapter(
                 peft.LoraConfig(
-                    r=config.rank,
-                    lora_alpha=config.alpha,
+                    r=adapter.rank,
+                    lora_alpha=adapter.alphas()[0],
                     init_lora_weights="gaussian",
                     target_modules=list(targets),
                 )
