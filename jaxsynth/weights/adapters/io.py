@@ -250,15 +250,19 @@ def _checked(
     states: dict[str, AdapterState], networks: Networks, source: Path
 ) -> dict[str, AdapterState]:
     """The states; UserError naming the file where one does not fit the base that is given."""
+    family = recognize.family_of(f"{c}.{n}" for c, state in states.items() for n in state.arrays)
+    model = f" (the file is of {family}, and the base is not)" if family else ""
     for component, state in list(states.items()) if networks else ():
         network = networks.get(component)
         if network is None:
-            raise UserError(f"{source}: holds an adapter of {component}, which the base lacks")
+            raise UserError(
+                f"{source}: holds an adapter of {component}, which the base lacks{model}"
+            )
         try:
             states[component] = _fitted(network, state)
             attach(network, states[component])
         except UserError as error:
-            raise UserError(f"{source} ({component}): {error}") from error
+            raise UserError(f"{source} ({component}): {error}{model}") from error
     return states
 
 

@@ -101,6 +101,8 @@ def for_both_names(config: Any, paths: Collection[str]) -> Any:
     def pattern(text: str) -> str:
         if re.fullmatch(r"[\w.]+", text):
             return text.removeprefix(TEXT_MODEL)
+        if "(?:text_model" in text:
+            return text
         return re.sub(r"text_model(\\?\.)", r"(?:text_model\1)?", text)
 
     changed: dict[str, Any] = {

@@ -341,6 +341,16 @@ def strangers():
              for i in (0, 1) for end in ("up", "down")},
             "the file is of FLUX, and the base is not",
         ),
+        "sdxl-of-diffusers": (
+            {f"unet.{Q.replace('blocks.0.attn', 'blocks.1.attn')}.lora_{end}.weight": one
+             for end in "AB"},
+            "the file is of SDXL, and the base is not",
+        ),
+        "flux-of-diffusers": (
+            {f"transformer.single_transformer_blocks.0.attn.to_q.lora_{end}.weight": one
+             for end in "AB"},
+            "of transformer, which the base lacks .the file is of FLUX",
+        ),
         "whole-numbers": (
             {key: value.astype("i1") if value.ndim else value for key, value in q.items()},
             "lora_down.weight holds numbers of type I8, expected floats",
