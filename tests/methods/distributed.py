@@ -13,11 +13,11 @@ from jaxsynth.data.pipeline.augment import RECIPES
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
-from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.runs.stage import run_stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, train_classifier
 from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import load_clip, load_pipeline
 
 PROMPTS = ("a photo of the digit one", "a photo of the digit two")

@@ -12,13 +12,13 @@ from flax import nnx
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import extract
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import GenerateConfig, Generator, image_keys
-from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.tasks import text_to_image
@@ -32,7 +32,7 @@ from jaxsynth.training import loop, sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.adapters.registry import attach
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import load_pipeline
 from tests.models.torch_parity import nchw, relative_error
 

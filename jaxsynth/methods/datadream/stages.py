@@ -1,14 +1,10 @@
 """DataDream's stages: shots, adapters, images, classifiers. `run` says in which order."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from jaxsynth.adapters.inject import AdapterState
-from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, write_json
 from jaxsynth.data.dataset import Dataset, SourceError
 from jaxsynth.data.names import safe_name

@@ -9,6 +9,7 @@ import jax
 from jax.tree_util import Partial
 
 from jaxsynth.adapters.inject import AdapterState, extract
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
 from jaxsynth.data.decode import square
@@ -22,7 +23,6 @@ from jaxsynth.robustness.metrics.corruption import by_severity, check_alexnet
 from jaxsynth.robustness.predictors import Preprocess
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, of_pixels, train_classifier
-from jaxsynth.adapters.registry import attach
 from jaxsynth.weights.adapters.peft import read_peft, write_peft
 from jaxsynth.weights.hf import Clip
 from jaxsynth.weights.networks.classifiers import Classifier

@@ -20,8 +20,8 @@ from jaxsynth.cli import main as cli
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.datadream.config import Config
-from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.runs.stage import MANIFEST, load_artifact
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
 
 REPOSITORY = Path(__file__).parents[3]
