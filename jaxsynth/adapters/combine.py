@@ -12,10 +12,9 @@ formula was not found; this is the plain one.
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array
 
 from jaxsynth.adapters import inject
 
@@ -45,17 +44,6 @@ def combine(plain: inject.T, adapted: Sequence[inject.T], weights: Sequence[floa
         return inject.with_params(layer, values)
 
     return inject.map_layers(join, plain)
-
-
-def dirichlet(key: Key[Array, ""], count: int, concentration: float = 1.0) -> Float[Array, " k"]:
-    """Random weights of a mixture, which sum to 1: near one adapter alone for small
-    `concentration`, near the average for large. ValueError unless both are positive.
-    """
-    if count < 1 or concentration <= 0:
-        raise ValueError(
-            f"dirichlet: count {count} and concentration {concentration}, expected > 0"
-        )
-    return jax.random.dirichlet(key, jnp.full(count, concentration))
 
 
 def _params(layer: nnx.Module) -> dict[str, Array]:

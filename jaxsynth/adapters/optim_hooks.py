@@ -9,6 +9,7 @@ from typing import Any
 
 import optax
 
+from jaxsynth.adapters.inject import configs_of
 from jaxsynth.adapters.kinds.adalora import AdaLoRAConfig, budgeted, orthogonality
 from jaxsynth.adapters.kinds.delta_lora import DeltaLoRAConfig, following
 from jaxsynth.adapters.kinds.hypernetwork import HypernetworkConfig, shared
@@ -21,12 +22,13 @@ def optimiser(
     config: Any, inner: optax.GradientTransformation, total_steps: int
 ) -> optax.GradientTransformation:
     """`inner` as adapters of `config` (None: no adapters) need it over `total_steps` updates."""
-    if isinstance(config, AdaLoRAConfig):
-        return budgeted(inner, config, total_steps)
-    if isinstance(config, DeltaLoRAConfig):
-        return following(inner, config.start)
-    if isinstance(config, HypernetworkConfig):
-        return shared(inner, config.targets)
+    for part in configs_of(config):
+        if isinstance(part, AdaLoRAConfig):
+            inner = budgeted(inner, part, total_steps)
+        if isinstance(part, DeltaLoRAConfig):
+            inner = following(inner, part.start)
+        if isinstance(part, HypernetworkConfig):
+            inner = shared(inner, part.targets)
     return inner
 
 
@@ -37,7 +39,7 @@ def needs_length(config: Any) -> bool:
 
 def penalised(loss: Callable[..., tuple[Any, Any]], config: Any) -> Callable[..., tuple[Any, Any]]:
     """`loss(trainable, ...) -> (value, metrics)` with the term that adapters of `config` add."""
-    if not isinstance(config, AdaLoRAConfig):
+    if not any(isinstance(part, AdaLoRAConfig) for part in configs_of(config)):
         return loss
 
     def total(trainable: Any, *rest: Any) -> tuple[Any, Any]:

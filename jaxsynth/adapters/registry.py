@@ -4,6 +4,7 @@ BitFit, norm tuning and training in place are no kinds of layer but `inject.mark
 DiffFit's scales are an Affiner of rank 0 (`affiner`).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -25,6 +26,7 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig, lora
 from jaxsynth.adapters.kinds.oft import OFTConfig, oft
 from jaxsynth.adapters.kinds.prefix import PrefixConfig, prefix
 from jaxsynth.adapters.kinds.vera import VeRAConfig, vera
+from jaxsynth.core.errors import UserError
 
 # What makes the layers of each configuration.
 MAKERS: dict[type, Callable[[Any], inject.Maker]] = {
@@ -170,6 +172,9 @@ class AdapterChoice:
 
 def maker(config: Any) -> inject.Maker:
     """Makes the layers of any configuration; TypeError if it is none of an adapter."""
+    if isinstance(config, inject.MixedConfig):
+        makers = {id(part): maker(part) for part in config.parts}
+        return lambda path, layer, key: makers[id(config.at(path))](path, layer, key)
     if type(config) not in MAKERS:
         raise TypeError(f"cannot make adapters of a {type(config).__name__}")
     return MAKERS[type(config)](config)
@@ -178,3 +183,24 @@ def maker(config: Any) -> inject.Maker:
 def add(model: inject.T, config: Any, *, rngs: nnx.Rngs | Key[Array, ""]) -> inject.T:
     """A copy of `model` with adapters of any kind on `config.targets`; see `inject.inject`."""
     return inject.inject(model, maker(config), targets=config.targets, rngs=rngs)
+
+
+def attach(model: inject.T, state: inject.AdapterState) -> inject.T:
+    """A copy of `model` with the adapter of `state` wrapped around its targets and filled in.
+
+    Parameters of the network's own that the state holds (biases, whole layers) are `Trainable` in
+    it. Raises UserError where the targets and the state's keys, or any two shapes, do not agree.
+    """
+    try:
+        adapted = model
+        if state.config is not None:
+            # The initial values are all replaced: any key will do.
+            adapted = add(model, state.config, rngs=nnx.Rngs(0))
+        known = inject.trainable_variables(adapted).keys()
+        own = (state.arrays.keys() & inject.parameters(adapted)) - known
+        if own:
+            patterns = [f"^{re.escape(name)}$" for name in sorted(own)]
+            adapted = inject.mark_trainable(adapted, patterns)
+        return inject.load_state(adapted, state)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the adapter does not fit this network: {error}") from error

@@ -8,6 +8,7 @@ PiSSA, OLoRA and Delta-LoRA double it. No singular values are cut off, as in pef
 
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,30 +47,40 @@ def as_lora(model: inject.T) -> inject.T:
         if path not in factors:
             return layer
         # All its values are replaced: any key will do.
-        plain = LoRA(layer.base, config, path, jax.random.key(0))
+        own = config.at(path) if isinstance(config, inject.MixedConfig) else config
+        plain = LoRA(layer.base, own, path, jax.random.key(0))
         down, up = factors[path]
         for end, value in (("A", down), ("B", up)):
             variable = getattr(plain, f"{plain.prefix}{end}")
             variable.set_value(jnp.asarray(value.reshape(variable.get_value().shape)))
-        if layer.magnitude is not None:
-            plain.magnitude = inject.Trainable(layer.magnitude[...])
+        for name in ("magnitude", "diff_b"):
+            if (value := getattr(layer, name)) is not None:
+                setattr(plain, name, inject.Trainable(value[...]))
         return plain
 
     return inject.map_layers(replace, model)
 
 
-def _config(found: dict[str, UpdateLayer], ranks: dict[str, int]) -> LoRAConfig:
-    """The commonest rank for all layers, the others' by their paths; alpha = rank everywhere."""
-    first = next(iter(found.values())).config
-    # Of equally common ranks the smaller, so that the result does not depend on an order.
-    rank = max(sorted(Counter(ranks.values()).items()), key=lambda item: item[1])[0]
-    others = {f"^{re.escape(path)}": own for path, own in sorted(ranks.items()) if own != rank}
-    return LoRAConfig(
-        rank=rank,
-        alpha=rank,
-        targets=tuple(sorted(found)),
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        decompose=first.decompose,
-        detach_norm=first.detach_norm,
-    )
+def _config(found: dict[str, UpdateLayer], ranks: dict[str, int]) -> Any:
+    """One configuration of LoRA for all layers, unless only some have DoRA's magnitudes."""
+    groups: dict[tuple, list[str]] = {}
+    for path, layer in sorted(found.items()):
+        groups.setdefault((layer.config.decompose, layer.config.detach_norm), []).append(path)
+    configs = []
+    for (decompose, detach_norm), paths in groups.items():
+        # Of equally common ranks the smaller, so that the result does not depend on an order.
+        counts = Counter(ranks[path] for path in paths)
+        rank = max(sorted(counts.items()), key=lambda item: item[1])[0]
+        others = {f"^{re.escape(path)}": ranks[path] for path in paths if ranks[path] != rank}
+        config = LoRAConfig(
+            rank=rank,
+            alpha=rank,
+            targets=tuple(paths),
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            decompose=decompose,
+            detach_norm=detach_norm,
+            bias=tuple(path for path in paths if found[path].diff_b is not None) or False,
+        )
+        configs.append(config)
+    return configs[0] if len(configs) == 1 else inject.MixedConfig(tuple(configs))

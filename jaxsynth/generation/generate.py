@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, UInt8
 
 from jaxsynth.adapters.inject import AdapterState, can_merge, merge
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.console import progress
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.generation.conditioners import Text
@@ -28,7 +29,6 @@ from jaxsynth.generation.sampler import (
     sampler_of,
 )
 from jaxsynth.models.diffusion.text_to_image import TextToImage
-from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.hf import StableDiffusion
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import extract, seed_dropout, trainable_variables
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import ImageSource
@@ -43,7 +44,6 @@ from jaxsynth.models.shapes import is_abstract, transform
 from jaxsynth.training import sharding
 from jaxsynth.training.config import TrainingConfig, aside
 from jaxsynth.training.trainer import Streamed, Task, train
-from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.hf import Clip
 from jaxsynth.weights.hub import write_json

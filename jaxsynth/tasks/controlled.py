@@ -70,7 +70,7 @@ def with_adapters(
 ) -> ByAdapters:
     """The base with adapters of any kind on `targets` and an input for conditions.
 
-    `make` and `targets` are those of `adapters.base.inject`; `make` None trains the new input
+    `make` and `targets` are those of `adapters.inject.inject`; `make` None trains the new input
     alone. "conv_in" is wrapped already and cannot be a target. `gate` as in `extend_input`.
     """
     unet = extend_input(unet, "conv_in", channels * downscale**2, gate=gate, rngs=rngs)

@@ -430,7 +430,12 @@ def _identity(model: nnx.Module) -> dict[str, Any]:
     """What the other libraries need to recognise a config.json."""
     if type(model) in _TRANSFORMERS:
         kind = type(model).__name__
-        return {"architectures": [kind], "model_type": _TRANSFORMERS[type(model)]}
+        # transformers would compute in the type that is stored: half precision, for small files.
+        return {
+            "architectures": [kind],
+            "model_type": _TRANSFORMERS[type(model)],
+            "torch_dtype": "float32",
+        }
     name = _DIFFUSERS.get(type(model), type(model).__name__)
     return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
 

@@ -10,13 +10,12 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from peft.optimizers import create_loraplus_optimizer
 
 from jaxsynth.adapters import inject, optim_hooks, registry
 from jaxsynth.adapters.kinds.adalora import AdaLoRAConfig, budgeted, orthogonality
 from jaxsynth.adapters.kinds.delta_lora import DeltaLoRAConfig, following
 from jaxsynth.adapters.kinds.hypernetwork import HypernetworkConfig, shared
-from jaxsynth.adapters.kinds.lora import LoRAConfig, lora_plus
+from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.weights.adapters import factors
 from tests.adapters import oracles
@@ -115,34 +114,6 @@ def test_adalora_says_what_it_needs():
     for field, value in (("target_rank", 13), ("interval", 0), ("beta1", 1.0)):
         with pytest.raises(ValueError, match=field):
             AdaLoRAConfig(**{field: value})
-
-
-def test_lora_plus_equals_peft():
-    config = LoRAConfig(rank=3, alpha=7, targets=TARGETS)
-    model, plain = oracles.adapted(config)
-    wrapped = peft.LoraModel(
-        plain, peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(TARGETS)), "default"
-    )
-    state = inject.extract(model)
-    fill(wrapped, state)
-    torch_tx = create_loraplus_optimizer(
-        wrapped, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8, loraplus_weight_decay=0.1
-    )
-    tx = optax.chain(optax.adamw(1e-2, weight_decay=0.1), lora_plus(8))
-    trainable = nested(state.arrays)
-    opt_state = tx.init(trainable)
-    for step in range(2):
-        grads = scrambled(state, 10 + step).arrays
-        for name, value in grads.items():
-            target = parameter(wrapped, name)
-            value = factors.to_torch(name.rpartition(".")[2], np.asarray(value))
-            target.grad = torch.from_numpy(np.array(value)).reshape(target.shape)
-        torch_tx.step()
-        updates, opt_state = tx.update(nested(grads), opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
-    for name, value in flat(trainable).items():
-        expected = of_peft(name, parameter(wrapped, name), value)
-        np.testing.assert_allclose(value, expected, atol=1e-5, err_msg=name)
 
 
 def test_delta_lora_moves_the_weight_as_its_algorithm_does():

@@ -7,12 +7,14 @@ import pytest
 from jaxsynth.adapters import inject, registry
 from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.adapters.registry import attach
 from jaxsynth.cli import main as cli
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.weights.adapters.components import join_networks, split_networks
-from jaxsynth.weights.adapters.diffusers import attach, read_diffusers, read_peft, write_peft
+from jaxsynth.weights.adapters.diffusers import read_diffusers
 from jaxsynth.weights.adapters.native import read_state, write_state
+from jaxsynth.weights.adapters.peft import read_peft, write_peft
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import scrambled
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from jaxsynth.adapters.inject import AdapterState, extract, merge
+from jaxsynth.adapters.registry import attach
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store, image_keys
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.adapters.diffusers import attach
 from jaxsynth.weights.hf import load_pipeline
 
 NAMES = ("one", "two", "three")

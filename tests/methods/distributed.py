@@ -13,11 +13,11 @@ from jaxsynth.data.pipeline.augment import RECIPES
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
-from jaxsynth.methods.datadream.stages import read_adapter, write_adapter
 from jaxsynth.runs.stage import run_stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, train_classifier
 from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import load_clip, load_pipeline
 
 PROMPTS = ("a photo of the digit one", "a photo of the digit two")
@@ -57,7 +57,7 @@ def images() -> ArraySource:
 
 def _keep(folder: Path, state) -> None:
     if jax.process_index() == 0:
-        write_adapter(folder, state)
+        adapter_io.save(state, folder)
 
 
 def main(folder: Path, port: str, process: int, count: int, base: str) -> None:
@@ -80,7 +80,7 @@ def main(folder: Path, port: str, process: int, count: int, base: str) -> None:
 
     def generate(path: Path) -> dict:
         states = [
-            read_adapter(adapters.path / str(c) / "pytorch_lora_weights.safetensors")
+            adapter_io.load(adapters.path / str(c) / "pytorch_lora_weights.safetensors")
             for c in range(2)
         ]
         local = jax.local_devices()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.datadream.stages import read_adapter
 from jaxsynth.tasks.clip_classifier import predict
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import load_clip
 from tests.methods import distributed
 
@@ -54,7 +54,7 @@ def test_two_processes_equal_one(tmp_path, base_folder, compilation_cache):
         run(tmp_path / name, count, base_folder, compilation_cache)
     for name in ("dset", "0", "1"):
         one, two = (
-            read_adapter(tmp_path / n / "adapters" / name / "pytorch_lora_weights.safetensors")
+            adapter_io.load(tmp_path / n / "adapters" / name / "pytorch_lora_weights.safetensors")
             for n in ("one", "two")
         )
         assert one.arrays.keys() == two.arrays.keys()

@@ -12,13 +12,13 @@ from flax import nnx
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import extract
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import GenerateConfig, Generator, image_keys
-from jaxsynth.methods.datadream.stages import adapter_files, read_adapter, write_adapter
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.tasks import text_to_image
@@ -32,7 +32,7 @@ from jaxsynth.training import loop, sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.adapters.diffusers import attach
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import load_pipeline
 from tests.models.torch_parity import nchw, relative_error
 
@@ -266,8 +266,8 @@ def strong(pipeline):
 def peer(base_folder, strong, tmp_path_factory):
     """diffusers' pipeline with the adapter, as written to a file, loaded."""
     folder = tmp_path_factory.mktemp("adapter")
-    write_adapter(folder, strong)
-    same(read_adapter(folder / "pytorch_lora_weights.safetensors"), strong)
+    adapter_io.save(strong, folder)
+    same(adapter_io.load(folder / "pytorch_lora_weights.safetensors"), strong)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base_folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(folder)
@@ -346,10 +346,10 @@ def test_any_kind_is_made_written_and_attached_again(pipeline, tmp_path, kind):
         CONFIG, adapter=choice, unet_targets=targets, text_targets=(), **sizes
     )
     state = extract(text_to_image.adapted(pipeline, config, jax.random.key(0)))
-    write_adapter(tmp_path, state)
-    (path,) = adapter_files(tmp_path, ("a", "b"))
+    adapter_io.save(state, tmp_path)
+    (path,) = adapter_io.find(tmp_path, ("a", "b"))
     assert path.name.startswith("pytorch") == (kind in ("lora", "dora", "rslora"))
-    found = read_adapter(path)
+    found = adapter_io.load(path)
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
     same(extract(attach(model, found)), state)
 

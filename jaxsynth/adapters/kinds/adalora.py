@@ -56,7 +56,7 @@ class AdaLoRAConfig(UpdateConfig):
 
 
 def adalora(config: AdaLoRAConfig) -> inject.Maker:
-    """Makes the AdaLoRA layers of `config`, for `base.inject`."""
+    """Makes the AdaLoRA layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         return AdaLoRA(layer, config, path, key)

@@ -80,7 +80,7 @@ class AffinerConfig:
 
 
 def affiner(config: AffinerConfig) -> inject.Maker:
-    """Makes the Affiner layers of `config`, for `base.inject`."""
+    """Makes the Affiner layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         # Exact types: a subclass may compute something that the update would not follow.
@@ -96,7 +96,7 @@ def affiner(config: AffinerConfig) -> inject.Maker:
 def add_affiner(
     model: inject.T, config: AffinerConfig, *, rngs: nnx.Rngs | Key[Array, ""]
 ) -> inject.T:
-    """A copy of `model` with Affiners on `config.targets`; see `base.inject`."""
+    """A copy of `model` with Affiners on `config.targets`; see `inject.inject`."""
     return inject.inject(model, affiner(config), targets=config.targets, rngs=rngs)
 
 

@@ -45,7 +45,7 @@ class DeltaLoRAConfig(UpdateConfig):
 
 
 def delta_lora(config: DeltaLoRAConfig) -> inject.Maker:
-    """Makes the Delta-LoRA layers of `config`, for `base.inject`."""
+    """Makes the Delta-LoRA layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         return DeltaLoRA(layer, config, path, key)

@@ -32,7 +32,7 @@ class FullConfig:
 
 
 def full(config: FullConfig) -> inject.Maker:
-    """Makes the full-difference layers of `config`, for `base.inject`."""
+    """Makes the full-difference layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, _: jax.Array) -> inject.AdapterLayer:
         return Full(layer, config, path)

@@ -53,7 +53,7 @@ class GLoRAConfig(UpdateConfig):
 
 
 def glora(config: GLoRAConfig) -> inject.Maker:
-    """Makes the GLoRA layers of `config`, for `base.inject`."""
+    """Makes the GLoRA layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         make_layer = GLoRA if config.form == "product" else HadamardGLoRA

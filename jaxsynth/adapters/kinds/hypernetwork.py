@@ -64,7 +64,7 @@ class HypernetworkConfig:
 
 
 def hypernetwork(config: HypernetworkConfig) -> inject.Maker:
-    """Makes the hypernetwork layers of `config`, for `base.inject`.
+    """Makes the hypernetwork layers of `config`, for `inject.inject`.
 
     A network's start depends on the last name of the path and the width, so that the copies of one
     network start equal.

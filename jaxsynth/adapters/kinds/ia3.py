@@ -31,7 +31,7 @@ class IA3Config:
 
 
 def ia3(config: IA3Config) -> inject.Maker:
-    """Makes the (IA)^3 layers of `config`, for `base.inject`."""
+    """Makes the (IA)^3 layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, _: jax.Array) -> inject.AdapterLayer:
         return IA3(layer, config, path)

@@ -40,7 +40,7 @@ class LoHaConfig(UpdateConfig):
 
 
 def loha(config: LoHaConfig) -> inject.Maker:
-    """Makes the LoHa layers of `config`, for `base.inject`."""
+    """Makes the LoHa layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         return LoHa(layer, config, path, key)

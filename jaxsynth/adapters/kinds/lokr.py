@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.convolution import narrow_convolve
+from jaxsynth.adapters.kinds.place import Place
 from jaxsynth.adapters.kinds.update import UpdateConfig, UpdateLayer, check_choice, uniform
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -34,6 +35,8 @@ class LoKrConfig(UpdateConfig):
     `ordered` False takes one beyond the square root for the first of two, as peft does, and
     `unbalanced` exchanges a and b. `decompose_both` lets w1 have a low rank too, `full_matrix`
     neither, and `use_tucker` puts a small kernel into w2 on convolutions of more than one tap.
+    `first` is the size (c, a) of w1 itself, and `whole` which of w1 and w2 have no low rank: for
+    files of tools that split and decide in other ways.
     `init` "lycoris" starts w2 at zero, "peft" w1. `full_alpha`: whether alpha counts where nothing
     has a low rank.
     """
@@ -46,9 +49,18 @@ class LoKrConfig(UpdateConfig):
     init: Literal["lycoris", "peft"] = "lycoris"
     full_alpha: bool = False
     ordered: bool = True
+    first: tuple[int, int] | None = None
+    whole: tuple[bool, bool] | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("first", "whole"):
+            if (pair := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(pair))
+        if self.first is not None and (len(self.first) != 2 or min(self.first) < 1):
+            raise ValueError(f"LoKrConfig.first is {self.first}, expected two sizes of at least 1")
+        if self.whole is not None and len(self.whole) != 2:
+            raise ValueError(f"LoKrConfig.whole is {self.whole}, expected True or False for each")
         check_choice(self, "init", ("lycoris", "peft"))
         if self.factor == 0 or self.factor < -1:
             raise ValueError(f"LoKrConfig.factor is {self.factor}, expected -1 or at least 1")
@@ -73,12 +85,44 @@ def factorization(size: int, factor: int = -1, *, ordered: bool = True) -> tuple
 
 
 def lokr(config: LoKrConfig) -> inject.Maker:
-    """Makes the LoKr layers of `config`, for `base.inject`."""
+    """Makes the LoKr layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         return LoKr(layer, config, path, key)
 
     return make
+
+
+def shapes(config: LoKrConfig, rank: int, place: Place) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's factors, without stacking axes."""
+    c, d = factorization(place.c_in, config.factor, ordered=config.ordered)
+    a, b = factorization(place.c_out, config.factor, ordered=config.ordered)
+    if config.unbalanced:
+        a, b = b, a
+    if config.first is not None:
+        c, a = config.first
+        d, b = place.c_in // c, place.c_out // a
+        if (c * d, a * b) != (place.c_in, place.c_out):
+            raise ValueError(
+                f"LoKrConfig.first is {config.first}, which does not divide a kernel of "
+                f"{place.c_in} inputs and {place.c_out} outputs"
+            )
+    low1 = config.decompose_both and rank < max(a, c) / 2 and not config.full_matrix
+    low2 = rank < max(b, d) / 2 and not config.full_matrix
+    if config.whole is not None:
+        low1, low2 = (not whole for whole in config.whole)
+    found: dict[str, tuple[int, ...]] = (
+        {"lokr_w1_a": (rank, a), "lokr_w1_b": (c, rank)} if low1 else {"lokr_w1": (c, a)}
+    )
+    if low2 and config.use_tucker and math.prod(place.size) > 1:
+        return found | {
+            "lokr_t2": (*place.size, rank, rank),
+            "lokr_w2_a": (rank, b),
+            "lokr_w2_b": (d, rank),
+        }
+    if low2:
+        return found | {"lokr_w2_a": (rank, b), "lokr_w2_b": (*place.size, d, rank)}
+    return found | {"lokr_w2": (*place.size, d, b)}
 
 
 class LoKr(UpdateLayer):
@@ -93,34 +137,16 @@ class LoKr(UpdateLayer):
     def __init__(self, layer: nnx.Module, config: LoKrConfig, path: str, key: jax.Array):
         super().__init__(layer, config, path)
         place, rank = self.place, config.rank_at(path)
-        c, d = factorization(place.c_in, config.factor, ordered=config.ordered)
-        a, b = factorization(place.c_out, config.factor, ordered=config.ordered)
-        if config.unbalanced:
-            a, b = b, a
-        low1 = config.decompose_both and rank < max(a, c) / 2 and not config.full_matrix
-        low2 = rank < max(b, d) / 2 and not config.full_matrix
-        tucker = low2 and config.use_tucker and math.prod(place.size) > 1
-        taps = math.prod(place.size)
-        if not low1 and not low2 and not config.full_alpha:
+        factors = shapes(config, rank, place)
+        if "lokr_w1" in factors and "lokr_w2" in factors and not config.full_alpha:
             self.scaling = 1.0
-        # Shape, and the fan_in of the peers' layout: all but its first axis.
-        factors: dict[str, tuple[tuple[int, ...], int]] = {}
-        if low1:
-            factors |= {"lokr_w1_a": ((rank, a), rank), "lokr_w1_b": ((c, rank), c)}
-        else:
-            factors["lokr_w1"] = ((c, a), c)
-        if tucker:
-            factors["lokr_t2"] = ((*place.size, rank, rank), rank * taps)
-            factors |= {"lokr_w2_a": ((rank, b), b), "lokr_w2_b": ((d, rank), d)}
-        elif low2:
-            factors["lokr_w2_a"] = ((rank, b), rank)
-            factors["lokr_w2_b"] = ((*place.size, d, rank), d * taps)
-        else:
-            factors["lokr_w2"] = ((*place.size, d, b), d * taps)
         zero = ("lokr_w2", "lokr_w2_b") if config.init == "lycoris" else ("lokr_w1", "lokr_w1_a")
         for name in _NAMES:
             setattr(self, name, nnx.data(None))
-        for number, (name, (shape, fan_in)) in enumerate(factors.items()):
+        for number, (name, shape) in enumerate(factors.items()):
+            # All but the first axis in the peers' layout, which is the last here, but for Tucker's.
+            turned = name == "lokr_w2_a" and "lokr_t2" in factors
+            fan_in = shape[-1] if turned else math.prod(shape[:-1])
             shape = (*place.lead, *shape)
             drawn = uniform(jax.random.fold_in(key, number), shape, fan_in)
             setattr(self, name, inject.Trainable(jnp.zeros(shape) if name in zero else drawn))

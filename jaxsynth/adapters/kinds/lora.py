@@ -10,7 +10,8 @@ those of peft 0.21, which the tests compare with.
   has the base at strength 0.
 - LoCon with Tucker factors (LyCORIS, arXiv:2309.14859) splits a convolution's A into a pointwise
   one and a small kernel between A and B.
-- LoRA+ (Hayou et al. 2024, arXiv:2402.12354) is a learning rate for B: `lora_plus`.
+- LoRA+ (Hayou et al. 2024, arXiv:2402.12354) is a learning rate of its own for B, which training's
+  rates by pattern give.
 """
 
 import math
@@ -19,7 +20,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -67,7 +67,7 @@ class LoRAConfig(UpdateConfig):
 
 
 def lora(config: LoRAConfig) -> inject.Maker:
-    """Makes the LoRA layers of `config`, for `base.inject`."""
+    """Makes the LoRA layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         return LoRA(layer, config, path, key)
@@ -76,7 +76,7 @@ def lora(config: LoRAConfig) -> inject.Maker:
 
 
 def add_lora(model: inject.T, config: LoRAConfig, *, rngs: nnx.Rngs | Key[Array, ""]) -> inject.T:
-    """A copy of `model` with LoRA on `config.targets`; see `base.inject`."""
+    """A copy of `model` with LoRA on `config.targets`; see `inject.inject`."""
     return inject.inject(model, lora(config), targets=config.targets, rngs=rngs)
 
 
@@ -153,22 +153,6 @@ class LoRA(UpdateLayer):
         key = jax.random.fold_in(self.dropout_key, 2)
         keep = jax.random.bernoulli(key, 1 - rate, (*shape, low.shape[-1]))
         return jnp.where(keep, low / (1 - rate), 0).astype(low.dtype)
-
-
-def lora_plus(ratio: float) -> optax.GradientTransformation:
-    """Multiplies the updates of every B by `ratio`: to be chained after an optimiser.
-
-    The paper's advice for `ratio` is about 16 where the learning rate is A's.
-    """
-
-    def update(updates: Any, _: Any) -> Any:
-        def scale(path: inject.Path, value: Array) -> Array:
-            names = {str(getattr(part, "key", "")) for part in path}
-            return value * ratio if names & {"lora_B", "lora_embedding_B"} else value
-
-        return jax.tree_util.tree_map_with_path(scale, updates)
-
-    return optax.stateless(update)
 
 
 def _init_a(

@@ -56,7 +56,7 @@ class OFTConfig:
 
 
 def oft(config: OFTConfig) -> inject.Maker:
-    """Makes the OFT or BOFT layers of `config`, for `base.inject`."""
+    """Makes the OFT or BOFT layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, _: jax.Array) -> inject.AdapterLayer:
         return OFT(layer, config, path)

@@ -41,7 +41,7 @@ class PrefixConfig:
 
 
 def prefix(config: PrefixConfig) -> inject.Maker:
-    """Makes the prefix layers of `config`, for `base.inject`."""
+    """Makes the prefix layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, key: jax.Array) -> inject.AdapterLayer:
         if type(layer) not in (nnx.Linear, nnx.Embed):

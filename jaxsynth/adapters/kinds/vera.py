@@ -29,7 +29,7 @@ class VeRAConfig(UpdateConfig):
 
 
 def vera(config: VeRAConfig) -> inject.Maker:
-    """Makes the VeRA layers of `config`, for `base.inject`."""
+    """Makes the VeRA layers of `config`, for `inject.inject`."""
 
     def make(path: str, layer: nnx.Module, _: jax.Array) -> inject.AdapterLayer:
         return VeRA(layer, config, path)

@@ -17,7 +17,7 @@ from jaxsynth.bench.cases.train_step import random_states
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import GenerateConfig, Generator, image_keys
-from jaxsynth.methods.datadream.stages import write_adapter
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import StableDiffusion, save_pipeline
 
 GUIDANCE = 2.0
@@ -90,7 +90,7 @@ def connect(ours: Generation) -> Any:
         save_pipeline(ours.pipeline, folder)
         adapters = [folder / f"adapter{number}" for number in range(len(ours.states))]
         for path, state in zip(adapters, ours.states, strict=True):
-            write_adapter(path, state)
+            adapter_io.save(state, path)
         return TorchGeneration(
             folder, ours.prompts, adapters, steps=ours.case.steps, guidance=GUIDANCE
         )

@@ -50,7 +50,8 @@ class TorchTraining:
         self._unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
         self._text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
         self._scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
-        self._factors, adapter = {}, config.adapter_config()
+        self._factors = {}
+        adapter = config.adapter_config()
         for component, model, targets in (
             ("unet", self._unet, config.unet_targets),
             ("text_encoder", self._text, config.text_targets),
@@ -59,7 +60,7 @@ class TorchTraining:
             model.add_adapter(
                 peft.LoraConfig(
                     r=adapter.rank,
-                    lora_alpha=adapter.alpha or adapter.rank,
+                    lora_alpha=adapter.alphas()[0],
                     init_lora_weights="gaussian",
                     target_modules=list(targets),
                 )

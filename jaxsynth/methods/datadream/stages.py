@@ -3,12 +3,9 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from jaxsynth.adapters.inject import AdapterState
-from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, write_json
 from jaxsynth.data.dataset import Dataset, SourceError
 from jaxsynth.data.names import safe_name
@@ -21,14 +18,7 @@ from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, scores, train_classifier
 from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
 from jaxsynth.training.sharding import local_mesh
-from jaxsynth.weights.adapters.components import join_networks, split_networks
-from jaxsynth.weights.adapters.diffusers import (
-    DIFFUSERS_WEIGHTS,
-    fits_diffusers,
-    read_diffusers,
-    write_diffusers,
-)
-from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import Clip, StableDiffusion
 
 SHOTS_FILE = "shots.json"
@@ -84,7 +74,7 @@ def finetune_generator(
             sample=_sampler(base, class_prompts(data)), description="fine-tune dset",
         )  # fmt: skip
         if work.writes:
-            write_adapter(work.folder, state)
+            adapter_io.save(state, work.folder)
         return {"adapters": 1, "steps": finetuning.num_steps(len(examples))}
     rows = np.cumsum([0, *map(len, drawn.train)])
     each = [examples.select(np.arange(start, end)) for start, end in itertools.pairwise(rows)]
@@ -97,7 +87,7 @@ def finetune_generator(
         )  # fmt: skip
         for label, state in enumerate(states, start):
             if work.writes:
-                write_adapter(work.folder / safe_name(data.class_names[label]), state)
+                adapter_io.save(state, work.folder / safe_name(data.class_names[label]))
     return {"adapters": len(each), "steps": finetuning.num_steps(len(each[0]))}
 
 
@@ -136,8 +126,8 @@ def generate_images(
     """A store of images of every class; each process fills its share of the shards."""
     prompts, states, digests = class_prompts(data), None, []
     if adapter is not None:
-        files = adapter_files(adapter.path, data.class_names)
-        loaded = [read_adapter(file) for file in files]
+        files = adapter_io.find(adapter.path, [safe_name(name) for name in data.class_names])
+        loaded = [adapter_io.load(file) for file in files]
         states = loaded if len(files) > 1 else loaded[0]
         digests = [file_digest(file) for file in files]
     generator = Generator(
@@ -198,36 +188,3 @@ def classify(
 def _title(shots: Artifact | None, images: Artifact | None) -> str:
     seen = [name for name, given in (("real", shots), ("synthetic", images)) if given is not None]
     return f"classify {' and '.join(seen)}"
-
-
-def write_adapter(folder: Path, state: AdapterState) -> None:
-    """An adapter over UNet and text encoder: `pytorch_lora_weights.safetensors` of LoRA and DoRA.
-
-    That is diffusers' file; any other kind is in this package's own, `adapter.safetensors`.
-    """
-    if not fits_diffusers(state.config):
-        write_state(folder / STATE_FILE, state)
-        return
-    write_diffusers(folder, split_networks(state))
-
-
-def read_adapter(path: Path) -> AdapterState:
-    """What `write_adapter` wrote, or another diffusers LoRA file, over both networks."""
-    if path.name == STATE_FILE:
-        return read_state(path)
-    # The UNet first, as `FinetuneConfig` has it; the file's own order is that of its keys.
-    states = dict(sorted(read_diffusers(path).items(), reverse=True))
-    try:
-        return join_networks(states)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def adapter_files(folder: Path, class_names: Sequence[str]) -> list[Path]:
-    """The one file of a `dset` adapter, or the files of a `cls` one in class order."""
-    names = (DIFFUSERS_WEIGHTS, STATE_FILE)
-    places = [folder, *(folder / safe_name(class_name) for class_name in class_names)]
-    found = [place / name for place in places for name in names if (place / name).is_file()]
-    if len(found) not in (1, len(class_names)):
-        raise UserError(f"{folder}: {len(found)} adapters, expected 1 or {len(class_names)}")
-    return found

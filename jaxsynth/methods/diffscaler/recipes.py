@@ -202,7 +202,7 @@ def with_condition(
     the network starts as what it was without a zero convolution; `gate` False starts from a kernel
     of zeros instead. Adapters elsewhere then learn to use it. An image of zeros is no condition.
 
-    `base.merge` makes a plain DiT with `condition_channels` of it. Raises ValueError where the
+    `inject.merge` makes a plain DiT with `condition_channels` of it. Raises ValueError where the
     patch embedding is wrapped already, or `channels` is below 1.
     """
     extended = extend_input(model, PATCHES, channels, gate=gate, rngs=rngs)

@@ -42,7 +42,7 @@ from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.tasks.clip_classifier import classifier_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan
-from jaxsynth.weights.adapters.diffusers import read_peft
+from jaxsynth.weights.adapters.peft import read_peft
 from jaxsynth.weights.hf import Clip, describe_clip, load_clip
 from jaxsynth.weights.networks.classifiers import Classifier, load_classifier
 from jaxsynth.weights.preprocessing import named_preprocessing

@@ -9,6 +9,7 @@ import jax
 from jax.tree_util import Partial
 
 from jaxsynth.adapters.inject import AdapterState, extract
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
 from jaxsynth.data.decode import square
@@ -23,7 +24,7 @@ from jaxsynth.robustness.metrics.details import describe
 from jaxsynth.robustness.predictors import Preprocess
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import ClassifyConfig, of_pixels, train_classifier
-from jaxsynth.weights.adapters.diffusers import attach, read_peft, write_peft
+from jaxsynth.weights.adapters.peft import read_peft, write_peft
 from jaxsynth.weights.hf import Clip
 from jaxsynth.weights.networks.classifiers import Classifier
 

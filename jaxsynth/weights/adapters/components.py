@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsynth.adapters.inject import AdapterState, matches
+from jaxsynth.adapters.inject import AdapterState, MixedConfig, configs_of, matches
 
 # Settings by layer: names or patterns, and values by pattern.
 _PLACES = ("targets", "feedforward")
@@ -25,20 +25,23 @@ def split_networks(state: AdapterState) -> dict[str, AdapterState]:
         parts.setdefault(component, {})[rest] = value
     states = {}
     for component, arrays in parts.items():
-        own = _of_component(state.config, component)
-        targets = tuple(
-            target
-            for target in own.targets
-            if any(matches(target, path.rpartition(".")[0]) for path in arrays)
-        )
-        states[component] = AdapterState(arrays, dataclasses.replace(own, targets=targets))
+        layers = {path.rpartition(".")[0] for path in arrays}
+        configs = []
+        for part in configs_of(state.config):
+            own = _of_component(part, component)
+            targets = tuple(t for t in own.targets if any(matches(t, path) for path in layers))
+            if targets:
+                configs.append(dataclasses.replace(own, targets=targets))
+        config = configs[0] if len(configs) == 1 else MixedConfig(tuple(configs))
+        states[component] = AdapterState(arrays, config if configs else None)
     return states
 
 
 def join_networks(states: Mapping[str, AdapterState], *, mixed: bool = False) -> AdapterState:
     """One state of several networks' ones.
 
-    ValueError where their settings differ; with `mixed` ranks and alphas may, and become patterns.
+    ValueError where their settings differ. With `mixed` they may: ranks and alphas become patterns,
+    other settings a `MixedConfig`.
     """
     if not states:
         raise ValueError("join_networks: no states")
@@ -48,6 +51,8 @@ def join_networks(states: Mapping[str, AdapterState], *, mixed: bool = False) ->
         for name, value in state.arrays.items()
     }
     first, *others = states
+    if any(isinstance(state.config, MixedConfig) for state in states.values()) and mixed:
+        return AdapterState(arrays, _together(states))
     joined = _in_component(states[first].config, first)
     for other in others:
         config = _in_component(states[other].config, other)
@@ -67,7 +72,9 @@ def join_networks(states: Mapping[str, AdapterState], *, mixed: bool = False) ->
                 rank_pattern=ranks,
                 alpha_pattern=alphas,
             )
-        if _common(config) != _common(joined):
+        if type(config) is not type(joined) or _common(config) != _common(joined):
+            if mixed:
+                return AdapterState(arrays, _together(states))
             raise ValueError(
                 f"{first} and {other} have adapters of different settings: {_common(joined)} and "
                 f"{_common(config)}"
@@ -77,6 +84,8 @@ def join_networks(states: Mapping[str, AdapterState], *, mixed: bool = False) ->
             for name in _PLACES
             if hasattr(config, name)
         }
+        if isinstance(getattr(joined, "bias", None), tuple):
+            more["bias"] = tuple(dict.fromkeys((*joined.bias, *config.bias)))
         for name in _PATTERNS:
             if hasattr(config, name):
                 more[name] = {**getattr(joined, name), **getattr(config, name)}
@@ -84,10 +93,25 @@ def join_networks(states: Mapping[str, AdapterState], *, mixed: bool = False) ->
     return AdapterState(arrays, joined)
 
 
+def _together(states: Mapping[str, AdapterState]) -> MixedConfig:
+    """All networks' configurations as they are, each for whole paths of its own network."""
+    parts = []
+    for component, state in states.items():
+        paths = sorted({name.rpartition(".")[0] for name in state.arrays})
+        for part in configs_of(state.config):
+            # A bare name would match in the other networks too.
+            own = [p for p in paths if any(matches(t, p) for t in part.targets)]
+            exact = tuple(f"^{re.escape(path)}$" for path in own)
+            part = dataclasses.replace(part, targets=exact)
+            parts.append(_in_component(part, component))
+    return MixedConfig(tuple(parts))
+
+
 def _common(config: Any) -> Any:
     """What networks' settings must agree in: all but places."""
     rest: dict[str, Any] = {name: {} for name in _PATTERNS if hasattr(config, name)}
-    rest |= {name: () for name in _PLACES if hasattr(config, name)}
+    places = (*_PLACES, "bias")
+    rest |= {name: () for name in places if isinstance(getattr(config, name, None), tuple)}
     return dataclasses.replace(config, **rest)
 
 
@@ -107,8 +131,8 @@ def _renamed(config: Any, old: str, new: str) -> Any:
 
     more: dict[str, Any] = {
         field: tuple(map(name, getattr(config, field)))
-        for field in _PLACES
-        if hasattr(config, field)
+        for field in (*_PLACES, "bias")
+        if isinstance(getattr(config, field, None), tuple)
     }
     for field in _PATTERNS:
         if hasattr(config, field):

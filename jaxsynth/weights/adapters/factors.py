@@ -39,6 +39,11 @@ def from_torch(
     return np.ascontiguousarray(value.transpose((*range(2, value.ndim), 1, 0)))
 
 
+def torch_shape(factor: str, shape: tuple[int, ...], *, tucker: bool = False) -> tuple[int, ...]:
+    """The shape that a factor of this shape has in a file."""
+    return to_torch(factor, np.broadcast_to(np.float32(0), shape), tucker=tucker).shape
+
+
 def upper_blocks(upper: np.ndarray) -> np.ndarray:
     """Matrices (..., b, b) with these values (..., b (b - 1) / 2) above the diagonal, else zero."""
     upper = np.asarray(upper)

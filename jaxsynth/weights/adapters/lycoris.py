@@ -1,10 +1,9 @@
-"""LyCORIS and kohya files: adapters of one network as `<prefix>_<module>.<factor>` in safetensors.
+"""LyCORIS and kohya files: adapters as `<module>.<factor>` in safetensors.
 
-A module's path has underscores for its dots ("lora_unet_mid_block_attentions_0_proj_in"), which is
-ambiguous by itself, so names are looked up among the layers of the network that the file is for.
 Factors are LyCORIS 4.1's: lora_up, lora_down, lora_mid, hada_*, lokr_*, a1 to b2 (GLoRA), `weight`
 and `on_input` ((IA)^3), `diff` and `diff_b` (full) or `w_norm` and `b_norm`, `dora_scale`, with an
-`alpha` for each module.
+`alpha` for each module; `diff_b` may stand beside any. How modules are called is `layer_names`'
+matter, what adapter a layer's factors make `layer_configs`'.
 
 Conventions that the files leave open are read from shapes: DoRA's axis from `dora_scale` (one value
 for each output, or one for each input), a LoKr whose factors are both whole has no alpha. LyCORIS
@@ -13,10 +12,8 @@ lets gradients through DoRA's norm, and so does what is read here.
 Reading is strict: a key that no layer has, or of a kind that is not known, is an error.
 """
 
-import dataclasses
-import itertools
+import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,19 +24,13 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters import inject, registry
-from jaxsynth.adapters.kinds.full import FullConfig
-from jaxsynth.adapters.kinds.glora import GLoRAConfig
-from jaxsynth.adapters.kinds.ia3 import IA3Config
-from jaxsynth.adapters.kinds.loha import LoHaConfig
-from jaxsynth.adapters.kinds.lokr import LoKrConfig
-from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.adapters.kinds.place import Place
 from jaxsynth.adapters.kinds.update import UpdateLayer
+from jaxsynth.core import io
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
-from jaxsynth.weights.adapters import factors
-from jaxsynth.weights.tensors import read_tensor
+from jaxsynth.weights.adapters import factors, layer_configs, recognize
+from jaxsynth.weights.adapters.layer_configs import NUMBERS, SIGNS
 
 # The prefixes of a pipeline's networks; LyCORIS' own, for any module, is "lycoris".
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lycoris")
@@ -47,9 +38,16 @@ PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lycoris")
 T = TypeVar("T", bound=nnx.Module)
 
 _OURS = {
-    # peft's spelling, which ComfyUI reads too; LyCORIS' own, which is written, comes last.
+    # peft's and diffusers' spellings, which other tools mix in; LyCORIS' own comes last.
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
+    "lora.down.weight": "lora_A",
+    "lora.up.weight": "lora_B",
+    "lora_linear_layer.down.weight": "lora_A",
+    "lora_linear_layer.up.weight": "lora_B",
+    "lora_B.bias": "lora_B_bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
     "lora_down.weight": "lora_A",
     "lora_up.weight": "lora_B",
     "lora_mid.weight": "lora_mid",
@@ -61,26 +59,11 @@ _OURS = {
     "w_norm": "diff",
     "b_norm": "diff_b",
 }
+# Factors that are convolutions on a convolution.
+_CONVOLUTIONS = ("lora_A", "lora_B", "lora_mid", "diff", "b2")
 _SAME = re.compile(r"hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)")
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items() if not theirs.endswith("_norm")}
 _NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
-# What tells a kind, by one of its factors.
-_SIGNS: dict[str, type] = {
-    "lora_A": LoRAConfig,
-    "hada_w1_a": LoHaConfig,
-    "lokr_w1": LoKrConfig,
-    "lokr_w1_a": LoKrConfig,
-    "a1": GLoRAConfig,
-    "ia3_l": IA3Config,
-    "diff": FullConfig,
-}
-
-
-def write_lycoris(
-    target: str | Path, adapted: nnx.Module, *, prefix: str = "lora_unet", dtype: Any = np.float32
-) -> None:
-    """Writes the adapters of a network; ValueError naming one that LyCORIS has no file for."""
-    write_networks(target, {prefix: adapted}, dtype=dtype)
 
 
 def write_networks(
@@ -107,8 +90,7 @@ def save(
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     cast = {name: np.asarray(value, dtype) for name, value in tensors.items()}
-    with replacing(target) as temporary:
-        temporary.write_bytes(hub.to_bytes(cast, {"format": "pt", **(metadata or {})}))
+    io.write_bytes(target, hub.to_bytes(cast, {"format": "pt", **(metadata or {})}))
 
 
 def tensors_of(adapted: nnx.Module, names: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -120,87 +102,130 @@ def tensors_of(adapted: nnx.Module, names: Mapping[str, str]) -> dict[str, np.nd
         (p, x) for p, x in inject.layers(adapted).items() if isinstance(x, inject.AdapterLayer)
     ]
     if not found:
-        raise ValueError("write_lycoris: the network holds no adapters")
+        raise ValueError("the network holds no adapters")
     tensors = {}
     for path, layer in found:
-        if type(layer.config) not in set(_SIGNS.values()):
+        if type(layer.config) not in set(SIGNS.values()):
             raise ValueError(f"{path}: a {layer.kind} layer has no form in LyCORIS' files")
         for suffix, value in _tensors(path, layer).items():
             tensors[f"{names[path]}.{suffix}"] = value
     return tensors
 
 
-def read_lycoris(source: str | Path, model: T, *, prefix: str = "lora_unet") -> T:
-    """A copy of the plain network `model` with the adapters of a file around its layers.
+def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], source: Any) -> T:
+    """A copy of the plain network `model` with adapters of these tensors around its layers.
+
+    `modules` are the paths of its layers by the names that files have for them.
 
     Raises UserError naming the file and a key that fits no layer, a layer whose factors are not one
-    kind's, or a shape that does not fit.
-    """
-    source = Path(source)
-    if not source.is_file():
-        raise UserError(f"{source}: no such file; expected an adapter of LyCORIS or kohya")
-    names = {f"{prefix}_{path.replace('.', '_')}": path for path in layer_paths(model)}
-    return fill(load(source)[0], model, names, source)
-
-
-def layer_paths(model: nnx.Module) -> list[str]:
-    """The paths of the layers that hold anything; an empty list of modules does not."""
-    return [
-        path
-        for path, layer in inject.layers(model).items()
-        if isinstance(layer, inject.AdapterLayer)
-        or any(isinstance(value, nnx.Variable) for value in vars(layer).values())
-    ]
-
-
-def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A file's tensors and metadata."""
-    with hub.opened(source) as handle:
-        tensors = {key: read_tensor(handle, source, key) for key in sorted(handle.keys())}
-        return tensors, handle.metadata() or {}
-
-
-def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], source: Any) -> T:
-    """A copy of `model` with adapters of these tensors, whose names of layers are `modules`.
-
-    Raises UserError as `read_lycoris`.
+    kind's, or a shape that does not fit, in the file's layout.
     """
     layers = inject.layers(model)
-    if len(set(modules.values())) < len(layer_paths(model)):
-        raise UserError(f"{source}: two layers of the network have one name in such a file")
     found: dict[str, dict[str, np.ndarray]] = {}
+    keys: dict[tuple[str, str], str] = {}
     for key, value in tensors.items():
         module = next((key[:at] for at in _dots(key) if key[:at] in modules), None)
         if module is None:
-            others = sorted({name[: next(_dots(name))] for name in tensors})[:3]
-            raise UserError(
-                f"{source}: key {key} names no layer of the network, whose layers are called "
-                f"{sorted(modules)[0]}, ...; the file's {others}"
-            )
-        suffix = key[len(module) + 1 :]
-        factor = suffix if suffix in ("alpha", "on_input") else _ours(suffix)
+            raise UserError(f"{source}: {_unknown(key, tensors, modules)}")
+        suffix, path = key[len(module) + 1 :], modules[module]
+        factor = suffix if suffix in NUMBERS else _ours(suffix)
         if factor is None:
             raise UserError(f"{source}: key {key} is of no kind known here")
-        found.setdefault(modules[module], {})[factor] = value
+        if (path, factor) in keys:
+            raise UserError(f"{source}: key {key} gives {keys[path, factor]} a second time")
+        keys[path, factor] = key
+        found.setdefault(path, {})[factor] = value
     if not found:
         raise UserError(f"{source}: holds no adapters")
+    try:
+        places = {path: _place(path, layers[path]) for path in found}
+        for path, own in found.items():
+            _shape(own, places[path])
+        config = layer_configs.config_of(found, places, source)
+        adapted = registry.add(model, config, rngs=jax.random.key(0))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from error
     arrays = {}
     for path, own in found.items():
-        layer = layers[path]
-        size = Place.of(layer, "an adapter", path).size if isinstance(layer, nnx.Conv) else ()
+        place = places[path]
         for factor, value in own.items():
-            if factor not in ("alpha", "on_input"):
-                arrays[f"{path}.{factor}"] = _from_torch(factor, value, own, size)
-    state = inject.AdapterState({name: jnp.asarray(value) for name, value in arrays.items()})
-    shapes = {name: value.shape for name, value in arrays.items()}
-    configs = list(_configs(found, source))
-    # Shapes tell which it was; if none fits, the first says what does not.
-    config = next((c for c in configs if _shapes(model, c) == shapes), configs[0])
-    adapted = registry.add(model, config, rngs=jax.random.key(0))
-    try:
-        return inject.load_state(adapted, dataclasses.replace(state, config=config))
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+            if factor not in NUMBERS:
+                window = () if place is None else place.size
+                arrays[f"{path}.{factor}"] = _from_torch(factor, value, own, window)
+    _check(arrays, inject.trainable_variables(adapted), found, keys, source)
+    arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
+    return inject.load_state(adapted, inject.AdapterState(arrays, config))
+
+
+def _unknown(key: str, tensors: Mapping[str, Any], modules: Mapping[str, str]) -> str:
+    """What is wrong with a key whose module no layer is called."""
+    family = recognize.family_of(tensors)
+    if family:
+        return (
+            f"key {key} names no layer of the network: the file is of {family}, and the base is "
+            "not; give a base of that model"
+        )
+    others = sorted({name[: next(_dots(name), len(name))] for name in tensors})[:3]
+    return (
+        f"key {key} names no layer of the network, whose layers are called {min(modules)}, ...; "
+        f"the file's {others}"
+    )
+
+
+def _place(path: str, layer: nnx.Module) -> Place | None:
+    """Where the layer's kernel lies; None for a layer without one."""
+    return Place.of(layer, "an adapter", path) if type(layer) in (nnx.Linear, nnx.Conv) else None
+
+
+def _shape(own: dict[str, np.ndarray], place: Place | None) -> None:
+    """Gives a layer's factors the number of axes that its layer has, and a bias its scale."""
+    if "lora_B_bias" in own:
+        rank = layer_configs.rank_of(own) or 1
+        own["diff_b"] = own.pop("lora_B_bias") * (float(own.get("alpha", rank)) / rank)
+    if place is None:
+        return
+    taps = math.prod(place.size)
+    for name, value in own.items():
+        ends = value.shape[2:]
+        if not place.size and value.ndim > 2 and math.prod(ends) == 1 and name != "magnitude":
+            own[name] = value.reshape(value.shape[:2])
+        elif place.size and value.ndim == 2 and name in _CONVOLUTIONS:
+            pointwise = name == "lora_B" or (name == "lora_A" and "lora_mid" in own)
+            whole = not pointwise
+            window = place.size if whole and value.shape[1] % taps == 0 else place.ones
+            # Some tools flatten a window with the inputs.
+            if window == place.ones or value.shape[1] // taps in (place.c_in, len(value)):
+                own[name] = value.reshape(len(value), -1, *window)
+        elif name == "lokr_w2" and place.size and taps == 1 and value.ndim == 2:
+            own[name] = value.reshape(*value.shape, *place.size)
+
+
+def _check(
+    arrays: Mapping[str, np.ndarray],
+    expected: Mapping[str, nnx.Variable],
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    keys: Mapping[tuple[str, str], str],
+    source: Any,
+) -> None:
+    """UserError where the factors are not those that the adapted network has."""
+    for name in sorted(expected.keys() - arrays.keys()):
+        path, _, factor = name.rpartition(".")
+        if path in found:
+            raise UserError(
+                f"{source}: {path} has no {_THEIRS.get(factor, factor)}, only {sorted(found[path])}"
+            )
+    for name, value in arrays.items():
+        path, _, factor = name.rpartition(".")
+        key = keys.get((path, factor), name)
+        if name not in expected:
+            raise UserError(f"{source}: key {key} is of a parameter that the layer {path} has not")
+        wanted = expected[name].get_value().shape
+        if value.shape != wanted:
+            own = found[path]
+            tucker = "hada_t1" in own or "lokr_t2" in own
+            name = "kernel" if factor == "diff" else factor
+            theirs = factors.torch_shape(name, wanted, tucker=tucker)
+            raise UserError(f"{source}: {key} has shape {own[factor].shape}, expected {theirs}")
 
 
 def conventions(tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -239,13 +264,6 @@ def _on_output(scales: Iterable[np.ndarray]) -> bool:
     return all(scale.shape[0] > 1 or scale.size == 1 for scale in scales)
 
 
-def _shapes(model: nnx.Module, config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the factors that a configuration gives."""
-    adapted = nnx.eval_shape(lambda: registry.add(model, config, rngs=jax.random.key(0)))
-    found = inject.trainable_variables(adapted)
-    return {path: tuple(variable.get_value().shape) for path, variable in found.items()}
-
-
 def _ours(suffix: str) -> str | None:
     return suffix if _SAME.fullmatch(suffix) else _OURS.get(suffix)
 
@@ -261,7 +279,7 @@ def _tensors(path: str, layer: Any) -> dict[str, np.ndarray]:
     if isinstance(layer.base, nnx.Embed) or "A_down" in own:
         raise ValueError(f"{path}: this {layer.kind} layer has no form in LyCORIS' files")
     if getattr(layer, "start_A", None) is not None:
-        raise ValueError(f"{path}: its start is kept apart; write `convert.as_lora` of it")
+        raise ValueError(f"{path}: its start is kept apart; write `to_lora.as_lora` of it")
     if place is not None and place.lead:
         raise ValueError(f"{path}: layers stacked for a scan have no form in such files")
     if "lokr_w1" in own and "lokr_w2" in own:
@@ -307,72 +325,3 @@ def _from_torch(
         value = value.reshape(value.shape[:2])
     tucker = "hada_t1" in own or "lokr_t2" in own
     return factors.from_torch(factor, value, window=window, tucker=tucker)
-
-
-def _configs(found: dict[str, dict[str, np.ndarray]], source: Path) -> Iterator[Any]:
-    """The configurations that may have made these factors; LoKr's divisor is not in its file."""
-    made = {}
-    for path, own in found.items():
-        signs = {cls for sign, cls in _SIGNS.items() if sign in own}
-        if len(signs) != 1:
-            raise UserError(f"{source}: {path} has the factors {sorted(own)}, of no one kind")
-        made[path] = signs.pop()
-    if len(set(made.values())) > 1:
-        names = sorted({cls.__name__.removesuffix("Config") for cls in made.values()})
-        raise UserError(f"{source}: adapters of several kinds in one file: {', '.join(names)}")
-    cls, targets = next(iter(made.values())), tuple(f"^{re.escape(path)}$" for path in sorted(made))
-    if cls is IA3Config:
-        inputs = [path for path, own in found.items() if float(own.get("on_input", 0))]
-        yield IA3Config(targets, tuple(f"^{re.escape(p)}$" for p in inputs), scales_bias=False)
-        return
-    if cls is FullConfig:
-        biases = {"diff_b" in own for own in found.values()}
-        yield FullConfig(targets, "all" if biases == {True} else "weight")
-        return
-    ranks = {path: rank for path, own in found.items() if (rank := _rank(own))}
-    common = max(sorted(Counter(ranks.values()).items()), key=lambda i: i[1])[0] if ranks else 1
-    alphas = {
-        path: float(own["alpha"]) if "alpha" in own else float(ranks.get(path, common))
-        for path, own in found.items()
-    }
-    options: dict[str, Any] = {
-        "rank": common,
-        "alpha": common,
-        "targets": targets,
-        "rank_pattern": {f"^{re.escape(p)}": r for p, r in sorted(ranks.items()) if r != common},
-        "alpha_pattern": {f"^{re.escape(p)}": a for p, a in sorted(alphas.items()) if a != common},
-    }
-    scales = [own["magnitude"] for own in found.values() if "magnitude" in own]
-    if scales:
-        side = "output" if _on_output(scales) else "input"
-        options |= {"decompose": side, "detach_norm": False}
-    if cls is not GLoRAConfig:
-        options["use_tucker"] = any(
-            name in own for own in found.values() for name in ("lora_mid", "hada_t1", "lokr_t2")
-        )
-    if cls is not LoKrConfig:
-        yield cls(**options)
-        return
-    both = any("lokr_w1_a" in own for own in found.values())
-    sizes = {
-        size
-        for own in found.values()
-        for name, value in own.items()
-        if name.startswith("lokr_w")
-        for size in value.shape[:2]
-    }
-    divisors = (-1, *sorted(sizes - {1}))
-    for factor, whole, turned in itertools.product(divisors, (not ranks, False), (False, True)):
-        yield LoKrConfig(
-            **options, factor=factor, decompose_both=both, full_matrix=whole, unbalanced=turned
-        )
-
-
-def _rank(own: dict[str, np.ndarray]) -> int | None:
-    """The rank of a layer's factors; None for a LoKr of whole ones."""
-    if "lora_A" in own:
-        return own["lora_A"].shape[0]
-    for name in ("hada_w1_b", "a2", "lokr_w2_b", "lokr_w1_b"):
-        if name in own:
-            return own[name].shape[0]
-    return None

@@ -7,16 +7,26 @@ names, and the kind's configuration in the metadata.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsynth.adapters.inject import AdapterState, T, load_state, mark_trainable, with_values
+from jaxsynth.adapters.inject import (
+    AdapterState,
+    MixedConfig,
+    T,
+    configs_of,
+    load_state,
+    mark_trainable,
+    with_values,
+)
 from jaxsynth.adapters.registry import MAKERS
+from jaxsynth.core import io
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 from jaxsynth.weights.tensors import read_tensor
 
@@ -32,20 +42,25 @@ def write_state(path: Path, state: AdapterState) -> None:
     Through a temporary file. TypeError for a configuration without a format.
     """
     kind = type(state.config).__name__
-    if state.config is not None and kind not in _CONFIGS:
-        raise TypeError(f"write_state: no format for {kind}, expected one of {sorted(_CONFIGS)}")
-    config = None if state.config is None else dataclasses.asdict(state.config)
+    config: Any = None
+    if isinstance(state.config, MixedConfig):
+        parts = [(type(part).__name__, dataclasses.asdict(part)) for part in state.config.parts]
+        config = [{"kind": name, "config": fields} for name, fields in parts]
+    elif state.config is not None:
+        config = dataclasses.asdict(state.config)
+    for name in [type(part).__name__ for part in configs_of(state.config)]:
+        if name not in _CONFIGS:
+            known = sorted(_CONFIGS)
+            raise TypeError(f"write_state: no format for {name}, expected one of {known}")
     metadata = {"format": _FORMAT, "kind": kind, "config": json.dumps(config, sort_keys=True)}
     data = hub.to_bytes({name: np.asarray(x) for name, x in state.arrays.items()}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    io.write_bytes(path, data)
 
 
-def is_state(path: Path) -> bool:
-    """Whether a safetensors file is of this format."""
-    with hub.opened(path) as handle:
-        return (handle.metadata() or {}).get("format") == _FORMAT
+def is_state(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with this metadata is of this format."""
+    return metadata.get("format") == _FORMAT
 
 
 def read_state(path: Path) -> AdapterState:
@@ -63,12 +78,20 @@ def read_state(path: Path) -> AdapterState:
     kind = metadata.get("kind")
     if kind == _NO_CONFIG:
         return AdapterState(arrays, None)
+    try:
+        config = json.loads(metadata.get("config", ""))
+        if kind != MixedConfig.__name__:
+            return AdapterState(arrays, _config(kind, config, path))
+        parts = tuple(_config(part["kind"], part["config"], path) for part in config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: config of {kind}: {error}") from error
+    return AdapterState(arrays, MixedConfig(parts))
+
+
+def _config(kind: Any, fields: dict[str, Any], path: Path) -> Any:
     if kind not in _CONFIGS:
         raise UserError(f"{path}: kind {kind!r}, expected one of {sorted(_CONFIGS)}")
-    try:
-        return AdapterState(arrays, _CONFIGS[kind](**json.loads(metadata.get("config", ""))))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: config of {kind}: {error}") from error
+    return _CONFIGS[kind](**fields)
 
 
 def read_network(plain: T, path: Path) -> T:

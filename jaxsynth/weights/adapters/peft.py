@@ -1,16 +1,13 @@
-"""peft's adapters beside LoRA: what its folders hold of each kind, there and back.
+"""peft's adapter folders, one network each: `adapter_config.json` and `adapter_model.safetensors`.
 
-LoHa, LoKr, AdaLoRA, (IA)^3, OFT, BOFT, GLoRA, VeRA, prompt and prefix tuning, as peft 0.21 writes
-and reads them. Where peft means something else by a setting, the values are changed so that its
-outputs are ours (a whole LoKr's alpha, the sense of a rotation, VeRA's projections); what it cannot
-say is refused.
-
-Files do not say which layers are convolutions: flattened factors and (IA)^3 need the network for
-that, and VeRA for the sizes of its projections.
+LoRA and DoRA are here, with biases trained beside them (BitFit) and whole modules saved beside them
+(`modules_to_save`); all other kinds are in `peft_kinds`. `adapter_model.bin`, peft's format until
+2023, is read too. Files are the same bytes for the same state.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,361 +15,233 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters import inject
-from jaxsynth.adapters.kinds.lokr import LoKrConfig, factorization
+from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lora import LoRAConfig
-from jaxsynth.adapters.kinds.prefix import PrefixConfig
-from jaxsynth.adapters.kinds.vera import VeRAConfig, projections
+from jaxsynth.core import io
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights.adapters import factors
-from jaxsynth.weights.adapters.peft_settings import FORMS, Fields, Form, kind_of, targets_of
+from jaxsynth.weights import hub
+from jaxsynth.weights.adapters import (
+    factors,
+    lora_files,
+    peft_kinds,
+    peft_settings,
+    tensor_files,
+)
+from jaxsynth.weights.adapters.layer_names import TEXT_MODEL
 
-Tensors = dict[str, np.ndarray]
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+TORCH_WEIGHTS = "adapter_model.bin"
 
-# The version whose conventions these are: peft asks for it, because OFT's have changed.
-_VERSION = "0.21.2"
-_KEYS, _VALUES = ("to_k", "k_proj", "key"), ("to_v", "v_proj", "value")
-
-
-def to_peft(
-    state: inject.AdapterState, model: nnx.Module | None
-) -> tuple[dict[str, Any], Tensors, Tensors]:
-    """A state's settings, its tensors by module path and end, and those that all layers share."""
-    kind, config = kind_of(state), state.config
-    form = FORMS[kind]
-    if getattr(config, "use_rslora", False) or getattr(config, "decompose", "none") != "none":
-        raise ValueError(f"peft's {kind} has neither a rank-stabilised scale nor DoRA's magnitudes")
-    fields = {"peft_type": kind, "peft_version": _VERSION}
-    if form.config is not PrefixConfig:
-        fields["target_modules"] = targets_of(config.targets)
-    fields |= form.write(config)
-    if form.config is PrefixConfig:
-        return fields, {}, {"prompt_embeddings": _joined_prompts(kind, state)}
-    own = _by_layer(state.arrays)
-    if kind == "LOKR":
-        fields |= _whole(config, own)
-    if kind == "VERA":
-        shared, own = _with_projections(config, own, model)
-    else:
-        shared = {}
-    layers = {} if model is None else inject.layers(model)
-    tensors: Tensors = {}
-    kept: dict[str, list[bool]] = {}
-    for path, values in own.items():
-        _check_layer(kind, path, layers.get(path))
-        _check_names(form, path, values, kind)
-        if kind == "ADALORA":
-            mask = np.asarray(values["lora_E"]) != 0
-            kept[f"{path}.lora_E"] = mask.tolist()
-        for factor, value in values.items():
-            found = _to_torch(kind, config, path, factor, np.asarray(value), values, layers)
-            tensors[f"{path}.{form.names[factor]}"] = found
-    if kind == "ADALORA" and not all(all(mask) for mask in kept.values()):
-        fields["rank_pattern"] = kept
-        for name, mask in kept.items():
-            path = name.removesuffix(".lora_E")
-            tensors[f"{path}.lora_A"] = tensors[f"{path}.lora_A"][mask]
-            tensors[f"{path}.lora_E"] = tensors[f"{path}.lora_E"][mask]
-            tensors[f"{path}.lora_B"] = np.ascontiguousarray(tensors[f"{path}.lora_B"][:, mask])
-    return fields, tensors, shared
+_PREFIX = "base_model.model."
+_PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
+# The first names of a text encoder's layers since transformers 5.6.
+_TEXT_PATHS = ("encoder.layers.", "embeddings.token_embedding", "embeddings.position_embedding")
+_WHOLE = ("kernel", "scale", "embedding")
 
 
-def from_peft(
-    fields: dict[str, Any],
-    tensors: Tensors,
-    source: Any,
-    model: nnx.Module | None,
-    targets: Iterable[str] = (),
-) -> inject.AdapterState:
-    """The state of a folder of any of `FORMS`; `tensors` by module path and end.
+def read_peft(
+    folder: str | Path, model: nnx.Module | None = None, *, targets: Collection[str] = ()
+) -> AdapterState:
+    """The state of a peft folder.
 
-    `targets` say where prompts and prefixes go. Raises UserError naming what does not fit.
+    `model`, the network that it is for, is needed where a file does not tell all: convolutions with
+    flattened factors (LoHa, LoKr, AdaLoRA), and VeRA, which is read as LoRA unless its projections
+    are those that we draw. `targets` are needed for prompts and prefixes, whose places no file
+    tells. Paths of a text encoder start with "text_model.", whichever transformers wrote them.
+
+    Raises UserError for a missing file, a kind or a setting that is not implemented, an unknown
+    key, a key of another kind, a factor without its partner, or a rank other than the
+    configuration's.
     """
-    kind = fields["peft_type"]
-    if kind not in FORMS:
-        raise UserError(f"{source}: peft_type is {kind}, expected LORA, {', '.join(FORMS)}")
-    form = FORMS[kind]
-    if form.config is PrefixConfig:
-        fields = {**fields, "target_modules": list(targets)}
-    shared = {key: tensors.pop(key) for key in ("vera_A", "vera_B") if key in tensors}
-    found: dict[str, Tensors] = {}
-    ends = {end: factor for factor, end in form.names.items()}
-    for key, value in tensors.items() if ends else ():
-        end = next((e for e in ends if key.endswith(f".{e}")), None)
-        if end is None:
-            raise UserError(
-                f"{source}: key {key} is none of a {kind} adapter, whose keys end in {sorted(ends)}"
-            )
-        found.setdefault(key.removesuffix(f".{end}"), {})[ends[end]] = value
-    taken = Fields(fields, source)
-    try:
-        config = form.read(taken)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: {error}") from error
-    taken.finish()
-    layers = {} if model is None else inject.layers(model)
-    if not ends:
-        return inject.AdapterState(_split_prompts(kind, tensors, config, layers, source), config)
-    if not found:
-        raise UserError(f"{source}: holds no {kind} factors")
-    arrays = {}
-    kept = fields.get("rank_pattern") if kind == "ADALORA" else None
-    for path, own in sorted(found.items()):
-        if not any(inject.matches(target, path) for target in config.targets):
-            raise UserError(f"{source}: {path} is not among the targets {config.targets}")
-        try:
-            _check_names(form, path, own, kind)
-            _check_layer(kind, path, layers.get(path))
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from error
-        if kept:
-            _fill_up(own, path, kept, config.rank, source)
-        _check_rank(own, path, config, source)
-        layer = layers.get(path)
-        window = tuple(layer.kernel_size) if isinstance(layer, nnx.Conv) else ()
-        for factor, value in own.items():
-            arrays[f"{path}.{factor}"] = _from_torch(kind, config, factor, value, own, window)
-    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-    if kind == "VERA":
-        return _with_our_projections(config, arrays, shared, layers, source)
-    return inject.AdapterState(arrays, config)
-
-
-def _by_layer(arrays: Mapping[str, Any]) -> dict[str, Tensors]:
-    found: dict[str, Tensors] = {}
-    for name, value in sorted(arrays.items()):
-        path, _, factor = name.rpartition(".")
-        found.setdefault(path, {})[factor] = np.asarray(value, np.float32)
-    return found
-
-
-def _check_layer(kind: str, path: str, layer: nnx.Module | None) -> None:
-    """Raises ValueError where peft's kind does something else on a layer like that."""
-    window = isinstance(layer, nnx.Conv) and math.prod(layer.kernel_size) > 1
-    if kind in ("OFT", "BOFT") and window:
-        raise ValueError(f"{path}: peft's {kind} of a convolution rotates its taps too")
-
-
-def _check_names(form: Form, path: str, values: Tensors, kind: str) -> None:
-    names = set(values)
-    if unknown := names - set(form.names):
-        raise ValueError(f"{path}: peft's {kind} has no {sorted(unknown)}")
-    needed = {
-        "LOHA": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
-        "LOKR": {"lokr_w1"} if "lokr_w1" in names else {"lokr_w1_a", "lokr_w1_b"},
-        "GLORA": {"A_down", "A_up", "B_down", "B_up"},
-    }.get(kind, set(form.names))
-    if kind == "LOKR":
-        needed = needed | ({"lokr_w2"} if "lokr_w2" in names else {"lokr_w2_a", "lokr_w2_b"})
-    if missing := needed - names:
-        raise ValueError(f"{path} has no {sorted(missing)[0]}, only {sorted(names)}")
-
-
-def _check_rank(own: Tensors, path: str, config: Any, source: Any) -> None:
-    for name in ("hada_w1_b", "hada_w2_b", "lokr_w2_b", "lokr_w1_b", "lora_E", "A_down"):
-        if name in own and own[name].shape[0] != config.rank_at(path):
-            raise UserError(
-                f"{source}: {path}.{name} has shape {own[name].shape}, expected rank "
-                f"{config.rank_at(path)} first"
-            )
-
-
-def _to_torch(
-    kind: str, config: Any, path: str, factor: str, value: np.ndarray, own: Tensors, layers: dict
-) -> np.ndarray:
-    if factor == "ia3_l":
-        inner = any(inject.matches(target, path) for target in config.feedforward)
-        layer = layers.get(path)
-        if isinstance(layer, nnx.Conv):
-            return value.reshape(1, -1, *(1,) * len(layer.kernel_size))
-        return value.reshape((1, -1) if inner else (-1, 1))
-    if factor == "oft_R":
-        if kind == "BOFT":  # Q is half of what is there less its transpose, and turns back
-            return factors.upper_blocks(-2 * value)[None]
-        return value if config.cayley == "neumann" else -value
-    if factor in ("rescale", "lora_E"):
-        return value.reshape(-1, 1)
-    if kind == "LOKR" and factor == "lokr_w1" and "lokr_w2" in own:
-        value = value * _whole_scale(config, path)
-    tucker = any(name in own for name in ("hada_t1", "lokr_t2"))
-    turned = factors.to_torch(factor, value, tucker=tucker)
-    return turned.reshape(len(turned), -1) if kind == "ADALORA" else turned
-
-
-def _from_torch(
-    kind: str, config: Any, factor: str, value: np.ndarray, own: Tensors, window: tuple[int, ...]
-) -> np.ndarray:
-    value = np.asarray(value, np.float32)
-    if factor in ("ia3_l", "rescale", "lora_E"):
-        return value.ravel()
-    if factor == "oft_R":
-        if kind == "BOFT":
-            return -factors.upper_values((value - np.swapaxes(value, -1, -2)) / 2)[0]
-        return value if config.cayley == "neumann" else -value
-    if kind == "ADALORA" and factor == "lora_A" and window:
-        value = value.reshape(len(value), -1, *window)
-    tucker = any(name in own for name in ("hada_t1", "lokr_t2"))
-    return factors.from_torch(factor, value, window=window, tucker=tucker)
-
-
-def _fill_up(own: Tensors, path: str, kept: dict, rank: int, source: Any) -> None:
-    """AdaLoRA's pruned factors at their full rank, zero where a rank is gone."""
-    mask = np.asarray(kept.get(f"{path}.lora_E", [True] * rank), bool)
-    found = {name: own[name].shape[1 if name == "lora_B" else 0] for name in own}
-    if mask.size != rank or set(found.values()) != {int(mask.sum())}:
-        raise UserError(
-            f"{source}: {path} has ranks {found}, expected {int(mask.sum())} of {mask.size} as "
-            f"rank_pattern says, and init_r {rank}"
-        )
-    for name, value in own.items():
-        axis = 1 if name == "lora_B" else 0
-        shape = list(value.shape)
-        shape[axis] = rank
-        whole = np.zeros(shape, np.float32)
-        whole[(slice(None),) * axis + (mask,)] = value
-        own[name] = whole
-
-
-def _whole_scale(config: LoKrConfig, path: str) -> float:
-    """Our scale of a LoKr of two whole factors, over peft's."""
-    own = config.scaling_at(path)
-    ours = own if config.full_alpha else 1.0
-    return ours if config.full_matrix else ours / own
-
-
-def _whole(config: LoKrConfig, own: dict[str, Tensors]) -> dict[str, Any]:
-    """The settings by which peft splits as we did; ValueError where none do."""
-    most = 1
-    for path, values in own.items():
-        (c, a), (d, b) = _lokr_sizes(values)
-        for side, pair in (("input", (c, d)), ("output", (a, b))):
-            made = factorization(math.prod(pair), config.factor, ordered=False)
-            if made != pair:
-                raise ValueError(
-                    f"{path}: its {side} is split into {pair}, which peft's decompose_factor "
-                    f"{config.factor} splits into {made}"
-                )
-        most = max(most, a, b, c, d)
-    # peft has no switch for whole factors, but takes them where the rank is no saving.
-    if not config.full_matrix:
-        return {}
-    return {"r": most, "alpha": most, "rank_pattern": {}, "alpha_pattern": {}}
-
-
-def _lokr_sizes(own: Tensors) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(c, a) of the first factor and (d, b) of the second, in our layout."""
-    if "lokr_w1" in own:
-        first = own["lokr_w1"].shape[-2:]
+    folder = Path(folder)
+    where = folder / PEFT_CONFIG
+    if not where.is_file():
+        raise UserError(f"{folder}: no {PEFT_CONFIG}; expected a peft adapter folder")
+    source = weights_of(folder)
+    fields = read_json(where)
+    tensors, _ = tensor_files.load(source)
+    kind = fields.get("peft_type", "LORA")
+    is_prompt = kind in ("PROMPT_TUNING", "PREFIX_TUNING")
+    if kind == "LORA":
+        lora_files.refuse_other_kinds(tensors, source)
+    found = {}
+    for key, value in tensors.items():
+        # VeRA's projections, and prompts, belong to no layer.
+        start = "base_model." if key in _PROJECTIONS else "" if is_prompt else _PREFIX
+        if not key.startswith(start):
+            raise UserError(f"{source}: key {key} does not start with {start!r}")
+        found[lora_files.canonical(key.removeprefix(start))] = value
+    prefix = _missing_prefix(found, model)
+    old_names = {f"{prefix}{key}" if key.startswith(_TEXT_PATHS) else key: key for key in found}
+    found = {new: found[old] for new, old in old_names.items()}
+    saved = _take_saved(found, fields, model, where)
+    biases = _take_biases(found, fields, where)
+    fields = {name: x for name, x in fields.items() if name not in ("bias", "modules_to_save")}
+    if kind == "LORA":
+        state = _lora(fields, found, prefix, where, source)
     else:
-        first = own["lokr_w1_b"].shape[-2], own["lokr_w1_a"].shape[-1]
-    if "lokr_w2" in own:
-        return first, own["lokr_w2"].shape[-2:]
-    return first, (own["lokr_w2_b"].shape[-2], own["lokr_w2_a"].shape[-1])
+        state = peft_kinds.from_peft(fields, found, source, model, targets, prefix)
+    return AdapterState({**state.arrays, **biases, **saved}, state.config)
 
 
-def _sizes(model_layers: dict[str, nnx.Module], paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(in, out) of linear layers; ValueError for another one."""
-    found = {}
-    for path in paths:
-        layer = model_layers.get(path)
-        if not isinstance(layer, nnx.Linear):
-            name = "no layer" if layer is None else type(layer).__name__
-            raise ValueError(f"{path}: peft's VeRA adapts linear layers, found {name}")
-        found[path] = layer.kernel.get_value().shape
-    return found
+def weights_of(folder: Path) -> Path:
+    """The file of a peft folder that holds the weights."""
+    for name in (PEFT_WEIGHTS, TORCH_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: no {PEFT_WEIGHTS}; expected a peft adapter folder")
 
 
-def _with_projections(
-    config: VeRAConfig, own: dict[str, Tensors], model: nnx.Module | None
-) -> tuple[Tensors, dict[str, Tensors]]:
-    """The projections that all layers cut theirs from, and the vectors that go with them."""
+def _lora(
+    fields: dict[str, Any], found: Mapping[str, np.ndarray], prefix: str, where: Path, source: Path
+) -> AdapterState:
+    pairs = {lora_files.parse(f"{_PREFIX}{key}", key, source): x for key, x in found.items()}
+    names = {path.removeprefix(prefix): path for path, _ in pairs}
+    config = lora_files.config_from_peft(fields, where, list(names))
+    biases = sum(factor == "bias" for _, factor in pairs)
+    if biases and not config.bias:
+        raise UserError(f"{where}: lora_bias is False, and the weights hold {biases} lora_B.bias")
+    config = lora_files.renamed(config, names)
+    return AdapterState(lora_files.arrays_of(pairs, config, source), config)
+
+
+def _missing_prefix(keys: Collection[str], model: nnx.Module | None) -> str:
+    """What transformers >= 5.6 leaves out at the start of an encoder's names; "" where nothing."""
+    if not any(key.startswith(_TEXT_PATHS) for key in keys):
+        return ""
     if model is None:
-        raise ValueError("peft's VeRA holds its projections: give the network, for their sizes")
-    sizes = _sizes(inject.layers(model), own)
-    widest, longest = (max(size[i] for size in sizes.values()) for i in (0, 1))
-    a, b = projections(config, config.rank, widest, longest)
-    shared = {"vera_A": np.asarray(a).T, "vera_B": np.asarray(b).T}
-    shared = {name: np.ascontiguousarray(value) for name, value in shared.items()}
-    changed = {}
-    for path, values in own.items():
-        # Here each layer's projection has the deviation of its own width.
-        factor = math.sqrt(widest / sizes[path][0])
-        changed[path] = {
-            "vera_lambda_d": values["vera_lambda_d"] * factor,
-            "vera_lambda_b": values["vera_lambda_b"] * config.scaling_at(path),
-        }
-    return shared, changed
+        return TEXT_MODEL
+    paths = list(inject.layers(model))
+    if any(path.startswith(_TEXT_PATHS) for path in paths):
+        return ""
+    found = {path.partition(".")[0] for path in paths if f".{_TEXT_PATHS[0]}" in path}
+    return TEXT_MODEL if f"{TEXT_MODEL[:-1]}" in found else f"{min(found)}." if found else ""
 
 
-def _with_our_projections(
-    config: VeRAConfig, arrays: dict, shared: Tensors, layers: dict, source: Any
-) -> inject.AdapterState:
-    """VeRA where the file's projections are those of its seed here; else the LoRA that it is."""
-    if set(shared) != {"vera_A", "vera_B"} or not layers:
-        what = "give the network" if shared else "vera_A and vera_B are missing"
-        raise UserError(f"{source}: VeRA needs its projections and the sizes of layers: {what}")
-    paths = sorted({name.rpartition(".")[0] for name in arrays})
-    try:
-        sizes = _sizes(layers, paths)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
-    a, b = (np.asarray(shared[name], np.float32).T for name in ("vera_A", "vera_B"))
-    made = projections(config, config.rank, a.shape[0], b.shape[1])
-    pairs = zip(made, (a, b), strict=True)
-    if all(x.shape == y.shape and np.allclose(x, y, atol=1e-6) for x, y in pairs):
-        for path in paths:
-            name = f"{path}.vera_lambda_d"
-            arrays[name] = arrays[name] * math.sqrt(sizes[path][0] / a.shape[0])
-        return inject.AdapterState(arrays, config)
-    found = {}
-    for path in paths:
-        c_in, c_out = sizes[path]
-        found[f"{path}.lora_A"] = a[:c_in] * arrays[f"{path}.vera_lambda_d"]
-        found[f"{path}.lora_B"] = b[:, :c_out] * arrays[f"{path}.vera_lambda_b"]
-    lora = LoRAConfig(config.rank, config.rank, config.dropout, config.targets)
-    return inject.AdapterState({name: jnp.asarray(x) for name, x in found.items()}, lora)
-
-
-def _prompt_order(paths: Iterable[str]) -> list[str]:
-    """Prefixed layers as peft counts them: by the numbers in their paths, keys before values."""
-
-    def place(path: str) -> tuple:
-        parent, _, last = path.rpartition(".")
-        parts = [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parent.split(".")]
-        if last not in (*_KEYS, *_VALUES):
-            raise ValueError(f"{path}: expected keys and values, named {_KEYS} and {_VALUES}")
-        return parts, last in _VALUES
-
-    ordered = sorted(paths, key=place)
-    for first, second in zip(ordered[::2], ordered[1::2], strict=len(ordered) % 2 == 0):
-        if first.rpartition(".")[0] != second.rpartition(".")[0]:
-            raise ValueError(f"{first}: peft's prefixes are for keys and values, found one of them")
-    if len(ordered) % 2:
-        raise ValueError(f"{ordered[-1]}: peft's prefixes are for keys and values, found one")
-    return ordered
-
-
-def _joined_prompts(kind: str, state: inject.AdapterState) -> np.ndarray:
-    rows = {name.removesuffix(".prefix"): np.asarray(x) for name, x in state.arrays.items()}
-    order = list(rows) if kind == "PROMPT_TUNING" else _prompt_order(rows)
-    if len({rows[path].shape for path in order}) > 1:
-        raise ValueError("peft's prefixes are of one width in all layers")
-    return np.concatenate([rows[path] for path in order], axis=-1)
-
-
-def _split_prompts(kind: str, tensors: Tensors, config: Any, layers: dict, source: Any) -> dict:
-    if set(tensors) != {"prompt_embeddings"}:
-        raise UserError(f"{source}: holds {sorted(tensors)}, expected prompt_embeddings alone")
-    value = tensors["prompt_embeddings"]
-    paths = [p for p in layers if any(inject.matches(t, p) for t in config.targets)]
-    try:
-        order = paths if kind == "PROMPT_TUNING" else _prompt_order(paths)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
-    count = max(len(order), 1)
-    if not order or (kind == "PROMPT_TUNING" and count > 1) or value.shape[1] % count:
-        raise UserError(
-            f"{source}: prompts of shape {value.shape} for the layers {order} that the targets "
-            f"{config.targets} match in the given network"
+def _take_saved(
+    tensors: dict[str, np.ndarray], fields: dict[str, Any], model: nnx.Module | None, source: Path
+) -> dict[str, jnp.ndarray]:
+    """The tensors of whole modules that were trained and saved, taken out of `tensors`."""
+    modules = fields.get("modules_to_save") or ()
+    if isinstance(modules, str) or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{source}: modules_to_save is {modules!r}, expected a list of names")
+    if not modules:
+        return {}
+    layers = {} if model is None else inject.layers(model)
+    saved = {}
+    for key in list(tensors):
+        path, _, end = key.rpartition(".")
+        outer = path.split(".")
+        inside = any(
+            inject.matches(name, ".".join(outer[: i + 1]))
+            for name in modules
+            for i in range(len(outer))
         )
-    parts = np.split(np.asarray(value, np.float32), count, axis=1)
-    return {f"{path}.prefix": jnp.asarray(p) for path, p in zip(order, parts, strict=True)}
+        if end not in ("weight", "bias") or not inside or ".lora_" in f".{path}":
+            continue
+        value = tensors.pop(key)
+        name = "bias" if end == "bias" else _weight_name(path, value, layers.get(path))
+        if name == "kernel":
+            value = factors.from_torch("kernel", value)
+        saved[f"{path}.{name}"] = jnp.asarray(value, jnp.float32)
+    if not saved:
+        raise UserError(
+            f"{source}: modules_to_save is {list(modules)}, and the weights hold no tensor of them"
+        )
+    return saved
+
+
+def _weight_name(path: str, value: np.ndarray, layer: nnx.Module | None) -> str:
+    """What NNX calls a layer's weight."""
+    for name in _WHOLE:
+        if getattr(layer, name, None) is not None:
+            return name
+    if value.ndim == 1:
+        return "scale"
+    return "embedding" if "embedding" in path.rpartition(".")[2] else "kernel"
+
+
+def _take_biases(
+    tensors: dict[str, np.ndarray], fields: dict[str, Any], source: Path
+) -> dict[str, jnp.ndarray]:
+    """The biases that were trained beside an adapter, taken out of `tensors`."""
+    setting = fields.get("bias", "none")
+    allowed = ("none", "all", peft_settings.BIASES.get(fields.get("peft_type", "LORA"), "none"))
+    if setting not in allowed:
+        raise UserError(f"{source}: bias is {setting!r}, expected one of {allowed}")
+    keys = [key for key in tensors if key.endswith(".bias") and not key.endswith(".lora_B.bias")]
+    if bool(keys) != (setting != "none"):
+        raise UserError(f"{source}: bias is {setting!r}, and the weights hold {len(keys)} biases")
+    return {
+        key.replace(".base_layer.bias", ".bias"): jnp.asarray(tensors.pop(key), jnp.float32)
+        for key in keys
+    }
+
+
+def write_peft(
+    folder: str | Path,
+    state: AdapterState,
+    *,
+    model: nnx.Module | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Writes a state as a peft folder; `base_model` is the id or path of its base network.
+
+    Biases in the state are written as peft's `bias="all"` (or "lora_only" where all are of adapted
+    layers), whole layers as its `modules_to_save`. A text encoder's keys have "text_model.", and
+    its patterns match with and without. `model`, the network, plain or adapted, tells which layers
+    are convolutions ((IA)^3, OFT) and their sizes (VeRA). Raises ValueError naming what peft has no
+    form for.
+    """
+    folder = Path(folder)
+    if state.config is None:
+        raise TypeError("peft's folders are of adapters: expected the state of one, found NoneType")
+    if isinstance(state.config, inject.MixedConfig):
+        kinds = " and ".join(type(x).__name__.removesuffix("Config") for x in state.config.parts)
+        raise ValueError(f"a peft folder is of one kind and setting, found {kinds}")
+    saved = {name for name in state.arrays if name.rpartition(".")[2] in _WHOLE}
+    whole = {name.rpartition(".")[0] for name in saved}
+    saved |= {f"{path}.bias" for path in whole} & state.arrays.keys()
+    biases = {n for n in state.arrays if n.endswith(".bias") and n not in saved}
+    own = {name: x for name, x in state.arrays.items() if name not in saved | biases}
+    wrapped = {name.rpartition(".")[0] for name in own}
+    state = AdapterState(state.arrays, lora_files.for_both_names(state.config, wrapped))
+    adapter = dataclasses.replace(state, arrays=own)
+    shared: dict[str, np.ndarray] = {}
+    if isinstance(state.config, LoRAConfig):
+        fields = lora_files.config_to_peft(state.config)
+        tensors = {
+            f"{path}{lora_files.peft_name(factor)}": value
+            for (path, factor), value in lora_files.torch_tensors(adapter).items()
+        }
+    else:
+        fields, tensors, shared = peft_kinds.to_peft(adapter, model)
+    if biases:
+        kind = fields["peft_type"]
+        if kind not in peft_settings.BIASES:
+            raise ValueError(f"{min(biases)}: peft trains no biases beside {kind}")
+        only = all(name.removesuffix(".bias") in wrapped for name in biases)
+        fields["bias"] = peft_settings.BIASES[kind] if only else "all"
+    for name in biases:
+        path = name.removesuffix(".bias")
+        end = "base_layer.bias" if path in wrapped else "bias"
+        tensors[f"{path}.{end}"] = np.asarray(state.arrays[name])
+    if whole:
+        fields["modules_to_save"] = sorted(whole)
+    for name in saved:
+        path, _, end = name.rpartition(".")
+        value = np.asarray(state.arrays[name])
+        value = factors.to_torch("kernel", value) if end == "kernel" else value
+        tensors[f"{path}.{'bias' if end == 'bias' else 'weight'}"] = value
+    start = "" if "prompt_embeddings" in shared else "base_model."
+    named = {f"{_PREFIX}{name}": value for name, value in tensors.items()}
+    named |= {f"{start}{name}": value for name, value in shared.items()}
+    wide = {name: np.asarray(value, np.float32) for name, value in named.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    # The configuration comes last: a folder that has it is complete.
+    io.write_bytes(folder / PEFT_WEIGHTS, hub.to_bytes(wide, {"format": "pt"}))
+    plain = {"auto_mapping": None, "inference_mode": True, "task_type": None}
+    fields = {**plain, **fields, "base_model_name_or_path": base_model}
+    io.write_json(folder / PEFT_CONFIG, fields, indent=2, sort_keys=True)

@@ -5,7 +5,7 @@ settings and our configuration. ValueError names what peft cannot say.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from jaxsynth.adapters.kinds.prefix import PrefixConfig
 from jaxsynth.adapters.kinds.vera import VeRAConfig
 from jaxsynth.core.errors import UserError
 
+# Settings that take some of the targets out again.
+_NARROWER = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Settings that do not change what an adapter computes once it is trained.
 IRRELEVANT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type",
@@ -41,8 +43,9 @@ class Form:
 class Fields:
     """A configuration's settings, taken one by one; those left over must not mean anything."""
 
-    def __init__(self, fields: dict[str, Any], source: Any):
-        self._rest, self.source = dict(fields), source
+    def __init__(self, fields: dict[str, Any], source: Any, paths: Collection[str] = ()):
+        """`paths` are the layers that the weights have, by peft's names."""
+        self._rest, self.source, self._paths = dict(fields), source, sorted(paths)
 
     def take(self, name: str, default: Any = None) -> Any:
         """A setting's value, which then counts as understood."""
@@ -65,8 +68,12 @@ class Fields:
 
     def targets(self, name: str = "target_modules") -> tuple[str, ...]:
         found = self.take(name)
+        narrower = [self.take(other) for other in _NARROWER]
         if not found:
             raise UserError(f"{self.source}: {name} is {found!r}, expected names or a pattern")
+        if self._paths and any(value not in (None, [], "") for value in narrower):
+            # Which of the targets are left, the weights tell.
+            return tuple(self._paths)
         # A string is a pattern for the whole path, a listed name may be the end of one.
         return (f"^(?:{found})$",) if isinstance(found, str) else tuple(found)
 

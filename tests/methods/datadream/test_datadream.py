@@ -20,8 +20,8 @@ from jaxsynth.cli import main as cli
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.datadream.config import Config
-from jaxsynth.methods.datadream.stages import adapter_files, read_adapter, write_adapter
 from jaxsynth.runs.stage import MANIFEST, load_artifact
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
 
 REPOSITORY = Path(__file__).parents[3]
@@ -129,11 +129,11 @@ def test_the_generated_sets(finished):
     assert {e.adapter for e in sets["prompt-seed0"].entries} == {""}
     assert len({e.adapter for e in sets["shots2-seed0/dset"].entries}) == 1
     assert len({e.adapter for e in sets["shots2-seed0/cls"].entries}) == 3
-    files = adapter_files(finished / "shots2-seed0/cls/adapter", ("1", "4", "7"))
+    files = adapter_io.find(finished / "shots2-seed0/cls/adapter", ("1", "4", "7"))
     assert [file.relative_to(finished).as_posix() for file in files] == [
         f"shots2-seed0/cls/adapter/{name}/adapter.safetensors" for name in "147"
     ]
-    first, second, _ = map(read_adapter, files)
+    first, second, _ = map(adapter_io.load, files)
     assert type(first.config) is LoKrConfig and (first.config.rank, first.config.factor) == (1, 2)
     assert set(first.config.targets) == {"to_q", "to_out.0", "q_proj"}
     assert {name.split(".")[0] for name in first.arrays} == {"unet", "text_encoder"}
@@ -330,7 +330,7 @@ def test_bad_input_is_one_clear_line(mistake, base_folder, photos, tmp_path, com
     assert heavy == []
 
 
-def test_adapters_of_different_settings_are_not_mixed(tmp_path):
+def test_adapters_of_different_settings_keep_them(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
         f"{path}.lora_{end}": rng.standard_normal(shape, np.float32)
@@ -338,22 +338,23 @@ def test_adapters_of_different_settings_are_not_mixed(tmp_path):
         for end, shape in (("A", (4, 2)), ("B", (2, 6)))
     }
     state = AdapterState(arrays, LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "q_proj")))
-    write_adapter(tmp_path, state)
-    (path,) = adapter_files(tmp_path, ("1", "4"))
+    adapter_io.save(state, tmp_path)
+    (path,) = adapter_io.find(tmp_path, ("1", "4"))
     assert path.name == "pytorch_lora_weights.safetensors"
-    again = read_adapter(path)
+    again = adapter_io.load(path)
     assert again.config == state.config and again.arrays.keys() == arrays.keys()
-    write_adapter(tmp_path / "again", again)
+    adapter_io.save(again, tmp_path / "again")
     assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     states = read_diffusers(path)
     other = dataclasses.replace(states["unet"].config, alpha=99.0)
     states["unet"] = dataclasses.replace(states["unet"], config=other)
     write_diffusers(tmp_path / "other.safetensors", states)
-    with pytest.raises(UserError, match="adapters of different settings"):
-        read_adapter(tmp_path / "other.safetensors")
+    mixed = adapter_io.load(tmp_path / "other.safetensors").config
+    assert mixed.scaling_at("unet.mid_block.to_q") == 99 / 2
+    assert mixed.scaling_at("text_encoder.text_model.q_proj") == 3 / 2
     (tmp_path / "again" / path.name).unlink()
     with pytest.raises(UserError, match="0 adapters, expected 1 or 2"):
-        adapter_files(tmp_path / "again", ("1", "4"))
+        adapter_io.find(tmp_path / "again", ("1", "4"))
 
 
 @pytest.mark.parametrize(

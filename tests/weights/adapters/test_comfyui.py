@@ -13,7 +13,9 @@ from jaxsynth.adapters import inject, registry
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.weights.adapters import comfyui, lycoris
+from jaxsynth.weights.adapters import comfyui, lycoris, tensor_files
+from jaxsynth.weights.adapters.layer_names import comfyui_names
+from jaxsynth.weights.adapters.layered import read_layers
 from jaxsynth.weights.hf import describe
 from tests.adapters.nets import scrambled
 
@@ -55,7 +57,7 @@ def adapted(unet, kind, **settings):
 
 def test_names_are_those_that_diffusers_knows(unet):
     """Its own way back, for all layers in blocks."""
-    names = comfyui.names_of("unet", unet)
+    names = comfyui_names("unet", unet)
     assert names["conv_in"] == "diffusion_model.input_blocks.0.0"
     assert names["time_embedding.linear_2"] == "diffusion_model.time_embed.2"
     assert names["down_blocks.0.downsamplers.0.conv"] == "diffusion_model.input_blocks.3.0.op"
@@ -88,12 +90,11 @@ def test_a_file_and_back(unet, tmp_path, kind, settings, keys):
     model = adapted(unet, kind, **settings)
     path = tmp_path / "x.safetensors"
     comfyui.write_comfyui(path, {"unet": model})
-    tensors, metadata = lycoris.load(path)
-    assert comfyui.is_comfyui(tensors)
+    tensors, metadata = tensor_files.load(path)
     assert {key.rsplit(f"{place}.")[1] for place in (Q, CONV) for key in tensors
             if key.startswith(place)} == keys or keys is None  # fmt: skip
     assert ("jaxsynth.dora" in metadata) == (kind == "dora")
-    back = comfyui.read_comfyui(path, tensors, metadata, {"unet": unet})["unet"]
+    back = read_layers(path, {"unet": unet})["unet"]
     found, expected = inject.layers(inject.merge(back)), inject.layers(inject.merge(model))
     for target in TARGETS:
         one, other = (layers[target].kernel[...] for layers in (found, expected))
@@ -139,13 +140,15 @@ def test_text_encoders_and_names_of_diffusers(tmp_path, unet):
     tensors |= {f"{mid}.lora_A.weight": np.ones((2, 32), "f4"),
                 f"{mid}.lora_B.weight": np.ones((32, 2), "f4")}  # fmt: skip
     networks = {"unet": unet, "text_encoder": text}
-    back = comfyui.read_comfyui(path, tensors, {}, networks)
+    save_file(tensors, path)
+    back = read_layers(path, networks)
     found = inject.extract(back["text_encoder"]).arrays
     jax.tree.map(np.testing.assert_array_equal, found, inject.extract(model).arrays)
     assert inject.extract(back["unet"]).config.rank == 2
     assert lycoris.conventions(tensors) == ["1 of 2 layers have no alpha: read as alpha = rank"]
     save_file({f"{mid}s.lora_A.weight": np.ones((2, 32), "f4")}, path)
     with pytest.raises(UserError, match="names no layer of the network"):
-        comfyui.read_comfyui(path, load_file(path), {}, networks)
-    with pytest.raises(UserError, match="of text_encoder, which the base lacks"):
-        comfyui.read_comfyui(path, tensors, {}, {"unet": unet})
+        read_layers(path, networks)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="is of the text_encoder, which the base lacks"):
+        read_layers(path, {"unet": unet})

@@ -20,10 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.weights.adapters import diffusers as adapters
+from jaxsynth.weights.adapters import peft as folders
 from tests.adapters.nets import CONFIG, Net, TorchNet, randomised
 from tests.models.torch_parity import copy_weights, nchw, nhwc, randomise, relative_error
 
@@ -186,10 +188,10 @@ def test_diffusers_loads_ours(unet, text_encoder, tmp_path, targets):
     pipe = pipeline()
     plain = torch_run_unet(pipe.unet)
     pipe.load_lora_weights(tmp_path)
-    found = run_unet(adapters.attach(unet, states["unet"]))
+    found = run_unet(attach(unet, states["unet"]))
     assert relative_error(found, plain) > 0.05
     assert relative_error(found, torch_run_unet(pipe.unet)) < 1e-4
-    found = run_text(adapters.attach(text_encoder, states["text_encoder"]))
+    found = run_text(attach(text_encoder, states["text_encoder"]))
     assert relative_error(found, torch_run_text(pipe.text_encoder)) < 1e-4
 
 
@@ -218,9 +220,9 @@ def test_we_load_diffusers(unet, text_encoder, tmp_path, with_metadata):
     if with_metadata:
         assert found["unet"].config.rank_pattern == UNET_LORA.rank_pattern
         assert set(found["unet"].config.targets) == set(UNET_LORA.targets)
-    out = run_unet(adapters.attach(unet, found["unet"]))
+    out = run_unet(attach(unet, found["unet"]))
     assert relative_error(out, torch_run_unet(pipe.unet)) < 1e-4
-    out = run_text(adapters.attach(text_encoder, found["text_encoder"]))
+    out = run_text(attach(text_encoder, found["text_encoder"]))
     assert relative_error(out, torch_run_text(pipe.text_encoder)) < 1e-4
 
     # The same text encoder names as theirs, but for "text_model.", which transformers dropped.
@@ -252,7 +254,7 @@ def test_we_load_a_unet_saved_alone(unet, tmp_path):
     randomise_lora(torch_model)
     torch_model.save_lora_adapter(tmp_path)
     found = adapters.read_diffusers(tmp_path)["unet"]
-    out = run_unet(adapters.attach(unet, found))
+    out = run_unet(attach(unet, found))
     assert relative_error(out, torch_run_unet(torch_model)) < 1e-4
 
 
@@ -292,7 +294,7 @@ def test_attention_processor_names(unet, tmp_path):
     save_file(renamed, tmp_path / "old.safetensors")
     found = adapters.read_diffusers(tmp_path / "old.safetensors")["unet"]
     assert_same(found, state)
-    assert_same(inject.extract(adapters.attach(unet, found)), state)
+    assert_same(inject.extract(attach(unet, found)), state)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -303,8 +305,8 @@ def test_peft_loads_ours(tmp_path, use_rslora, targets):
     copy_weights(plain, model)
     config = replace(CONFIG, use_rslora=use_rslora, targets=targets)
     state = random_state(model, config)
-    adapters.write_peft(tmp_path, state)
-    adapted = adapters.attach(model, adapters.read_peft(tmp_path))
+    folders.write_peft(tmp_path, state)
+    adapted = attach(model, folders.read_peft(tmp_path))
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     with torch.no_grad():
         before = plain(nchw(images)).clone()
@@ -314,8 +316,8 @@ def test_peft_loads_ours(tmp_path, use_rslora, targets):
     assert relative_error(adapted(images), expected) < 1e-5
 
     wrapped.save_pretrained(tmp_path / "theirs")
-    theirs = load_file(tmp_path / "theirs" / adapters.PEFT_WEIGHTS)
-    ours = load_file(tmp_path / adapters.PEFT_WEIGHTS)
+    theirs = load_file(tmp_path / "theirs" / folders.PEFT_WEIGHTS)
+    ours = load_file(tmp_path / folders.PEFT_WEIGHTS)
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
 
 
@@ -327,12 +329,12 @@ def test_we_load_peft(tmp_path, targets):
     config = peft_config(CONFIG, target_modules=targets, init_lora_weights="gaussian")
     wrapped = randomise_lora(peft.get_peft_model(plain, config)).eval()
     wrapped.save_pretrained(tmp_path)
-    state = adapters.read_peft(tmp_path)
+    state = folders.read_peft(tmp_path)
     assert state.config.init == "gaussian"
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     with torch.no_grad():
         expected = wrapped(nchw(images))
-    assert relative_error(adapters.attach(model, state)(images), expected) < 1e-5
+    assert relative_error(attach(model, state)(images), expected) < 1e-5
 
 
 def test_dora_both_ways_with_peft(tmp_path):
@@ -342,16 +344,16 @@ def test_dora_both_ways_with_peft(tmp_path):
     copy_weights(plain, model)
     adapted = add_lora(model, config, rngs=nnx.Rngs(0))
     state = randomised(inject.extract(adapted), 2)
-    adapters.write_peft(tmp_path / "ours", state)
+    folders.write_peft(tmp_path / "ours", state)
     wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     with torch.no_grad():
         expected = wrapped(nchw(images)).numpy()
-    np.testing.assert_allclose(adapters.attach(model, state)(images), expected, atol=1e-5)
+    np.testing.assert_allclose(attach(model, state)(images), expected, atol=1e-5)
     wrapped.save_pretrained(tmp_path / "theirs")
-    assert_same(adapters.read_peft(tmp_path / "theirs"), state)
-    theirs = load_file(tmp_path / "theirs" / adapters.PEFT_WEIGHTS)
-    ours = load_file(tmp_path / "ours" / adapters.PEFT_WEIGHTS)
+    assert_same(folders.read_peft(tmp_path / "theirs"), state)
+    theirs = load_file(tmp_path / "theirs" / folders.PEFT_WEIGHTS)
+    ours = load_file(tmp_path / "ours" / folders.PEFT_WEIGHTS)
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
 
 
@@ -361,7 +363,7 @@ def test_diffusers_loads_our_dora(unet, tmp_path):
     adapters.write_diffusers(tmp_path, {"unet": state})
     pipe = pipeline()
     pipe.load_lora_weights(tmp_path)
-    found = run_unet(adapters.attach(unet, state))
+    found = run_unet(attach(unet, state))
     assert relative_error(found, torch_run_unet(pipe.unet)) < 1e-4
     assert_same(adapters.read_diffusers(tmp_path)["unet"], state)
 
@@ -371,37 +373,37 @@ def saved(tmp_path):
     """A model, its state, and a peft folder with it."""
     model = Net(rngs=nnx.Rngs(0))
     state = random_state(model, CONFIG)
-    adapters.write_peft(tmp_path, state)
+    folders.write_peft(tmp_path, state)
     return model, state, tmp_path
 
 
 def edit(folder, *, fields=None, tensors=None, drop=()):
     """Change a peft folder's configuration or tensors."""
-    path = folder / adapters.PEFT_CONFIG
+    path = folder / folders.PEFT_CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **(fields or {})}))
-    path = folder / adapters.PEFT_WEIGHTS
+    path = folder / folders.PEFT_WEIGHTS
     kept = {key: value for key, value in load_file(path).items() if key not in drop}
     save_file({**kept, **(tensors or {})}, path)
 
 
 def test_peft_round_trip_and_bytes(saved, tmp_path):
     _, state, folder = saved
-    found = adapters.read_peft(folder)
+    found = folders.read_peft(folder)
     assert found.config == state.config
     assert_same(found, state)
-    adapters.write_peft(tmp_path / "based", found, base_model="somewhere/base")
-    fields = json.loads((tmp_path / "based" / adapters.PEFT_CONFIG).read_text())
+    folders.write_peft(tmp_path / "based", found, base_model="somewhere/base")
+    fields = json.loads((tmp_path / "based" / folders.PEFT_CONFIG).read_text())
     assert fields["base_model_name_or_path"] == "somewhere/base"
-    adapters.write_peft(tmp_path / "again", found)
-    for name in (adapters.PEFT_CONFIG, adapters.PEFT_WEIGHTS):
+    folders.write_peft(tmp_path / "again", found)
+    for name in (folders.PEFT_CONFIG, folders.PEFT_WEIGHTS):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_half_precision_files(saved):
     _, state, folder = saved
-    tensors = load_file(folder / adapters.PEFT_WEIGHTS)
+    tensors = load_file(folder / folders.PEFT_WEIGHTS)
     edit(folder, tensors={key: value.astype(np.float16) for key, value in tensors.items()})
-    for name, value in adapters.read_peft(folder).arrays.items():
+    for name, value in folders.read_peft(folder).arrays.items():
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, state.arrays[name], atol=1e-3)
 
@@ -415,7 +417,10 @@ _MIX = "base_model.model.mix"
         ({"fields": {"peft_type": "LOHA"}}, r"blocks.0.lora_A.weight is none of a LOHA adapter"),
         ({"fields": {"use_dora": True}}, "blocks.0 has no magnitude vector, expected one"),
         ({"fields": {"bias": "all"}}, "bias is 'all', and the weights hold 0 biases"),
-        ({"fields": {"modules_to_save": ["mix"]}}, "modules_to_save is"),
+        (
+            {"fields": {"modules_to_save": ["mix"]}},
+            r"modules_to_save is .* hold no tensor",
+        ),
         ({"fields": {"init_lora_weights": "pissa"}}, "init_lora_weights is 'pissa'"),
         ({"fields": {"target_modules": None}}, "target_modules is None"),
         ({"fields": {"target_modules": ["down"]}}, "blocks.0 is not among the targets"),
@@ -434,19 +439,19 @@ def test_peft_folders_that_are_refused(saved, change, message):
     _, _, folder = saved
     edit(folder, **change)
     with pytest.raises(UserError, match=message):
-        adapters.read_peft(folder)
+        folders.read_peft(folder)
 
 
 def test_files_that_are_missing_or_broken(saved, tmp_path):
     _, _, folder = saved
     with pytest.raises(UserError, match=r"no adapter_config\.json; expected a peft adapter folder"):
-        adapters.read_peft(tmp_path / "nowhere")
+        folders.read_peft(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no such file; expected a diffusers LoRA file"):
         adapters.read_diffusers(tmp_path / "nowhere.safetensors")
-    weights = folder / adapters.PEFT_WEIGHTS
+    weights = folder / folders.PEFT_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(UserError, match=adapters.PEFT_WEIGHTS):
-        adapters.read_peft(folder)
+    with pytest.raises(UserError, match=folders.PEFT_WEIGHTS):
+        folders.read_peft(folder)
 
 
 def test_diffusers_files_that_are_refused(tmp_path):
@@ -472,11 +477,11 @@ def test_writers_refuse_what_readers_would(saved, tmp_path):
     _, state, _ = saved
     target = tmp_path / "refused"
     with pytest.raises(ValueError, match=r"\(2, 3, 8\): .*unstack"):
-        adapters.write_peft(target, inject.stack([state, state]))
+        folders.write_peft(target, inject.stack([state, state]))
     with pytest.raises(TypeError, match="found NoneType"):
-        adapters.write_peft(target, inject.AdapterState(state.arrays))
+        folders.write_peft(target, inject.AdapterState(state.arrays))
     with pytest.raises(UserError, match=r"expected \(4, in\)"):
-        adapters.write_peft(target, inject.AdapterState(state.arrays, replace(CONFIG, rank=4)))
+        folders.write_peft(target, inject.AdapterState(state.arrays, replace(CONFIG, rank=4)))
     with pytest.raises(ValueError, match="component 'vae'"):
         adapters.write_diffusers(target, {"vae": state})
     assert not list(target.glob("*"))
@@ -485,13 +490,13 @@ def test_writers_refuse_what_readers_would(saved, tmp_path):
 def test_attach_refuses_another_network(saved):
     _, state, _ = saved
     with pytest.raises(UserError, match=r"does not fit.*\['blocks.0', .*match no layer"):
-        adapters.attach(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))), state)
+        attach(nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))), state)
     wider = Net(rngs=nnx.Rngs(0))
     wider.mix = nnx.Conv(8, 9, (1, 1), rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match=r"mix.lora_B has shape \(1, 1, 2, 8\), expected"):
-        adapters.attach(wider, state)
+        attach(wider, state)
     arrays = {k: v for k, v in state.arrays.items() if not k.startswith("mix.")}
     with pytest.raises(UserError, match=r"missing keys \['mix.lora_A', 'mix.lora_B'\]"):
-        adapters.attach(Net(rngs=nnx.Rngs(0)), inject.AdapterState(arrays, CONFIG))
+        attach(Net(rngs=nnx.Rngs(0)), inject.AdapterState(arrays, CONFIG))
     with pytest.raises(UserError, match=r"unknown keys \['blocks"):
-        adapters.attach(wider, inject.AdapterState(arrays))
+        attach(wider, inject.AdapterState(arrays))

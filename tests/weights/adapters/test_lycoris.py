@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsynth.adapters import inject, registry
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights.adapters.lycoris import read_lycoris, write_lycoris
+from jaxsynth.weights.adapters.layered import read_layers
+from jaxsynth.weights.adapters.lycoris import write_networks
 from tests.adapters.nets import scrambled
 from tests.adapters.oracles import TARGETS, Pair, TorchPair, images
 from tests.models.torch_parity import copy_weights, nchw, randomise
@@ -83,11 +84,11 @@ def adapted(net, name):
 def test_lycoris_computes_what_we_do_and_it_comes_back(net, torch_weights, tmp_path, name):
     model = adapted(net, name)
     path = tmp_path / "adapter.safetensors"
-    write_lycoris(path, model, prefix="lycoris")
+    write_networks(path, {"lycoris": model})
     plain = TorchPair()
     plain.load_state_dict(torch_weights)
     forward = jax.jit(lambda models: [model(images()) for model in models])
-    again = read_lycoris(path, net, prefix="lycoris")
+    again = read_layers(path, {"unet": net})["unet"]
     found, back = forward([model, again])
     bound = 1e-5 * np.abs(found).max()
     np.testing.assert_allclose(back, found, atol=bound)
@@ -111,9 +112,9 @@ def test_norms_have_names_of_their_own(tmp_path):
     model = registry.add(net, registry.make_config("full", targets=("layers.0",)), rngs=nnx.Rngs(0))
     model = inject.load_state(model, scrambled(inject.extract(model), 0))
     path = tmp_path / "norm.safetensors"
-    write_lycoris(path, model)
+    write_networks(path, {"lora_unet": model})
     assert set(load_file(path)) == {f"lora_unet_layers_0.{n}" for n in ("w_norm", "b_norm")}
-    back = inject.extract(read_lycoris(path, net)).arrays
+    back = inject.extract(read_layers(path, {"unet": net})["unet"]).arrays
     jax.tree.map(np.testing.assert_array_equal, back, inject.extract(model).arrays)
 
 
@@ -128,7 +129,7 @@ def changed(path, tmp_path, **tensors):
 def test_what_does_not_fit_is_named(net, tmp_path):
     path = tmp_path / "adapter.safetensors"
     model = adapted(net, "loha")
-    write_lycoris(path, model)
+    write_networks(path, {"lora_unet": model})
     one = np.ones((2, 2), np.float32)
     for tensors, message in (
         ({"lora_unet_to_q__hada_w1_a": one}, "to_q.hada_w1_a names no layer of the network"),
@@ -138,17 +139,15 @@ def test_what_does_not_fit_is_named(net, tmp_path):
         ({"lora_unet_linear__hada_w2_a": one}, r"linear.hada_w2_a has shape \(2, 2\), expected"),
     ):
         with pytest.raises(UserError, match=message):
-            read_lycoris(changed(path, tmp_path, **tensors), net)
-    with pytest.raises(UserError, match="names no layer"):
-        read_lycoris(path, net, prefix="lora_te")
+            read_layers(changed(path, tmp_path, **tensors), {"unet": net})
     with pytest.raises(UserError, match="no such file"):
-        read_lycoris(tmp_path / "none.safetensors", net)
+        read_layers(tmp_path / "none.safetensors", {"unet": net})
     for kind, options, message in (
-        ("pissa", RANKED, "write `convert.as_lora` of it"),
+        ("pissa", RANKED, "write `to_lora.as_lora` of it"),
         ("vera", RANKED, "a VeRA layer has no form"),
     ):
         other = registry.add(net, registry.make_config(kind, **options), rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=re.escape(message)):
-            write_lycoris(path, other)
+            write_networks(path, {"lora_unet": other})
     with pytest.raises(ValueError, match="holds no adapters"):
-        write_lycoris(path, net)
+        write_networks(path, {"lora_unet": net})

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsynth.adapters import inject, registry
 from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights.adapters import diffusers as adapters
+from jaxsynth.weights.adapters import peft as folders
 from tests.adapters.nets import scrambled
 from tests.adapters.oracles import TARGETS, Pair, TorchPair, images
 from tests.models.torch_parity import copy_weights, nchw, randomise, relative_error
@@ -87,14 +88,14 @@ def outputs(wrapped):
 
 
 def shapes(folder):
-    return {key: value.shape for key, value in load_file(folder / adapters.PEFT_WEIGHTS).items()}
+    return {key: value.shape for key, value in load_file(folder / folders.PEFT_WEIGHTS).items()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_ways(net, torch_weights, tmp_path, name):
     model = adapted(net, name)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    adapters.write_peft(ours, inject.extract(model), model=net)
+    folders.write_peft(ours, inject.extract(model), model=net)
     plain = torch_net(torch_weights)
     before = outputs(plain)
     # A key that peft leaves out would be a warning, and warnings are errors.
@@ -103,8 +104,8 @@ def test_both_ways(net, torch_weights, tmp_path, name):
     wrapped.save_pretrained(theirs)
     assert shapes(theirs) == shapes(ours)
 
-    state = adapters.read_peft(theirs, net)
-    again = adapters.attach(net, state)
+    state = folders.read_peft(theirs, net)
+    again = attach(net, state)
     found, back = jax.jit(lambda models: [model(images()) for model in models])([model, again])
     assert relative_error(found, before) > 0.05
     assert relative_error(found, expected) < 1e-5
@@ -115,11 +116,11 @@ def test_both_ways(net, torch_weights, tmp_path, name):
 
 def test_ranks_that_are_gone_are_not_in_the_file(net, tmp_path):
     model = adapted(net, "adalora-pruned")
-    adapters.write_peft(tmp_path, inject.extract(model))
+    folders.write_peft(tmp_path, inject.extract(model))
     found = shapes(tmp_path)
     assert found["base_model.model.conv.lora_A"] == (1, 16)
     assert found["base_model.model.linear.lora_B"] == (8, 0)
-    state = adapters.read_peft(tmp_path, net)
+    state = folders.read_peft(tmp_path, net)
     e = state.arrays["conv.lora_E"]
     np.testing.assert_array_equal(e, [0, 2, 0])
     np.testing.assert_array_equal(
@@ -141,10 +142,10 @@ def test_peft_prunes_and_we_read_it(net, torch_weights, tmp_path):
     wrapped.base_model.update_and_allocate(1)
     wrapped.base_model.update_and_allocate(2)
     wrapped.save_pretrained(tmp_path)
-    fields = json.loads((tmp_path / adapters.PEFT_CONFIG).read_text())
+    fields = json.loads((tmp_path / folders.PEFT_CONFIG).read_text())
     assert sum(map(sum, fields["rank_pattern"].values())) == 2
-    state = adapters.read_peft(tmp_path, net)
-    found = adapters.attach(net, state)(images())
+    state = folders.read_peft(tmp_path, net)
+    found = attach(net, state)(images())
     assert relative_error(found, outputs(wrapped.eval())) < 1e-5
 
 
@@ -153,12 +154,12 @@ def test_another_projection_is_read_as_the_lora_that_it_is(net, torch_weights, t
     wrapped = peft.get_peft_model(torch_net(torch_weights), config)
     torch.nn.init.normal_(wrapped.base_model.model.linear.vera_lambda_b["default"])
     wrapped.save_pretrained(tmp_path)
-    state = adapters.read_peft(tmp_path, net)
+    state = folders.read_peft(tmp_path, net)
     assert type(state.config) is LoRAConfig and state.config.rank == 3
-    found = adapters.attach(net, state)(images())
+    found = attach(net, state)(images())
     assert relative_error(found, outputs(wrapped.eval())) < 1e-5
     with pytest.raises(UserError, match="give the network"):
-        adapters.read_peft(tmp_path)
+        folders.read_peft(tmp_path)
 
 
 @pytest.mark.parametrize(("setting", "targets"), [("all", ("linear",)), ("lora_only", TARGETS)])
@@ -169,15 +170,15 @@ def test_biases_beside_lora(net, torch_weights, tmp_path, setting, targets):
     state = inject.extract(model)
     assert {"conv.bias", "linear.bias"} < set(state.arrays)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    adapters.write_peft(ours, state)
+    folders.write_peft(ours, state)
     wrapped = peft.PeftModel.from_pretrained(torch_net(torch_weights), ours).eval()
     assert wrapped.peft_config["default"].bias == setting
     expected = outputs(wrapped)
     wrapped.save_pretrained(theirs)
     assert shapes(theirs) == shapes(ours)
-    found = adapters.read_peft(theirs)
+    found = folders.read_peft(theirs)
     assert found.arrays.keys() == state.arrays.keys()
-    assert relative_error(adapters.attach(net, found)(images()), expected) < 1e-5
+    assert relative_error(attach(net, found)(images()), expected) < 1e-5
     assert relative_error(model(images()), expected) < 1e-5
 
 
@@ -204,7 +205,7 @@ def test_a_table_of_embeddings_and_other_convolutions(tmp_path):
     config = LoRAConfig(rank=2, alpha=5, targets=("table", "conv"))
     model = registry.add(model, config, rngs=nnx.Rngs(0))
     model = inject.load_state(model, scrambled(inject.extract(model), 0))
-    adapters.write_peft(tmp_path / "ours", inject.extract(model))
+    folders.write_peft(tmp_path / "ours", inject.extract(model))
     wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
     ids = np.array([[1, 2, 3, 6, 0]])
     with torch.no_grad():
@@ -212,7 +213,7 @@ def test_a_table_of_embeddings_and_other_convolutions(tmp_path):
     np.testing.assert_allclose(model(ids), expected, atol=1e-5 * np.abs(expected).max())
     wrapped.save_pretrained(tmp_path / "theirs")
     assert shapes(tmp_path / "theirs") == shapes(tmp_path / "ours")
-    found = adapters.read_peft(tmp_path / "theirs").arrays
+    found = folders.read_peft(tmp_path / "theirs").arrays
     jax.tree.map(np.testing.assert_array_equal, found, inject.extract(model).arrays)
 
 
@@ -235,7 +236,7 @@ def test_prompts_and_prefixes(tmp_path, targets):
     config = registry.make_config("prefix", targets=targets, tokens=3)
     model = registry.add(net, config, rngs=nnx.Rngs(1))
     state = inject.extract(model)
-    adapters.write_peft(tmp_path / "ours", state)
+    folders.write_peft(tmp_path / "ours", state)
     settings = transformers.GPT2Config(
         vocab_size=9, n_embd=8, n_layer=11, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
     )
@@ -253,10 +254,10 @@ def test_prompts_and_prefixes(tmp_path, targets):
                 rows = found[0].detach().transpose(0, 1).reshape(3, 8)
                 np.testing.assert_array_equal(rows, state.arrays[f"h.{i}.{name}.prefix"])
     assert shapes(tmp_path / "theirs") == shapes(tmp_path / "ours")
-    found = adapters.read_peft(tmp_path / "theirs", net, targets=targets)
+    found = folders.read_peft(tmp_path / "theirs", net, targets=targets)
     jax.tree.map(np.testing.assert_array_equal, found.arrays, state.arrays)
     with pytest.raises(UserError, match=r"target_modules is \[\]|match in the given network"):
-        adapters.read_peft(tmp_path / "ours")
+        folders.read_peft(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -276,21 +277,21 @@ def test_prompts_and_prefixes(tmp_path, targets):
     ],
 )
 def test_what_does_not_fit_is_named(net, tmp_path, name, change, message):
-    adapters.write_peft(tmp_path, inject.extract(adapted(net, name)), model=net)
-    path = tmp_path / adapters.PEFT_CONFIG
+    folders.write_peft(tmp_path, inject.extract(adapted(net, name)), model=net)
+    path = tmp_path / folders.PEFT_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        adapters.read_peft(tmp_path, net)
+        folders.read_peft(tmp_path, net)
 
 
 def test_missing_factors_are_named(net, tmp_path):
-    adapters.write_peft(tmp_path, inject.extract(adapted(net, "lokr")), model=net)
-    path = tmp_path / adapters.PEFT_WEIGHTS
+    folders.write_peft(tmp_path, inject.extract(adapted(net, "lokr")), model=net)
+    path = tmp_path / folders.PEFT_WEIGHTS
     tensors = load_file(path)
     del tensors["base_model.model.linear.lokr_w2_a"]
     save_file(tensors, path)
     with pytest.raises(UserError, match="linear has no lokr_w2_a, only"):
-        adapters.read_peft(tmp_path, net)
+        folders.read_peft(tmp_path, net)
 
 
 @pytest.mark.parametrize(
@@ -313,5 +314,5 @@ def test_what_peft_has_no_form_for_is_refused(net, tmp_path, kind, options, mess
     model = registry.add(net, registry.make_config(kind, **options), rngs=nnx.Rngs(0))
     target = tmp_path / "x"
     with pytest.raises(ValueError, match=message):
-        adapters.write_peft(target, inject.extract(model), model=net)
+        folders.write_peft(target, inject.extract(model), model=net)
     assert not target.exists()

@@ -1,0 +1,56 @@
+"""Files whose keys name layers in any tool's spelling, read against the networks they are for.
+
+kohya's and LyCORIS', ComfyUI's, OneTrainer's and state dicts of peft's models: the factors are the
+same, the names of layers differ (`layer_names`), and a file may mix them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from jaxsynth.core.errors import UserError
+from jaxsynth.weights.adapters import comfyui, lora_files, lycoris, recognize, tensor_files
+from jaxsynth.weights.adapters.layer_names import spellings
+
+
+def read_layers(source: str | Path, networks: Mapping[str, nnx.Module]) -> dict[str, nnx.Module]:
+    """The plain `networks` ("unet", "text_encoder") that a file is for, with its adapters.
+
+    Embeddings bundled with them are left out. Raises UserError naming the file and what is no
+    adapter, a key that fits no layer, or factors that fit no kind or layer.
+    """
+    source = Path(source)
+    tensors, metadata = tensor_files.load(source)
+    recognize.check_adapter(list(tensors), source)
+    names = {component: spellings(component, model) for component, model in networks.items()}
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in tensors.items():
+        if key in recognize.bundled([key]):
+            continue
+        plain = lora_files.canonical(key)
+        own = parts.setdefault(_component(plain, names, source), {})
+        if plain in own:
+            raise UserError(f"{source}: key {key} gives {plain} a second time")
+        own[plain] = value
+    found = {}
+    for component, own in sorted(parts.items(), reverse=True):
+        model = lycoris.fill(own, networks[component], names[component], source)
+        if comfyui.is_for_base_norms(metadata):
+            model = comfyui.from_base_norms(model)
+        found[component] = model
+    return found
+
+
+def _component(key: str, names: Mapping[str, Mapping[str, str]], source: Path) -> str:
+    """The network that a key is of; where no layer is so called, the one that it looks like."""
+    ends = [at for at, letter in enumerate(key) if letter == "."]
+    for component, modules in names.items():
+        if any(key[:at] in modules for at in ends):
+            return component
+    text = key.startswith(("lora_te", "text_encoder", "text_model.", "encoder."))
+    wanted = "text_encoder" if text else "unet"
+    if wanted not in names:
+        raise UserError(f"{source}: key {key} is of the {wanted}, which the base lacks")
+    return wanted

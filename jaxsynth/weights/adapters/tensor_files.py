@@ -1,0 +1,89 @@
+"""The door for tensors of adapter files: whatever a file holds comes in as float32, or is named.
+
+Files are safetensors, or PyTorch's own (`pytorch_lora_weights.bin`, `adapter_model.bin`), which are
+read without PyTorch and without running what they say. Half precision, bfloat16 and both float8
+become float32; an `alpha` is one number, whatever its type and shape.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsynth.core.errors import UserError
+from jaxsynth.weights import hub
+from jaxsynth.weights.tensors import PICKLED, read_tensor
+from jaxsynth.weights.torch_files.reader import read_nested, read_state_dict
+
+# Single numbers of a layer, which tools store in many types and shapes.
+_NUMBERS = (".alpha", ".on_input")
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_WHOLE = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+
+
+def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A file's tensors by key, sorted, in float32, and its metadata.
+
+    UserError naming the file for one that cannot be read, and the key for a tensor that is no
+    float, or an alpha that is no single number.
+    """
+    if not source.is_file():
+        raise UserError(f"{source}: no such file")
+    if source.suffix in PICKLED:
+        tensors = read_state_dict(source)
+        kinds = {key: value.dtype.name for key, value in tensors.items()}
+        return {key: _plain(tensors[key], kinds[key], key, source) for key in sorted(tensors)}, {}
+    with hub.opened(source) as handle:
+        kinds = {key: handle.get_slice(key).get_dtype() for key in sorted(handle.keys())}
+        for key, kind in kinds.items():
+            if kind not in _FLOATS and not (kind in _WHOLE and key.endswith(_NUMBERS)):
+                raise _not_a_float(key, kind, source)
+        tensors = {key: read_tensor(handle, source, key) for key in kinds}
+        metadata = handle.metadata() or {}
+    return {key: _plain(value, kinds[key], key, source) for key, value in tensors.items()}, metadata
+
+
+def keys(source: Path) -> list[str]:
+    """The keys of a file's tensors, sorted."""
+    if source.suffix in PICKLED:
+        return sorted(read_state_dict(source))
+    with hub.opened(source) as handle:
+        return sorted(handle.keys())
+
+
+def metadata_of(source: Path) -> dict[str, str]:
+    """The metadata of a file, none where it is PyTorch's."""
+    if source.suffix in PICKLED:
+        return {}
+    with hub.opened(source) as handle:
+        return handle.metadata() or {}
+
+
+def nested(source: Path) -> dict[Any, Any]:
+    """What a PyTorch file holds beside or instead of tensors by key; {} where it is only those."""
+    if source.suffix not in PICKLED:
+        return {}
+    try:
+        return read_nested(source)
+    except UserError:
+        # `load` reads the older format too, and says what is wrong with the file.
+        return {}
+
+
+def _plain(value: np.ndarray, kind: str, key: str, source: Path) -> np.ndarray:
+    if key.endswith(_NUMBERS):
+        if value.size != 1:
+            raise UserError(f"{source}: {key} has shape {value.shape}, expected one number")
+        return np.asarray(value, np.float32).reshape(())
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise _not_a_float(key, kind, source)
+    return np.asarray(value, np.float32)
+
+
+def _not_a_float(key: str, kind: str, source: Path) -> UserError:
+    return UserError(
+        f"{source}: {key} holds numbers of type {kind}, expected floats "
+        f"({', '.join(sorted(_FLOATS))}); an adapter of whole numbers is quantized, and must be "
+        "saved as floats first"
+    )
