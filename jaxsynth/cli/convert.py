@@ -48,8 +48,8 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         store = ImageStore(source)
         export(store, target, to)
         return f"{len(store)} images to {target} ({to})"
-    networks = _Networks(base)
-    states, notes = _read_adapters(source, networks)
+    networks = Networks(base)
+    states, notes = read_adapters(source, networks)
     _expect(source, "an adapter", to, ADAPTERS)
     try:
         notes += _write_adapters(target, states, to, networks)
@@ -64,11 +64,18 @@ def _expect(source: Path, kind: str, to: str, formats: tuple[str, ...]) -> None:
         raise UserError(f"{source} is {kind}: --to={to} does not apply, only {', '.join(formats)}")
 
 
-class _Networks:
+class Networks:
     """The networks of the base by component, loaded when a format first needs them."""
 
     def __init__(self, base: str):
         self._base = base
+
+    @classmethod
+    def of(cls, pipeline: Any) -> "Networks":
+        """Those of a pipeline that is loaded already."""
+        networks = cls(str(pipeline.folder or "the base"))
+        networks._loaded = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        return networks
 
     def __bool__(self) -> bool:
         return bool(self._base)
@@ -100,7 +107,7 @@ class _Networks:
         return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
 
 
-def _read_adapters(source: Path, networks: _Networks) -> tuple[dict[str, AdapterState], list[str]]:
+def read_adapters(source: Path, networks: Networks) -> tuple[dict[str, AdapterState], list[str]]:
     """The adapters at `source` by the name of their network, and what was assumed."""
     from jaxsynth.weights.adapters.diffusers import DIFFUSERS_WEIGHTS, PEFT_CONFIG, read_peft
     from jaxsynth.weights.adapters.native import STATE_FILE
@@ -123,7 +130,7 @@ def _read_adapters(source: Path, networks: _Networks) -> tuple[dict[str, Adapter
     )
 
 
-def _read_file(source: Path, networks: _Networks) -> tuple[dict[str, AdapterState], list[str]]:
+def _read_file(source: Path, networks: Networks) -> tuple[dict[str, AdapterState], list[str]]:
     """The adapters of one file, whose keys say whose it is."""
     from jaxsynth.adapters.inject import extract
     from jaxsynth.weights.adapters import comfyui, lycoris
@@ -213,7 +220,7 @@ def _network(names: Any) -> str:
 
 
 def _write_adapters(
-    target: Path, states: dict[str, AdapterState], to: str, networks: _Networks
+    target: Path, states: dict[str, AdapterState], to: str, networks: Networks
 ) -> list[str]:
     """Writes the states; returns what has become of them."""
     from jaxsynth.weights.adapters.a1111 import write_hypernetwork
@@ -255,7 +262,7 @@ def _write_adapters(
 
 
 def _as_lora(
-    states: dict[str, AdapterState], to: str, networks: _Networks
+    states: dict[str, AdapterState], to: str, networks: Networks
 ) -> tuple[dict[str, AdapterState], list[str]]:
     """The states as plain LoRA or DoRA, exactly, where they are another kind."""
     from jaxsynth.adapters.inject import extract
