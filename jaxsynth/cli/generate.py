@@ -5,7 +5,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,10 @@ def add_parser(verbs) -> argparse.ArgumentParser:
     return parser
 
 
-def generate(args: argparse.Namespace) -> str:
+def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
     """Draws what is asked for; returns the line that says what was done.
 
+    `prepare` is called before JAX is used, and after what is wrong without it has been told.
     UsageError for mistakes of the command line, before weights are loaded where that can be known.
     """
     size = _size(args.size)
@@ -78,6 +79,7 @@ def generate(args: argparse.Namespace) -> str:
         raise UsageError("nothing to draw: give --prompt=TEXT or --prompts=FILE")
     if args.prompts and not args.prompts.is_file():
         raise UsageError(f"--prompts={args.prompts}: no such file")
+    prepare()
     from jaxsynth.diffusion.samplers import NAMES
 
     if args.sampler and args.sampler not in NAMES:

@@ -162,8 +162,7 @@ def generate(args: argparse.Namespace) -> None:
     """`jaxsynth generate`: pictures from any base, adapters and prompts."""
     from jaxsynth.core.console import console
 
-    _enable_compile_cache()
-    console.print(generate_verb.generate(args), markup=False)
+    console.print(generate_verb.generate(args, _enable_compile_cache), markup=False)
 
 
 def bench(args: argparse.Namespace) -> None:
