@@ -6,6 +6,7 @@ examples:
   jaxsynth run --config=configs/datadream.py:tiny --workdir=runs/demo
   jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8 --fsdp=4
   jaxsynth report runs/demo
+  jaxsynth generate --base=tiny --prompt="a photo of the digit three" --out=images
   jaxsynth bench train-step --peer=torch
   jaxsynth run --help
 

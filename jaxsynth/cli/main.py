@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text as RichText
 
 import jaxsynth
+from jaxsynth.cli import generate as generate_verb
 from jaxsynth.cli import help
 from jaxsynth.core.checks import check_config
 from jaxsynth.core.errors import UsageError, UserError
@@ -158,6 +159,13 @@ def convert(args: argparse.Namespace) -> None:
     from jaxsynth.core.console import console
 
     console.print(convert(args.source, args.target, args.to, args.base), markup=False)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """`jaxsynth generate`: pictures from any base, adapters and prompts."""
+    from jaxsynth.core.console import console
+
+    console.print(generate_verb.generate(args, _enable_compile_cache), markup=False)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -305,6 +313,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "report": _report_parser(verbs),
         "plan": _plan_parser(verbs),
         "convert": _convert_parser(verbs),
+        "generate": _generate_parser(verbs),
         "bench": _bench_parser(verbs),
     }
 
@@ -396,6 +405,12 @@ def _convert_parser(verbs) -> argparse.ArgumentParser:
         "--base", default="", metavar="FOLDER", help="an adapter's base: a folder, hub id or tiny"
     )
     parser.set_defaults(call=convert)
+    return parser
+
+
+def _generate_parser(verbs) -> argparse.ArgumentParser:
+    parser = generate_verb.add_parser(verbs)
+    parser.set_defaults(call=generate)
     return parser
 
 
