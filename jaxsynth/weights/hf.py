@@ -8,7 +8,7 @@ that differs is an error, never a warning, since a silently random layer costs a
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +77,7 @@ DIFFUSERS_VERSION = "0.40.0"
 
 @dataclasses.dataclass(frozen=True)
 class StableDiffusion:
-    """A latent diffusion pipeline; `digest` is the sha256 of its weight files, "" if not loaded."""
+    """A latent diffusion pipeline; `digest` is the sha256 of its files, "" if not loaded."""
 
     unet: UNet2DCondition
     vae: AutoencoderKL
@@ -250,8 +250,15 @@ def load_pipeline(
     parts = ("unet", "vae", "text_encoder")
     weights = [file for part in parts for file in hub.weight_files(folder / part)]
     return StableDiffusion(
-        unet, vae, text, tokenizer, scheduler_config, folder, hub.digest(weights)
+        unet, vae, text, tokenizer, scheduler_config, folder, _digest(folder, weights)
     )
+
+
+def _digest(folder: Path, weights: Sequence[Path]) -> str:
+    """Of all that a pipeline is read from."""
+    parts = ("unet", "vae", "text_encoder")
+    settings = [folder / "model_index.json", *(folder / part / "config.json" for part in parts)]
+    return hub.digest(weights, [*settings, folder / "scheduler", folder / "tokenizer"])
 
 
 def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,8 +378,8 @@ def load_clip(
         if len(values) != 3:
             raise UserError(f"{path}: {name}: expected 3 numbers, got {values}")
         statistics[name.removeprefix("image_")] = tuple(float(value) for value in values)
-    weights = hub.digest(hub.weight_files(folder))
-    return Clip(model, tokenizer, size, **statistics, folder=folder, digest=weights)
+    whole = hub.digest(hub.weight_files(folder), sorted(folder.glob("*.*")))
+    return Clip(model, tokenizer, size, **statistics, folder=folder, digest=whole)
 
 
 def _image_size(path: Path, settings: Mapping[str, Any], expected: int) -> int:

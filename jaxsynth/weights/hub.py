@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from jaxsynth.core import io
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import file_digests_cached
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -182,12 +183,21 @@ def to_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     return len(text).to_bytes(8, "little") + text + b"".join(payload)
 
 
-def digest(files: Sequence[Path]) -> str:
-    """sha256 over the contents of these files, in this order."""
+def digest(files: Sequence[Path], settings: Sequence[Path] = ()) -> str:
+    """sha256 over the contents of these files, in this order, and of `settings`.
+
+    Settings are files of configs and tokenizers beside the weights, or folders of them: the same
+    weights under another schedule are another model.
+    """
+    small = [
+        file
+        for path in settings
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file() and file.suffix in (".json", ".txt", ".model")
+    ]
     whole = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as handle:
-            whole.update(hashlib.file_digest(handle, "sha256").digest())
+    for value in file_digests_cached([*files, *small]):
+        whole.update(bytes.fromhex(value))
     return whole.hexdigest()
 
 

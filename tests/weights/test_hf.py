@@ -563,13 +563,17 @@ def test_parts_that_do_not_fit_are_refused(
         load_clip(tmp_path / "sized")
 
 
-def test_digest_follows_the_weights_alone(clip_folder, tmp_path):
+def test_digest_follows_the_files_content(clip_folder, tmp_path):
+    """Not their place; a tokenizer or a schedule is part of a model as its weights are."""
     first = load_clip(clip_folder)
     copy = tmp_path / "copy"
     shutil.copytree(clip_folder, copy)
     assert load_clip(copy).digest == first.digest
     changed = broken_text(clip_folder, tmp_path, lambda t: t[KEY].__setitem__((0, 0), 9.0))
     assert load_clip(changed).digest != first.digest
+    settings = {"image_mean": [0.1, 0.2, 0.3]}
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert load_clip(copy).digest != first.digest
 
 
 def test_save_refuses_adapter_layers(tmp_path):

@@ -115,7 +115,7 @@ def load_dit(
     folder = resolve(name_or_path)
     if not (folder / "model_index.json").is_file():
         transformer = load_model(DiT, DiTConfig, folder, **dtypes)
-        digest = hub.digest(hub.weight_files(folder))
+        digest = hub.digest(hub.weight_files(folder), [folder / "config.json"])
         return DiTPipeline(transformer, folder=folder, digest=digest)
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "DiTPipeline":
@@ -132,7 +132,9 @@ def load_dit(
         vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
         parts.append("vae")
     weights = [hub.weight_files(folder / part) for part in parts]
-    digest = hub.digest([file for part in weights for file in part])
+    settings = [folder / "model_index.json", *(folder / part / "config.json" for part in parts)]
+    files = [file for part in weights for file in part]
+    digest = hub.digest(files, [*settings, folder / "scheduler"])
     pipeline = DiTPipeline(transformer, vae, scheduler, names, folder, digest)
     if vae is not None:
         _check(folder, pipeline)
