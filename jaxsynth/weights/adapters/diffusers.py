@@ -41,7 +41,7 @@ from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors, peft_settings
 from jaxsynth.weights.adapters import peft as peft_kinds
 from jaxsynth.weights.adapters.components import COMPONENTS
-from jaxsynth.weights.tensors import read_tensor
+from jaxsynth.weights.safetensors import opened
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -497,9 +497,8 @@ def _json(fields: dict[str, Any]) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    with hub.opened(path) as handle:
-        tensors = {key: read_tensor(handle, path, key) for key in sorted(handle.keys())}
-        return tensors, handle.metadata() or {}
+    with opened(path) as file:
+        return file.adapter(), file.metadata
 
 
 def _wide(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

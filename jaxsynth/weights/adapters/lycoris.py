@@ -39,7 +39,7 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import factors
-from jaxsynth.weights.tensors import read_tensor
+from jaxsynth.weights.safetensors import opened
 
 # The prefixes of a pipeline's networks; LyCORIS' own, for any module, is "lycoris".
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lycoris")
@@ -155,9 +155,8 @@ def layer_paths(model: nnx.Module) -> list[str]:
 
 def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """A file's tensors and metadata."""
-    with hub.opened(source) as handle:
-        tensors = {key: read_tensor(handle, source, key) for key in sorted(handle.keys())}
-        return tensors, handle.metadata() or {}
+    with opened(source) as file:
+        return file.adapter(), file.metadata
 
 
 def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], source: Any) -> T:

@@ -15,10 +15,11 @@ from flax import nnx
 
 from jaxsynth.adapters.inject import AdapterState, T, load_state, mark_trainable, with_values
 from jaxsynth.adapters.registry import MAKERS
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import parse_json
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
-from jaxsynth.weights.tensors import read_tensor
+from jaxsynth.weights.safetensors import opened
 
 STATE_FILE = "adapter.safetensors"
 _FORMAT = "jaxsynth.adapter"
@@ -44,31 +45,29 @@ def write_state(path: Path, state: AdapterState) -> None:
 
 def is_state(path: Path) -> bool:
     """Whether a safetensors file is of this format."""
-    with hub.opened(path) as handle:
-        return (handle.metadata() or {}).get("format") == _FORMAT
+    with opened(path) as file:
+        return file.metadata.get("format") == _FORMAT
 
 
 def read_state(path: Path) -> AdapterState:
     """Read what `write_state` wrote; UserError naming the file for anything else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected an adapter of jaxsynth")
-    with hub.opened(path) as handle:
-        metadata = handle.metadata() or {}
+    with opened(path) as file:
+        metadata = file.metadata
         if metadata.get("format") != _FORMAT:
             raise UserError(
-                f"{path}: format {metadata.get('format')!r}, expected {_FORMAT!r}; adapters of "
+                f"{path}: format {quoted(metadata.get('format'))}, expected {_FORMAT!r}; those of "
                 "peft and diffusers are read by weights.adapters"
             )
-        arrays = {key: jnp.asarray(read_tensor(handle, path, key)) for key in sorted(handle.keys())}
+        arrays = {key: jnp.asarray(value) for key, value in file.adapter().items()}
     kind = metadata.get("kind")
     if kind == _NO_CONFIG:
         return AdapterState(arrays, None)
     if kind not in _CONFIGS:
-        raise UserError(f"{path}: kind {kind!r}, expected one of {sorted(_CONFIGS)}")
-    try:
-        return AdapterState(arrays, _CONFIGS[kind](**json.loads(metadata.get("config", ""))))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: config of {kind}: {error}") from error
+        raise UserError(f"{path}: kind {quoted(kind)}, expected one of {sorted(_CONFIGS)}")
+    where = f"{path}: config of {kind}"
+    return AdapterState(arrays, parse_json(metadata.get("config", ""), where, _CONFIGS[kind]))
 
 
 def read_network(plain: T, path: Path) -> T:
