@@ -121,6 +121,20 @@ def describe(model_cls: Callable[..., Model], config: Any, dtype: Any = jnp.floa
     return nnx.eval_shape(lambda: model_cls(config, dtype=dtype, rngs=_OneKey()))
 
 
+def describe_of(
+    path: Path, model_cls: Callable[..., Model], config: Any, dtype: Any = jnp.float32
+) -> Model:
+    """`describe` for a config read from `path`; UserError naming it if there is no such network.
+
+    Sizes may each be valid and together make shapes that JAX refuses.
+    """
+    try:
+        return describe(model_cls, config, dtype)
+    except (ValueError, TypeError, ArithmeticError, IndexError) as error:
+        reason = quoted(str(error).partition("\n")[0], 200)[1:-1]
+        raise UserError(f"{path}: no {model_cls.__name__} can have this shape: {reason}") from error
+
+
 def load_model(
     model_cls: Callable[..., Model],
     config_cls: type,
@@ -141,7 +155,7 @@ def load_model(
     compute = dtype if compute_dtype is None else compute_dtype
     weights = Tensors(hub.weight_files(folder))
     check_counts(folder / "config.json", config, *weights.counts())
-    filling = Filling(describe(model_cls, config, compute), dtype)
+    filling = Filling(describe_of(folder / "config.json", model_cls, config, compute), dtype)
     fill(filling, weights)
     return filling.finish(weights.where)
 

@@ -37,7 +37,7 @@ from jaxsynth.models.classifiers.swin import SwinConfig, SwinForImageClassificat
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.weights import hub, preprocessing
 from jaxsynth.weights.checks import check_counts
-from jaxsynth.weights.hf import describe
+from jaxsynth.weights.hf import describe_of
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, keys_of, to_file
 from jaxsynth.weights.networks import timm
@@ -216,7 +216,7 @@ def _from_transformers(
         raise UserError(f"{path}: {error}") from None
     made = _with_head(made, head, path)
     check_counts(path, made, *weights.counts())
-    model = _fill(describe(network, made), weights, _renamer(made, head), head)
+    model = _fill(describe_of(path, network, made), weights, _renamer(made, head), head)
     own_path = path.parent / preprocessing.PREPROCESSOR
     if preprocess is None:
         if not own_path.is_file():
@@ -246,7 +246,7 @@ def _from_timm(
         made = dataclasses.replace(made, head_layers=0)
     check_counts(path, made, *weights.counts())
     model = _fill(
-        describe(found.network, made),
+        describe_of(path, found.network, made),
         weights,
         _without_head(found.rename) if head else found.rename,
         head,
@@ -272,7 +272,7 @@ def _from_file(path: Path, head: LinearHead | None, preprocess: Preprocessing | 
     config = _resnet_shape(path, shapes)
     made = _with_head(config, head, path)
     rename = _without_head(timm.rename_resnet) if head else timm.rename_resnet
-    model = _fill(describe(ResNetForImageClassification, made), weights, rename, head)
+    model = _fill(describe_of(path, ResNetForImageClassification, made), weights, rename, head)
     return _made(model, preprocess, (), path, weights, head)
 
 
