@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,8 +33,9 @@ _KINDS = {dict: "object", list: "list", str: "text"}
 class Document(dict):
     """A JSON object; a field that it lacks is a UserError that names the file."""
 
-    def __init__(self, where: Any, pairs: list[tuple[str, Any]]):
-        """ValueError for a field that is there twice."""
+    def __init__(self, pairs: Iterable[tuple[str, Any]] = (), where: Any = "document"):
+        """ValueError for a field that is there twice. Other code copies a dict by its pairs."""
+        pairs = list(pairs)
         super().__init__(pairs)
         self._where = where
         if len(self) < len(pairs):
@@ -101,7 +102,7 @@ def parse_json(data: bytes | str, where: Any, expected: Any = dict, *, finite: b
     try:
         value = json.loads(
             text,
-            object_pairs_hook=lambda pairs: Document(where, pairs),
+            object_pairs_hook=lambda pairs: Document(pairs, where),
             parse_int=_integer,
             parse_float=_finite if finite else None,
             parse_constant=_constant if finite else None,

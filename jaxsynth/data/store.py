@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int, UInt8
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_lines, take
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.core.io import (
     TEMPORARY,
     file_digest,
@@ -242,24 +243,26 @@ class ImageStore:
         if not path.exists():
             raise StoreError(f"{path}: not found, so {self.folder} is not an image store")
         head = read_json(path)
-        found = head.get("format") if isinstance(head, dict) else None
-        if found != FORMAT:
-            raise StoreError(f"{path}: format {found!r}, expected {FORMAT}")
-        fields = {"count": int, "shard_size": int, "class_names": list}
-        wrong = [key for key, kind in fields.items() if not isinstance(head.get(key), kind)]
-        if wrong or min(head["count"], head["shard_size"]) < 1:
-            raise StoreError(f"{path}: expected a store's head, with {', '.join(fields)}")
-        self.class_names = tuple(head["class_names"])
-        self.datasets = tuple(head.get("datasets", ()))
-        self._shard_size = head["shard_size"]
-        shards = range(-(-head["count"] // head["shard_size"]))
-        bases = [_shard(self.folder, number) for number in shards]
-        missing = [base.name for base in bases if not base.with_suffix(".seal").exists()]
-        if missing:
+        if head.get("format") != FORMAT:
+            raise StoreError(f"{path}: format {quoted(head.get('format'))}, expected {FORMAT}")
+        count, self._shard_size = (take(head, name, int, path) for name in ("count", "shard_size"))
+        if min(count, self._shard_size) < 1:
+            raise StoreError(f"{path}: count and shard_size are less than 1")
+        self.class_names = take(head, "class_names", tuple[str, ...], path)
+        self.datasets = take(head, "datasets", tuple[str, ...], path, ())
+        if self.datasets and len(self.datasets) != len(self.class_names):
+            raise StoreError(f"{path}: datasets: expected one for each of class_names")
+        shards = range(-(-count // self._shard_size))
+        # Before anything is made of as many shards as the head says.
+        sealed = {file.stem for file in self.folder.glob("*.seal")}
+        first = next((n for n in shards if _shard(self.folder, n).name not in sealed), None)
+        if first is not None:
+            there = sum(name.isdecimal() and int(name) in shards for name in sealed)
             raise StoreError(
-                f"{self.folder}: incomplete, {len(missing)} of {len(bases)} shards are missing, "
-                f"the first is {missing[0]}"
+                f"{self.folder}: incomplete, {len(shards) - there} of {len(shards)} shards are "
+                f"missing, the first is {_shard(self.folder, first).name}"
             )
+        bases = [_shard(self.folder, number) for number in shards]
         for number in shards:
             fault = damage(self.folder, number)
             if fault:
@@ -267,11 +270,23 @@ class ImageStore:
         self._seals = [_read_seal(base) for base in bases]
         entries = [entry for base in bases for entry in _read_entries(base.with_suffix(".jsonl"))]
         self.entries = tuple(entries)
-        self._records = ArrayRecordDataSource([str(b.with_suffix(".array_record")) for b in bases])
-        if not len(self._records) == len(entries) == head["count"]:
+        for entry in entries:
+            named = 0 <= entry.label < len(self.class_names) and entry.index >= 0
+            if not named or self.class_names[entry.label] != entry.class_name:
+                raise StoreError(
+                    f"{self.folder}: an image has label {entry.label} and class "
+                    f"{quoted(entry.class_name)}, which are not one class of store.json"
+                )
+        try:
+            self._records = ArrayRecordDataSource(
+                [str(b.with_suffix(".array_record")) for b in bases]
+            )
+        except (RuntimeError, ValueError):
+            raise StoreError(f"{self.folder}: damaged: a file of records cannot be read") from None
+        if not len(self._records) == len(entries) == count:
             raise StoreError(
                 f"{self.folder}: {len(self._records)} images, {len(entries)} manifest lines, "
-                f"expected {head['count']}"
+                f"expected {count}"
             )
         if len(set(self.ids)) != len(self.ids):
             twice = next(id_ for id_ in self.ids if self.ids.count(id_) > 1)
@@ -329,7 +344,11 @@ class ImageStore:
 
     def encoded(self, index: int) -> bytes:
         """The PNG bytes of an image."""
-        return self._records[index]
+        try:
+            return self._records[index]
+        except RuntimeError:
+            name = self.entries[index].id
+            raise StoreError(f"{self.folder} {name}: damaged: its record cannot be read") from None
 
     def __getitem__(self, index: int) -> Record:
         entry = self.entries[index]  # first: its IndexError ends an iteration
@@ -337,15 +356,32 @@ class ImageStore:
         return Record(image, entry.label, entry.id)
 
 
+_TYPES = {
+    "label": int, "class_name": str, "index": int, "prompt": str, "seed": int, "adapter": str,
+    "scores": dict, "extra": dict, "dataset": str,
+}  # fmt: skip
+
+
 def _read_entries(path: Path) -> list[Entry]:
+    """The entries of a shard; StoreError naming the line for what is none."""
     entries = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-        if not line:
-            continue
+    for number, values in enumerate(read_lines(path), 1):
+        values.pop("id", None)
+        where = f"{path}, line {number}"
+        for name, kind in _TYPES.items():
+            if (
+                name in values
+                and type(values[name]) is not kind
+                and not (kind is dict and isinstance(values[name], dict))
+            ):
+                raise StoreError(
+                    f"{where}: {name}: {quoted(values[name])}, expected {kind.__name__}"
+                )
+        if type(values.get("guidance", 0.0)) not in (int, float):
+            raise StoreError(f"{where}: guidance: {quoted(values['guidance'])}, expected a number")
         try:
-            values = json.loads(line)
-            values.pop("id")
             entries.append(Entry(**values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path}, line {number}: no image's entry ({error!r})") from None
+        except TypeError:
+            wanted = ", ".join(field.name for field in fields(Entry))
+            raise StoreError(f"{where}: no image's entry; its fields are {wanted}") from None
     return entries

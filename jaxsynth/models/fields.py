@@ -5,8 +5,12 @@ A field that changes the computation and that the network does not implement has
 """
 
 import dataclasses
+import typing
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from jaxsynth.core.config import convert
+from jaxsynth.core.errors import quoted
 
 # Fields of transformers' config.json that do not change what a network computes.
 _NOTES = """
@@ -24,6 +28,9 @@ _NOTES = """
     typical_p use_bfloat16 use_cache
 """
 TRANSFORMERS_NOTES = frozenset(_NOTES.split())
+# Positive by default, and no count.
+_MAY_BE_ZERO = {"downsample_padding", "eos_token_id", "freq_shift", "head_layers"}
+_MOST, _LONGEST = 1 << 31, 1000
 
 
 # What diffusers' EMAModel adds to the config.json of the network whose average it saves.
@@ -50,10 +57,11 @@ def known_fields(
     """The entries of `config` that are fields of the dataclass `cls`, lists turned into tuples.
 
     Keys that start with "_" (diffusers' own notes) and those in `ignored` are dropped. Raises
-    ValueError naming the class, the field and what was expected for an unknown field, or for a
-    value of a field in `only` that is not among those allowed.
+    ValueError naming the class, the field and what was expected for an unknown field, for a value
+    of another type than the field's or out of its range, or for a value of a field in `only` that
+    is not among those allowed.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = typing.get_type_hints(cls)
     known: dict[str, Any] = {}
     for key, value in config.items():
         if key.startswith("_") or key in ignored:
@@ -62,15 +70,33 @@ def known_fields(
         if only and key in only:
             if value not in only[key]:
                 allowed = " or ".join(repr(option) for option in only[key])
-                raise ValueError(f"{cls.__name__}.{key}: expected {allowed}, got {value!r}")
+                raise ValueError(f"{cls.__name__}.{key}: expected {allowed}, got {quoted(value)}")
         elif key in names:
-            known[key] = value
+            known[key] = convert(names[key], value, f"{cls.__name__}.{key}")
+            _check_range(f"{cls.__name__}.{key}", known[key], _least(cls, key))
         else:
             raise ValueError(
-                f"{cls.__name__}: unknown field {key!r} (value {value!r}); "
+                f"{cls.__name__}: unknown field {quoted(key)} (value {quoted(value)}); "
                 f"expected some of {sorted(names)}"
             )
     return known
+
+
+def _least(cls: type, name: str) -> int:
+    """The least integer of a field: what is positive by default counts or measures something."""
+    default = next(field.default for field in dataclasses.fields(cls) if field.name == name)
+    first = default[0] if isinstance(default, tuple) and default else default
+    positive = type(first) is int and first > 0
+    return int((positive or first is dataclasses.MISSING) and name not in _MAY_BE_ZERO)
+
+
+def _check_range(name: str, value: Any, least: int) -> None:
+    """ValueError for an integer below `least` or too large for a shape."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if type(number) is int and not least <= number < _MOST:
+            raise ValueError(f"{name}: {quoted(number)}, expected {least} to {_MOST - 1}")
+        if isinstance(number, str) and len(number) > _LONGEST:
+            raise ValueError(f"{name}: a text of {len(number)} letters")
 
 
 def _frozen(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsynth.core.documents import read_lines
+from jaxsynth.core.documents import read_lines, take
 from jaxsynth.core.io import write_text
 
 
@@ -93,7 +93,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         UserError: a line other than a cut-off last one is no JSON; file and line are named.
     """
     path = Path(path)
-    return list(read_lines(path, cut=True)) if path.is_file() else []
+    found = list(read_lines(path, cut=True)) if path.is_file() else []
+    for line in found:
+        take(line, "step", int, path)
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsynth.core.console import console
-from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.diffusion.scheduler_config import corrected
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
@@ -35,6 +35,7 @@ from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
+from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, stored, to_file
 from jaxsynth.weights.tensors import Tensors, expect_floats
@@ -120,6 +121,20 @@ def describe(model_cls: Callable[..., Model], config: Any, dtype: Any = jnp.floa
     return nnx.eval_shape(lambda: model_cls(config, dtype=dtype, rngs=_OneKey()))
 
 
+def describe_of(
+    path: Path, model_cls: Callable[..., Model], config: Any, dtype: Any = jnp.float32
+) -> Model:
+    """`describe` for a config read from `path`; UserError naming it if there is no such network.
+
+    Sizes may each be valid and together make shapes that JAX refuses.
+    """
+    try:
+        return describe(model_cls, config, dtype)
+    except (ValueError, TypeError, ArithmeticError, IndexError) as error:
+        reason = quoted(str(error).partition("\n")[0], 200)[1:-1]
+        raise UserError(f"{path}: no {model_cls.__name__} can have this shape: {reason}") from error
+
+
 def load_model(
     model_cls: Callable[..., Model],
     config_cls: type,
@@ -138,8 +153,9 @@ def load_model(
     folder = Path(folder)
     config = _config(config_cls, folder / "config.json")
     compute = dtype if compute_dtype is None else compute_dtype
-    filling = Filling(describe(model_cls, config, compute), dtype)
     weights = Tensors(hub.weight_files(folder))
+    check_counts(folder / "config.json", config, *weights.counts())
+    filling = Filling(describe_of(folder / "config.json", model_cls, config, compute), dtype)
     fill(filling, weights)
     return filling.finish(weights.where)
 
@@ -238,7 +254,7 @@ def load_pipeline(
     kinds = (_EDITING,) if editing else _PIPELINES
     if kind not in kinds:
         raise UserError(
-            f"{folder / 'model_index.json'}: _class_name {kind!r}, expected one of {kinds}"
+            f"{folder / 'model_index.json'}: _class_name {quoted(kind)}, expected one of {kinds}"
         )
     dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}
     unet = load_model(UNet2DCondition, UNet2DConditionConfig, folder / "unet", **dtypes)
@@ -374,20 +390,20 @@ def load_clip(
     size = _image_size(path, settings, model.config.vision_config.image_size)
     statistics = {}
     for name, default in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-        values = settings.get(name, default)
-        if len(values) != 3:
-            raise UserError(f"{path}: {name}: expected 3 numbers, got {values}")
-        statistics[name.removeprefix("image_")] = tuple(float(value) for value in values)
+        values = take(settings, name, tuple[float, float, float], path, default)
+        statistics[name.removeprefix("image_")] = values
     whole = hub.digest(hub.weight_files(folder), sorted(folder.glob("*.*")))
     return Clip(model, tokenizer, size, **statistics, folder=folder, digest=whole)
 
 
 def _image_size(path: Path, settings: Mapping[str, Any], expected: int) -> int:
     """The side of the images; UserError if the preprocessor's is not the network's."""
-    size = settings.get("crop_size", settings.get("size", expected))
-    sides = set(size.values()) if isinstance(size, Mapping) else {size}
+    name = "crop_size" if "crop_size" in settings else "size"
+    size = take(settings, name, dict[str, int] | int, path, expected)
+    sides = set(size.values()) if isinstance(size, dict) else {size}
     if sides != {expected}:
-        raise UserError(f"{path}: crop_size {size}, but the network's image_size is {expected}")
+        found = sorted(sides)[0] if sides else "empty"
+        raise UserError(f"{path}: {name} is {found}, but the network's image_size is {expected}")
     return expected
 
 

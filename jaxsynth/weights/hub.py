@@ -10,20 +10,19 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsynth.core import io
-from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.core.io import file_digests_cached
+from jaxsynth.weights.safetensors import opened
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -122,32 +121,29 @@ def choose_weights(folder: str | os.PathLike, names: Sequence[str]) -> str | Non
 
 
 def _shards(index: Path) -> list[Path]:
-    mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise UserError(f"{index}: no weight_map")
-    files = sorted({index.parent / name for name in mapping.values()})
-    for path in files:
+    mapping = take(read_json(index), "weight_map", dict[str, str], index)
+    if not mapping:
+        raise UserError(f"{index}: weight_map is empty")
+    keys: dict[str, set[str]] = {}
+    for name in sorted(set(mapping.values())):
+        # A name alone: with a folder before it, it could be any file of this machine.
+        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
+            raise UserError(
+                f"{index}: weight_map: {quoted(name)}, expected files of weights in its folder"
+            )
+        path = index.parent / name
         if not path.is_file():
             raise UserError(f"{path}: missing, though {index.name} lists it")
-        if path.suffix != ".safetensors":
-            continue
-        with opened(path) as handle:
-            keys = set(handle.keys())
-        listed = sorted(key for key, name in mapping.items() if index.parent / name == path)
-        absent = [key for key in listed if key not in keys]
-        if absent:
-            raise UserError(f"{path}: key {absent[0]!r} missing, though {index.name} puts it there")
-    return files
-
-
-@contextmanager
-def opened(path: Path):
-    """A safetensors file, opened lazily; UserError if it is cut short or no safetensors at all."""
-    try:
-        with safe_open(path, framework="numpy") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a complete safetensors file: {error}") from None
+        if path.suffix == ".safetensors":
+            with opened(path) as file:
+                keys[name] = set(file.keys)
+    for key, name in sorted(mapping.items()):
+        if name in keys and key not in keys[name]:
+            raise UserError(
+                f"{index.parent / name}: key {quoted(key)} missing, though {index.name} puts it "
+                "there"
+            )
+    return [index.parent / name for name in sorted(set(mapping.values()))]
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

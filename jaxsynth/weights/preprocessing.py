@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.ops.resize import (
     CROP_ROUNDINGS,
     CropRounding,
@@ -39,6 +39,17 @@ _BY_NUMBER: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 # What a plain number as `size` means, by what the class's name starts with: both sides, or the
 # short one.
 _SQUARE = ("ViT", "DeiT")
+# Fields that may be left out; what each needs is said where it is read.
+_TYPES = {
+    "image_mean": tuple[float, float, float] | None,
+    "image_std": tuple[float, float, float] | None,
+    "resample": int | None,
+    "crop_pct": float | None,
+    "image_processor_type": str | None,
+    "feature_extractor_type": str | None,
+}
+# Pixels a side.
+_LARGEST = 1 << 14
 _SHORT = ("Bit", "CLIP", "ConvNext")
 # A field of our own in preprocessor_config.json.
 _ROUNDING = "crop_rounding"
@@ -66,10 +77,10 @@ class Preprocessing:
     crop_rounding: CropRounding
 
     def __post_init__(self):
-        if not 0 < self.image_size <= self.resize:
+        if not 0 < self.image_size <= self.resize <= _LARGEST:
             raise ValueError(
                 f"Preprocessing: image_size {self.image_size} of resize {self.resize}, expected "
-                "0 < image_size <= resize"
+                f"0 < image_size <= resize <= {_LARGEST}"
             )
         if self.interpolation not in _PIL:
             raise ValueError(
@@ -142,15 +153,17 @@ def from_transformers(path: Path) -> Preprocessing:
         raise UserError(
             f"{path}: no {', '.join(missing)}: the file must say it, preprocessing is not guessed"
         )
+    for name, kind in _TYPES.items():
+        take(config, name, kind, path, None)
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(name, True) is not True:
-            raise UserError(f"{path}: {name}: expected true, found {config[name]!r}")
-    factor = config.get("rescale_factor", 1 / 255)
+            raise UserError(f"{path}: {name}: expected true, found {quoted(config[name])}")
+    factor = take(config, "rescale_factor", float, path, 1 / 255)
     if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise UserError(f"{path}: rescale_factor: expected 1/255, found {factor}")
     if config["resample"] not in _BY_NUMBER:
         raise UserError(
-            f"{path}: resample: {config['resample']!r}, expected one of {sorted(_BY_NUMBER)}"
+            f"{path}: resample: {config['resample']}, expected one of {sorted(_BY_NUMBER)}"
         )
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or ""
     resize, squash = _size(path, config["size"], kind)
@@ -160,7 +173,7 @@ def from_transformers(path: Path) -> Preprocessing:
         if not squash:
             if not config.get("crop_pct"):
                 raise UserError(f"{path}: no crop_pct: preprocessing is not guessed")
-            resize = int(image_size / config["crop_pct"])
+            resize = int(image_size / _fraction(path, config))
     elif config.get("do_center_crop"):
         image_size, _ = _size(path, config.get("crop_size"), "ViT")
     elif not squash:
@@ -189,16 +202,18 @@ def from_timm(path: Path, config: Mapping[str, Any]) -> Preprocessing:
             f"{path}: pretrained_cfg has no {', '.join(missing)}: the file must say it, "
             "preprocessing is not guessed"
         )
-    mode = config.get("crop_mode") or "center"
+    for name in ("mean", "std"):
+        take(config, name, tuple[float, float, float], path)
+    mode = take(config, "crop_mode", str | None, path, None) or "center"
     if mode not in ("center", "squash"):
-        raise UserError(f"{path}: crop_mode: {mode!r}, expected 'center' or 'squash'")
-    size = config["input_size"]
-    if len(size) != 3 or size[0] != 3 or size[1] != size[2]:
+        raise UserError(f"{path}: crop_mode: {quoted(mode)}, expected 'center' or 'squash'")
+    size = take(config, "input_size", tuple[int, int, int], path)
+    if size[0] != 3 or size[1] != size[2]:
         raise UserError(f"{path}: input_size: {size}, expected [3, side, side]")
     return _made(
         path,
         image_size=size[1],
-        resize=math.floor(size[1] / config["crop_pct"]),
+        resize=math.floor(size[1] / _fraction(path, config)),
         squash=mode == "squash",
         interpolation=config["interpolation"],
         mean=config["mean"],
@@ -234,6 +249,13 @@ def to_transformers(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
+def _fraction(path: Path, config: Mapping[str, Any]) -> float:
+    found = take(config, "crop_pct", float, path)
+    if not 0.01 <= found <= 100:
+        raise UserError(f"{path}: crop_pct: {found:g}, expected a fraction")
+    return found
+
+
 def _made(path: Path, *, mean: Any, std: Any, **values: Any) -> Preprocessing:
     try:
         return Preprocessing(mean=tuple(mean), std=tuple(std), **values)
@@ -245,13 +267,13 @@ def _size(path: Path, size: Any, kind: str) -> tuple[int, bool]:
     """The side that images are resized to, and whether both are."""
     if isinstance(size, Mapping):
         if set(size) == {"shortest_edge"}:
-            return int(size["shortest_edge"]), False
-        sides = {size.get("height"), size.get("width")}
+            return take(size, "shortest_edge", int, path), False
+        sides = {take(size, name, int | None, path, None) for name in ("height", "width")}
         if len(sides) == 1 and None not in sides:
-            return int(sides.pop()), True
+            return sides.pop(), True
     elif isinstance(size, int) and kind.startswith((*_SQUARE, *_SHORT)):
         return size, kind.startswith(_SQUARE)
     raise UserError(
-        f"{path}: size {size!r} of {kind or 'an unnamed processor'}: expected "
+        f"{path}: size {quoted(size)} of {kind or 'an unnamed processor'}: expected "
         '{"shortest_edge": n} or {"height": n, "width": n} of a square'
     )

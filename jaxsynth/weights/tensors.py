@@ -1,55 +1,23 @@
 """The tensors of a checkpoint's files, whether safetensors or PyTorch's own, under their keys.
 
-All readers take tensors from here, so that number types mean the same everywhere: 8-bit floats of
-both kinds become float32, because numpy computes with neither, and all other types that numpy and
-ml_dtypes know are read as they are.
+Number types mean the same in all of them: 8-bit floats of both kinds become float32, because numpy
+computes with neither, and all other types that numpy and ml_dtypes know are read as they are.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights import hub
+from jaxsynth.weights.checks import check_finite
+from jaxsynth.weights.safetensors import opened
 from jaxsynth.weights.torch_files.reader import read_state_dict
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLED)
-
-_FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
-# What safetensors' numpy reader gives.
-_READ = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64")
-
-
-def read_tensor(handle: Any, path: Path, key: str) -> np.ndarray:
-    """One tensor of an open safetensors file (`hub.opened`).
-
-    UserError naming file and key for a number type that is not read.
-    """
-    dtype = handle.get_slice(key).get_dtype()
-    if dtype in _FLOAT8:
-        return _read_float8(path, key, _FLOAT8[dtype])
-    if dtype not in _READ:
-        known = ", ".join((*_READ, *_FLOAT8))
-        raise UserError(f"{path}: {key}: dtype {dtype}, expected one of {known}")
-    return np.asarray(handle.get_tensor(key))
-
-
-def _read_float8(path: Path, key: str, dtype: type) -> np.ndarray:
-    """As float32. The library's numpy reader fails on it; it has checked the header's offsets."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[key]
-        start, end = entry["data_offsets"]
-        file.seek(8 + length + start)
-        values = np.frombuffer(file.read(end - start), dtype)
-    return values.reshape(entry["shape"]).astype(np.float32)
 
 
 def expect_floats(
@@ -85,11 +53,23 @@ class Tensors:
         for path in self.paths:
             if path in self._loaded:
                 for key, value in self._loaded[path].items():
-                    yield path, key, lambda value=value: value
+                    yield path, key, partial(check_finite, path, key, value)
                 continue
-            with hub.opened(path) as handle:
-                for key in handle.keys():  # noqa: SIM118, a safetensors handle is no mapping
-                    yield path, key, lambda key=key, h=handle, p=path: read_tensor(h, p, key)
+            with opened(path) as file:
+                for key in file.keys:
+                    yield path, key, partial(file.read_any, key)
+
+    def counts(self) -> tuple[int, int]:
+        """How many tensors there are, and how many numbers in all of them."""
+        tensors = numbers = 0
+        for path in self.paths:
+            if path in self._loaded:
+                values = self._loaded[path].values()
+                tensors, numbers = tensors + len(values), numbers + sum(x.size for x in values)
+                continue
+            with opened(path) as file:
+                tensors, numbers = tensors + len(file.keys), numbers + file.numbers
+        return tensors, numbers
 
     @property
     def where(self) -> Path:

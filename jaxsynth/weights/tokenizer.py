@@ -26,8 +26,8 @@ from tokenizers import (
     trainers,
 )
 
-from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.weights.hub import write_json
 
 _SUFFIX = "</w>"
@@ -41,8 +41,11 @@ _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 # CLIP's context, for folders whose tokenizer_config.json does not say.
 _CONTEXT = 77
-# transformers writes 1e30 for "no limit".
-_NO_LIMIT = 1 << 31
+# transformers writes 1e30 for "no limit"; every text is padded to one, so that it must be small.
+_NO_LIMIT = 100_000
+# Of a vocabulary; the largest there are have less than a million tokens.
+_MOST_IDS = 1 << 24
+_SETTINGS = "tokenizer_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _Token:
             return cls(value, index=index)
         if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
             raise UserError(
-                f"{where}: expected a token (text or an object with content): {value!r}"
+                f"{where}: expected a token (text or an object with content): {quoted(value)}"
             )
         flags = tuple((name, bool(value[name])) for name in _TOKEN_FLAGS if name in value)
         return cls(value["content"], flags, index)
@@ -94,15 +97,20 @@ class Tokenizer:
         self._vocab, self._merges, in_file = _read_bpe(folder)
         if declared is not None:
             where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+            if not isinstance(declared, dict):
+                raise UserError(f"{where}: expected an object, got {quoted(declared)}")
+            for key in declared:
+                if not (key.isascii() and key.isdecimal()) or len(key) > 9:
+                    raise UserError(f"{where}: {quoted(key)}, expected an id")
             added = [_Token.read(value, where, index=int(key)) for key, value in declared.items()]
         else:
             special = {token.content for token in self._named.values()}
-            legacy = read_json(folder / "added_tokens.json", optional=True)
+            legacy = _ids(folder / "added_tokens.json", optional=True)
             added = [_legacy_token(text, index, text in special) for text, index in legacy.items()]
             added += [token for token in in_file if token.content not in legacy]
         self._added = tuple(sorted(added, key=lambda token: token.index))
         if max_length is None:
-            limit = config.get("model_max_length", _CONTEXT)
+            limit = take(config, "model_max_length", float, folder / _SETTINGS, _CONTEXT)
             max_length = _CONTEXT if limit > _NO_LIMIT else int(limit)
         if max_length < 3:
             raise UserError(f"{folder}: max_length {max_length} leaves no room for a word")
@@ -117,7 +125,7 @@ class Tokenizer:
             found = backend.token_to_id(token.content)
             if found != token.index:
                 raise UserError(
-                    f"{folder}: added token {token.content!r} should have id {token.index}, "
+                    f"{folder}: added token {quoted(token.content)} should have id {token.index}, "
                     f"but the vocabulary puts it at {found}"
                 )
         present = {token.content for token in self._added}
@@ -259,37 +267,64 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list
     whole = folder / "tokenizer.json"
     if whole.exists():
         content = read_json(whole)
-        model = content.get("model", {})
+        model = take(content, "model", dict, whole, {})
         if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != _SUFFIX:
             raise UserError(
                 f"{whole}: not a CLIP tokenizer (BPE with end_of_word_suffix {_SUFFIX!r})"
             )
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        added = [
-            _Token.read(token, str(whole), index=int(token.get("id", -1)))
-            for token in content.get("added_tokens", [])
+        merges = [
+            pair.split(" ") if isinstance(pair, str) else pair
+            for pair in take(model, "merges", list, whole)
         ]
-        return model["vocab"], [_pair(pair, whole) for pair in merges], added
+        added = []
+        for token in take(content, "added_tokens", list, whole, []):
+            index = token.get("id", -1) if isinstance(token, dict) else -1
+            if type(index) is not int or not -1 <= index < _MOST_IDS:
+                raise UserError(f"{whole}: added_tokens: id {quoted(index)}, expected a number")
+            added.append(_Token.read(token, str(whole), index=index))
+        vocab = _checked_ids(take(model, "vocab", dict, whole), whole)
+        return vocab, [_pair(pair, whole) for pair in merges], added
     if not vocab_path.exists() and not merges_path.exists():
         raise UserError(f"{folder}: no tokenizer here (vocab.json + merges.txt, or tokenizer.json)")
-    vocab = read_json(vocab_path)
+    vocab = _ids(vocab_path)
     if not merges_path.exists():
         raise UserError(f"{merges_path}: missing, and there is no tokenizer.json instead")
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{merges_path}: not UTF-8 at byte {error.start}") from None
     lines = [line for line in lines if line and not line.startswith("#version")]
     merges = [_pair(line.rstrip("\r").split(" "), merges_path) for line in lines]
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in vocab:
                 raise UserError(
-                    f"{merges_path}: merge {left!r} {right!r}: {token!r} is not in vocab.json"
+                    f"{merges_path}: merge {quoted(left)} {quoted(right)}: {quoted(token)} is not "
+                    "in vocab.json"
                 )
     return vocab, merges, []
 
 
-def _pair(parts: Sequence[str], path: Path) -> tuple[str, str]:
-    if len(parts) != 2:
-        raise UserError(f"{path}: a merge joins two tokens, got {' '.join(parts)!r}")
+def _ids(path: Path, *, optional: bool = False) -> dict[str, int]:
+    """Tokens with their ids."""
+    return _checked_ids(read_json(path, optional=optional), path)
+
+
+def _checked_ids(vocab: dict[str, Any], path: Path) -> dict[str, int]:
+    for token, index in vocab.items():
+        if type(index) is not int or not 0 <= index < _MOST_IDS:
+            raise UserError(
+                f"{path}: token {quoted(token)} has id {quoted(index)}, expected 0 to "
+                f"{_MOST_IDS - 1}"
+            )
+    return vocab
+
+
+def _pair(parts: Any, path: Path) -> tuple[str, str]:
+    pair = isinstance(parts, list) and len(parts) == 2 and all(isinstance(x, str) for x in parts)
+    if not pair:
+        found = " ".join(map(str, parts)) if isinstance(parts, list) and len(parts) < 9 else parts
+        raise UserError(f"{path}: a merge joins two tokens, got {quoted(found)}")
     return parts[0], parts[1]
 
 

@@ -198,9 +198,9 @@ def test_one_process_writes_the_head(tmp_path):
     ("name", "content", "message"),
     [
         ("store.json", "{", r"store\.json: not valid JSON"),
-        ("store.json", "[]", "format None, expected 1"),
-        ("store.json", '{"format": 1}', "expected a store's head, with count"),
-        ("00000.seal", "[]", r"00000\.seal: expected the SHA-256 of \.array_record and \.jsonl"),
+        ("store.json", "[]", "expected a JSON object, got list"),
+        ("store.json", '{"format": 1}', "count is missing"),
+        ("00000.seal", "[]", r"00000\.seal: expected a JSON object, got list"),
     ],
 )
 def test_files_that_say_nothing_are_named(store, name, content, message):

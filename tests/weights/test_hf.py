@@ -440,7 +440,7 @@ def test_missing_shard_and_wrong_index_are_named(peer, tmp_path):
     with pytest.raises(UserError, match=f"{shard}: key 'ghost' missing"):
         load_model(UNet2DCondition, UNet2DConditionConfig, tmp_path)
     index.write_text("{}")
-    with pytest.raises(UserError, match="no weight_map"):
+    with pytest.raises(UserError, match="weight_map is missing"):
         load_model(UNet2DCondition, UNet2DConditionConfig, tmp_path)
 
 

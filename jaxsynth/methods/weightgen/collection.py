@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 from jaxsynth.adapters.flatten import Layout, Per
 from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.documents import parse_json, take
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.core.io import replacing
 from jaxsynth.weights import hub
+from jaxsynth.weights.safetensors import opened
 
 _FORMAT = "jaxsynth.weights"
 # Of parts that are the same in all states, which have no scale.
@@ -162,19 +163,20 @@ def read_collection(path: Path, layout: Layout, base: str) -> WeightCollection:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a collection of weights")
-    with hub.opened(path) as handle:
-        metadata = handle.metadata() or {}
+    with opened(path) as file:
+        metadata = file.metadata
         if metadata.get("format") != _FORMAT:
-            raise UserError(f"{path}: format {metadata.get('format')!r}, expected {_FORMAT!r}")
+            found = quoted(metadata.get("format"))
+            raise UserError(f"{path}: format {found}, expected {_FORMAT!r}")
         note = _note(path, metadata)
         if note["base"] != base:
             raise UserError(
                 f"{path}: its adapters belong to base {note['base']}, the generator's is {base}"
             )
         _check_layout(path, note["layout"], layout)
-        if missing := {"blocks", "mean", "std"} - set(handle.keys()):
+        if missing := {"blocks", "mean", "std"} - set(file.keys):
             raise UserError(f"{path}: {sorted(missing)[0]} is missing")
-        blocks, mean, std = (handle.get_tensor(name) for name in ("blocks", "mean", "std"))
+        blocks, mean, std = (file.read(name) for name in ("blocks", "mean", "std"))
     try:
         texts = tuple(tuple(own) for own in note["texts"])
         found = WeightCollection(blocks, texts, tuple(note["families"]), layout, base)

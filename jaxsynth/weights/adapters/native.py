@@ -26,9 +26,10 @@ from jaxsynth.adapters.inject import (
 )
 from jaxsynth.adapters.registry import MAKERS
 from jaxsynth.core import io
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import parse_json, take
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.weights import hub
-from jaxsynth.weights.tensors import read_tensor
+from jaxsynth.weights.safetensors import opened
 
 STATE_FILE = "adapter.safetensors"
 _FORMAT = "jaxsynth.adapter"
@@ -67,31 +68,33 @@ def read_state(path: Path) -> AdapterState:
     """Read what `write_state` wrote; UserError naming the file for anything else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected an adapter of jaxsynth")
-    with hub.opened(path) as handle:
-        metadata = handle.metadata() or {}
-        if metadata.get("format") != _FORMAT:
+    with opened(path) as file:
+        metadata = file.metadata
+        if not is_state(metadata):
             raise UserError(
-                f"{path}: format {metadata.get('format')!r}, expected {_FORMAT!r}; adapters of "
-                "peft and diffusers are read by weights.adapters"
+                f"{path}: format {quoted(metadata.get('format'))}, expected {_FORMAT!r}; adapters "
+                "of peft and diffusers are read by weights.adapters"
             )
-        arrays = {key: jnp.asarray(read_tensor(handle, path, key)) for key in sorted(handle.keys())}
+        arrays = {key: jnp.asarray(file.read_any(key)) for key in sorted(file.keys)}
     kind = metadata.get("kind")
     if kind == _NO_CONFIG:
         return AdapterState(arrays, None)
-    try:
-        config = json.loads(metadata.get("config", ""))
-        if kind != MixedConfig.__name__:
-            return AdapterState(arrays, _config(kind, config, path))
-        parts = tuple(_config(part["kind"], part["config"], path) for part in config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: config of {kind}: {error}") from error
+    text = metadata.get("config", "")
+    if kind != MixedConfig.__name__:
+        config = _config(kind, path)
+        return AdapterState(arrays, parse_json(text, f"{path}: config of {kind}", config))
+    where = f"{path}: config of {kind}"
+    parts = tuple(
+        take(part, "config", _config(take(part, "kind", str, where), path), where)
+        for part in parse_json(text, where, list[dict])
+    )
     return AdapterState(arrays, MixedConfig(parts))
 
 
-def _config(kind: Any, fields: dict[str, Any], path: Path) -> Any:
+def _config(kind: Any, path: Path) -> type:
     if kind not in _CONFIGS:
-        raise UserError(f"{path}: kind {kind!r}, expected one of {sorted(_CONFIGS)}")
-    return _CONFIGS[kind](**fields)
+        raise UserError(f"{path}: kind {quoted(kind)}, expected one of {sorted(_CONFIGS)}")
+    return _CONFIGS[kind]
 
 
 def read_network(plain: T, path: Path) -> T:

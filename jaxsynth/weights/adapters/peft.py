@@ -191,9 +191,10 @@ def write_peft(
 
     Biases in the state are written as peft's `bias="all"` (or "lora_only" where all are of adapted
     layers), whole layers as its `modules_to_save`. A text encoder's keys have "text_model.", and
-    its patterns match with and without. `model`, the network, plain or adapted, tells which layers
-    are convolutions ((IA)^3, OFT) and their sizes (VeRA). Raises ValueError naming what peft has no
-    form for.
+    its patterns match with and without; transformers >= 5.6, whose CLIPTextModel has lost the name,
+    reads them with `PeftModel.from_pretrained(..., key_mapping={r"^text_model\\.": ""})`. `model`,
+    the network, plain or adapted, tells which layers are convolutions ((IA)^3, OFT) and their sizes
+    (VeRA). Raises ValueError naming what peft has no form for.
     """
     folder = Path(folder)
     if state.config is None:

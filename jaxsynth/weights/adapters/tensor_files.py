@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights import hub
-from jaxsynth.weights.tensors import PICKLED, read_tensor
+from jaxsynth.weights.safetensors import FLOATS, INTEGERS, opened
+from jaxsynth.weights.tensors import PICKLED
 from jaxsynth.weights.torch_files.reader import read_nested, read_state_dict
 
 # Single numbers of a layer, which tools store in many types and shapes.
 _NUMBERS = (".alpha", ".on_input")
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_WHOLE = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
 def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -34,13 +32,13 @@ def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         tensors = read_state_dict(source)
         kinds = {key: value.dtype.name for key, value in tensors.items()}
         return {key: _plain(tensors[key], kinds[key], key, source) for key in sorted(tensors)}, {}
-    with hub.opened(source) as handle:
-        kinds = {key: handle.get_slice(key).get_dtype() for key in sorted(handle.keys())}
+    with opened(source) as file:
+        kinds = {key: file.dtype(key) for key in sorted(file.keys)}
         for key, kind in kinds.items():
-            if kind not in _FLOATS and not (kind in _WHOLE and key.endswith(_NUMBERS)):
+            if kind not in FLOATS and not (kind in INTEGERS and key.endswith(_NUMBERS)):
                 raise _not_a_float(key, kind, source)
-        tensors = {key: read_tensor(handle, source, key) for key in kinds}
-        metadata = handle.metadata() or {}
+        tensors = {key: file.read_any(key) for key in kinds}
+        metadata = file.metadata
     return {key: _plain(value, kinds[key], key, source) for key, value in tensors.items()}, metadata
 
 
@@ -48,16 +46,16 @@ def keys(source: Path) -> list[str]:
     """The keys of a file's tensors, sorted."""
     if source.suffix in PICKLED:
         return sorted(read_state_dict(source))
-    with hub.opened(source) as handle:
-        return sorted(handle.keys())
+    with opened(source) as file:
+        return sorted(file.keys)
 
 
 def metadata_of(source: Path) -> dict[str, str]:
     """The metadata of a file, none where it is PyTorch's."""
     if source.suffix in PICKLED:
         return {}
-    with hub.opened(source) as handle:
-        return handle.metadata() or {}
+    with opened(source) as file:
+        return file.metadata
 
 
 def nested(source: Path) -> dict[Any, Any]:
@@ -84,6 +82,6 @@ def _plain(value: np.ndarray, kind: str, key: str, source: Path) -> np.ndarray:
 def _not_a_float(key: str, kind: str, source: Path) -> UserError:
     return UserError(
         f"{source}: {key} holds numbers of type {kind}, expected floats "
-        f"({', '.join(sorted(_FLOATS))}); an adapter of whole numbers is quantized, and must be "
+        f"({', '.join(sorted(FLOATS))}); an adapter of whole numbers is quantized, and must be "
         "saved as floats first"
     )

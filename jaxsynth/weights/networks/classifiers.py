@@ -24,8 +24,8 @@ from flax import nnx
 from jax.tree_util import Partial
 from jaxtyping import Array
 
-from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.models.classifiers.convnext import ConvNextConfig, ConvNextForImageClassification
 from jaxsynth.models.classifiers.dinov2 import (
     HEAD_LAYERS,
@@ -36,7 +36,8 @@ from jaxsynth.models.classifiers.resnet import REDUCTION, ResNetConfig, ResNetFo
 from jaxsynth.models.classifiers.swin import SwinConfig, SwinForImageClassification
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.weights import hub, preprocessing
-from jaxsynth.weights.hf import describe
+from jaxsynth.weights.checks import check_counts
+from jaxsynth.weights.hf import describe_of
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, keys_of, to_file
 from jaxsynth.weights.networks import timm
@@ -63,6 +64,7 @@ _UNUSED = re.compile(
 )
 _CLASSIFIER = re.compile(r"(cls_|distillation_)?classifier\.(1\.)?(weight|bias)")
 _LISTED = 8
+_LABELS = dict[str, str] | list[str] | None
 
 
 @dataclass(frozen=True)
@@ -192,19 +194,20 @@ def _from_transformers(
     head: LinearHead | None,
     preprocess: Preprocessing | None,
 ) -> Classifier:
-    kind = config.get("model_type")
+    kind = take(config, "model_type", str, path, "")
     if kind not in _NETWORKS:
         raise UserError(
-            f"{path}: model_type {kind!r}, expected one of {', '.join(sorted(_NETWORKS))}, or a "
-            "timm architecture"
+            f"{path}: model_type {quoted(kind)}, expected one of {', '.join(sorted(_NETWORKS))}, "
+            "or a timm architecture"
         )
     network, config_cls = _NETWORKS[kind]
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = [*(take(config, "architectures", list[str] | None, path, None) or []), ""][0]
+    labels = take(config, "id2label", dict[str, str] | None, path, None)
     own = architecture.endswith((_WITH_HEAD, _DISTILLED))
-    names = _class_names(path, config.get("id2label")) if own else ()
+    names = _class_names(path, labels) if own else ()
     fields = dict(config)
     # A classifier without a table of labels has transformers' default of two.
-    fields["num_labels"] = len(config.get("id2label") or "ab") if own else 0
+    fields["num_labels"] = len(labels or "ab") if own else 0
     if architecture.endswith(_DISTILLED):
         fields["distilled"] = True
     try:
@@ -212,7 +215,8 @@ def _from_transformers(
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     made = _with_head(made, head, path)
-    model = _fill(describe(network, made), weights, _renamer(made, head), head)
+    check_counts(path, made, *weights.counts())
+    model = _fill(describe_of(path, network, made), weights, _renamer(made, head), head)
     own_path = path.parent / preprocessing.PREPROCESSOR
     if preprocess is None:
         if not own_path.is_file():
@@ -232,23 +236,26 @@ def _from_timm(
     preprocess: Preprocessing | None,
 ) -> Classifier:
     # Files before timm 0.9 have its fields at the top.
-    pretrained = {**config, **config.get("pretrained_cfg", {})}
-    size = (pretrained.get("input_size") or (3, 224, 224))[1]
+    pretrained = {**config, **take(config, "pretrained_cfg", dict, path, {})}
+    shape = take(pretrained, "input_size", tuple[int, int, int] | None, path, None)
+    size = (shape or (3, 224, 224))[1]
     found = timm.describe(path, config, size, weights.keys)
     made = _with_head(found.config, head, path)
     if isinstance(made, Dinov2Config) and head is None:
         # timm's classifiers read the class token alone.
         made = dataclasses.replace(made, head_layers=0)
+    check_counts(path, made, *weights.counts())
     model = _fill(
-        describe(found.network, made),
+        describe_of(path, found.network, made),
         weights,
         _without_head(found.rename) if head else found.rename,
         head,
         padded=found.padded,
     )
     preprocess = preprocess or preprocessing.from_timm(path, pretrained)
-    names = config.get("label_names") or pretrained.get("label_names")
-    if isinstance(names, Mapping):
+    names = take({**pretrained, **config}, "label_names", _LABELS, path, None)
+    names = names or take(pretrained, "label_names", _LABELS, path, None)
+    if isinstance(names, dict):
         names = _class_names(path, names)
     return _made(model, preprocess, tuple(names or ()), path.parent, weights, head)
 
@@ -265,7 +272,7 @@ def _from_file(path: Path, head: LinearHead | None, preprocess: Preprocessing | 
     config = _resnet_shape(path, shapes)
     made = _with_head(config, head, path)
     rename = _without_head(timm.rename_resnet) if head else timm.rename_resnet
-    model = _fill(describe(ResNetForImageClassification, made), weights, rename, head)
+    model = _fill(describe_of(path, ResNetForImageClassification, made), weights, rename, head)
     return _made(model, preprocess, (), path, weights, head)
 
 
@@ -428,7 +435,9 @@ def _class_names(path: Path, labels: Mapping[str, str] | None) -> tuple[str, ...
     """The names by index; () where they are transformers' placeholders or there are none."""
     if not labels:
         return ()
-    by_index = {int(index): str(name) for index, name in labels.items()}
+    if wrong := [index for index in labels if not (index.isascii() and index.isdecimal())]:
+        raise UserError(f"{path}: labels: {quoted(wrong[0])}, expected an index")
+    by_index = {int(index[:9]): str(name) for index, name in labels.items()}
     if sorted(by_index) != list(range(len(by_index))):
         raise UserError(f"{path}: labels: expected the indices 0 to {len(by_index) - 1}")
     names = tuple(by_index[i] for i in range(len(by_index)))

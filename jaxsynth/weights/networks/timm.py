@@ -15,6 +15,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxsynth.core.documents import take
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.classifiers.convnext import ConvNextConfig, ConvNextForImageClassification
 from jaxsynth.models.classifiers.dinov2 import Dinov2Config, Dinov2ForImageClassification
@@ -94,9 +95,9 @@ def describe(
     `keys` are those of the weights: whether a ResNet's head has a bias, and which Swin is of the
     older layout, only they tell. UserError for an architecture or an argument that is not known.
     """
-    name = str(config.get("architecture", "")).split(".")[0]
-    args = dict(config.get("model_args") or {})
-    labels = config.get("num_classes", 1000)
+    name = take(config, "architecture", str, path, "").split(".")[0]
+    args = dict(take(config, "model_args", dict | None, path, None) or {})
+    labels = take(config, "num_classes", int, path, 1000)
     size = args.pop("img_size", image_size)
     size = size[0] if isinstance(size, list | tuple) else size
     pool = args.pop("global_pool", config.get("global_pool"))

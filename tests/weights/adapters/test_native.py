@@ -25,7 +25,7 @@ DIT = DiTConfig(
 )
 TARGETS = ("to_q", "pos_embed.proj", "proj_out_2")
 TABLE = "class_embedder.embedding_table"
-LORA = LoRAConfig(rank=2, alpha=5, targets=TARGETS, rank_pattern={"proj_out_2": 1})
+LORA = LoRAConfig(rank=2, alpha=5.0, targets=TARGETS, rank_pattern={"proj_out_2": 1})
 AFFINER = AffinerConfig(rank=3, targets=TARGETS, scale_side="output", form="relu")
 KINDS = {
     "lora": lambda model: add_lora(model, LORA, rngs=nnx.Rngs(0)),

@@ -269,7 +269,6 @@ def test_prompts_and_prefixes(tmp_path, targets):
         ("loha", {"peft_type": "LORA"}, "is of a LoHa adapter"),
         ("loha", {"r": 4}, r"linear.hada_w1_b has shape \(3, 12\), expected rank 4"),
         ("loha", {"target_modules": ["conv"]}, "linear is not among the targets"),
-        ("loha", {"exclude_modules": ["x"]}, "exclude_modules is"),
         ("oft", {"block_share": True}, "block_share is True, which is not implemented"),
         ("glora", {"config_C": "none"}, "config_C is 'none', expected one of"),
         ("adalora-pruned", {"init_r": 4}, "linear has ranks|conv has ranks"),

@@ -15,6 +15,7 @@ from jaxsynth.robustness.attacks.gradient import fgsm
 from jaxsynth.weights import hub, preprocessing
 from jaxsynth.weights.networks.classifiers import load_classifier, save_classifier
 from jaxsynth.weights.preprocessing import Preprocessing
+from jaxsynth.weights.safetensors import opened
 from tests.models.torch_parity import nchw, randomise, relative_error
 from tests.weights import make_timm_golden
 
@@ -312,8 +313,8 @@ def test_keys_too_many_and_too_few_are_all_named(folder_of, tmp_path):
     folder, _, _ = folder_of("ViT")
     copy(folder, tmp_path)
     path = tmp_path / "model.safetensors"
-    with hub.opened(path) as handle:
-        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    with opened(path) as file:
+        tensors = {key: file.read_any(key) for key in file.keys}
     tensors["vit.layer_scale"] = tensors.pop("vit.layernorm.bias")
     tensors["stem.weight"] = tensors.pop("classifier.bias")
     hub.write_tensors(path, tensors)
