@@ -29,7 +29,10 @@ def state_places(state: TrainState, task: Task, mesh: Mesh, together: bool) -> T
 
     def of_parts(tree: PyTree) -> PyTree:
         if isinstance(task.learns, Mapping):
-            return type(tree)({part: choose(how, tree[part]) for part, how in task.learns.items()})
+            # In the order of leaves, and rebuilt from them, because an nnx.State wraps its parts.
+            places = {part: choose(how, tree[part]) for part, how in task.learns.items()}
+            leaves = jax.tree.leaves([places[part] for part in sorted(places)])
+            return jax.tree.unflatten(jax.tree.structure(tree), leaves)
         return choose(task.learns, tree)
 
     everywhere = lambda tree: jax.tree.map(lambda _: whole, tree)  # noqa: E731

@@ -153,7 +153,9 @@ class Steps:
                 f"advance: {steps} steps, expected a multiple of steps_per_call = "
                 f"{self._config.steps_per_call}"
             )
-        if calls and not self._compiled:
+        if not calls:
+            return 0.0
+        if not self._compiled:
             # On copies, because the state is donated.
             copies = jax.tree.map(jnp.copy, self._leaves)
             jax.block_until_ready(self._program(copies, self._frozen, self._built.data))

@@ -296,10 +296,10 @@ def test_a_missing_peer_says_what_to_install():
     code = (
         "import importlib, sys\n"
         "from jaxsynth.core.errors import UserError\n"
-        "for module, missing in (('torch', 'peft'), ('foolbox', 'foolbox'),\n"
+        "for module, missing in (('diffusers', 'peft'), ('foolbox', 'foolbox'),\n"
         "        ('torchattacks', 'torchattacks'), ('imagecorruptions', 'cv2')):\n"
         "    sys.modules[missing] = None\n"
-        "    try:\n        importlib.import_module(f'jaxsynth.bench.{module}_peer')\n"
+        "    try:\n        importlib.import_module(f'jaxsynth.bench.peers.{module}')\n"
         "    except UserError as error:\n        print(error)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -256,7 +256,7 @@ def test_denoisers_that_cannot_be_copied_are_refused():
     refuse("adapter layers", adapted)
     for change, match in (
         ({"conv_in_kernel": 1}, "conv_in_kernel is 1"),
-        ({"layers_per_block": [1, 2]}, "layers_per_block: expected an int"),
+        ({"layers_per_block": [1, 2]}, "layers_per_block.*: expected an int"),
     ):
         config = UNet2DConditionConfig.from_dict({**unet_settings(TINY), **change})
         refuse(match, abstract(UNet2DCondition, config))
@@ -333,7 +333,7 @@ def test_gradients_reach_every_parameter_once_the_zeros_are_left():
     @jax.jit
     def step(state):
         def loss(state):
-            found = nnx.merge(graphdef, state)(*arguments, remat=True)
+            found = nnx.merge(graphdef, state)(*arguments, remat="block")
             return sum(
                 (x * jnp.cos(jnp.arange(x.size).reshape(x.shape))).sum()
                 for x in [*found.down_block_res_samples, found.mid_block_res_sample]

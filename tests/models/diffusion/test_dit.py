@@ -383,7 +383,7 @@ def test_many_devices_compute_as_one(random_dit):
         ({"activation_fn": "geglu"}, "activation_fn: expected 'gelu-approximate'"),
         ({"caption_channels": 8}, "caption_channels: expected None"),
         ({"class_dropout": 0.1}, "unknown field 'class_dropout'"),
-        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm: expected an int >= 1, got None"),
+        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm.*: expected an int"),
         ({"patch_size": 3}, "patch_size: 3 does not divide sample_size 8"),
         ({"attention_head_dim": 3}, "2 heads of 3 make 6 channels, expected a multiple of 4"),
         ({"freq_shift": 2}, "freq_shift: expected 0 or 1, got 2"),

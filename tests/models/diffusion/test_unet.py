@@ -216,10 +216,10 @@ def test_bfloat16_is_close_to_float32():
         ({"block_channels": [1]}, "unknown field 'block_channels'"),
         ({"down_block_types": ["DownBlock2D"]}, "down_block_types: expected 2 entries"),
         ({"down_block_types": ["UpBlock2D"] * 2}, "down_block_types: expected one of"),
-        ({"cross_attention_dim": [24, 24]}, "cross_attention_dim: expected an int"),
-        ({"attention_head_dim": [4]}, "attention_head_dim: expected an int or 2 of them"),
+        ({"cross_attention_dim": [24, 24]}, "cross_attention_dim.*: expected an int"),
+        ({"attention_head_dim": [4]}, "attention_head_dim.*: expected an int or 2 of them"),
         ({"attention_head_dim": 5}, "5 heads do not divide 16 channels"),
-        ({"norm_num_groups": None}, "norm_num_groups: expected an int"),
+        ({"norm_num_groups": None}, "norm_num_groups.*: expected an int"),
     ],
 )
 def test_config_errors_name_the_field(change, message):
@@ -247,7 +247,7 @@ def test_recomputing_blocks_changes_neither_output_nor_gradients(key):
         return (out**2).mean()
 
     grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, again = grad(state, False), grad(state, True)
-    chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-7)
-    text_of = str(jax.make_jaxpr(lambda s: jax.grad(loss)(s, True))(state))
+    plain, again = grad(state, None), grad(state, "block")
+    chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-6)
+    text_of = str(jax.make_jaxpr(lambda s: jax.grad(loss)(s, "block"))(state))
     assert "remat" in text_of or "checkpoint" in text_of
