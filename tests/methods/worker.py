@@ -19,14 +19,14 @@ def die() -> None:
 def die_at(place: str) -> None:
     """In the training of an adapter or a classifier, or between the files of the second shard."""
     if place == "generate":
-        write = store._write
+        write = store.write_json
 
-        def write_or_die(path, data):
+        def write_or_die(path, *args, **kwargs):
             if path.name == "00001.seal":
                 die()
-            write(path, data)
+            write(path, *args, **kwargs)
 
-        store._write = write_or_die
+        store.write_json = write_or_die
         return
     part = {"fine-tune": "adapter", "classify": "both"}[place]
     save = Checkpoints.save
