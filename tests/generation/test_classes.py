@@ -191,7 +191,7 @@ def test_a_store_of_all_classes(mixed, own, tmp_path):
 
 
 def test_mistakes_are_refused(make, base, models, mixed):
-    with pytest.raises(ValueError, match="12 images, batch_size is 4"):
+    with pytest.raises(ValueError, match="12 images, but batch_size is 4"):
         mixed(NUMBERS, INDICES)
     prompted = dataclasses.replace(CONFIG, negative_prompt="blurred")
     with pytest.raises(ValueError, match="negative_prompt: a class-conditional model has no"):
