@@ -17,7 +17,7 @@ def classifier_free(
     denoise: Callable[[Array, Array, PyTree], Array],
     guidance_scale: float | Float[Array, "..."],
     cond: PyTree[Float[Array, "b ..."]],
-    uncond: PyTree[Float[Array, "b ..."]] | None,
+    uncond: PyTree[Float[Array, "_ ..."]] | None,
     *,
     channels: int | None = None,
 ) -> Callable[[Array, Array], Array]:

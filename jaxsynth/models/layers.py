@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 Linear = nnx.Linear
 # NNX's own default, by name.
@@ -254,7 +254,7 @@ def _patchify(lhs: Array, rhs: Array, window_strides, padding, **_) -> Array:
 
 
 def timestep_embedding(
-    timesteps: Float[Array, " b"],
+    timesteps: Num[Array, " b"],
     dim: int,
     *,
     flip_sin_to_cos: bool = True,

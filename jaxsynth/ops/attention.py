@@ -23,13 +23,13 @@ _QUERY_CHUNKS = (256, 128)
 def attention(
     query: Float[Array, "b q n d"],
     key: Float[Array, "b k n d"],
-    value: Float[Array, "b k n d"],
+    value: Float[Array, "b k n v"],
     *,
     mask: Bool[Array, "#b #n #q k"] | None = None,
     bias: Float[Array, "#b #n q k"] | None = None,
     causal: bool = False,
     implementation: Implementation = "auto",
-) -> Float[Array, "b q n d"]:
+) -> Float[Array, "b q n v"]:
     """Scaled dot-product attention, softmax in float32, scale `1/sqrt(d)`.
 
     `mask` is True where a query may look; `causal` adds the lower-triangular mask; `bias` is added
