@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, Key, UInt8
 
 from jaxsynth.adapters.inject import AdapterState, can_merge, merge
 from jaxsynth.adapters.registry import attach
+from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.generation.conditioners import Text
@@ -202,6 +203,7 @@ def fill_store(
     digests = adapter_digests or [""]
     with progress(description, own, start=done) as bar:
         for shard in mine:
+            preemption.stop_if_requested(f"with {done} of {own} images drawn")
             positions = np.array(writer.span(shard))
             labels, indices = positions % classes, positions // classes
             images = []
