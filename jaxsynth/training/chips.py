@@ -51,6 +51,13 @@ CHIPS = {
 }  # fmt: skip
 
 
+_NO_MACHINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
 def slice_of(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
     """The chip and the devices of a slice such as `v5e:4x4`, for the compiler alone.
 
@@ -68,11 +75,11 @@ def slice_of(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
         f"--topology={topology}: no such slice, expected {kind}: and one of "
         f"{', '.join(chip.shapes)}"
     )
-    axes = len(chip.shapes[0].split("x"))
-    if not re.fullmatch("x".join([r"[1-9]\d*"] * axes), shape):
+    sizes = [int(size) for size in re.findall(r"[1-9]\d*", shape)]
+    if "x".join(map(str, sizes)) != shape or len(sizes) != chip.shapes[0].count("x") + 1:
         raise wrong
-    sizes = [int(size) for size in shape.split("x")]
-    if math.prod(sizes) > chip.most:
+    # Of three axes there are more than the common ones, which the compiler knows.
+    if math.prod(sizes) > chip.most or (len(sizes) == 2 and shape not in chip.shapes):
         raise wrong
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
@@ -81,8 +88,9 @@ def slice_of(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
         )
     from jax.experimental import topologies
 
-    # Else libtpu asks the cloud's metadata server which machine this is.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Else libtpu asks the cloud's metadata server which machine this is, and complains.
+    for name, value in _NO_MACHINE.items():
+        os.environ.setdefault(name, value)
     more = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
     try:
         found = topologies.get_topology_desc(topology, "tpu", **more)

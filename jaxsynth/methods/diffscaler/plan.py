@@ -6,7 +6,7 @@ config.json or its published name, and of data that cannot be counted a size is 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,12 @@ from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, SCHEDULER
 
 # "DiT-XL-2-256x256.pt" of the authors, "facebook/DiT-XL-2-256" on the hub.
 _PUBLISHED = re.compile(r"(?:.*/)?(DiT-(?:S|B|L|XL))-([248])-(256|512)(?:x\3)?(?:\.pt)?")
+ASSUMED_VAE = AutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,8 @@ def _model(one: _Training, config: Config, network: DiTConfig) -> DiT:
 
     def make() -> DiT:
         if not one.recipe:
-            return mark_trainable(_network(network, "float32"))
-        base = _network(network, config.dtype)
+            return mark_trainable(_network(DiT, network, "float32"))
+        base = _network(DiT, network, config.dtype)
         adaptation = config.adaptation(one.recipe, config.seeds[0])
         return adaptation.apply(base, one.rows, condition_channels=one.channels)
 
@@ -172,17 +178,20 @@ def _drawn(one: _Training, config: Config, network: DiTConfig, mesh: Mesh, batch
     if one.channels:
         grid = (network.sample_size, network.sample_size, one.channels)
         rows["condition"] = (grid, jnp.uint8)
+    vae, own = _vae_config(config), (Path(config.base).expanduser() / "vae").is_dir()
+    dtype = config.dtype if config.base and own else "float32"
+    assumed = f"{config.vae}: Stable Diffusion's autoencoder is assumed" * (vae is ASSUMED_VAE)
     return plan_sampler(
         f"draw {one.name}",
         model,
-        nnx.eval_shape(lambda: AutoencoderKL(_vae_config(config), rngs=nnx.Rngs(0))),
+        nnx.eval_shape(lambda: _network(AutoencoderKL, vae, dtype)),
         *class_sampler(model.config, scheduler, generate),
         (network.sample_size, network.sample_size, network.in_channels),
         rows,
         mesh,
         batch_size=batch,
         adapters=one.drawn,
-        note=one.note,
+        note=_joined([one.note, assumed]),
     )
 
 
@@ -220,15 +229,27 @@ def _pretrained(config: Config) -> DiTConfig:
 
 
 def _vae_config(config: Config) -> AutoencoderKLConfig:
-    """The autoencoder's shape: of the base's folder where it has one."""
+    """The autoencoder's shape: of the base's folder where it has one; Stable Diffusion's of a hub.
+
+    That is what published transformers are used with.
+    """
     own = Path(config.base).expanduser() / "vae"
-    folder = own if config.base and own.is_dir() else vae_folder(config.vae)
+    if config.base and own.is_dir():
+        folder = own
+    elif _is_here(config.vae):
+        folder = vae_folder(config.vae)
+    else:
+        return ASSUMED_VAE
     return AutoencoderKLConfig.from_dict(read_json(folder / "config.json"))
 
 
-def _network(config: DiTConfig, dtype: str) -> DiT:
+def _is_here(vae: str) -> bool:
+    return vae.split("/")[0] == "tiny" or Path(vae).expanduser().is_dir()
+
+
+def _network(kind: Callable[..., Any], config: Any, dtype: str) -> Any:
     """A frozen network stored and computed in `dtype`; to be traced."""
-    graphdef, state = nnx.split(DiT(config, dtype=jax.numpy.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(kind(config, dtype=jax.numpy.dtype(dtype), rngs=nnx.Rngs(0)))
     return nnx.merge(graphdef, stored(state, dtype))
 
 
