@@ -132,7 +132,9 @@ class _Shapes:
     def of(cls, config: Config) -> "_Shapes":
         width, tokens, note = _text(config)
         concepts, wanted = None, config.concepts
-        if wanted.source == "server":
+        if wanted.source == "server" or (
+            wanted.source == "file" and not Path(wanted.path).is_file()
+        ):
             assumed = f"{ASSUMED_WORDINGS} wordings of a concept are assumed"
             note = "; ".join(filter(None, [note, assumed]))
         else:
