@@ -71,7 +71,7 @@ def plan(args: argparse.Namespace, configured: Callable, enable_cache: Callable[
     if args.memory is not None and args.memory <= 0:
         raise UsageError(f"--memory={args.memory:g}: expected GiB above 0")
     chip, devices = None, None
-    _start_fake_devices(args.devices or 1, exactly=args.topology is None)
+    _start_fake_devices(1 if args.devices is None else args.devices, exactly=args.topology is None)
     if args.topology is not None:
         from jaxsynth.training.chips import slice_of
 
@@ -115,9 +115,11 @@ def _print(programs: list, limit: float, chip: Any, *, fit: bool, say: Callable)
     for program, one in zip(programs, plans, strict=True):
         over = one.refused or one.bytes > most
         if over:
-            has = "has" if limit else "of the largest chip has"
-            say(f"{one.name}: needs {one.bytes / GIB:.1f} GiB of each device, which {has} "
-                f"{most / GIB:.2f}", markup=False)  # fmt: skip
+            has = "'s" if limit else ", and the largest chip has"
+            say(
+                f"{one.name}: needs {one.bytes / GIB:.3g} GiB of each device{has} {most / GIB:.4g}",
+                markup=False,
+            )
         if over or fit:
             say(_advice(program, most, fit), markup=False)
 
@@ -135,7 +137,7 @@ def _advice(program: Any, limit: float, fit: bool) -> str:
             "take more devices, --fsdp, or remat"
         )
     what = "the largest that fits is" if fit else "fits with"
-    size = f"{found.bytes / 2**30:.1f} GiB"
+    size = f"{found.bytes / 2**30:.3g} GiB"
     return f"{program.name}: {what} --config.{program.field}={batch} ({size})"
 
 

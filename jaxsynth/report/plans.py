@@ -19,7 +19,7 @@ def memory_table(plans: Sequence[Plan], limit: float = 0) -> Table:
     columns = ["Program", "arguments", "frozen", "outputs", "temporary", "sum"]
     caption = "MiB on each device"
     if limit:
-        columns, caption = [*columns, "of chip"], f"MiB on each chip of {limit / GIB:.2f} GiB"
+        columns, caption = [*columns, "share"], f"MiB on each device of {limit / GIB:.4g} GiB"
     return Table(columns, rows, caption=caption, better=None)
 
 

@@ -77,7 +77,7 @@ HloModule jit_f
   ROOT %out = (s32[]{:T(128)}, f32[10,512,128]{2,1,0:T(8,128)}) tuple(%i, %w)
 }
 
-%condition (arg.1: (s32[], f32[10,512,128])) -> pred[] {
+%stop (arg.1: (s32[], f32[10,512,128])) -> pred[] {
   %limit = s32[]{:T(128)} constant(10)
   %arg.1 = (s32[]{:T(128)}, f32[10,512,128]{2,1,0:T(8,128)}) parameter(0)
   %n = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
@@ -88,7 +88,7 @@ ENTRY %main (p: f32[10,512,128]) -> f32[10,512,128] {
   %p = f32[10,512,128]{2,1,0:T(8,128)} parameter(0)
   %start = s32[]{:T(128)S(6)} constant(0)
   %t = (s32[]{:T(128)}, f32[10,512,128]{2,1,0:T(8,128)}) tuple(%start, %p)
-  %loop = (s32[]{:T(128)}, f32[10,512,128]{2,1,0:T(8,128)}) while(%t), condition=%condition, body=%body
+  %loop = (s32[]{:T(128)}, f32[10,512,128]{2,1,0:T(8,128)}) while(%t), condition=%stop, body=%body
   ROOT %done = f32[10,512,128]{2,1,0:T(8,128)} get-tuple-element(%loop), index=1
 }
 """
