@@ -38,24 +38,6 @@ several machines (the same command on each):
   elsewhere give --coordinator_address, --num_processes and --process_id, or set
   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
-PLAN_EPILOG = """\
-The training programs of a config are compiled for fake CPU devices from shapes alone: no weights,
-no data and no accelerator are needed, and nothing of the networks' size is allocated. Of each it
-prints, in MiB on each device,
-  arguments    what lies there between steps: weights, optimiser, average and cached latents
-  frozen       the part of them that training does not change
-  outputs      what a step returns beside them
-  temporaries  what a step needs while it runs: the figure of CPU devices, which compute in 32
-               bits and lay memory out otherwise; an accelerator's may be smaller or larger
-and the floating-point operations of one update on all devices together.
-
-A mesh has the axes data, fsdp and tensor; their sizes multiply to the number of devices, and data
-takes what the others leave.
-
-examples:
-  jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8
-  jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8 --fsdp=4 --config.train.batch_size=64
-"""
 CONVERT_EPILOG = """\
 formats of an adapter, all of which are read too:
   peft         a folder with adapter_config.json and adapter_model.safetensors; one such folder

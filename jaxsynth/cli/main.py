@@ -27,13 +27,14 @@ from rich.text import Text as RichText
 import jaxsynth
 from jaxsynth.cli import generate as generate_verb
 from jaxsynth.cli import help
+from jaxsynth.cli import plan as plan_verb
 from jaxsynth.core.checks import check_config
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 
 # The module that runs a method has `Config` (frozen dataclasses), `run(config, workdir)` and
-# `plan(config, mesh)`, which returns a list of `training.planning.Plan`; those of REPORTS also have
-# `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
+# `plan(config, mesh)`, which returns the `training.planning.Program`s that a run starts; those of
+# REPORTS also have `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
 METHODS = {
     name: f"jaxsynth.methods.{name}.run"
     for name in ("controlled", "datadream", "diffscaler", "robustness", "tiny_base", "weightgen")
@@ -118,26 +119,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """`jaxsynth plan`: what a config's training needs, on devices that need not be there."""
-    _start_fake_devices(args.devices)
-    name, method, config = _configured(args)
-    _enable_compile_cache()
-    import jax
-
-    from jaxsynth.core.console import console
-    from jaxsynth.report.plans import plan_table
-    from jaxsynth.report.tables import to_rich
-    from jaxsynth.training.sharding import make_mesh
-
-    mesh = make_mesh(args.data, args.fsdp, args.tensor)
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    device = jax.devices()[0].device_kind
-    console.print(f"{name} on {mesh.size} x {device} ({shape})", markup=False)
-    plans = method.plan(config, mesh)
-    console.print(to_rich(plan_table(plans)))
-    for one in plans:
-        if one.note:
-            console.print(f"{one.name}: {one.note}", markup=False)
+    """`jaxsynth plan`: what a config's programs need, on devices that need not be there."""
+    plan_verb.plan(args, _configured, _enable_compile_cache)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -199,20 +182,6 @@ def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
     if "method" not in method.Config.__dataclass_fields__:
         del values["method"]
     return name, method, to_dataclass(method.Config, values)
-
-
-def _start_fake_devices(count: int) -> None:
-    """Has JAX see `count` CPU devices, which has to be said before it is imported."""
-    if count < 1:
-        raise UsageError(f"--devices={count}: expected at least 1")
-    if "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-    import jax
-
-    if (found := len(jax.devices())) != count:
-        raise UsageError(f"--devices={count}: this process has already started JAX with {found}")
 
 
 def _enable_compile_cache() -> None:
@@ -352,28 +321,7 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
 
 
 def _plan_parser(verbs) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        "plan",
-        help="compile a config's training for many devices, and print what it needs",
-        description="Compile a config's training programs for many devices, without any of them, "
-        "and print the memory and the work that they need.",
-        usage="jaxsynth plan --config=FILE[:VARIANT] --devices=N [--data=N] [--fsdp=N] "
-        "[--tensor=N] [--config.FIELD=VALUE ...]",
-        epilog=help.PLAN_EPILOG,
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
-    )
-    parser.add_argument(
-        "--devices", required=True, type=int, metavar="N", help="how many devices to compile for"
-    )
-    for axis, default, what in (
-        ("data", -1, "which share a batch (default: all that the others leave)"),
-        ("fsdp", 1, "which share a batch and the frozen weights (default 1)"),
-        ("tensor", 1, "which share the layers' heads and channels (default 1)"),
-    ):
-        text = f"devices along the axis {axis}, {what}"
-        parser.add_argument(f"--{axis}", type=int, default=default, metavar="N", help=text)
+    parser = plan_verb.add_parser(verbs)
     parser.set_defaults(call=plan)
     return parser
 

@@ -126,9 +126,15 @@ def _adapted(pipeline: StableDiffusion, adapters) -> list[TextToImage]:
     if isinstance(adapters, Sequence):
         return [attach(base, one) for one in adapters]
     model = attach(base, adapters)
-    # 16-bit weights would lose most of a small update to their rounding.
-    wide = pipeline.unet.conv_in.kernel[...].dtype == jnp.float32
-    return [merge(model) if wide and can_merge(model) else model]
+    return [merge(model) if merges(pipeline, model) else model]
+
+
+def merges(pipeline: StableDiffusion, model: TextToImage) -> bool:
+    """Whether the one adapter of `model` is merged into the pipeline's weights to draw images.
+
+    16-bit weights would lose most of a small update to their rounding.
+    """
+    return pipeline.unet.conv_in.kernel.get_value().dtype == jnp.float32 and can_merge(model)
 
 
 @partial(jax.jit, static_argnums=0)

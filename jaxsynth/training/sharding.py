@@ -148,8 +148,10 @@ def make_mesh(
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = len(devices) // -math.prod(shape)
     if min(shape) < 1 or math.prod(shape) != len(devices):
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise ValueError(
-            f"data={data}, fsdp={fsdp}, tensor={tensor} do not make {len(devices)} devices"
+            f"data={data}, fsdp={fsdp}, tensor={tensor} do not make {len(devices)} devices; "
+            f"expected sizes that do, each of {', '.join(map(str, divisors))}"
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

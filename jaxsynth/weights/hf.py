@@ -164,7 +164,7 @@ def describe_pipeline(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> StableDiffusion:
     """A pipeline of shapes, from its configs and tokenizer alone: no weights are read."""
-    folder = resolve(name_or_path)
+    folder = resolve(name_or_path, weights=False)
     compute = dtype if compute_dtype is None else compute_dtype
     kinds = (
         (UNet2DCondition, UNet2DConditionConfig, "unet"),
@@ -185,7 +185,7 @@ def describe_clip(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> Clip:
     """A CLIP of shapes, from its configs and tokenizer alone: no weights are read."""
-    folder = resolve(name_or_path)
+    folder = resolve(name_or_path, weights=False)
     compute = dtype if compute_dtype is None else compute_dtype
     model = describe(CLIPModel, _config(CLIPConfig, folder / "config.json"), compute)
     size = model.config.vision_config.image_size
