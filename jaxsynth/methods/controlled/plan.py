@@ -4,7 +4,6 @@ The tasks are those of the run (`tasks.controlled.control_task`), of shapes. Of 
 only the config.json files are read.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,19 +12,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.methods.controlled.config import Config
-from jaxsynth.models.clip import CLIPTextConfig
-from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
+from jaxsynth.models.diffusion.unet import UNet2DCondition
 from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.controlled import Triples, control_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan
-from jaxsynth.weights import hub
+from jaxsynth.weights.hf import is_here, pipeline_configs
 
 
 def plan(config: Config, mesh: Mesh) -> list[Plan]:
@@ -33,16 +29,13 @@ def plan(config: Config, mesh: Mesh) -> list[Plan]:
 
     Raises UserError where the base's shape cannot be known, and as `trainer.train`.
     """
-    folder = _folder(config.base)
-    unet, vae, text = (
-        kind.from_dict(read_json(folder / name / "config.json"))
-        for name, kind in (
-            ("unet", UNet2DConditionConfig),
-            ("vae", AutoencoderKLConfig),
-            ("text_encoder", CLIPTextConfig),
+    if not is_here(config.base):  # a hub id would be downloaded with its weights
+        raise UserError(
+            f"base: {config.base!r} is no folder here, so its shape is unknown; a folder with the "
+            "config.json files of unet, vae, text_encoder and scheduler is enough"
         )
-    )
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    configs, scheduler = pipeline_configs(config.base)
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     schedule = NoiseSchedule.from_config(scheduler)
     classes, images, note = count_data(config.data)
 
@@ -68,13 +61,3 @@ def plan(config: Config, mesh: Mesh) -> list[Plan]:
         task = control_task(model, triples, schedule, config.train, seed=seed)
         made.append(trainer.plan(name, task, sized, mesh, note=note))
     return made
-
-
-def _folder(base: str) -> Path:
-    """Where the base's config.json files lie; a hub id would be downloaded with its weights."""
-    if base.split("/")[0] != "tiny" and not Path(base).expanduser().is_dir():
-        raise UserError(
-            f"base: {base!r} is no folder here, so its shape is unknown; a folder with the "
-            "config.json files of unet, vae, text_encoder and scheduler is enough"
-        )
-    return hub.resolve(base)

@@ -20,12 +20,12 @@ from jaxsynth.adapters.inject import AdapterState, configs_of, extract, trainabl
 from jaxsynth.adapters.registry import add, attach
 from jaxsynth.adapters.to_lora import as_lora
 from jaxsynth.core.errors import UserError
+from jaxsynth.weights import recognize
 from jaxsynth.weights.adapters import (
     comfyui,
     factors,
     lycoris,
     native,
-    recognize,
     tensor_files,
 )
 from jaxsynth.weights.adapters.a1111 import read_hypernetwork, write_hypernetwork
