@@ -194,7 +194,7 @@ def fields(args: argparse.Namespace) -> None:
         "jaxsynth run sets one by --config.FIELD=VALUE",
         markup=False,
     )
-    for one in schema.describe(f"jaxsynth.methods.{name}.config", values):
+    for one in schema.describe(METHODS[name], values):
         console.print(
             f"{one.name}: {one.type} = {one.default}\n    {one.doc}",
             markup=False, highlight=False, soft_wrap=True,
@@ -204,7 +204,8 @@ def fields(args: argparse.Namespace) -> None:
 def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The method that a config file names, and its values with what was assigned.
 
-    A field that is not there or a value of another type is told here, before JAX is imported.
+    A field that is not there or a value of another type is told here, where the method, and JAX
+    with it, is still to be imported.
     """
     from jaxsynth.core import schema
     from jaxsynth.core.config import load_config, override
@@ -217,10 +218,8 @@ def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if any(field == "method" for field, _ in args.assignments):
         raise UsageError(f"--config.method: the config file decides the method ({name})")
     values = override(values, args.assignments)
-    module = f"jaxsynth.methods.{name}.config"
-    if not schema.has_field(module, "method"):
-        del values["method"]
-    schema.check(module, values)
+    if METHODS[name] not in sys.modules:
+        schema.check(METHODS[name], values)
     return name, values
 
 
@@ -230,6 +229,8 @@ def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
 
     name, values = _values(args)
     method = method_module(name)
+    if "method" not in method.Config.__dataclass_fields__:
+        del values["method"]
     return name, method, to_dataclass(method.Config, values)
 
 

@@ -34,19 +34,25 @@ class Field:
 
 
 def check(module: str, values: dict[str, Any]) -> None:
-    """ConfigError for a value of `module`'s `Config` with an unknown field or of another type."""
-    shape = skeleton(module, "Config")
-    to_dataclass(shape, _checked(shape, values))
-
-
-def has_field(module: str, name: str) -> bool:
-    """Whether `module`'s `Config` has a field of this name."""
-    return name in {field.name for field in dataclasses.fields(skeleton(module, "Config"))}
+    """ConfigError for an unknown field of `module`'s `Config`, or a value of another type."""
+    shape = config_of(module)
+    given = {name: value for name, value in values.items() if name != "method"}
+    if "method" in shape.__dataclass_fields__:
+        given = values
+    to_dataclass(shape, _checked(shape, given))
 
 
 def describe(module: str, values: dict[str, Any]) -> list[Field]:
     """Every field of `module`'s `Config`, in its order, with the values of a config file."""
-    return list(_described(skeleton(module, "Config"), values, ""))
+    return list(_described(config_of(module), values, ""))
+
+
+def config_of(module: str) -> type:
+    """The skeleton of the class that a module calls `Config`."""
+    place = _module(module).place("Config")
+    if place is None:
+        raise TypeError(f"{module} has no Config of this package")
+    return skeleton(*place)
 
 
 def _described(shape: type, values: Any, where: str) -> Iterator[Field]:

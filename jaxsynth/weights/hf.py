@@ -184,17 +184,30 @@ def describe_pipeline(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> StableDiffusion:
     """A pipeline of shapes, from its configs and tokenizer alone: no weights are read."""
-    checkpoint = single_file.find(name_or_path)
     compute = dtype if compute_dtype is None else compute_dtype
-    configs, scheduler = pipeline_configs(name_or_path)
+    checkpoint = single_file.find(name_or_path)
+    if checkpoint is not None:
+        configs, scheduler, folder = checkpoint.configs, checkpoint.scheduler, checkpoint.path
+        tokenizer = checkpoint.tokenizer
+    else:
+        configs, scheduler = pipeline_configs(name_or_path)
+        folder = resolve(name_or_path)
+        tokenizer = Tokenizer(folder / "tokenizer")
     unet, vae, text = (
         _stored_shapes(describe(kind, configs[part], compute), dtype)
         for part, kind in _PARTS.items()
     )
+    return StableDiffusion(unet, vae, text, tokenizer, scheduler, folder)
+
+
+def load_networks(name_or_path: str | os.PathLike) -> dict[str, nnx.Module]:
+    """The networks of a pipeline that adapters are for; of a file, without a tokenizer."""
+    checkpoint = single_file.find(name_or_path)
+    names = ("unet", "text_encoder")
     if checkpoint is not None:
-        return StableDiffusion(unet, vae, text, checkpoint.tokenizer, scheduler, checkpoint.path)
-    folder = resolve(name_or_path)
-    return StableDiffusion(unet, vae, text, Tokenizer(folder / "tokenizer"), scheduler, folder)
+        return _parts_of(checkpoint, names, dtype=jnp.float32, compute_dtype=None)
+    pipeline = load_pipeline(name_or_path)
+    return {name: getattr(pipeline, name) for name in names}
 
 
 def describe_clip(
@@ -290,16 +303,25 @@ def load_pipeline(
     )
 
 
-def _load_checkpoint(
-    checkpoint: single_file.Checkpoint, *, dtype: Any, compute_dtype: Any, editing: bool
-) -> StableDiffusion:
+def _parts_of(
+    checkpoint: single_file.Checkpoint, names: Iterable[str], *, dtype: Any, compute_dtype: Any
+) -> dict[str, Any]:
     compute, path = dtype if compute_dtype is None else compute_dtype, checkpoint.path
     checkpoint.check()
     parts = {}
-    for part, kind in _PARTS.items():
-        filling = Filling(describe_of(path, kind, checkpoint.configs[part], compute), dtype)
+    for part in names:
+        config = checkpoint.configs[part]
+        filling = Filling(describe_of(path, _PARTS[part], config, compute), dtype)
         fill(filling, checkpoint.tensors(part, filling.names))
         parts[part] = filling.finish(path)
+    return parts
+
+
+def _load_checkpoint(
+    checkpoint: single_file.Checkpoint, *, editing: bool, **dtypes: Any
+) -> StableDiffusion:
+    path = checkpoint.path
+    parts = _parts_of(checkpoint, _PARTS, **dtypes)
     _check_pipeline(path, *parts.values(), checkpoint.tokenizer, editing)
     scheduler, notes = corrected(checkpoint.scheduler)
     _say_once(tuple(f"{path}: {note}" for note in (*checkpoint.notes, *notes)))

@@ -29,10 +29,7 @@ def leaves(config, where=""):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_source_shows_the_class(method):
     real = {name: rest for name, *rest in leaves(method_module(method).Config)}
-    shown = {
-        name: rest
-        for name, *rest in leaves(schema.skeleton(f"jaxsynth.methods.{method}.config", "Config"))
-    }
+    shown = {name: rest for name, *rest in leaves(schema.config_of(METHODS[method]))}
     assert list(shown) == list(real)
     for name, (hint, required) in shown.items():
         assert required == real[name][1], name
@@ -40,7 +37,7 @@ def test_the_source_shows_the_class(method):
             assert "AdapterChoice" in str(real[name][0]) and "adapter" in name
         elif not any(dataclasses.is_dataclass(part) for part in typing.get_args(hint)):
             assert hint == real[name][0], name
-    described = schema.describe(f"jaxsynth.methods.{method}.config", {"method": method})
+    described = schema.describe(METHODS[method], {"method": method})
     assert [one.name for one in described] == list(real)
     assert all(one.type and one.default and one.doc for one in described)
 

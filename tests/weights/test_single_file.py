@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsynth.cli.convert import convert
 from jaxsynth.core.errors import UserError
+from jaxsynth.weights.adapters.io import Networks
 from jaxsynth.weights.hf import describe_pipeline, load_pipeline
 from jaxsynth.weights.layout import to_file
 from jaxsynth.weights.single_file import SETTINGS, find
@@ -306,6 +307,16 @@ def test_other_files_and_places(folders, files, tmp_path):
         convert(files["1.x"], tiny, "kohya")
     with pytest.raises(UserError, match=r"ending in \.safetensors"):
         convert(folders["1.x"], tmp_path / "tiny.ckpt", "comfyui")
+
+
+def test_adapters_need_no_tokenizer(files, tmp_path):
+    """The networks of a file that lies alone, as a base of adapters' layers."""
+    shutil.copy(files["2.x"], tmp_path / "alone.safetensors")
+    networks = Networks.of(str(tmp_path / "alone.safetensors")).need("a test")
+    ours = load_pipeline(files["2.x"])
+    assert list(networks) == ["unet", "text_encoder"]
+    for name, network in networks.items():
+        expect_equal(to_file(network), to_file(getattr(ours, name)))
 
 
 def test_settings_in_the_metadata_are_checked(files, tmp_path):
