@@ -26,7 +26,8 @@ by name where a stage was made with the old value.
 
 config fields:
   --config.FIELD=VALUE sets a field of the config, --config.A.B=VALUE one of a part of it. A list
-  is written 1,4,16 and an empty value is "none".
+  is written 1,4,16 and an empty value is "none". `jaxsynth fields FILE[:VARIANT]`, or --help
+  beside --config, lists them all.
 
 examples:
   jaxsynth run --config=configs/datadream.py:tiny --workdir=runs/demo --config.shots=4
@@ -52,6 +53,10 @@ formats of an adapter, all of which are read too:
 
   All but peft and diffusers to each other and to jaxsynth need --base, the Stable Diffusion that
   the adapter is for: its layers' names and sizes. What a file leaves open is said.
+
+formats of a whole Stable Diffusion 1.x or 2.x:
+  diffusers    a pipeline's folder, from a checkpoint in one file; --base=FOLDER has its tokenizer
+  comfyui      one .safetensors, from a pipeline's folder; a1111 is the same
 
 formats of an image store:
   imagefolder  a folder per class, for torchvision and Hugging Face datasets

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest, assignments = _take_assignments([arg for arg in argv if arg != "--debug"])
         args = _parse(rest)
-        if assignments and args.verb not in ("run", "plan"):
+        if assignments and args.verb not in ("run", "plan", "fields"):
             raise UsageError(
                 f"--config.{assignments[0][0]}: only `jaxsynth run` and `jaxsynth plan` have "
                 "config fields"
@@ -166,9 +166,32 @@ def bench(args: argparse.Namespace) -> None:
     )
 
 
-def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
-    """The method that a config file names, its module, and the config with what was assigned."""
-    from jaxsynth.core.config import load_config, override, to_dataclass
+def fields(args: argparse.Namespace) -> None:
+    """`jaxsynth fields`: what a config file's fields are, with their values in it."""
+    from jaxsynth.core import schema
+    from jaxsynth.core.console import console
+
+    name, values = _values(args)
+    console.print(
+        f"fields of method {name}, with their values in {args.config}; "
+        "jaxsynth run sets one by --config.FIELD=VALUE",
+        markup=False,
+    )
+    for one in schema.describe(METHODS[name], values):
+        console.print(
+            f"{one.name}: {one.type} = {one.default}\n    {one.doc}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The method that a config file names, and its values with what was assigned.
+
+    A field that is not there or a value of another type is told here, where the method, and JAX
+    with it, is still to be imported.
+    """
+    from jaxsynth.core import schema
+    from jaxsynth.core.config import load_config, override
 
     values = load_config(args.config)
     name = values.get("method")
@@ -177,8 +200,18 @@ def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
         raise UsageError(f"{args.config}: {found}, expected one of {', '.join(METHODS)}")
     if any(field == "method" for field, _ in args.assignments):
         raise UsageError(f"--config.method: the config file decides the method ({name})")
-    method = method_module(name)
     values = override(values, args.assignments)
+    if METHODS[name] not in sys.modules:
+        schema.check(METHODS[name], values)
+    return name, values
+
+
+def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
+    """The method that a config file names, its module, and the config with what was assigned."""
+    from jaxsynth.core.config import to_dataclass
+
+    name, values = _values(args)
+    method = method_module(name)
     if "method" not in method.Config.__dataclass_fields__:
         del values["method"]
     return name, method, to_dataclass(method.Config, values)
@@ -284,7 +317,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "convert": _convert_parser(verbs),
         "generate": _generate_parser(verbs),
         "bench": _bench_parser(verbs),
+        "fields": _fields_parser(verbs),
     }
+    config = [word for word in argv if word.startswith("--config")]
+    if argv[:1] in (["run"], ["plan"]) and {"-h", "--help"} & {*argv} and config:
+        after = argv[argv.index(config[0]) + 1 :]
+        spec = config[0].partition("=")[2] or (after[0] if after else "")
+        argv = ["fields", spec]
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -340,9 +379,9 @@ def _report_parser(verbs) -> argparse.ArgumentParser:
 def _convert_parser(verbs) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "convert",
-        help="write an adapter or an image store in another tool's format",
-        description="Write an adapter or an image store in another tool's format. What SRC is, is "
-        "seen from its files.",
+        help="write an adapter, a base or an image store in another tool's format",
+        description="Write an adapter, a base or an image store in another tool's format. What SRC "
+        "is, is seen from its files.",
         usage="jaxsynth convert SRC DST --to=FORMAT [--base=FOLDER]",
         epilog=help.CONVERT_EPILOG,
     )
@@ -350,9 +389,24 @@ def _convert_parser(verbs) -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
     parser.add_argument(
-        "--base", default="", metavar="FOLDER", help="an adapter's base: a folder, hub id or tiny"
+        "--base",
+        default="",
+        metavar="FOLDER",
+        help="an adapter's base, or the tokenizer of a checkpoint",
     )
     parser.set_defaults(call=convert)
+    return parser
+
+
+def _fields_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "fields",
+        help="list the fields of a config file",
+        description="List every field of a config file: type, value and what it is for.",
+        usage="jaxsynth fields FILE[:VARIANT]",
+    )
+    parser.add_argument("config", metavar="FILE[:VARIANT]", help="a Python file with get_config")
+    parser.set_defaults(call=fields)
     return parser
 
 

@@ -148,10 +148,12 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(mapping.values()))]
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that torch libraries read, through a temporary file."""
     with io.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def to_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -7,7 +7,6 @@ only the config.json files are read.
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,8 +28,7 @@ from jaxsynth.tasks.controlled import Triples, control_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights import hub
-from jaxsynth.weights.hf import StableDiffusion, describe_pipeline
+from jaxsynth.weights.hf import StableDiffusion, describe_pipeline, is_here
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
@@ -64,7 +62,13 @@ class _Shapes:
 
     @classmethod
     def of(cls, config: Config) -> "_Shapes":
-        base = describe_pipeline(_folder(config.base))
+        if not is_here(config.base):  # a hub id would be downloaded with its weights
+            raise UserError(
+                f"base: {config.base!r} is no folder or file here, so its shape is unknown; a "
+                "folder with the tokenizer and the config.json files of unet, vae, text_encoder "
+                "and scheduler is enough"
+            )
+        base = describe_pipeline(config.base)
         classes, images, note = count_data(config.data)
         side, text = base.unet.config.sample_size, base.text_encoder.config
         pixels = side * base.vae.config.downscale
@@ -117,13 +121,3 @@ class _Shapes:
 
 def _shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
     return jax.ShapeDtypeStruct(sizes, dtype)
-
-
-def _folder(base: str) -> Path:
-    """Where the base's config.json files lie; a hub id would be downloaded with its weights."""
-    if base.split("/")[0] != "tiny" and not Path(base).expanduser().is_dir():
-        raise UserError(
-            f"base: {base!r} is no folder here, so its shape is unknown; a folder with the "
-            "tokenizer and the config.json files of unet, vae, text_encoder and scheduler is enough"
-        )
-    return hub.resolve(base)

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxsynth.adapters.inject import mark_trainable
-from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.procedural.concepts import Concept, split_concepts
 from jaxsynth.methods.weightgen.config import Config, Variant
@@ -35,7 +34,7 @@ from jaxsynth.tasks.weight_diffusion import recover, weight_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, compile_plan, rows_of
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.hub import resolve
+from jaxsynth.weights.hf import is_here, pipeline_configs
 
 # Stable Diffusion 1.x's, where the text encoder is not at hand.
 ASSUMED_WIDTH, ASSUMED_TOKENS = 768, 77
@@ -260,9 +259,9 @@ class _Shapes:
 
 def _text(config: Config) -> tuple[int, int, str]:
     """Width and number of the text's states."""
-    if config.text.split("/")[0] == "tiny" or Path(config.text).is_dir():
-        found = read_json(resolve(config.text) / "text_encoder" / "config.json")
-        return found["hidden_size"], found["max_position_embeddings"], ""
+    if is_here(config.text):
+        found = pipeline_configs(config.text)[0]["text_encoder"]
+        return found.hidden_size, found.max_position_embeddings, ""
     note = f"{config.text}: texts of {ASSUMED_TOKENS} x {ASSUMED_WIDTH} states are assumed"
     return ASSUMED_WIDTH, ASSUMED_TOKENS, note
 

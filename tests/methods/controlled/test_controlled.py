@@ -148,7 +148,7 @@ def test_every_way_is_planned_from_config_files_alone(base_folder, tmp_path):
     # A ControlNet's moments are cut as the base is, but there are many more of them.
     assert net.arguments - net.frozen > affiner.arguments - affiner.frozen > 0
     assert net.flops > affiner.flops > 0
-    with pytest.raises(UserError, match="base: 'owner/name' is no folder here"):
+    with pytest.raises(UserError, match="base: 'owner/name' is no folder or file here"):
         plan(to_dataclass(Config, values | {"base": "owner/name"}), make_mesh())
 
 
