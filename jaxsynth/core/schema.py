@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jaxsynth.core.config import to_dataclass
+from jaxsynth.core.config import Text, to_dataclass
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -62,8 +62,10 @@ def _described(shape: type, values: Any, where: str) -> Iterator[Field]:
         if dataclasses.is_dataclass(kind):
             yield from _described(kind, values.get(field.name, {}), f"{name}.")
             continue
-        given = field.name in values
-        default = repr(values[field.name]) if given else field.metadata["default"]
+        default = field.metadata["default"]
+        if field.name in values:
+            value = values[field.name]
+            default = value.text if isinstance(value, Text) else repr(value)
         yield Field(name, field.metadata["type"], default, _sentence(shape.__doc__, field.name))
 
 
@@ -71,7 +73,7 @@ def _sentence(text: str | None, name: str) -> str:
     """The sentence of a class's docstring that tells of a field, or its name in words."""
     words = re.sub(r"\s+", " ", text or "")
     own = rf"(?:[\w-]+, )*{name}(?:, \w+)*: "
-    for sentence in re.split(r"(?<=[.:;]) (?=[A-Z`]|\w+(?:, \w+)*: )", words):
+    for sentence in re.split(r"(?<=[.;]) (?=[A-Z`]|\w+(?:, \w+)*: )|(?<=:) (?=`)", words):
         if re.search(f"`{name}`", sentence) or re.match(own, sentence):
             return re.sub(f"^{own}", "", sentence).strip()
     return name.replace("_", " ")

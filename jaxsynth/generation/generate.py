@@ -37,8 +37,10 @@ from jaxsynth.weights.hf import StableDiffusion
 class GenerateConfig:
     """How images are sampled; the defaults are DataDream's.
 
-    `sampler` "" takes the one the model's folder names. `batch_size` counts images, each of which
-    costs two rows of the UNet under guidance. `batches_per_shard` sets how much a kill can lose.
+    `images_per_class` are drawn in `num_inference_steps` each, guided by `guidance_scale` away from
+    `negative_prompt`. `sampler` "" takes the one the model's folder names. `batch_size` counts
+    images, each of which costs two rows of the UNet under guidance. `batches_per_shard` sets how
+    much a kill can lose.
     """
 
     images_per_class: int = 500

@@ -54,7 +54,7 @@ MISTAKES = (
 
 def test_fields_and_mistakes_are_told_without_jax(tmp_path):
     commands = [
-        ["fields", CONFIG],
+        ["fields", CONFIG, "--config.generate.sampler=ddim"],
         ["run", "--help", f"--config={CONFIG}"],
         ["plan", "-h", "--config", CONFIG],
     ]
@@ -70,6 +70,7 @@ def test_fields_and_mistakes_are_told_without_jax(tmp_path):
     )
     assert done.stdout.count("shots: tuple[int, ...] = (16,)\n    ") == len(commands[:3])
     assert done.stdout.count("finetune.adapter: registry.AdapterChoice | None = ") == 3
+    assert done.stdout.count("generate.sampler: str = ddim\n") == 1
     told = done.stderr.strip().splitlines()
     assert len(told) == len(MISTAKES)
     for line, (_, words) in zip(told, MISTAKES, strict=True):
