@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import logging
-import struct
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.ops.resize import CropRounding, crop_start
 
 IMAGE_SUFFIXES = (
@@ -69,9 +68,16 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
         raise ImageError(f"{name}: cannot be decoded as an image: it is {found}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name}: {_TOO_LARGE}") from None
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise many types for damaged files
+        raise _undecodable(name, error) from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{name}: {image.width}x{image.height} pixels, {_TOO_LARGE}")
-    frames = getattr(image, "n_frames", 1)
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except Exception as error:  # the other frames are looked for
+        raise _undecodable(name, error) from error
     if frames > 1 and image.format not in _FIRST_OF_MANY:
         raise ImageError(f"{name}: holds {frames} frames, expected a single image")
     return image
@@ -150,8 +156,13 @@ def decode_image(data: bytes | Path, name: str = "") -> UInt8[np.ndarray, "h w 3
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name}: {_TOO_LARGE}") from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise ImageError(f"{name}: cannot be decoded as an image ({error})") from error
+    except Exception as error:  # decoders raise many types for damaged files
+        raise _undecodable(name, error) from error
+
+
+def _undecodable(name: str, error: Exception) -> ImageError:
+    text = quoted(str(error) or type(error).__name__, 200)[1:-1]
+    return ImageError(f"{name}: cannot be decoded as an image ({text})")
 
 
 def decoded_digest(file_digest: str, image_size: int) -> str:

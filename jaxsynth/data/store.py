@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int, UInt8
 
 from jaxsynth.core.documents import read_lines, take
-from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.core.io import (
     TEMPORARY,
     file_digest,
@@ -152,10 +152,10 @@ class StoreWriter:
         if path.exists():
             there = read_json(path)
             for key, value in head.items():
-                if not isinstance(there, dict) or there.get(key) != value:
-                    found = there.get(key) if isinstance(there, dict) else there
+                if there.get(key) != value:
                     raise StoreError(
-                        f"{path}: begun with {key} {found!r}, now {value!r} is asked for"
+                        f"{path}: begun with {key} {shown(there.get(key))}, now {value!r} is "
+                        "asked for"
                     )
         elif first:
             write_json(path, head)

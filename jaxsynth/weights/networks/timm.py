@@ -16,7 +16,7 @@ from typing import Any
 from flax import nnx
 
 from jaxsynth.core.documents import take
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.models.classifiers.convnext import ConvNextConfig, ConvNextForImageClassification
 from jaxsynth.models.classifiers.dinov2 import Dinov2Config, Dinov2ForImageClassification
 from jaxsynth.models.classifiers.resnet import ResNetConfig, ResNetForImageClassification
@@ -108,7 +108,7 @@ def describe(
         ("model_args.num_classes", args.pop("num_classes", labels), (labels,)),
     ):
         if found not in allowed:
-            raise UserError(f"{path}: {field}: expected {allowed[0]!r}, found {found!r}")
+            raise UserError(f"{path}: {field}: expected {shown(allowed[0])}, found {shown(found)}")
     try:
         for known, make in (
             (_RESNETS.get(name), _resnet),
@@ -120,7 +120,7 @@ def describe(
                 found = make(known, args, labels, size, keys)
                 break
         else:
-            raise UserError(f"{path}: architecture {name!r}: expected one of {_KNOWN}")
+            raise UserError(f"{path}: architecture {shown(name)}: expected one of {_KNOWN}")
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if args:
