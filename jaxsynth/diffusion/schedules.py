@@ -338,7 +338,8 @@ def _betas(values: Mapping[str, Any]) -> np.ndarray:
         )
     if not 0 <= start <= 1 or not 0 <= end <= 1:
         raise SchedulerError(
-            f"scheduler config: beta_start {start:g} and beta_end {end:g}, expected 0 to 1"
+            f"scheduler config: betas must lie in [0, 1), found beta_start {start:g} and beta_end "
+            f"{end:g}"
         )
     if (trained := values["trained_betas"]) is not None:
         if not isinstance(trained, (list, tuple)) or not all(

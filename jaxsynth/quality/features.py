@@ -220,7 +220,11 @@ def read_statistics(
     for name in ("mu", "sigma"):
         if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
             raise UserError(f"{path}: {name}: expected finite floats, found {arrays[name].dtype}")
-    network = str(arrays.get("network", ""))
+    count, network = arrays.get("count", np.int64(0)), arrays.get("network", np.str_(""))
+    for name, found, kinds in (("count", count, "iu"), ("network", network, "U")):
+        if found.ndim or found.dtype.kind not in kinds:
+            raise UserError(f"{path}: {name}: {found.dtype} {found.shape}, expected a single one")
+    network = str(network)
     if extractor is not None:
         if network and network != extractor.label:
             raise UserError(f"{path}: made by {network}, but images go to {extractor.label}")
@@ -228,8 +232,7 @@ def read_statistics(
             raise UserError(
                 f"{path}: {len(mu)} dimensions, but {extractor.name} has {extractor.dimensions}"
             )
-    count = int(arrays.get("count", 0))
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), count, network)
+    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), int(count), network)
 
 
 def read_images(path: str | os.PathLike) -> ArraySource:
@@ -240,11 +243,11 @@ def read_images(path: str | os.PathLike) -> ArraySource:
     path = Path(path)
     arrays = read_arrays(path, ("arr_0",), optional=("arr_1",))
     images = arrays["arr_0"]
-    labels = arrays.get("arr_1", np.zeros(len(images), np.int32))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(
             f"{path}: arr_0: {images.dtype} {images.shape}, expected uint8 (n, h, w, 3)"
         )
+    labels = arrays.get("arr_1", np.zeros(len(images), np.int32))
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(
             f"{path}: arr_1: {labels.dtype} {labels.shape}, expected {len(images)} integer labels"

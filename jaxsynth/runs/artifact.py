@@ -56,8 +56,7 @@ class Artifact:
             if digest != entry["sha256"]:
                 raise StageError(
                     f"{path} is damaged or was changed: its SHA-256 is {digest[:16]}..., the "
-                    f"manifest says {entry['sha256'][:16]}...; remove {self.path} to make the "
-                    "stage again"
+                    f"manifest says {entry['sha256'][:16]}...; {self._way_out(path)}"
                 )
 
     def _existing(self, name: str) -> Path:
@@ -65,9 +64,14 @@ class Artifact:
         if not file.is_file():
             raise StageError(
                 f"{file} is in the manifest of stage {self.manifest['stage']!r} but is missing; "
-                f"remove {self.path} to make the stage again"
+                f"{self._way_out()}"
             )
         return file
+
+    def _way_out(self, *files: Path) -> str:
+        """What of a stage is undamaged is found there again, as after a kill."""
+        gone = " and ".join(map(str, (*files, self.path / MANIFEST)))
+        return f"remove {gone}, and the same command makes what is missing again"
 
 
 class Source(Generic[T]):
@@ -120,8 +124,8 @@ def load_artifact(folder: str | Path) -> Artifact:
         size = artifact._existing(name).stat().st_size
         if size != entry["bytes"]:
             raise StageError(
-                f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}; remove "
-                f"{folder} to make the stage again"
+                f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}; "
+                f"{artifact._way_out(folder / name)}"
             )
     return artifact
 
@@ -148,7 +152,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         if finished and found.get("checksum", checksum(found)) != checksum(found):
             raise UserError(f"{path} is damaged or was changed: its checksum is another one")
     except UserError as error:
-        raise StageError(f"{error}; remove {path.parent} to make the stage again") from error
+        raise StageError(
+            f"{error}; remove {path}, and the same command makes it from the files beside it"
+        ) from error
     return found
 
 

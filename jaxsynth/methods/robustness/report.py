@@ -13,7 +13,7 @@ from jaxsynth.report.tables import Table, to_markdown, to_rich
 from jaxsynth.robustness import suite
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.details import FEATURE_SCORES
-from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.results import check_stages, stage_details
 
 # Where a model's stage keeps what it predicted.
 ANSWERS = "answers.npz"
@@ -27,6 +27,7 @@ _Found = dict[str, dict | None]
 def report(workdir: Path) -> Path:
     """Prints the table and writes table.md and report.html from the stages below `workdir`."""
     workdir = Path(workdir)
+    check_stages(workdir)
     found = read_json(workdir / "figures" / "figures.json", finite=False)
     mode = found["mode"]
     models: dict[str, _Found] = found["models"][mode]
