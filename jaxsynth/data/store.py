@@ -266,7 +266,11 @@ class ImageStore:
         for number in shards:
             fault = damage(self.folder, number)
             if fault:
-                raise StoreError(f"{self.folder}: damaged: {fault}")
+                seal = _shard(self.folder, number).with_suffix(".seal")
+                raise StoreError(
+                    f"{self.folder}: damaged: {fault}; remove {seal} and manifest.json beside it, "
+                    "and the command that made the images draws that shard again"
+                )
         self._seals = [_read_seal(base) for base in bases]
         entries = [entry for base in bases for entry in _read_entries(base.with_suffix(".jsonl"))]
         self.entries = tuple(entries)
