@@ -64,18 +64,18 @@ def read_json(
     pass, which Python writes for figures that are none.
     """
     path = Path(path)
+    if optional and not path.exists():
+        return {}
+    return parse_json(_bytes(path, most_bytes), path, expected, finite=finite)
+
+
+def read_text(path: str | os.PathLike, *, most_bytes: int = MOST_BYTES) -> str:
+    """The text of a file, which is UTF-8, without a mark of byte order; UserError naming it."""
+    path = Path(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(most_bytes + 1)
-    except FileNotFoundError:
-        if optional:
-            return {}
-        raise UserError(f"{path}: missing") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > most_bytes:
-        raise UserError(f"{path}: more than {most_bytes} bytes of JSON")
-    return parse_json(data, path, expected, finite=finite)
+        return _bytes(path, most_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from None
 
 
 def read_lines(path: str | os.PathLike, expected: Any = dict, *, cut: bool = False) -> Iterator:
@@ -145,6 +145,19 @@ def checked(where: Any, make: Callable[..., Any], *arguments: Any, **fields: Any
         return make(*arguments, **fields)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    if len(data) > most:
+        raise UserError(f"{path}: more than {most} bytes")
+    return data
 
 
 def _converted(value: Any, where: Any, name: str, expected: Any) -> Any:

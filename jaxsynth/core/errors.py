@@ -26,3 +26,10 @@ def quoted(value: Any, limit: int = 80) -> str:
             repr(value) if value.bit_length() <= 256 else f"a number of {value.bit_length()} bits"
         )
     return f"a value of type {type(value).__name__}"
+
+
+def shown(value: Any, most: int = 8) -> str:
+    """`quoted`, but a list of few values of which none is a container is written."""
+    if isinstance(value, (list, tuple)) and len(value) <= most:
+        return f"[{', '.join(map(quoted, value))}]"
+    return quoted(value)

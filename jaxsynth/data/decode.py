@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
-import struct
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.ops.resize import CropRounding, crop_start
 
 IMAGE_SUFFIXES = (
@@ -41,6 +41,9 @@ MAX_PIXELS = 2**29
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
 _TOO_LARGE = f"expected at most {MAX_PIXELS:,} pixels; make it smaller, or remove it"
+# The most pixels a byte of a picture that is larger than LARGE. Scans have a few, one of a single
+# colour, which takes memory and time for nothing, up to any number.
+_MOST_PACKED = 4096
 # Raised when a file's pixels come out otherwise than before.
 DECODING = 2
 
@@ -56,6 +59,8 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
 
     ImageError for a kind that is not read, several frames, or too many pixels.
     """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
     head = file.read(12)
     if not head:
         raise ImageError(f"{name}: the file is empty")
@@ -69,9 +74,22 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
         raise ImageError(f"{name}: cannot be decoded as an image: it is {found}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name}: {_TOO_LARGE}") from None
-    if image.width * image.height > MAX_PIXELS:
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise many types for damaged files
+        raise _undecodable(name, error) from error
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise ImageError(f"{name}: {image.width}x{image.height} pixels, {_TOO_LARGE}")
-    frames = getattr(image, "n_frames", 1)
+    if pixels > max(LARGE, _MOST_PACKED * size):
+        raise ImageError(
+            f"{name}: {image.width}x{image.height} pixels in a file of {size} bytes, expected at "
+            f"most {_MOST_PACKED} a byte"
+        )
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except Exception as error:  # the other frames are looked for
+        raise _undecodable(name, error) from error
     if frames > 1 and image.format not in _FIRST_OF_MANY:
         raise ImageError(f"{name}: holds {frames} frames, expected a single image")
     return image
@@ -145,13 +163,68 @@ def decode_image(data: bytes | Path, name: str = "") -> UInt8[np.ndarray, "h w 3
         raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
     try:
         with open_image(io.BytesIO(content), name) as image:
-            return np.array(to_rgb(image, name))
+            pixels = np.array(to_rgb(image, name))
+            if not _has_all_rows(image, content):
+                raise ImageError(f"{name}: cut short: rows of the picture are missing")
+            return pixels
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name}: {_TOO_LARGE}") from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise ImageError(f"{name}: cannot be decoded as an image ({error})") from error
+    except Exception as error:  # decoders raise many types for damaged files
+        raise _undecodable(name, error) from error
+
+
+def _has_all_rows(image: Image.Image, content: bytes) -> bool:
+    """False for a PNG or TIFF that ends before its last row, which decoders leave black.
+
+    Of a PNG only one with a black last row is looked at again.
+    """
+    if image.format == "TIFF":
+        tags = image.tag_v2  # pyrefly: ignore[missing-attribute]
+        strips, rows = tags.get(_STRIPS), tags.get(_ROWS_OF_STRIP)
+        return not strips or not isinstance(rows, int) or len(strips) * rows >= image.height
+    if image.format != "PNG":
+        return True
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    bits, channels, interlaced = content[24], _CHANNELS.get(content[25], 1), content[28]
+    if not interlaced and np.asarray(last).any():
+        return True
+    wanted = 0
+    for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
+        width, height = -(-(image.width - left) // across), -(-(image.height - top) // down)
+        if width > 0 and height > 0:
+            wanted += height * (1 + -(-width * channels * bits // 8))
+    return _unpacked(content, wanted)
+
+
+def _unpacked(content: bytes, wanted: int) -> bool:
+    """Whether the image data of a PNG is so many bytes."""
+    place, unpack, found = 8, zlib.decompressobj(), 0
+    while place + 12 <= len(content) and found < wanted:
+        size = int.from_bytes(content[place : place + 4], "big")
+        data = content[place + 8 : place + 8 + size] * (content[place + 4 : place + 8] == b"IDAT")
+        while data and found < wanted and not unpack.eof:
+            found += len(unpack.decompress(data, _PIECE))
+            data = unpack.unconsumed_tail
+        place += 12 + size
+    return found >= wanted
+
+
+# Samples a pixel by a PNG's type of colours, and where the pixels of its interlaced passes are.
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PASSES = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)  # fmt: skip
+_PIECE = 1 << 20
+# Tags of a TIFF.
+_STRIPS, _ROWS_OF_STRIP = 273, 278
+
+
+def _undecodable(name: str, error: Exception) -> ImageError:
+    text = quoted(str(error) or type(error).__name__, 200)[1:-1]
+    return ImageError(f"{name}: cannot be decoded as an image ({text})")
 
 
 def decoded_digest(file_digest: str, image_size: int) -> str:

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxsynth.core.documents import read_text
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import Dataset, SourceError
 
@@ -89,7 +90,7 @@ def read_templates(name: str) -> tuple[str, ...]:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"templates {name!r}: no such file, and not 'imagenet7'")
-    lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: holds no template")
     try:

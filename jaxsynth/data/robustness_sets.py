@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jaxsynth.core.documents import read_json
+from jaxsynth.core.arrays import read_array
+from jaxsynth.core.documents import read_json, read_text
+from jaxsynth.core.errors import shown
 from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES
 from jaxsynth.data.names import natural_key
@@ -62,7 +64,7 @@ class LabelSpace:
             some = ", ".join(repr(name) for name in unknown[:3])
             raise SourceError(
                 f"{where}: {len(unknown)} of {len(names)} classes are none of the model's "
-                f"{len(self.names)} ({self.names[0]!r}, ...): {some}"
+                f"{len(self.names)} ({shown(self.names[0])}, ...): {some}"
             )
         numbers = {name: place for place, name in enumerate(self.names)}
         return np.array([numbers[name] for name in names], np.int32)
@@ -83,7 +85,7 @@ def read_label_space(path: Path) -> LabelSpace:
             raise SourceError(f'{path}: expected {{"0": [id, words], ...}} with every number once')
         names, words = zip(*(found[key] for key in keys), strict=True)
         return LabelSpace(tuple(names), _in_words(words, names))
-    lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise SourceError(f"{path}: holds no class")
     if all(_WORDNET.match(line) for line in lines):
@@ -145,7 +147,7 @@ def read_flat(root: Path, labels: Path, space: LabelSpace, image_size: int = 0) 
     names = sorted((p.name for p in _files(root, below=False)), key=natural_key)
     if not labels.is_file():
         raise SourceError(f"{labels}: no such file; expected the classes of the images in {root}")
-    rows = [re.split(r"[,\s]+", line.strip()) for line in labels.read_text("utf-8").splitlines()]
+    rows = [re.split(r"[,\s]+", line.strip()) for line in read_text(labels).splitlines()]
     rows = [row for row in rows if row != [""]]
     if rows and rows[0][0] == "ImageId":
         rows = rows[1:]
@@ -179,7 +181,7 @@ def read_images(root: Path, *, files: Path | None = None, image_size: int = 0) -
     else:
         if not files.is_file():
             raise SourceError(f"{files}: no such file; expected paths below {root}")
-        lines = files.read_text("utf-8").splitlines()
+        lines = read_text(files).splitlines()
         ids = [line.split()[0] for line in lines if line.strip()]
         missing = [name for name in ids if not (root / name).is_file()]
         if missing:
@@ -313,10 +315,7 @@ def evenly(source: ImageSource, count: int) -> ImageSource:
 def _array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise SourceError(f"{path}: no such file; expected it as in CIFAR-10-C")
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise SourceError(f"{path}: not an array of numbers ({error})") from error
+    return read_array(path, mapped=True)
 
 
 def _visible_folders(root: Path) -> set[str]:

@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int, UInt8
 
 from jaxsynth.core.documents import read_lines, take
-from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.core.io import (
     TEMPORARY,
     file_digest,
@@ -152,10 +152,10 @@ class StoreWriter:
         if path.exists():
             there = read_json(path)
             for key, value in head.items():
-                if not isinstance(there, dict) or there.get(key) != value:
-                    found = there.get(key) if isinstance(there, dict) else there
+                if there.get(key) != value:
                     raise StoreError(
-                        f"{path}: begun with {key} {found!r}, now {value!r} is asked for"
+                        f"{path}: begun with {key} {shown(there.get(key))}, now {value!r} is "
+                        "asked for"
                     )
         elif first:
             write_json(path, head)
@@ -266,7 +266,11 @@ class ImageStore:
         for number in shards:
             fault = damage(self.folder, number)
             if fault:
-                raise StoreError(f"{self.folder}: damaged: {fault}")
+                seal = _shard(self.folder, number).with_suffix(".seal")
+                raise StoreError(
+                    f"{self.folder}: damaged: {fault}; remove {seal} and manifest.json beside it, "
+                    "and the command that made the images draws that shard again"
+                )
         self._seals = [_read_seal(base) for base in bases]
         entries = [entry for base in bases for entry in _read_entries(base.with_suffix(".jsonl"))]
         self.entries = tuple(entries)

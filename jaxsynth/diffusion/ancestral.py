@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.core.errors import shown
+from jaxsynth.diffusion.schedules import NoiseSchedule, SchedulerError
 from jaxsynth.diffusion.timesteps import in_range, spaced, training_sigmas
 
 _SMALLEST = 1e-20  # diffusers' least variance
@@ -70,7 +71,7 @@ def make_euler_ancestral(
 ) -> Ancestral:
     """Euler steps to a smaller sigma than the next one, and noise up to that one."""
     if schedule.prediction_type == "sample":
-        raise ValueError(
+        raise SchedulerError(
             "prediction_type 'sample' is not defined for EulerAncestralDiscreteScheduler"
         )
     total = schedule.num_train_timesteps
@@ -104,8 +105,8 @@ def make_ddpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -
     variances = {"fixed_small": small, "fixed_small_log": small, "fixed_large": beta}
     kind = options["variance_type"]
     if kind not in variances:
-        raise ValueError(
-            f"scheduler config field 'variance_type': {kind!r} is not implemented for "
+        raise SchedulerError(
+            f"scheduler config field 'variance_type': {shown(kind)} is not implemented for "
             f"DDPMScheduler; expected one of {list(variances)}"
         )
     columns = (
@@ -122,7 +123,7 @@ def make_lcm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) ->
     """A consistency model's estimate of x_0, noised again to the next timestep."""
     total, distilled = schedule.num_train_timesteps, options["original_inference_steps"]
     if not steps <= distilled <= total:
-        raise ValueError(
+        raise SchedulerError(
             f"num_inference_steps: {steps}, but LCMScheduler takes at most as many as it was "
             f"distilled with (original_inference_steps {distilled}, at most {total})"
         )

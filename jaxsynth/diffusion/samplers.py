@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jaxsynth.core.errors import shown
 from jaxsynth.diffusion.ancestral import (
     as_x0_eps,
     clip_of,
@@ -33,7 +34,7 @@ from jaxsynth.diffusion.ancestral import (
     make_lcm,
     to_table,
 )
-from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.diffusion.schedules import NoiseSchedule, SchedulerError
 from jaxsynth.diffusion.timesteps import (
     finish,
     in_range,
@@ -258,25 +259,25 @@ def make_sampler(
         if own.prediction_type != schedule.prediction_type or not np.array_equal(
             own.alphas_cumprod, np.asarray(schedule.alphas_cumprod)
         ):
-            raise ValueError(
+            raise SchedulerError(
                 "make_sampler: the scheduler config describes another noise schedule "
                 f"({own.prediction_type}, T={own.num_train_timesteps}) than the one given "
                 f"({schedule.prediction_type}, T={schedule.num_train_timesteps})"
             )
         schedule, class_name = own, own.class_name
     if class_name not in NAMES.values():
-        raise ValueError(
-            f"make_sampler: no sampler {class_name!r}; expected one of {sorted(NAMES)} or "
+        raise SchedulerError(
+            f"make_sampler: no sampler {shown(class_name)}; expected one of {sorted(NAMES)} or "
             f"{sorted(NAMES.values())}"
         )
     total = schedule.num_train_timesteps
     if not 1 <= num_inference_steps <= total:
-        raise ValueError(
+        raise SchedulerError(
             f"num_inference_steps: expected 1 to {total} (num_train_timesteps), "
             f"found {num_inference_steps}"
         )
     if eta != 0 and class_name != "DDIMScheduler":
-        raise ValueError(f"eta: {eta} applies to DDIM only, not to {class_name}")
+        raise SchedulerError(f"eta: {eta} applies to DDIM only, not to {class_name}")
     options = schedule.options(class_name)
     if class_name == "DDIMScheduler":
         return _make_ddim(schedule, num_inference_steps, options, eta)
@@ -361,7 +362,7 @@ def _make_ddim(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any], 
     a_next = _product_at(schedule, timesteps - total // steps, options)
     std = eta * np.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     if eta < 0 or np.any(1 - a_next - std**2 < -1e-12):
-        raise ValueError(f"eta: expected 0 to 1, found {eta}")
+        raise SchedulerError(f"eta: expected 0 to 1, found {eta}")
     direction = np.sqrt(np.maximum(1 - a_next - std**2, 0))
     columns = (
         *as_x0_eps(schedule.prediction_type, np.sqrt(a), np.sqrt(1 - a)),
@@ -374,12 +375,12 @@ def _make_ddim(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any], 
 
 def _make_pndm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> PNDM:
     if not options["skip_prk_steps"]:
-        raise ValueError(
+        raise SchedulerError(
             "scheduler config field 'skip_prk_steps': False (Runge-Kutta warm-up) is not "
             "implemented for PNDMScheduler; expected True, as Stable Diffusion ships it"
         )
     if schedule.prediction_type == "sample":
-        raise ValueError("prediction_type 'sample' is not defined for PNDMScheduler")
+        raise SchedulerError("prediction_type 'sample' is not defined for PNDMScheduler")
     total = schedule.num_train_timesteps
     visited = in_range(spaced(total, steps, options).round().astype(np.int32), total, options)
     timesteps = np.concatenate([visited[:2], visited[1:]]) if steps > 1 else visited
@@ -425,7 +426,7 @@ def _make_dpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -
     # lambda = log(signal / sigma) = -log(sigmas); only second-order steps need h.
     h, previous_h = np.log(sigmas[at] / sigmas[at + 1]), np.log(sigmas[at - 1] / sigmas[at])
     if np.any(previous_h <= 0):
-        raise ValueError(
+        raise SchedulerError(
             f"num_inference_steps: {steps} visit a timestep twice with timestep_spacing "
             f"{options['timestep_spacing']!r}, which DPM-Solver cannot; use fewer steps"
         )

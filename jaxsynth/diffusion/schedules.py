@@ -23,6 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxsynth.core.errors import UserError, shown
+
+
+class SchedulerError(UserError, ValueError):
+    """A scheduler's config that is not as expected or not implemented; the field is named."""
+
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 _BASE = {
@@ -119,6 +126,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of the noise schedule; the largest there are have 4000.
+_MOST_STEPS = 1 << 20
+
 # What the noise schedule itself is made of; every other field belongs to a sampler.
 _OF_THE_SCHEDULE = (*_BASE, "rescale_betas_zero_snr")
 
@@ -188,11 +198,15 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """The schedule of a scheduler_config.json dict, of whatever class.
 
-        Raises ValueError naming the field for betas or a prediction type that are not implemented,
-        or of the wrong type. Options of samplers are checked where a sampler is made (`options`).
+        Raises SchedulerError naming the field for betas or a prediction type that are not
+        implemented, or of the wrong type. Options of samplers are checked where a sampler is made
+        (`options`).
         """
+        class_name = config.get("_class_name")
+        if not isinstance(class_name, str | None):
+            raise SchedulerError(f"scheduler config: _class_name {shown(class_name)}")
         stated = _stated(config)
-        defaults = FIELDS.get(config.get("_class_name", ""), {})
+        defaults = FIELDS.get(class_name or "", {})
         own = {name: value for name, value in defaults.items() if name in _BASE}
         values = {**_BASE, "rescale_betas_zero_snr": False, **own, **stated}
         betas = _betas(values)
@@ -203,7 +217,7 @@ class NoiseSchedule:
             betas=betas,
             alphas_cumprod=cumprod,
             prediction_type=values["prediction_type"],
-            class_name=config.get("_class_name"),
+            class_name=class_name,
             stated=tuple(sorted((name, _hashable(value)) for name, value in stated.items())),
         )
 
@@ -221,26 +235,26 @@ class NoiseSchedule:
         replaces = self.class_name not in (None, class_name)
         for name in _MUST_BE_OFF[:1] if replaces else _MUST_BE_OFF:
             if name not in known and stated.get(name):
-                raise ValueError(
-                    f"scheduler config field {name!r}: {stated[name]!r} cannot be honoured by "
-                    f"{class_name}, which has no such option; expected it off"
+                raise SchedulerError(
+                    f"scheduler config field {name!r}: {shown(stated[name])} cannot be honoured "
+                    f"by {class_name}, which has no such option; expected it off"
                 )
         options = dict(known)
         for name, value in stated.items():
             if replaces and name not in _OF_THE_SCHEDULE and not _is_implemented(name, value):
                 continue
             if name not in _KNOWN:
-                raise ValueError(
-                    f"scheduler config field {name!r} (value {value!r}) is unknown; "
+                raise SchedulerError(
+                    f"scheduler config field {shown(name)} (value {shown(value)}) is unknown; "
                     f"known fields: {sorted(_KNOWN)}"
                 )
             checked = _checked(name, value, _KNOWN[name])
             if name not in known:
                 continue
             if checked not in _IMPLEMENTED.get(name, (checked,)):
-                raise ValueError(
-                    f"scheduler config field {name!r}: {checked!r} is not implemented for "
-                    f"{class_name}; expected one of {list(_IMPLEMENTED[name])}"
+                raise SchedulerError(
+                    f"scheduler config field {shown(name)}: {shown(checked)} is not implemented "
+                    f"for {class_name}; expected one of {list(_IMPLEMENTED[name])}"
                 )
             options[name] = checked
         return options
@@ -253,7 +267,9 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
     to return, and `predict_epsilon` is today's `prediction_type`.
     """
     # diffusers lists here what the user never set: another class then uses its own default.
-    unset = set(config.get("_use_default_values", ()))
+    unset = config.get("_use_default_values", ())
+    if not isinstance(unset, (list, tuple)):
+        raise SchedulerError(f"scheduler config field '_use_default_values': {shown(unset)}")
     stated = {
         name: _checked(name, value, _KNOWN[name]) if name in _OF_THE_SCHEDULE else value
         for name, value in config.items()
@@ -261,8 +277,9 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     predicts_noise = stated.pop("predict_epsilon", True)
     if predicts_noise not in (True, False):
-        raise ValueError(
-            f"scheduler config field 'predict_epsilon': expected a bool, found {predicts_noise!r}"
+        raise SchedulerError(
+            f"scheduler config field 'predict_epsilon': expected a bool, found "
+            f"{shown(predicts_noise)}"
         )
     if not predicts_noise:
         stated.setdefault("prediction_type", "sample")
@@ -286,8 +303,8 @@ def _hashable(value: Any) -> Any:
 def _checked(name: str, value: Any, default: Any) -> Any:
     if name in _CHOICES:
         if value not in _CHOICES[name]:
-            raise ValueError(
-                f"scheduler config field {name!r}: {value!r} is not implemented; "
+            raise SchedulerError(
+                f"scheduler config field {shown(name)}: {shown(value)} is not implemented; "
                 f"expected one of {list(_CHOICES[name])}"
             )
         return value
@@ -304,8 +321,9 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     else:  # trained_betas, sigma_min, sigma_max
         return value
     if not right:
-        raise ValueError(
-            f"scheduler config field {name!r}: expected a {type(default).__name__}, found {value!r}"
+        raise SchedulerError(
+            f"scheduler config field {shown(name)}: expected a {type(default).__name__}, "
+            f"found {shown(value)}"
         )
     return value
 
@@ -313,14 +331,26 @@ def _checked(name: str, value: Any, default: Any) -> Any:
 def _betas(values: Mapping[str, Any]) -> np.ndarray:
     steps = values["num_train_timesteps"]
     start, end = values["beta_start"], values["beta_end"]
-    if steps < 1:
-        raise ValueError(
-            f"scheduler config field 'num_train_timesteps': expected >= 1, found {steps}"
+    if not 1 <= steps <= _MOST_STEPS:
+        raise SchedulerError(
+            f"scheduler config field 'num_train_timesteps': expected 1 to {_MOST_STEPS}, found "
+            f"{shown(steps)}"
         )
-    if values["trained_betas"] is not None:
-        betas = np.asarray(values["trained_betas"], np.float32)
+    if not 0 <= start <= 1 or not 0 <= end <= 1:
+        raise SchedulerError(
+            f"scheduler config: betas must lie in [0, 1), found beta_start {start:g} and beta_end "
+            f"{end:g}"
+        )
+    if (trained := values["trained_betas"]) is not None:
+        if not isinstance(trained, (list, tuple)) or not all(
+            isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 2 for x in trained
+        ):
+            raise SchedulerError(
+                "scheduler config field 'trained_betas': expected a list of numbers in [0, 1)"
+            )
+        betas = np.asarray(trained, np.float32)
         if betas.shape != (steps,):
-            raise ValueError(
+            raise SchedulerError(
                 f"scheduler config field 'trained_betas': expected {steps} numbers "
                 f"(num_train_timesteps), found shape {betas.shape}"
             )
@@ -331,7 +361,7 @@ def _betas(values: Mapping[str, Any]) -> np.ndarray:
     else:
         betas = _cosine_betas(steps)
     if not (np.all(betas >= 0) and np.all(betas < 1)):
-        raise ValueError(
+        raise SchedulerError(
             "scheduler config: betas must lie in [0, 1), found "
             f"{betas.min()} .. {betas.max()} (beta_start, beta_end or trained_betas)"
         )

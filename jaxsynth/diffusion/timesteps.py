@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.diffusion.schedules import NoiseSchedule, SchedulerError
 
 
 def trailing(total: int, steps: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def spaced_dpm(total: int, steps: int, options: Mapping[str, Any]) -> np.ndarray
 
 def in_range(timesteps: np.ndarray, total: int, options: Mapping[str, Any]) -> np.ndarray:
     if timesteps.min() < 0 or timesteps.max() > total - 1:
-        raise ValueError(
+        raise SchedulerError(
             f"timesteps {timesteps.min()} .. {timesteps.max()} leave 0 .. {total - 1}: reduce "
             f"num_inference_steps ({len(timesteps)}) or 'steps_offset' "
             f"({options['steps_offset']}) for timestep_spacing {options['timestep_spacing']!r}"

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image, PngImagePlugin
 
 from jaxsynth.core.console import progress
+from jaxsynth.core.documents import parse_json, read_text
 from jaxsynth.core.errors import UsageError, UserError, quoted
 from jaxsynth.core.io import read_json, write_bytes, write_json, write_text
 from jaxsynth.generation.generate import Generator
@@ -44,12 +45,8 @@ def read_requests(path: Path, *, negative_prompt: str, seed: int) -> list[Reques
     `negative_prompt` and `seed` are for lines that do not say their own. UserError naming file and
     line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text: {error}") from error
     requests = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
@@ -63,10 +60,7 @@ def read_requests(path: Path, *, negative_prompt: str, seed: int) -> list[Reques
 
 
 def _request(line: str, where: str, default: Request) -> Request:
-    try:
-        values = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON: {error}") from error
+    values = parse_json(line, where, Any)
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError(f'{where}: expected {{"prompt": "..."}}, found {quoted(values)}')
     if unknown := sorted(values.keys() - asdict(default).keys()):
@@ -93,11 +87,10 @@ def begin(folder: Path, requests: Sequence[Request], count: int, settings: Mappi
     path = folder / REQUEST_FILE
     if path.is_file():
         there = read_json(path)
-        there = there if isinstance(there, dict) else {}
         for name in {**asked, **there}:
             if there.get(name) != asked.get(name):
                 raise UsageError(
-                    f"{folder} holds images of another request: {name} was "
+                    f"{folder} holds images of another request: {quoted(name)[1:-1]} was "
                     f"{_short(there.get(name))}, now {_short(asked.get(name))}; "
                     "give another --out or remove the folder"
                 )
@@ -162,5 +155,5 @@ def _png(image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> bytes:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

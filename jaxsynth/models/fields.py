@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxsynth.core.config import convert
-from jaxsynth.core.errors import quoted
+from jaxsynth.core.errors import quoted, shown
 
 # Fields of transformers' config.json that do not change what a network computes.
 _NOTES = """
@@ -61,6 +61,8 @@ def known_fields(
     of another type than the field's or out of its range, or for a value of a field in `only` that
     is not among those allowed.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{cls.__name__}: {shown(config)}, expected an object")
     names = typing.get_type_hints(cls)
     known: dict[str, Any] = {}
     for key, value in config.items():
@@ -145,7 +147,7 @@ def square_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("image_size", "patch_size"):
         value = config.get(name)
         if isinstance(value, list | tuple):
-            if len(set(value)) != 1:
-                raise ValueError(f"{name}: {list(value)}, expected a square")
+            if not value or any(side != value[0] for side in value):
+                raise ValueError(f"{name}: {shown(value)}, expected a square")
             config[name] = value[0]
     return config

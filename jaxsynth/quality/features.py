@@ -6,8 +6,7 @@ CLIP's image tower is the default, since one is shipped; InceptionV3 gives the p
 """
 
 import os
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image
 
+from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
 from jaxsynth.data.dataset import ImageSource
@@ -213,14 +213,18 @@ def read_statistics(
     dimensions are known and are not the extractor's. Foreign files do not say their network.
     """
     path = Path(path)
-    arrays = _read_npz(path, ("mu", "sigma"), optional=("count", "network"))
+    arrays = read_arrays(path, ("mu", "sigma"), optional=("count", "network"))
     mu, sigma = arrays["mu"], arrays["sigma"]
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape}, expected (d,) and (d, d)")
     for name in ("mu", "sigma"):
         if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
             raise UserError(f"{path}: {name}: expected finite floats, found {arrays[name].dtype}")
-    network = str(arrays.get("network", ""))
+    count, network = arrays.get("count", np.int64(0)), arrays.get("network", np.str_(""))
+    for name, found, kinds in (("count", count, "iu"), ("network", network, "U")):
+        if found.ndim or found.dtype.kind not in kinds:
+            raise UserError(f"{path}: {name}: {found.dtype} {found.shape}, expected a single one")
+    network = str(network)
     if extractor is not None:
         if network and network != extractor.label:
             raise UserError(f"{path}: made by {network}, but images go to {extractor.label}")
@@ -228,8 +232,7 @@ def read_statistics(
             raise UserError(
                 f"{path}: {len(mu)} dimensions, but {extractor.name} has {extractor.dimensions}"
             )
-    count = int(arrays.get("count", 0))
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), count, network)
+    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), int(count), network)
 
 
 def read_images(path: str | os.PathLike) -> ArraySource:
@@ -238,36 +241,16 @@ def read_images(path: str | os.PathLike) -> ArraySource:
     Without `arr_1` all labels are 0.
     """
     path = Path(path)
-    arrays = _read_npz(path, ("arr_0",), optional=("arr_1",))
+    arrays = read_arrays(path, ("arr_0",), optional=("arr_1",))
     images = arrays["arr_0"]
-    labels = arrays.get("arr_1", np.zeros(len(images), np.int32))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(
             f"{path}: arr_0: {images.dtype} {images.shape}, expected uint8 (n, h, w, 3)"
         )
+    labels = arrays.get("arr_1", np.zeros(len(images), np.int32))
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(
             f"{path}: arr_1: {labels.dtype} {labels.shape}, expected {len(images)} integer labels"
         )
     ids = tuple(f"{path.name}/{i}" for i in range(len(images)))
     return ArraySource(images, labels.astype(np.int32), ids)
-
-
-def _read_npz(
-    path: Path, keys: Sequence[str], *, optional: Sequence[str] = ()
-) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            # Unpickling runs code, so arrays of objects are refused.
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise UserError(f"{path}: a single array, expected an .npz")
-            for key in keys:
-                if key not in archive:
-                    found = ", ".join(archive.files) or "nothing"
-                    raise UserError(f"{path}: key {key!r} missing, found {found}")
-            return {key: archive[key] for key in (*keys, *optional) if key in archive}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as an .npz: {error}") from None

@@ -38,7 +38,8 @@ def font_file(text: str) -> Path:
 
 
 def drawable(text: str) -> str:
-    """The text with the letters that no installed font has as their code points."""
+    """The text on one line, with the letters that no installed font has as their code points."""
+    text = " ".join(text.split())
     known = _letters(font_file(text))
     return "".join(
         x if ord(x) in known or x.isspace() else f"U+{ord(x):04X} " for x in text

@@ -119,14 +119,14 @@ class Table:
 def to_rich(table: Table) -> rich.table.Table:
     """The table for a rich console."""
     out = rich.table.Table(
-        title=table.caption or None,
+        title=rich.text.Text(table.caption) if table.caption else None,
         title_style="bold",
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,
     )
     for index, name in enumerate(table.columns):
-        out.add_column(name, justify="right" if table.numeric(index) else "left")
+        out.add_column(rich.text.Text(name), justify="right" if table.numeric(index) else "left")
     for ruled, cells in table._cells():
         if ruled and out.row_count:
             out.add_section()

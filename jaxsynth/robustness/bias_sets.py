@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxsynth.core.documents import read_json
+from jaxsynth.core.errors import quoted, shown
 from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES
 from jaxsynth.data.procedural.cues import (
@@ -128,6 +130,9 @@ def read_backgrounds(root: Path, image_size: int = 0) -> Backgrounds:
     return Backgrounds(**sources, names=names, paired=False)
 
 
+# Of a class's number.
+_MOST_DIGITS = 6
+
 FOCUS_NAMES = (
     "truck", "car", "plane", "ship", "cat", "dog", "horse", "deer", "frog", "bird",
 )  # fmt: skip
@@ -229,20 +234,23 @@ def read_class_map(path: Path, names: Sequence[str]) -> dict[str, tuple[int, ...
     any other form.
     """
     found = read_json(path)
-    if found and all(
-        isinstance(v, list) and all(type(i) is int for i in v) for v in found.values()
-    ):
+    if found and all(isinstance(v, list) and all(map(_is_place, v)) for v in found.values()):
         return {name: tuple(indices) for name, indices in found.items()}
     groups: dict[str, list[int]] = {name: [] for name in names}
     for index, place in found.items():
-        if not index.isdecimal() or type(place) is not int or not -1 <= place < len(names):
+        number = index.isascii() and index.isdecimal() and len(index) <= _MOST_DIGITS
+        if not number or type(place) is not int or not -1 <= place < len(names):
             raise SourceError(
-                f"{path}: {index!r}: {place!r}; expected a list of classes for each name, or a "
-                f"place from -1 to {len(names) - 1} for each class"
+                f"{path}: {quoted(index)}: {shown(place)}; expected a list of classes for "
+                f"each name, or a place from -1 to {len(names) - 1} for each class"
             )
         if place >= 0:
             groups[names[place]].append(int(index))
     return {name: tuple(indices) for name, indices in groups.items()}
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 10**_MOST_DIGITS
 
 
 def _source(cues: Cues, part: str) -> ArraySource:

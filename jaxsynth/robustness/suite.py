@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from jaxsynth.core.arrays import read_arrays
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.robustness.attacks.autoattack import autoattack
 from jaxsynth.robustness.attacks.common import Predict, image_keys
@@ -284,8 +285,7 @@ def save_answers(path: Path, answers: Answers) -> None:
 
 def load_answers(path: Path) -> Answers:
     """What `save_answers` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    return read_arrays(path)
 
 
 def _class_map(sets: Sets, name: str, classes: Sequence[str]) -> ClassMap:

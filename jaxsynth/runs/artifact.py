@@ -5,13 +5,15 @@ has a digest of its content.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Generic, TypeVar
 
-from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.core.io import file_digests_cached
 
 MANIFEST = "manifest.json"
@@ -54,8 +56,7 @@ class Artifact:
             if digest != entry["sha256"]:
                 raise StageError(
                     f"{path} is damaged or was changed: its SHA-256 is {digest[:16]}..., the "
-                    f"manifest says {entry['sha256'][:16]}...; remove {self.path} to make the "
-                    "stage again"
+                    f"manifest says {entry['sha256'][:16]}...; {self._way_out(path)}"
                 )
 
     def _existing(self, name: str) -> Path:
@@ -63,9 +64,14 @@ class Artifact:
         if not file.is_file():
             raise StageError(
                 f"{file} is in the manifest of stage {self.manifest['stage']!r} but is missing; "
-                f"remove {self.path} to make the stage again"
+                f"{self._way_out()}"
             )
         return file
+
+    def _way_out(self, *files: Path) -> str:
+        """What of a stage is undamaged is found there again, as after a kill."""
+        gone = " and ".join(map(str, (*files, self.path / MANIFEST)))
+        return f"remove {gone}, and the same command makes what is missing again"
 
 
 class Source(Generic[T]):
@@ -111,15 +117,15 @@ def load_artifact(folder: str | Path) -> Artifact:
     """
     folder = Path(folder)
     manifest = read_manifest(folder / MANIFEST)
-    if manifest is None:
+    if manifest is None or "files" not in manifest:
         raise StageError(f"{folder} holds no finished stage: {MANIFEST} is missing")
     artifact = Artifact(folder, manifest)
     for name, entry in manifest["files"].items():
         size = artifact._existing(name).stat().st_size
         if size != entry["bytes"]:
             raise StageError(
-                f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}; remove "
-                f"{folder} to make the stage again"
+                f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}; "
+                f"{artifact._way_out(folder / name)}"
             )
     return artifact
 
@@ -130,8 +136,43 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = read_json(path)
+        for name, kind in _FIELDS.items():
+            take(found, name, kind, path, None)
+        finished = "files" in found
+        for name in _ALWAYS + (_FINISHED if finished else ()):
+            if name not in found:
+                raise UserError(f"{path}: {name} is missing")
+        if not isinstance(found["config"], (dict, list)):
+            raise UserError(f"{path}: config: {shown(found['config'])}, expected an object")
+        for name, entry in found.get("files", {}).items():
+            where = f"{path}: file {quoted(name)}"
+            if not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise UserError(f"{where} is not below the stage's folder")
+            take(entry, "bytes", int, where), take(entry, "sha256", str, where)
+        if finished and found.get("checksum", checksum(found)) != checksum(found):
+            raise UserError(f"{path} is damaged or was changed: its checksum is another one")
     except UserError as error:
-        raise StageError(f"{error}; remove {path.parent} to make the stage again") from error
-    if not isinstance(found, dict) or not isinstance(found.get("config"), (dict, list)):
-        raise StageError(f"{path} is no stage's manifest; remove {path.parent} to make it again")
+        raise StageError(
+            f"{error}; remove {path}, and the same command makes it from the files beside it"
+        ) from error
     return found
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest but for how long the stage took."""
+    kept = {key: x for key, x in manifest.items() if key not in ("checksum", "seconds")}
+    return content_digest(kept)
+
+
+def content_digest(value: Any) -> str:
+    """SHA-256 (hex) of JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+_FIELDS: dict[str, Any] = {
+    "manifest": int, "stage": str, "format": int, "inputs": dict[str, str], "label": str,
+    "digest": str, "counts": dict, "seconds": float, "versions": dict[str, str],
+    "files": dict[str, dict], "checksum": str,
+}  # fmt: skip
+_ALWAYS = ("stage", "config", "inputs")
+_FINISHED = ("label", "digest", "counts", "seconds")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxsynth.core.config import to_dataclass, to_dict
-from jaxsynth.core.documents import read_json
+from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UsageError
 from jaxsynth.core.io import write_json
 from jaxsynth.runs.stage import versions
@@ -43,7 +43,10 @@ def read_record(workdir: Path) -> dict[str, Any]:
     if not path.is_file():
         kind = "holds no run" if workdir.is_dir() else "does not exist"
         raise UsageError(f"{workdir} {kind}: {RUN_FILE} is missing")
-    return read_json(path)
+    found = read_json(path)
+    take(found, "method", str, path)
+    take(found, "config", dict, path)
+    return found
 
 
 def read_config(workdir: Path, kind: type[T]) -> T:

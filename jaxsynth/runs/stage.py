@@ -28,10 +28,8 @@ its identity. `work` holds what may differ without changing the result: the fold
 import dataclasses
 import fcntl
 import fnmatch
-import hashlib
 import importlib.metadata
 import inspect
-import json
 import os
 import platform
 import time
@@ -55,6 +53,8 @@ from jaxsynth.runs.artifact import (
     Artifact,
     Source,
     StageError,
+    checksum,
+    content_digest,
     load_artifact,
     read_manifest,
 )
@@ -231,13 +231,13 @@ def run_stage(
                 "manifest": FORMAT,
                 **wanted,
                 "label": name,
-                "digest": _digest({**wanted, "files": files}),
+                "digest": content_digest({**wanted, "files": files}),
                 "counts": to_json(counts or {}, f"{stage}.counts"),
                 "seconds": round(time.monotonic() - began, 3),
                 "versions": versions(),
                 "files": files,
             }
-            write_json(folder / MANIFEST, manifest)
+            write_json(folder / MANIFEST, manifest | {"checksum": checksum(manifest)})
             (folder / STARTED).unlink(missing_ok=True)
             _remove_temporaries(folder)
         barrier(f"{name} written")
@@ -335,7 +335,7 @@ class _Holder:
     def _changed_files(self, before: Mapping[str, str]) -> list[str]:
         """Which files of a changed input are new, gone or other ones."""
         path = self.folder / LISTINGS
-        known = read_json(path) if path.is_file() else {}
+        known = read_json(path, dict[str, dict[str, str]], optional=True)
         lines = []
         for key, new in self.listings.items():
             old = known.get(key)
@@ -433,10 +433,6 @@ def _remove_temporaries(folder: Path) -> None:
     for path in folder.rglob(f".*{TEMPORARY}"):
         if path.is_file():
             path.unlink()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

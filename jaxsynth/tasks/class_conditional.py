@@ -22,6 +22,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxsynth.adapters.inject import seed_dropout
+from jaxsynth.core.arrays import read_arrays
+from jaxsynth.core.documents import checked
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
 from jaxsynth.data.conditions import as_bytes, as_fractions
@@ -144,8 +146,8 @@ class Latents:
     @classmethod
     def load(cls, path: Path) -> "Latents":
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(**{name: file[name] for name in file.files})
+        found = read_arrays(path, ("mean", "std", "labels"), optional=("condition",))
+        return checked(path, cls, **found)
 
 
 def encode_latents(

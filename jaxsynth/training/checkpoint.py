@@ -20,12 +20,14 @@ import numpy as np
 import orbax.checkpoint
 from jaxtyping import PyTree
 
-from jaxsynth.core.documents import parse_json
+from jaxsynth.core.documents import parse_json, take
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import differences, to_json
 
 # Orbax 1.0 makes this interface the top level; in 0.12 it is a sub-module of it.
 ocp = getattr(orbax.checkpoint, "v1", orbax.checkpoint)
+
+_WAY_OUT = "remove that folder to go on from an older checkpoint, or from the beginning"
 
 
 class CheckpointError(UserError):
@@ -110,6 +112,7 @@ class Checkpoints:
         where = self.folder / str(self.latest)
         note = _Note({})
         self._load(where, {"run": note})
+        note.check(where)
         if lines := differences(note.value["identity"], self.identity, "identity"):
             raise CheckpointError(
                 f"{where} belongs to another run (old -> new): {'; '.join(lines)}"
@@ -127,10 +130,7 @@ class Checkpoints:
         saved = note.value["digests"]
         # Cut otherwise (another number of devices), arrays cannot be compared piece by piece.
         if bad := [x for x in found if found[x].keys() == saved[x].keys() and found[x] != saved[x]]:
-            raise CheckpointError(
-                f"{where} is damaged: {bad[0]} is not what was saved; remove that folder to go on "
-                "from an older checkpoint, or from the beginning"
-            )
+            raise CheckpointError(f"{where} is damaged: {bad[0]} is not what was saved; {_WAY_OUT}")
         if note.value["data"] is not None:
             if note.processes != jax.process_count():
                 raise CheckpointError(
@@ -148,8 +148,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files
             raise CheckpointError(
-                f"{where} cannot be read ({type(error).__name__}); remove that folder to go on "
-                "from an older checkpoint, or from the beginning"
+                f"{where} cannot be read ({type(error).__name__}); {_WAY_OUT}"
             ) from error
 
     def close(self) -> None:
@@ -164,7 +163,10 @@ class Checkpoints:
 
 
 class _Note:
-    """One JSON file per process, in Orbax's protocol for objects that save themselves."""
+    """One JSON file per process, in Orbax's protocol for objects that save themselves.
+
+    It has a digest of itself: a changed number in it would move a training without a word.
+    """
 
     def __init__(self, value: dict[str, Any]):
         self.value = value
@@ -172,7 +174,9 @@ class _Note:
         self._name = f"process_{jax.process_index()}_of_{jax.process_count()}.json"
 
     async def save(self, directory) -> Awaitable[None]:
-        text = json.dumps(self.value)  # now: the data iterator moves on while this is written
+        # Now: the data iterator moves on while this is written.
+        value = json.loads(json.dumps(self.value))
+        text = json.dumps(value | {"sha256": _checksum(value)})
 
         async def write() -> None:
             folder = await directory.await_creation()
@@ -191,6 +195,23 @@ class _Note:
             self.value = parse_json(file.read_bytes(), file)
 
         return read()
+
+    def check(self, where: Path) -> None:
+        """CheckpointError for a note that is not as it was written."""
+        try:
+            digests = take(self.value, "digests", dict[str, dict[str, str]], where)
+            shapes = take(self.value, "shapes", dict, where)
+            for name, kind in (("identity", dict), ("seen", dict | None), ("data", dict | None)):
+                take(self.value, name, kind, where)
+        except UserError as error:
+            raise CheckpointError(f"{error}; {_WAY_OUT}") from None
+        written = self.value.pop("sha256", None)
+        if digests.keys() != shapes.keys() or written not in (None, _checksum(self.value)):
+            raise CheckpointError(f"{where} is damaged: its note was changed; {_WAY_OUT}")
+
+
+def _checksum(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def _names(tree: PyTree) -> list[str]:
@@ -251,7 +272,13 @@ def _move(batches: Any, position: dict[str, Any], where: Path) -> None:
         raise CheckpointError(
             f"{where} holds a place in the data, but the batches have no set_state"
         )
-    if "base64" in position:
-        batches.set_state(base64.b64decode(position["base64"]))
-    else:
-        batches.set_state(position["json"])
+    try:
+        if "base64" in position:
+            batches.set_state(base64.b64decode(position["base64"]))
+        else:
+            batches.set_state(position["json"])
+    except Exception as error:  # of another kind of batches, each raises what it will
+        raise CheckpointError(
+            f"{where} holds a place in the data that the batches do not know "
+            f"({type(error).__name__}); {_WAY_OUT}"
+        ) from error

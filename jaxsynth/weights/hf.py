@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.core.console import console
-from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.documents import checked, read_json, take
 from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.diffusion.scheduler_config import corrected
+from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -347,7 +348,10 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     entry = index.get("scheduler")
     named = entry[-1] if isinstance(entry, list) and entry else None
     text_to_image = index.get("_class_name") in _PIPELINES
-    config, notes = corrected(read_json(path), named, text_to_image=text_to_image)
+    config = read_json(path)
+    checked(path, NoiseSchedule.from_config, config)
+    config, notes = corrected(config, named, text_to_image=text_to_image)
+    checked(path, NoiseSchedule.from_config, config)
     _say_once(tuple(f"{path}: {note}, as diffusers' pipeline corrects it" for note in notes))
     return config
 

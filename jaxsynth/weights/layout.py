@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.weights.names import canonical, from_hf, hf_name, hf_shape, to_hf
 
 Parts = tuple[str | int, ...]
@@ -130,12 +130,13 @@ class Filling:
             return
         if name not in self._places:
             raise UserError(
-                f"{file}: unknown key {key!r}: the network of its config has no such parameter"
+                f"{file}: unknown key {shown(key)}: the network of its config has no such parameter"
             )
         if name in self._sources:
             other, first = self._sources[name]
             raise UserError(
-                f"{file}: key {key!r} gives {name!r} a second time, after {first!r} in {other.name}"
+                f"{file}: key {shown(key)} gives {shown(name)} a second time, after "
+                f"{shown(first)} in {other.name}"
             )
         path, number = self._places[name]
         stacked = self._keys[path].stacked
@@ -165,7 +166,7 @@ class Filling:
         missing = sorted(self._places.keys() - self._sources.keys())
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{where}: key {missing[0]!r} missing{more}")
+            raise UserError(f"{where}: key {shown(missing[0])} missing{more}")
         filled = [
             (path, variable.replace(self._values[path]))
             for path, variable in self._variables.items()

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from jaxsynth.core.documents import read_json, take
-from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.ops.resize import (
     CROP_ROUNDINGS,
     CropRounding,
@@ -84,12 +84,12 @@ class Preprocessing:
             )
         if self.interpolation not in _PIL:
             raise ValueError(
-                f"Preprocessing.interpolation: {self.interpolation!r}, expected one of "
+                f"Preprocessing.interpolation: {shown(self.interpolation)}, expected one of "
                 f"{', '.join(_PIL)}"
             )
         if self.crop_rounding not in CROP_ROUNDINGS:
             raise ValueError(
-                f"Preprocessing.crop_rounding: {self.crop_rounding!r}, expected one of "
+                f"Preprocessing.crop_rounding: {shown(self.crop_rounding)}, expected one of "
                 f"{', '.join(CROP_ROUNDINGS)}"
             )
         for name in ("mean", "std"):

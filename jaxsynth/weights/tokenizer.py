@@ -26,7 +26,7 @@ from tokenizers import (
     trainers,
 )
 
-from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.documents import read_json, read_text, take
 from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.weights.hub import write_json
 
@@ -299,10 +299,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list
     vocab = _ids(vocab_path)
     if not merges_path.exists():
         raise UserError(f"{merges_path}: missing, and there is no tokenizer.json instead")
-    try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{merges_path}: not UTF-8 at byte {error.start}") from None
+    lines = read_text(merges_path).split("\n")
     lines = [line for line in lines if line and not line.startswith("#version")]
     merges = [_pair(line.rstrip("\r").split(" "), merges_path) for line in lines]
     for left, right in merges:

@@ -66,7 +66,7 @@ def test_documents_that_are_valid(tmp_path):
         read_json(tmp_path / "none.json")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_json(tmp_path)
-    with pytest.raises(UserError, match="more than 10 bytes of JSON"):
+    with pytest.raises(UserError, match="more than 10 bytes"):
         read_json(path, most_bytes=10)
 
 

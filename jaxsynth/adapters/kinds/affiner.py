@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Key
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.convolution import centre, check_conv, narrow_convolve
 from jaxsynth.adapters.kinds.update import check_scale
+from jaxsynth.core.errors import shown
 
 # He et al. 2015, arXiv:1502.01852: variance 2 / fan_in.
 _KAIMING = math.sqrt(2)
@@ -68,7 +69,9 @@ class AffinerConfig:
             ("scale_side", self.scale_side, ("input", "output", "none")),
         ):
             if found not in allowed:
-                raise ValueError(f"AffinerConfig.{name} is {found!r}, expected one of {allowed}")
+                raise ValueError(
+                    f"AffinerConfig.{name} is {shown(found)}, expected one of {allowed}"
+                )
         if not self.rank and not self.rank_pattern and self.scale_side == "none" and not self.shift:
             raise ValueError("AffinerConfig: rank 0, no scale and no shift leave nothing to train")
 

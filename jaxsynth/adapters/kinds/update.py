@@ -21,6 +21,7 @@ from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds import dora
 from jaxsynth.adapters.kinds.convolution import narrow_convolve
 from jaxsynth.adapters.kinds.place import Place
+from jaxsynth.core.errors import shown
 
 Axis = Literal["none", "output", "input"]
 
@@ -113,7 +114,9 @@ def check_choice(config: Any, name: str, allowed: tuple[Any, ...]) -> None:
     """Raises ValueError where a field is none of its values."""
     found = getattr(config, name)
     if found not in allowed:
-        raise ValueError(f"{type(config).__name__}.{name} is {found!r}, expected one of {allowed}")
+        raise ValueError(
+            f"{type(config).__name__}.{name} is {shown(found)}, expected one of {allowed}"
+        )
 
 
 def project(layer: nnx.Module, inputs: Array, kernel: Array) -> Array:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxsynth.core.documents import parse_json, take
-from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.documents import parse_json, read_text, take
+from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.core.io import write_json
 from jaxsynth.data.procedural import edits
 from jaxsynth.data.procedural.edits import Edit
@@ -85,7 +85,7 @@ class Concept:
     def __post_init__(self):
         check_families((self.family,))
         if not self.prompt.strip():
-            raise UserError(f"a concept of the family {self.family!r} has an empty prompt")
+            raise UserError(f"a concept of the family {shown(self.family)} has an empty prompt")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -108,7 +108,9 @@ def check_families(families: Sequence[str]) -> None:
         raise UserError(f"families: none, expected some of {', '.join(FAMILIES)}")
     for family in families:
         if family not in FAMILIES:
-            raise UserError(f"concept family {family!r}: expected one of {', '.join(FAMILIES)}")
+            raise UserError(
+                f"concept family {shown(family)}: expected one of {', '.join(FAMILIES)}"
+            )
 
 
 def builtin_concepts(
@@ -217,10 +219,7 @@ def read_concepts(path: str | Path, family: str = "") -> list[Concept]:
     unknown family and for a prompt that comes twice.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    text = read_text(path)
     if path.suffix == ".json":
         found = _from_json(path, text, family)
     else:
@@ -235,7 +234,7 @@ def read_concepts(path: str | Path, family: str = "") -> list[Concept]:
     seen: set[str] = set()
     for concept in found:
         if concept.prompt in seen:
-            raise UserError(f"{path}: the prompt {concept.prompt!r} comes twice")
+            raise UserError(f"{path}: the prompt {shown(concept.prompt)} comes twice")
         seen.add(concept.prompt)
     return found
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from scipy import ndimage
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.data.procedural.shapes import COLOURS
 
 Images = Float32[np.ndarray, "n h w 3"]
@@ -48,7 +48,7 @@ class Edit:
         ):
             if getattr(self, field) not in known:
                 raise ValueError(
-                    f"Edit.{field}: {getattr(self, field)!r}, expected one of {sorted(known)}"
+                    f"Edit.{field}: {shown(getattr(self, field))}, expected one of {sorted(known)}"
                 )
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ def parse(text: str) -> tuple[Edit, ...]:
         colour = _first(words, {name: name for name in COLOURS} | {"gray": "grey"})
         if not operation and not colour:
             raise UserError(
-                f"edit {text!r}: {clause.strip()!r} names no edit; known are "
+                f"edit {shown(text)}: {shown(clause.strip())} names no edit; known are "
                 f"{', '.join(OPERATIONS)}, the colours {', '.join(COLOURS)} and the regions "
                 f"{', '.join(REGIONS)}"
             )

@@ -8,11 +8,12 @@ one called split, subset or partition says which images are for tests.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxsynth.core.documents import parse_json, read_text
+from jaxsynth.core.errors import shown
 from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES as _SUFFIXES
 from jaxsynth.data.sources.files import is_image, nearest_stems, visible
@@ -65,25 +66,26 @@ def read_table(path: Path, root: Path) -> tuple[dict[str, str], dict[str, str]]:
     for number, row in rows:
         name, label = row.get(file_column, ""), row.get(class_column, "")
         if name not in files:
-            raise SourceError(f"{path}, line {number}: no image {name!r} in {root}")
+            raise SourceError(f"{path}, line {number}: no image {shown(name)} in {root}")
         if not label:
-            raise SourceError(f"{path}, line {number}: {name!r} has no {class_column}")
+            raise SourceError(f"{path}, line {number}: {shown(name)} has no {class_column}")
         if found.setdefault(files[name], label) != label:
             raise SourceError(
-                f"{path}, line {number}: {name!r} is {label!r} here and {found[files[name]]!r} "
-                "in a row above"
+                f"{path}, line {number}: {shown(name)} is {shown(label)} here and "
+                f"{shown(found[files[name]])} in a row above"
             )
         if split_column:
             splits[files[name]] = split_kind(row.get(split_column, ""))
             if not splits[files[name]]:
                 raise SourceError(
-                    f"{path}, line {number}: {split_column} is {row.get(split_column, '')!r}, "
+                    f"{path}, line {number}: {split_column} is "
+                    f"{shown(row.get(split_column, ''))}, "
                     "expected train, test or validation; rename the column if it is no split"
                 )
     if missing := sorted(set(files.values()) - set(found)):
         raise SourceError(
-            f"{path}: {len(missing)} images of {root} are in no row, the first is {missing[0]!r}; "
-            "add them, or move them away"
+            f"{path}: {len(missing)} images of {root} are in no row, the first is "
+            f"{shown(missing[0])}; add them, or move them away"
         )
     return found, splits
 
@@ -104,26 +106,19 @@ def exported_classes(root: Path) -> dict[str, str]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers and rows, cells as text; a table without a heading has columns "0", "1", ..."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read as text ({error})") from None
-    lines = text.splitlines()
+    lines = read_text(path).splitlines()
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SourceError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise SourceError(f"{path}, line {number}: expected an object")
-            yield number, {str(k): str(v) for k, v in row.items() if isinstance(v, str | int)}
+            if line.strip():
+                row = parse_json(line, f"{path}, line {number}")
+                yield number, {str(k): str(v) for k, v in row.items() if isinstance(v, str | int)}
         return
     first = lines[0] if lines else ""
     delimiter = next((sign for sign in ("\t", ";") if sign in first and "," not in first), ",")
-    table = list(csv.reader(lines, delimiter=delimiter))
+    try:
+        table = list(csv.reader(lines, delimiter=delimiter))
+    except csv.Error as error:
+        raise SourceError(f"{path}: not a table: {error}") from None
     if not table:
         return
     headed = not any(Path(cell.strip()).suffix.lower() in _SUFFIXES for cell in table[0])

@@ -10,7 +10,6 @@ Labels are read at once, pictures when they are asked for.
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxsynth.core.documents import parse_json, read_text, take
+from jaxsynth.core.errors import quoted, shown
 from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.dataset import Indices, Record, SourceError
 from jaxsynth.data.decode import decode_image, decoded_digest, square
@@ -113,7 +114,9 @@ def read_shards(
         numbers = []
         for id_, label in zip(ids, labels, strict=True):
             if known and not (isinstance(label, int) and 0 <= label < len(known)):
-                raise SourceError(f"{root}: {id_}: label {label!r}, expected 0 to {len(known) - 1}")
+                raise SourceError(
+                    f"{root}: {id_}: label {shown(label)}, expected 0 to {len(known) - 1}"
+                )
             numbers.append(order.index(known[label] if known else str(label)))
         sources[split] = EncodedSource(read, places, ids, numbers, image_size)
     return sources, order
@@ -125,7 +128,7 @@ _Part = tuple[list[tuple[Path, Any]], list[str], list[Any], tuple[str, ...], Cal
 
 def _read_tars(root: Path, files: list[Path]) -> _Part:
     listed = root / "classnames.txt"
-    names = tuple(listed.read_text("utf-8").splitlines()) if listed.is_file() else ()
+    names = tuple(read_text(listed).splitlines()) if listed.is_file() else ()
     places: list[tuple[Path, Any]] = []
     ids: list[str] = []
     labels: list[Any] = []
@@ -133,8 +136,8 @@ def _read_tars(root: Path, files: list[Path]) -> _Part:
         try:
             with tarfile.open(file, "r:") as tar:
                 members = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-        except (tarfile.TarError, OSError) as error:
-            raise SourceError(f"{file}: not a tar file that can be read ({error})") from None
+        except Exception as error:  # tarfile raises many types for damaged headers
+            raise _damaged(file, "a tar file", error) from None
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         for name, offset, size in members:
             folder, _, base = name.rpartition("/")
@@ -143,7 +146,9 @@ def _read_tars(root: Path, files: list[Path]) -> _Part:
         for key, parts in samples.items():
             pictures = [suffix for suffix in parts if is_image(Path(f"x.{suffix}"))]
             if len(pictures) != 1:
-                raise SourceError(f"{file}: sample {key!r} has {len(pictures)} images, expected 1")
+                raise SourceError(
+                    f"{file}: sample {shown(key)} has {len(pictures)} images, expected 1"
+                )
             labels.append(_tar_label(file, key, parts, names))
             places.append((file, parts[pictures[0]]))
             ids.append(f"{file.name}/{key}")
@@ -157,14 +162,13 @@ def _tar_label(
         text = _tar_bytes(file, parts["cls"]).decode("utf-8", "replace").strip()
         return int(text) if text.isdecimal() and names else text
     if "json" in parts:
-        try:
-            row = json.loads(_tar_bytes(file, parts["json"]))
-        except ValueError as error:
-            raise SourceError(f"{file}: {key}.json: not JSON ({error})") from None
+        row = parse_json(_tar_bytes(file, parts["json"]), f"{file}: {quoted(key)[1:-1]}.json")
         for column in ("class_name", "label", "class"):
-            if isinstance(row, dict) and isinstance(row.get(column), str | int):
+            if isinstance(row.get(column), str | int):
                 return row[column] if names else str(row[column])
-    raise SourceError(f"{file}: sample {key!r} has no class: expected {key}.cls or one in its json")
+    raise SourceError(
+        f"{file}: sample {shown(key)} has no class: expected {key}.cls or one in its json"
+    )
 
 
 def _tar_bytes(file: Path, place: tuple[int, int]) -> bytes:
@@ -184,10 +188,16 @@ def _read_parquet(root: Path, files: list[Path]) -> _Part:
     for file in files:
         try:
             opened = pq.ParquetFile(file)
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{file}: not a Parquet file that can be read ({error})") from None
-        image, label, names = _columns(file, opened.schema_arrow)
-        labels += _plain(file, opened.read([label]).column(label).to_pylist())
+            schema = opened.schema_arrow
+        except Exception as error:  # pyarrow raises many types for damaged files
+            raise _damaged(file, "a Parquet file", error) from None
+        image, label, names = _columns(file, schema)
+        try:
+            table = opened.read([label])
+            table.validate(full=True)
+        except Exception as error:
+            raise _damaged(file, "a Parquet file", error) from None
+        labels += _plain(file, table.column(label).to_pylist())
         for group in range(opened.num_row_groups):
             for row in range(opened.metadata.row_group(group).num_rows):
                 ids.append(f"{file.name}/{len(ids):08d}")
@@ -199,12 +209,19 @@ def _read_parquet(root: Path, files: list[Path]) -> _Part:
 def _parquet_group(file: Path, stamp: int, image: str, group: int):
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(file).read_row_group(group, [image]).column(image)
+    table = pq.ParquetFile(file).read_row_group(group, [image])
+    table.validate(full=True)
+    return table.column(image)
 
 
 def _parquet_bytes(file: Path, place: tuple[str, int, int]) -> bytes:
     image, group, row = place
-    column = _parquet_group(file, file.stat().st_mtime_ns, image, group)
+    try:
+        column = _parquet_group(file, file.stat().st_mtime_ns, image, group)
+    except Exception as error:  # pyarrow raises many types for damaged files
+        raise _damaged(file, "a Parquet file", error) from None
+    if row >= len(column):
+        raise SourceError(f"{file}: row {row} of its group {group} is missing")
     return _cell_bytes(file, row, column[row].as_py())
 
 
@@ -229,16 +246,23 @@ def _arrow_table(file: Path, stamp: int):
     import pyarrow as pa
 
     try:
-        mapped = pa.memory_map(str(file))
-        return pa.ipc.open_stream(mapped).read_all()
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file}: not an Arrow stream that can be read ({error})") from None
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        # Lengths and offsets come from the file, and are believed from here on.
+        table.validate(full=True)
+        return table
+    except Exception as error:  # pyarrow raises many types for damaged files
+        raise _damaged(file, "an Arrow stream", error) from None
 
 
 def _arrow_bytes(file: Path, place: tuple[str, int]) -> bytes:
     image, row = place
     cell = _arrow_table(file, file.stat().st_mtime_ns).column(image)[row].as_py()
     return _cell_bytes(file, row, cell)
+
+
+def _damaged(file: Path, kind: str, error: Exception) -> SourceError:
+    text = quoted(str(error) or type(error).__name__, 200)[1:-1]
+    return SourceError(f"{file}: not {kind} that can be read ({text})")
 
 
 def _arrow(root: Path) -> None:
@@ -261,8 +285,11 @@ def _columns(file: Path, schema) -> tuple[str, str, tuple[str, ...]]:
             raise SourceError(f"{file}: no {what} column, expected one of {known}; found {there}")
         chosen.append(found[0])
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
-    feature = json.loads(text).get("info", {}).get("features", {}).get(chosen[1], {})
-    return chosen[0], chosen[1], tuple(feature.get("names") or ())
+    where = f"{file}: huggingface"
+    info = take(parse_json(text, where), "info", dict, where, {})
+    feature = take(take(info, "features", dict, where, {}), chosen[1], dict, where, {})
+    names = take(feature, "names", tuple[str, ...] | None, where, ())
+    return chosen[0], chosen[1], names or ()
 
 
 def _plain(file: Path, labels: list[Any]) -> list[int | str]:

@@ -10,7 +10,7 @@ from jaxsynth.methods.controlled.ways import WAYS
 from jaxsynth.quality.adherence import MEASURES
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
-from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.results import check_stages, stage_details
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.runs.sweep import best_results
 
@@ -18,6 +18,7 @@ from jaxsynth.runs.sweep import best_results
 def report(workdir: Path) -> Path:
     """Writes results.json, the table and report.html from the finished stages."""
     workdir = Path(workdir)
+    check_stages(workdir)
     results = []
     for path in sorted(workdir.glob(f"ways/*/*-seed*/{MANIFEST}")):
         stage = load_artifact(path.parent)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters.inject import extract
+from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import replacing, write_json
 from jaxsynth.data.conditions import as_bytes, source_conditions
@@ -115,8 +116,8 @@ def train_way(
 
 def read_triples(stage: Artifact, part: str) -> Triples:
     """A part's triples: "train", "validation" or "test"."""
-    with np.load(stage.path / f"{part}.npz", allow_pickle=False) as file:
-        return Triples(**file)
+    path = stage.path / f"{part}.npz"
+    return Triples(**read_arrays(path, [field.name for field in dataclasses.fields(Triples)]))
 
 
 def _errors(

@@ -39,6 +39,7 @@ from jaxsynth.methods.datadream.stages import (
     finetune_generator,
     generate_images,
 )
+from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
@@ -67,6 +68,7 @@ def report(workdir: Path) -> Path:
     """Writes results.json and report.html from the finished stages below `workdir`."""
     if jax.process_index():
         return pages.page_of(Path(workdir))
+    check_stages(Path(workdir))
     return pages.write(Path(workdir))
 
 

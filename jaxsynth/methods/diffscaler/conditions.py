@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxsynth.adapters.inject import Trainable, extract, load_state
+from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.io import replacing, write_json
 from jaxsynth.data.conditions import (
     CHANNELS,
@@ -277,8 +278,7 @@ def _conditioned(base: DiTPipeline, latents: Artifact, maps: Artifact, part: str
 
 def _pixels(maps: Artifact, part: str) -> UInt8[np.ndarray, "n size size k"]:
     """The conditions of "train" or "test" in 255ths."""
-    with np.load(maps.path / f"{part}.npz", allow_pickle=False) as file:
-        return file["condition"]
+    return read_arrays(maps.path / f"{part}.npz", ("condition",))["condition"]
 
 
 def _sample_lines(

@@ -29,6 +29,7 @@ from jaxsynth.methods.diffscaler import report as diffscaler_report
 from jaxsynth.methods.diffscaler.config import Config
 from jaxsynth.methods.diffscaler.plan import plan
 from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import condition_files, data_source, joined_source
 from jaxsynth.runs.stage import Artifact, Source
@@ -75,6 +76,7 @@ def report(workdir: Path) -> Path:
     """Writes results.json and report.html from the finished stages below `workdir`."""
     if jax.process_index():
         return diffscaler_report.page_of(Path(workdir))
+    check_stages(Path(workdir))
     return diffscaler_report.write(Path(workdir))
 
 

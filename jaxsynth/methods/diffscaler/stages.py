@@ -23,6 +23,7 @@ from jaxsynth.adapters.inject import (
     with_scale,
     with_values,
 )
+from jaxsynth.core.arrays import read_array
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing, write_json
 from jaxsynth.data.dataset import Dataset, ImageSource
@@ -398,7 +399,7 @@ def known_latents(base: DiTPipeline, stage: Artifact, part: str) -> Latents:
 
 def read_kept(stage: Artifact | None) -> np.ndarray | None:
     """The latents of a `draw_kept` stage."""
-    return None if stage is None else np.load(stage.path / KEPT_FILE, allow_pickle=False)
+    return None if stage is None else read_array(stage.path / KEPT_FILE)
 
 
 def set_model(

@@ -10,9 +10,10 @@ from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Bars, Series, plot_bars, plot_reliability, plot_scores
 from jaxsynth.report.tables import Table, to_markdown, to_rich
+from jaxsynth.robustness import suite
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.details import FEATURE_SCORES
-from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.results import check_stages, stage_details
 
 # Where a model's stage keeps what it predicted.
 ANSWERS = "answers.npz"
@@ -26,6 +27,7 @@ _Found = dict[str, dict | None]
 def report(workdir: Path) -> Path:
     """Prints the table and writes table.md and report.html from the stages below `workdir`."""
     workdir = Path(workdir)
+    check_stages(workdir)
     found = read_json(workdir / "figures" / "figures.json", finite=False)
     mode = found["mode"]
     models: dict[str, _Found] = found["models"][mode]
@@ -280,10 +282,10 @@ def _strange(workdir: Path, details: dict) -> list[Section]:
 def _strip(workdir: Path, kind: str, caption: str) -> list[Picture]:
     """What attacks or corruptions made of the first clean image, of the first model with any."""
     for path in sorted(workdir.glob(f"*/answers/{ANSWERS}")):
-        with np.load(path, allow_pickle=False) as stored:
-            names = [name for name in stored.files if name.startswith("example/")]
-            made = {name.removeprefix("example/"): stored[name] for name in names}
-            attacks = {name.split("/")[1] for name in stored.files if name.startswith("attack/")}
+        stored = suite.load_answers(path)
+        names = [name for name in stored if name.startswith("example/")]
+        made = {name.removeprefix("example/"): stored[name] for name in names}
+        attacks = {name.split("/")[1] for name in stored if name.startswith("attack/")}
         clean = made.pop("clean", None)
         shown = {n: x for n, x in made.items() if (n in attacks) == (kind == "attack")}
         if clean is None or not shown:

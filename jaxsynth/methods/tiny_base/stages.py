@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsynth.core.arrays import read_array
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json, write_text
@@ -109,7 +110,7 @@ class Corpus:
     @classmethod
     def read(cls, folder: Path) -> "Corpus":
         captions = read_json(folder / "captions.json", list[str])
-        return cls(np.load(folder / "images.npy"), captions, np.load(folder / "photo.npy"))
+        return cls(read_array(folder / "images.npy"), captions, read_array(folder / "photo.npy"))
 
     def tokens(self, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
         """Distinct captions' token ids (u, length) and each image's row in them (n,)."""

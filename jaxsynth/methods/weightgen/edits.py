@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxsynth.core.arrays import read_array
 from jaxsynth.core.io import replacing
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.procedural.concepts import Concept
@@ -120,7 +121,7 @@ class Edits:
 
     def _edit(self, row: int, name: str) -> Photos:
         if self.folder is not None:
-            return np.load(_file(self.folder, name, row))
+            return read_array(_file(self.folder, name, row))
         return self.scene.concepts[row - self.scene.first].apply(self.photos[name])
 
 

@@ -48,6 +48,7 @@ from jaxsynth.methods.weightgen.stages import (
     train_editor,
     train_weights,
 )
+from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import data_source
 from jaxsynth.runs.stage import Artifact, Source
@@ -73,6 +74,7 @@ def report(workdir: Path) -> Path:
     """Writes results.json and report.html from the finished stages below `workdir`."""
     if jax.process_index():
         return pages.page_of(Path(workdir))
+    check_stages(Path(workdir))
     return pages.write(Path(workdir))
 
 

@@ -9,6 +9,7 @@ differ cannot be written.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from flax import nnx
 
 from jaxsynth.adapters import inject, registry
 from jaxsynth.adapters.kinds.hypernetwork import HypernetworkConfig
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.config import to_dataclass
+from jaxsynth.core.documents import checked
+from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.weights.torch_files.reader import read_nested
 from jaxsynth.weights.torch_files.writer import write_pickled
 
 TARGETS = ("to_k", "to_v")
+_KEY = re.compile(r"linear\.\d{1,4}\.(weight|bias)")
 
 
 def read_hypernetwork(source: str | Path, model: Any) -> Any:
@@ -35,6 +39,11 @@ def read_hypernetwork(source: str | Path, model: Any) -> Any:
     source = Path(source)
     content = read_nested(source)
     widths = {key: pair for key, pair in content.items() if type(key) is int}
+    for width, pair in widths.items():
+        if not isinstance(pair, (list, tuple)) or len(pair) != len(TARGETS):
+            raise UserError(
+                f"{source}: {quoted(width)}: expected two networks, found {shown(pair)}"
+            )
     if not widths:
         raise UserError(f"{source}: no networks by width among {sorted(map(str, content))}")
     config = _config(content, source)
@@ -111,16 +120,14 @@ def write_hypernetwork(target: str | Path, adapted: nnx.Module, *, name: str = "
 
 
 def _config(content: dict[Any, Any], source: Path) -> HypernetworkConfig:
-    try:
-        return HypernetworkConfig(
-            targets=TARGETS,
-            structure=tuple(content.get("layer_structure") or (1, 2, 1)),
-            activation=content.get("activation_func") or "linear",
-            layer_norm=bool(content.get("is_layer_norm", False)),
-            activate_output=bool(content.get("activate_output", True)),
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: {error}") from error
+    settings = {
+        "targets": TARGETS,
+        "structure": content.get("layer_structure") or (1, 2, 1),
+        "activation": content.get("activation_func") or "linear",
+        "layer_norm": bool(content.get("is_layer_norm", False)),
+        "activate_output": bool(content.get("activate_output", True)),
+    }
+    return checked(source, to_dataclass, HypernetworkConfig, settings, path="hypernetwork")
 
 
 def _network(state: Any, config: HypernetworkConfig, source: Path) -> dict[str, Any]:
@@ -130,9 +137,15 @@ def _network(state: Any, config: HypernetworkConfig, source: Path) -> dict[str, 
     # Before there was a choice of layers.
     old = {"linear1.": "linear.0.", "linear2.": "linear.1."}
     state = {next((new + k[8:] for o, new in old.items() if k.startswith(o)), k): v
-             for k, v in state.items()}  # fmt: skip
+             for k, v in state.items() if isinstance(k, str)}  # fmt: skip
     depth = len(config.structure) - 1
-    numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("linear.")})
+    for key, value in state.items():
+        if not _KEY.fullmatch(key) or not isinstance(value, np.ndarray):
+            raise UserError(f"{source}: {quoted(key)} is no layer's weight or bias")
+    numbers = sorted({int(key.split(".")[1]) for key in state})
+    for key in (f"linear.{n}.{name}" for n in numbers for name in ("weight", "bias")):
+        if key not in state:
+            raise UserError(f"{source}: {key} is missing")
     axes = {n: np.ndim(state.get(f"linear.{n}.weight")) for n in numbers}
     linear = [n for n in numbers if axes[n] == 2]
     norms = [n for n in numbers if axes[n] == 1]

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core import io
+from jaxsynth.core.documents import parse_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import lora_files, tensor_files
@@ -43,12 +44,7 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
     for key in recognize.bundled(tensors):
         del tensors[key]
     lora_files.refuse_other_kinds(tensors, source)
-    try:
-        fields = json.loads(metadata.get(METADATA, "{}"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: metadata {METADATA} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{source}: metadata {METADATA} is no JSON object")
+    fields = parse_json(metadata.get(METADATA, "{}"), f"{source}: metadata {METADATA}")
     prefixed = any(key.split(".")[0] in COMPONENTS for key in tensors)
     if not prefixed:
         fields = {f"unet.{name}": value for name, value in fields.items()}

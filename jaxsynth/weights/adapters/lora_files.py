@@ -250,17 +250,15 @@ def config_from_peft(
     taken = peft_settings.Fields(fields, source, paths)
     taken.take("bias")
     init = taken.expect("init_lora_weights", tuple(_INITS))
-    try:
-        config = LoRAConfig(
-            **peft_settings.ranked(taken, "lora_alpha"),
-            dropout=taken.take("lora_dropout", 0.0),
-            bias=bool(taken.take("lora_bias", False)),
-            use_rslora=taken.take("use_rslora", False),
-            decompose="output" if taken.take("use_dora", False) else "none",
-            init=_INITS[init],
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: {error}") from error
+    config = taken.make(
+        LoRAConfig,
+        **peft_settings.ranked(taken, "lora_alpha"),
+        dropout=taken.take("lora_dropout", 0.0),
+        bias=bool(taken.take("lora_bias", False)),
+        use_rslora=taken.take("use_rslora", False),
+        decompose="output" if taken.take("use_dora", False) else "none",
+        init=_INITS[init],
+    )
     taken.finish()
     return config
 

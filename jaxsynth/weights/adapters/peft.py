@@ -18,8 +18,8 @@ from jaxsynth.adapters import inject
 from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core import io
-from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.documents import read_json, take
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import (
     factors,
@@ -62,7 +62,7 @@ def read_peft(
     source = weights_of(folder)
     fields = read_json(where)
     tensors, _ = tensor_files.load(source)
-    kind = fields.get("peft_type", "LORA")
+    kind = take(fields, "peft_type", str, where, "LORA")
     is_prompt = kind in ("PROMPT_TUNING", "PREFIX_TUNING")
     if kind == "LORA":
         lora_files.refuse_other_kinds(tensors, source)
@@ -126,7 +126,7 @@ def _take_saved(
     """The tensors of whole modules that were trained and saved, taken out of `tensors`."""
     modules = fields.get("modules_to_save") or ()
     if isinstance(modules, str) or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"{source}: modules_to_save is {modules!r}, expected a list of names")
+        raise UserError(f"{source}: modules_to_save is {shown(modules)}, expected a list of names")
     if not modules:
         return {}
     layers = {} if model is None else inject.layers(model)
@@ -170,10 +170,12 @@ def _take_biases(
     setting = fields.get("bias", "none")
     allowed = ("none", "all", peft_settings.BIASES.get(fields.get("peft_type", "LORA"), "none"))
     if setting not in allowed:
-        raise UserError(f"{source}: bias is {setting!r}, expected one of {allowed}")
+        raise UserError(f"{source}: bias is {shown(setting)}, expected one of {allowed}")
     keys = [key for key in tensors if key.endswith(".bias") and not key.endswith(".lora_B.bias")]
     if bool(keys) != (setting != "none"):
-        raise UserError(f"{source}: bias is {setting!r}, and the weights hold {len(keys)} biases")
+        raise UserError(
+            f"{source}: bias is {shown(setting)}, and the weights hold {len(keys)} biases"
+        )
     return {
         key.replace(".base_layer.bias", ".bias"): jnp.asarray(tensors.pop(key), jnp.float32)
         for key in keys

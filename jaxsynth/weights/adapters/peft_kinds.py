@@ -22,6 +22,7 @@ from jaxsynth.adapters.kinds.lokr import LoKrConfig, factorization
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.adapters.kinds.prefix import PrefixConfig
 from jaxsynth.adapters.kinds.vera import VeRAConfig, projections
+from jaxsynth.core.documents import take
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights.adapters import factors
 from jaxsynth.weights.adapters.lora_files import renamed
@@ -122,7 +123,8 @@ def from_peft(
         raise UserError(f"{source}: holds no {kind} factors")
     arrays = {}
     kept = fields.get("rank_pattern") if kind == "ADALORA" else None
-    kept = {prefix + name.removeprefix(prefix): mask for name, mask in (kept or {}).items()}
+    kept = take({"rank_pattern": kept or {}}, "rank_pattern", dict[str, list[bool]], source)
+    kept = {prefix + name.removeprefix(prefix): mask for name, mask in kept.items()}
     for path, own in sorted(found.items()):
         if not any(inject.matches(target, path) for target in config.targets):
             raise UserError(f"{source}: {path} is not among the targets {config.targets}")

@@ -7,7 +7,7 @@ settings and our configuration. ValueError names what peft cannot say.
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.adalora import AdaLoRAConfig
@@ -18,7 +18,11 @@ from jaxsynth.adapters.kinds.lokr import LoKrConfig
 from jaxsynth.adapters.kinds.oft import OFTConfig
 from jaxsynth.adapters.kinds.prefix import PrefixConfig
 from jaxsynth.adapters.kinds.vera import VeRAConfig
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.config import to_dataclass
+from jaxsynth.core.documents import checked
+from jaxsynth.core.errors import UserError, shown
+
+T = TypeVar("T")
 
 # Settings that take some of the targets out again.
 _NARROWER = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -56,21 +60,27 @@ class Fields:
         found = self.take(name)
         found = default if found is None else found
         if isinstance(found, bool) or not isinstance(found, (int, float)):
-            raise UserError(f"{self.source}: {name} is {found!r}, expected a number")
+            raise UserError(f"{self.source}: {name} is {shown(found)}, expected a number")
         return found
 
     def expect(self, name: str, allowed: tuple[Any, ...]) -> Any:
         """A setting that must be one of these, the first where it is missing."""
         found = self.take(name, allowed[0])
         if found not in allowed:
-            raise UserError(f"{self.source}: {name} is {found!r}, expected one of {list(allowed)}")
+            raise UserError(
+                f"{self.source}: {name} is {shown(found)}, expected one of {list(allowed)}"
+            )
         return found
+
+    def make(self, config: type[T], **values: Any) -> T:
+        """A configuration of these settings; UserError naming one that has another type."""
+        return checked(self.source, to_dataclass, config, values, path=config.__name__)
 
     def targets(self, name: str = "target_modules") -> tuple[str, ...]:
         found = self.take(name)
         narrower = [self.take(other) for other in _NARROWER]
-        if not found:
-            raise UserError(f"{self.source}: {name} is {found!r}, expected names or a pattern")
+        if not found or not isinstance(found, (str, list)):
+            raise UserError(f"{self.source}: {name} is {shown(found)}, expected names or a pattern")
         if self._paths and any(value not in (None, [], "") for value in narrower):
             # Which of the targets are left, the weights tell.
             return tuple(self._paths)
@@ -80,7 +90,9 @@ class Fields:
     def finish(self) -> None:
         for name, value in self._rest.items():
             if value and name not in IRRELEVANT:
-                raise UserError(f"{self.source}: {name} is {value!r}, which is not implemented")
+                raise UserError(
+                    f"{self.source}: {name} is {shown(value)}, which is not implemented"
+                )
 
 
 def targets_of(targets: tuple[str, ...]) -> list[str] | str:
@@ -131,7 +143,8 @@ def alpha_of(config: Any) -> int | float:
 
 def _read_loha(fields: Fields) -> LoHaConfig:
     fields.take("init_weights")
-    return LoHaConfig(
+    return fields.make(
+        LoHaConfig,
         **ranked(fields),
         module_dropout=fields.take("module_dropout", 0.0),
         use_tucker=fields.take("use_effective_conv2d", False),
@@ -151,7 +164,8 @@ def _write_loha(config: LoHaConfig) -> dict[str, Any]:
 
 
 def _read_lokr(fields: Fields) -> LoKrConfig:
-    return LoKrConfig(
+    return fields.make(
+        LoKrConfig,
         **ranked(fields),
         module_dropout=fields.take("module_dropout", 0.0),
         use_tucker=fields.take("use_effective_conv2d", False),
@@ -175,7 +189,8 @@ def _read_adalora(fields: Fields) -> AdaLoRAConfig:
     rank = fields.take("init_r", 12)
     for name in ("r", "orth_reg_weight", "total_step", "init_lora_weights", "rank_pattern"):
         fields.take(name)
-    return AdaLoRAConfig(
+    return fields.make(
+        AdaLoRAConfig,
         rank=rank,
         alpha=fields.take_number("lora_alpha", 8),
         targets=fields.targets(),
@@ -211,8 +226,8 @@ def _write_adalora(config: AdaLoRAConfig) -> dict[str, Any]:
 def _read_ia3(fields: Fields) -> IA3Config:
     fields.take("init_ia3_weights")
     inner = fields.take("feedforward_modules") or ()
-    inner = (f"^(?:{inner})$",) if isinstance(inner, str) else tuple(inner)
-    return IA3Config(fields.targets(), inner)
+    inner = (f"^(?:{inner})$",) if isinstance(inner, str) else inner
+    return fields.make(IA3Config, targets=fields.targets(), feedforward=inner)
 
 
 def _write_ia3(config: IA3Config) -> dict[str, Any]:
@@ -238,7 +253,12 @@ def _read_oft(fields: Fields) -> OFTConfig:
     terms = fields.take("num_cayley_neumann_terms", 5)
     if neumann and terms != 5:
         raise UserError(f"{fields.source}: num_cayley_neumann_terms is {terms}, expected 5")
-    return OFTConfig(size, fields.targets(), cayley="neumann" if neumann else "exact")
+    return fields.make(
+        OFTConfig,
+        block_size=size,
+        targets=fields.targets(),
+        cayley="neumann" if neumann else "exact",
+    )
 
 
 def _write_oft(config: OFTConfig) -> dict[str, Any]:
@@ -270,14 +290,21 @@ def _read_boft(fields: Fields) -> OFTConfig:
     for name in ("init_weights", "boft_dropout", "boft_block_num"):
         fields.take(name)
     fields.expect("boft_n_butterfly_factor", (1,))
-    return OFTConfig(fields.take("boft_block_size", 4), fields.targets(), rescale=True)
+    return fields.make(
+        OFTConfig,
+        block_size=fields.take("boft_block_size", 4),
+        targets=fields.targets(),
+        rescale=True,
+    )
 
 
 def _read_glora(fields: Fields) -> GLoRAConfig:
     fields.take("init_weights")
     for name, allowed in (("config_A_B", "lora"), ("config_C", "lora"), ("config_D_E", "constant")):
         fields.expect(name, (allowed,))
-    return GLoRAConfig(rank=fields.take("r", 4), targets=fields.targets(), form="hadamard")
+    return fields.make(
+        GLoRAConfig, rank=fields.take("r", 4), targets=fields.targets(), form="hadamard"
+    )
 
 
 def _write_glora(config: GLoRAConfig) -> dict[str, Any]:
@@ -290,7 +317,8 @@ def _write_glora(config: GLoRAConfig) -> dict[str, Any]:
 def _read_vera(fields: Fields) -> VeRAConfig:
     fields.take("init_weights")
     fields.expect("save_projection", (True,))
-    return VeRAConfig(
+    return fields.make(
+        VeRAConfig,
         rank=fields.take("r", 256),
         targets=fields.targets(),
         dropout=fields.take("vera_dropout", 0.0),
@@ -314,7 +342,9 @@ def _read_prompt(fields: Fields) -> PrefixConfig:
         "tokenizer_kwargs",
     ):  # fmt: skip
         fields.take(name)
-    return PrefixConfig(fields.targets(), fields.take("num_virtual_tokens"))
+    return fields.make(
+        PrefixConfig, targets=fields.targets(), tokens=fields.take("num_virtual_tokens")
+    )
 
 
 def _write_prompt(config: PrefixConfig) -> dict[str, Any]:

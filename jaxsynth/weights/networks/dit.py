@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsynth.core.documents import read_json
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig, position_embedding
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
@@ -120,8 +120,8 @@ def load_dit(
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "DiTPipeline":
         raise UserError(
-            f"{folder / 'model_index.json'}: _class_name {index.get('_class_name')!r}, expected "
-            "'DiTPipeline'"
+            f"{folder / 'model_index.json'}: _class_name "
+            f"{shown(index.get('_class_name'))}, expected 'DiTPipeline'"
         )
     transformer = load_model(DiT, DiTConfig, folder / "transformer", **dtypes)
     names = _labels(folder, index.get("id2label"), transformer.config)
@@ -182,7 +182,7 @@ def _labels(folder: Path, names: Any, config: DiTConfig) -> dict[int, str]:
     for key, name in names.items():
         if not key.isdecimal() or int(key) >= config.num_embeds_ada_norm:
             raise UserError(
-                f"{where}: id2label: {key!r}, expected numbers below num_embeds_ada_norm "
+                f"{where}: id2label: {shown(key)}, expected numbers below num_embeds_ada_norm "
                 f"{config.num_embeds_ada_norm}"
             )
         labels[int(key)] = name
@@ -232,11 +232,13 @@ def _check_keys(path: Path, tensors: Mapping[str, np.ndarray], depth: int) -> No
     expected = expected - {"y_embedder.embedding_table.bias"} | {"pos_embed"}
     unknown = sorted(tensors.keys() - expected)
     if unknown:
-        raise UserError(f"{path}: unknown key {unknown[0]!r} in a DiT checkpoint of the authors")
+        raise UserError(
+            f"{path}: unknown key {shown(unknown[0])} in a DiT checkpoint of the authors"
+        )
     missing = sorted(expected - tensors.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{path}: key {missing[0]!r} missing{more}")
+        raise UserError(f"{path}: key {shown(missing[0])} missing{more}")
 
 
 def _config_of(path: Path, tensors: Mapping[str, np.ndarray], depth: int) -> DiTConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.weights.tensors import Tensors, expect_floats
 
 # A linear layer alone, or in MAE's and SynCLR's heads after a batch norm without factors.
@@ -37,8 +37,8 @@ class LinearHead:
             match = _KEY.fullmatch(key)
             if match is None or match["name"] in found:
                 raise UserError(
-                    f"{path}: key {key!r}: expected a linear layer's weight and bias, and at most "
-                    "a batch norm's running_mean and running_var"
+                    f"{path}: key {shown(key)}: expected a linear layer's weight and bias, and "
+                    "at most a batch norm's running_mean and running_var"
                 )
             # How many batches torch's batch norm has seen: an integer, and not needed.
             if match["name"] == "num_batches_tracked":

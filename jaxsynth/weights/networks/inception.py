@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.models.classifiers.inception import InceptionV3
 from jaxsynth.weights.names import from_hf, hf_name, hf_shape
 from jaxsynth.weights.tensors import SUFFIXES, Tensors, expect_floats
@@ -39,7 +39,9 @@ def load_inception(path: str | os.PathLike) -> tuple[InceptionV3, str]:
         if _UNUSED.fullmatch(key):
             continue
         if key not in targets:
-            raise UserError(f"{file}: unknown key {key!r}: the FID's InceptionV3 has no such one")
+            raise UserError(
+                f"{file}: unknown key {shown(key)}: the FID's InceptionV3 has no such one"
+            )
         path = targets[key]
         shape, tensor = hf_shape(path[-1], flat[path].shape), read()
         expect_floats(file, key, tensor, shape)
@@ -49,7 +51,7 @@ def load_inception(path: str | os.PathLike) -> tuple[InceptionV3, str]:
     missing = sorted(targets.keys() - digests.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{file}: key {missing[0]!r} missing{more}")
+        raise UserError(f"{file}: key {shown(missing[0])} missing{more}")
     loaded = [(path, variable.replace(values[path])) for path, variable in flat.items()]
     model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
     text = "\n".join(f"{key} {digests[key]}" for key in sorted(digests))

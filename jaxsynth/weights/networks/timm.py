@@ -16,7 +16,7 @@ from typing import Any
 from flax import nnx
 
 from jaxsynth.core.documents import take
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.models.classifiers.convnext import ConvNextConfig, ConvNextForImageClassification
 from jaxsynth.models.classifiers.dinov2 import Dinov2Config, Dinov2ForImageClassification
 from jaxsynth.models.classifiers.resnet import ResNetConfig, ResNetForImageClassification
@@ -104,7 +104,7 @@ def describe(
     )
     known, make = next((pair for pair in makers if pair[0] is not None), (None, None))
     if known is None:
-        raise UserError(f"{path}: architecture {name!r} is not known, only {_KNOWN}")
+        raise UserError(f"{path}: architecture {shown(name)} is not known, only {_KNOWN}")
     args = dict(take(config, "model_args", dict | None, path, None) or {})
     labels = take(config, "num_classes", int, path, 1000)
     size = args.pop("img_size", image_size)
@@ -116,7 +116,7 @@ def describe(
         ("model_args.num_classes", args.pop("num_classes", labels), (labels,)),
     ):
         if found not in allowed:
-            raise UserError(f"{path}: {field}: expected {allowed[0]!r}, found {found!r}")
+            raise UserError(f"{path}: {field}: expected {shown(allowed[0])}, found {shown(found)}")
     try:
         found = make(known, args, labels, size, keys)
     except ValueError as error:
