@@ -28,6 +28,13 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+import tests.shapes  # noqa: E402, F401  # the hook finds it by its name
+
+# The rooms of arithmetic, before anything imports them.
+_ROOMS = ("adapters", "diffusion", "models", "ops")
+install_import_hook([f"jaxsynth.{room}" for room in _ROOMS], "tests.shapes.checked")
 
 FAKE_DEVICES = 8
 MOST_MAPS = 25_000

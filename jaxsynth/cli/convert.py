@@ -1,7 +1,8 @@
 """`jaxsynth convert`: anything the tool reads, in the formats that other tools read.
 
 Adapters go between the files of peft, diffusers, kohya, LyCORIS, ComfyUI and A1111 and this
-package's own, image stores to ImageFolder, WebDataset and Parquet. What the source is, is seen from
+package's own, whole Stable Diffusions between diffusers' folders and checkpoints in one file, image
+stores to ImageFolder, WebDataset and Parquet. What the source is, is seen from
 its files, so only the target is asked for; what its files leave open (alpha, the axis of DoRA's
 magnitudes) is read from shapes and metadata and said in the answer.
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.export import export
 from jaxsynth.data.store import ImageStore
+from jaxsynth.weights import bases
 from jaxsynth.weights.adapters.io import FORMATS, Networks, read, write
 
 STORES = ("imagefolder", "webdataset", "parquet")
@@ -26,7 +28,8 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
     """Converts `source` to format `to` at `target` and returns lines that say what was done.
 
     Adapters of several networks are a folder of peft folders ("unet", "text_encoder") or one file.
-    `base` is the Stable Diffusion (a folder, hub id or "tiny") that an adapter is for. Raises
+    `base` is the Stable Diffusion (a folder, hub id or "tiny") that an adapter is for, or what a
+    checkpoint in one file lacks (`weights.single_file`). Raises
     `UserError` when the source is of no known kind, the format is for the other kind or has no form
     for the adapter, the base is needed and not given, or the target exists; the readers' errors
     name file and key.
@@ -42,6 +45,10 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         store = ImageStore(source)
         export(store, target, to)
         return f"{len(store)} images to {target} ({to})"
+    if bases.is_base(source):
+        _expect(source, "a whole Stable Diffusion (a checkpoint)", to, bases.FOLDERS + bases.FILES)
+        notes = bases.convert(source, target, to, base)
+        return "\n".join([f"Stable Diffusion of {source} to {target} ({to})", *notes])
     networks = Networks.of(base)
     states, notes = read(source, networks)
     _expect(source, "an adapter", to, FORMATS)

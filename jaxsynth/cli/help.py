@@ -26,7 +26,8 @@ by name where a stage was made with the old value.
 
 config fields:
   --config.FIELD=VALUE sets a field of the config, --config.A.B=VALUE one of a part of it. A list
-  is written 1,4,16 and an empty value is "none".
+  is written 1,4,16 and an empty value is "none". `jaxsynth fields FILE[:VARIANT]`, or --help
+  beside --config, lists them all.
 
 examples:
   jaxsynth run --config=configs/datadream.py:tiny --workdir=runs/demo --config.shots=4
@@ -37,24 +38,6 @@ several machines (the same command on each):
   --distributed finds the others by itself on a Cloud TPU pod, SLURM, Open MPI or Kubernetes;
   elsewhere give --coordinator_address, --num_processes and --process_id, or set
   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-"""
-PLAN_EPILOG = """\
-The training programs of a config are compiled for fake CPU devices from shapes alone: no weights,
-no data and no accelerator are needed, and nothing of the networks' size is allocated. Of each it
-prints, in MiB on each device,
-  arguments    what lies there between steps: weights, optimiser, average and cached latents
-  frozen       the part of them that training does not change
-  outputs      what a step returns beside them
-  temporaries  what a step needs while it runs: the figure of CPU devices, which compute in 32
-               bits and lay memory out otherwise; an accelerator's may be smaller or larger
-and the floating-point operations of one update on all devices together.
-
-A mesh has the axes data, fsdp and tensor; their sizes multiply to the number of devices, and data
-takes what the others leave.
-
-examples:
-  jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8
-  jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8 --fsdp=4 --config.train.batch_size=64
 """
 CONVERT_EPILOG = """\
 formats of an adapter, all of which are read too:
@@ -70,6 +53,10 @@ formats of an adapter, all of which are read too:
 
   All but peft and diffusers to each other and to jaxsynth need --base, the Stable Diffusion that
   the adapter is for: its layers' names and sizes. What a file leaves open is said.
+
+formats of a whole Stable Diffusion 1.x or 2.x:
+  diffusers    a pipeline's folder, from a checkpoint in one file; --base=FOLDER has its tokenizer
+  comfyui      one .safetensors, from a pipeline's folder; a1111 is the same
 
 formats of an image store:
   imagefolder  a folder per class, for torchvision and Hugging Face datasets

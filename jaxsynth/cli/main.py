@@ -27,13 +27,14 @@ from rich.text import Text as RichText
 import jaxsynth
 from jaxsynth.cli import generate as generate_verb
 from jaxsynth.cli import help
+from jaxsynth.cli import plan as plan_verb
 from jaxsynth.core.checks import check_config
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 
 # The module that runs a method has `Config` (frozen dataclasses), `run(config, workdir)` and
-# `plan(config, mesh)`, which returns a list of `training.planning.Plan`; those of REPORTS also have
-# `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
+# `plan(config, mesh)`, which returns the `training.planning.Program`s that a run starts; those of
+# REPORTS also have `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
 METHODS = {
     name: f"jaxsynth.methods.{name}.run"
     for name in ("controlled", "datadream", "diffscaler", "robustness", "tiny_base", "weightgen")
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest, assignments = _take_assignments([arg for arg in argv if arg != "--debug"])
         args = _parse(rest)
-        if assignments and args.verb not in ("run", "plan"):
+        if assignments and args.verb not in ("run", "plan", "fields"):
             raise UsageError(
                 f"--config.{assignments[0][0]}: only `jaxsynth run` and `jaxsynth plan` have "
                 "config fields"
@@ -118,26 +119,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """`jaxsynth plan`: what a config's training needs, on devices that need not be there."""
-    _start_fake_devices(args.devices)
-    name, method, config = _configured(args)
-    _enable_compile_cache()
-    import jax
-
-    from jaxsynth.core.console import console
-    from jaxsynth.report.plans import plan_table
-    from jaxsynth.report.tables import to_rich
-    from jaxsynth.training.sharding import make_mesh
-
-    mesh = make_mesh(args.data, args.fsdp, args.tensor)
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    device = jax.devices()[0].device_kind
-    console.print(f"{name} on {mesh.size} x {device} ({shape})", markup=False)
-    plans = method.plan(config, mesh)
-    console.print(to_rich(plan_table(plans)))
-    for one in plans:
-        if one.note:
-            console.print(f"{one.name}: {one.note}", markup=False)
+    """`jaxsynth plan`: what a config's programs need, on devices that need not be there."""
+    plan_verb.plan(args, _configured, _enable_compile_cache)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -183,9 +166,32 @@ def bench(args: argparse.Namespace) -> None:
     )
 
 
-def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
-    """The method that a config file names, its module, and the config with what was assigned."""
-    from jaxsynth.core.config import load_config, override, to_dataclass
+def fields(args: argparse.Namespace) -> None:
+    """`jaxsynth fields`: what a config file's fields are, with their values in it."""
+    from jaxsynth.core import schema
+    from jaxsynth.core.console import console
+
+    name, values = _values(args)
+    console.print(
+        f"fields of method {name}, with their values in {args.config}; "
+        "jaxsynth run sets one by --config.FIELD=VALUE",
+        markup=False,
+    )
+    for one in schema.describe(METHODS[name], values):
+        console.print(
+            f"{one.name}: {one.type} = {one.default}\n    {one.doc}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The method that a config file names, and its values with what was assigned.
+
+    A field that is not there or a value of another type is told here, where the method, and JAX
+    with it, is still to be imported.
+    """
+    from jaxsynth.core import schema
+    from jaxsynth.core.config import load_config, override
 
     values = load_config(args.config)
     name = values.get("method")
@@ -194,25 +200,21 @@ def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
         raise UsageError(f"{args.config}: {found}, expected one of {', '.join(METHODS)}")
     if any(field == "method" for field, _ in args.assignments):
         raise UsageError(f"--config.method: the config file decides the method ({name})")
-    method = method_module(name)
     values = override(values, args.assignments)
+    if METHODS[name] not in sys.modules:
+        schema.check(METHODS[name], values)
+    return name, values
+
+
+def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
+    """The method that a config file names, its module, and the config with what was assigned."""
+    from jaxsynth.core.config import to_dataclass
+
+    name, values = _values(args)
+    method = method_module(name)
     if "method" not in method.Config.__dataclass_fields__:
         del values["method"]
     return name, method, to_dataclass(method.Config, values)
-
-
-def _start_fake_devices(count: int) -> None:
-    """Has JAX see `count` CPU devices, which has to be said before it is imported."""
-    if count < 1:
-        raise UsageError(f"--devices={count}: expected at least 1")
-    if "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-    import jax
-
-    if (found := len(jax.devices())) != count:
-        raise UsageError(f"--devices={count}: this process has already started JAX with {found}")
 
 
 def _enable_compile_cache() -> None:
@@ -315,7 +317,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "convert": _convert_parser(verbs),
         "generate": _generate_parser(verbs),
         "bench": _bench_parser(verbs),
+        "fields": _fields_parser(verbs),
     }
+    config = [word for word in argv if word.startswith("--config")]
+    if argv[:1] in (["run"], ["plan"]) and {"-h", "--help"} & {*argv} and config:
+        after = argv[argv.index(config[0]) + 1 :]
+        spec = config[0].partition("=")[2] or (after[0] if after else "")
+        argv = ["fields", spec]
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -352,28 +360,7 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
 
 
 def _plan_parser(verbs) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        "plan",
-        help="compile a config's training for many devices, and print what it needs",
-        description="Compile a config's training programs for many devices, without any of them, "
-        "and print the memory and the work that they need.",
-        usage="jaxsynth plan --config=FILE[:VARIANT] --devices=N [--data=N] [--fsdp=N] "
-        "[--tensor=N] [--config.FIELD=VALUE ...]",
-        epilog=help.PLAN_EPILOG,
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
-    )
-    parser.add_argument(
-        "--devices", required=True, type=int, metavar="N", help="how many devices to compile for"
-    )
-    for axis, default, what in (
-        ("data", -1, "which share a batch (default: all that the others leave)"),
-        ("fsdp", 1, "which share a batch and the frozen weights (default 1)"),
-        ("tensor", 1, "which share the layers' heads and channels (default 1)"),
-    ):
-        text = f"devices along the axis {axis}, {what}"
-        parser.add_argument(f"--{axis}", type=int, default=default, metavar="N", help=text)
+    parser = plan_verb.add_parser(verbs)
     parser.set_defaults(call=plan)
     return parser
 
@@ -392,9 +379,9 @@ def _report_parser(verbs) -> argparse.ArgumentParser:
 def _convert_parser(verbs) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "convert",
-        help="write an adapter or an image store in another tool's format",
-        description="Write an adapter or an image store in another tool's format. What SRC is, is "
-        "seen from its files.",
+        help="write an adapter, a base or an image store in another tool's format",
+        description="Write an adapter, a base or an image store in another tool's format. What SRC "
+        "is, is seen from its files.",
         usage="jaxsynth convert SRC DST --to=FORMAT [--base=FOLDER]",
         epilog=help.CONVERT_EPILOG,
     )
@@ -402,9 +389,24 @@ def _convert_parser(verbs) -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
     parser.add_argument(
-        "--base", default="", metavar="FOLDER", help="an adapter's base: a folder, hub id or tiny"
+        "--base",
+        default="",
+        metavar="FOLDER",
+        help="an adapter's base, or the tokenizer of a checkpoint",
     )
     parser.set_defaults(call=convert)
+    return parser
+
+
+def _fields_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "fields",
+        help="list the fields of a config file",
+        description="List every field of a config file: type, value and what it is for.",
+        usage="jaxsynth fields FILE[:VARIANT]",
+    )
+    parser.add_argument("config", metavar="FILE[:VARIANT]", help="a Python file with get_config")
+    parser.set_defaults(call=fields)
     return parser
 
 

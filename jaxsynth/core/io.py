@@ -70,11 +70,6 @@ def file_digest(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_digest_cached(path: str | os.PathLike) -> str:
-    """`file_digest`, remembered between runs for a file that has not changed since."""
-    return file_digests_cached([path])[0]
-
-
 def file_digests_cached(paths: Sequence[str | os.PathLike]) -> list[str]:
     """`file_digest` of each path, remembered between runs in the user's cache folder.
 

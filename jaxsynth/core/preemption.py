@@ -41,7 +41,7 @@ def requested(step: int | None = None) -> bool:
     return _asked.is_set()
 
 
-def stop_if_requested(what: str) -> None:
-    """Raise `Preempted` in a single process that was asked to stop; `what` has been saved."""
+def stop_if_requested(when: str) -> None:
+    """Raise `Preempted` in a single process that was asked to stop; all before `when` is saved."""
     if requested():
-        raise Preempted(f"stopped on SIGTERM; {what} is saved, the same command goes on there")
+        raise Preempted(f"stopped on SIGTERM {when}; what was made is kept, run it again to go on")

@@ -13,12 +13,12 @@ from jaxtyping import Float, Int, UInt8
 
 from jaxsynth.adapters.surgery.class_rows import ExtendedTable
 from jaxsynth.diffusion.learned_range import make_learned_range
-from jaxsynth.diffusion.samplers import make_sampler
+from jaxsynth.diffusion.samplers import Sampler, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.conditioners import ClassLabel
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.generation.sampler import ImageSampler, Networks, image_keys
-from jaxsynth.models.diffusion.dit import DiT
+from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL
 
 ANCESTRAL = "ancestral"
@@ -75,24 +75,15 @@ class ClassGenerator:
         size, channels = own.sample_size, own.in_channels
         if guide_channels is not None and not 1 <= guide_channels <= channels:
             raise ValueError(f"guide_channels {guide_channels}, expected 1 to {channels}")
-        schedule = NoiseSchedule.from_config(scheduler_config)
-        steps, ancestral = config.num_inference_steps, config.sampler == ANCESTRAL
-        learned = own.channels_out == 2 * channels
-        if ancestral and not learned:
-            raise ValueError("generate.sampler 'ancestral': the model predicts no variance")
+        conditioner, sampler = class_sampler(
+            own, scheduler_config, config, guide_channels=guide_channels
+        )
         self._of = np.array([(c.model, c.label) for c in classes], np.int32)
         self._sampler = ImageSampler(
             Networks.of(models, mesh=mesh, table=ClassLabel.table),
             vae,
-            ClassLabel(
-                guidance_scale=config.guidance_scale,
-                null_label=own.null_label,
-                channels=guide_channels or channels,
-                drops_variance=learned and not ancestral,
-            ),
-            make_learned_range(schedule, steps)
-            if ancestral
-            else make_sampler(config.sampler or scheduler_config, schedule, steps),
+            conditioner,
+            sampler,
             (size, size, channels),
             batch_size=config.batch_size,
             mesh=mesh,
@@ -121,6 +112,30 @@ class ClassGenerator:
             which,
             describe=lambda i: f"image {indices[i]} of class {numbers[i]}",
         )
+
+
+def class_sampler(
+    own: DiTConfig,
+    scheduler_config: dict,
+    config: GenerateConfig,
+    *,
+    guide_channels: int | None = None,
+) -> tuple[ClassLabel, Sampler]:
+    """How a network of this shape is steered and sampled; ValueError as `ClassGenerator`."""
+    schedule = NoiseSchedule.from_config(scheduler_config)
+    steps, ancestral = config.num_inference_steps, config.sampler == ANCESTRAL
+    learned = own.channels_out == 2 * own.in_channels
+    if ancestral and not learned:
+        raise ValueError("generate.sampler 'ancestral': the model predicts no variance")
+    conditioner = ClassLabel(
+        guidance_scale=config.guidance_scale,
+        null_label=own.null_label,
+        channels=guide_channels or own.in_channels,
+        drops_variance=learned and not ancestral,
+    )
+    if ancestral:
+        return conditioner, make_learned_range(schedule, steps)
+    return conditioner, make_sampler(config.sampler or scheduler_config, schedule, steps)
 
 
 def _check_classes(models: Sequence[DiT], classes: Sequence[ClassOf]) -> None:

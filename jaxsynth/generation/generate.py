@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, Key, UInt8
 
 from jaxsynth.adapters.inject import AdapterState, can_merge, merge
 from jaxsynth.adapters.registry import attach
+from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.generation.conditioners import Text
@@ -36,8 +37,10 @@ from jaxsynth.weights.hf import StableDiffusion
 class GenerateConfig:
     """How images are sampled; the defaults are DataDream's.
 
-    `sampler` "" takes the one the model's folder names. `batch_size` counts images, each of which
-    costs two rows of the UNet under guidance. `batches_per_shard` sets how much a kill can lose.
+    `images_per_class` are drawn in `num_inference_steps` each, guided by `guidance_scale` away from
+    `negative_prompt`. `sampler` "" takes the one the model's folder names. `batch_size` counts
+    images, each of which costs two rows of the UNet under guidance. `batches_per_shard` sets how
+    much a kill can lose.
     """
 
     images_per_class: int = 500
@@ -125,9 +128,15 @@ def _adapted(pipeline: StableDiffusion, adapters) -> list[TextToImage]:
     if isinstance(adapters, Sequence):
         return [attach(base, one) for one in adapters]
     model = attach(base, adapters)
-    # 16-bit weights would lose most of a small update to their rounding.
-    wide = pipeline.unet.conv_in.kernel[...].dtype == jnp.float32
-    return [merge(model) if wide and can_merge(model) else model]
+    return [merge(model) if merges(pipeline, model) else model]
+
+
+def merges(pipeline: StableDiffusion, model: TextToImage) -> bool:
+    """Whether the one adapter of `model` is merged into the pipeline's weights to draw images.
+
+    16-bit weights would lose most of a small update to their rounding.
+    """
+    return pipeline.unet.conv_in.kernel.get_value().dtype == jnp.float32 and can_merge(model)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -202,6 +211,7 @@ def fill_store(
     digests = adapter_digests or [""]
     with progress(description, own, start=done) as bar:
         for shard in mine:
+            preemption.stop_if_requested(f"with {done} of {own} images drawn")
             positions = np.array(writer.span(shard))
             labels, indices = positions % classes, positions // classes
             images = []

@@ -1,21 +1,81 @@
-"""What generating images needs on a mesh: the sampler's own program, compiled from shapes."""
+"""What drawing images needs on a mesh: the sampler's own program, compiled from shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jaxsynth.adapters.inject import Constant, Trainable
-from jaxsynth.generation.conditioners import Text
-from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.diffusion.samplers import Sampler
+from jaxsynth.generation.conditioners import Conditioner, Text
+from jaxsynth.generation.generate import GenerateConfig, merges
 from jaxsynth.generation.sampler import Structure, draw_images, latent_shape, sampler_of
 from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.models.shapes import transform
 from jaxsynth.training import sharding
 from jaxsynth.training.planning import Plan, measure, shaped
 from jaxsynth.weights.hf import StableDiffusion
+
+
+def plan_sampler(
+    name: str,
+    model: nnx.Module,
+    vae: AutoencoderKL,
+    conditioner: Conditioner,
+    sampler: Sampler,
+    shape: tuple[int, int, int],
+    rows: Mapping[str, tuple[tuple[int, ...], Any]],
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    tables: PyTree = None,
+    adapters: int = 0,
+    note: str = "",
+) -> Plan:
+    """The program of `ImageSampler` for one batch; the networks and `tables` may be of shapes.
+
+    `rows` are the conditioner's: of each the shape and type of one image's. Of several `adapters`,
+    which differ in what is `Trainable`, each image runs its own.
+    """
+    graphdef, factors, constants, frozen = nnx.split(model, Trainable, Constant, ...)
+    routed = adapters > 1
+    if routed:
+        factors = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((adapters, *x.shape), x.dtype), factors
+        )
+    vae_graph, vae_state = nnx.split(vae)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def everywhere(tree: PyTree) -> PyTree:
+        return shaped(tree, jax.tree.map(lambda _: whole, tree))
+
+    base = shaped(frozen, sharding.shardings_for(frozen, mesh, conditioner.table))
+    decoder = shaped(vae_state, sharding.shardings_for(vae_state, mesh, sharding.VAE))
+    networks = ((everywhere(factors), None), (everywhere(constants), base))
+    arrays = (networks, decoder, everywhere(tables), everywhere(sampler))
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    count = -(-batch_size // parts) * parts
+    place = NamedSharding(mesh, sharding.BATCH)
+
+    def row(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *shape), jnp.dtype(dtype), sharding=place)
+
+    keys = jax.random.key_data(jax.random.key(0))
+    structure = Structure(graphdef, routed, tuple(getattr(model, "stacked", ())))
+    batch = (
+        row(keys.shape, keys.dtype),
+        {field: row(*kind) for field, kind in rows.items()},
+        row((), jnp.int32) if routed else None,
+    )
+    traced = draw_images.trace(structure, vae_graph, conditioner, shape, arrays, *batch)
+    return measure(
+        name, traced, mesh.size, (arrays, batch), (base, decoder), images=count, note=note
+    )
 
 
 def plan_images(
@@ -31,52 +91,32 @@ def plan_images(
 ) -> Plan:
     """The program of `Generator` for one batch; `pipeline` may be of shapes.
 
-    `adapt` puts an adapter into the networks. With `adapters` 0 it is merged, as one adapter is;
-    otherwise each image runs one of so many.
+    `adapt` puts an adapter into the networks. One alone is merged where the generator merges it;
+    of several `adapters` each image runs its own.
     """
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
-    if adapt is not None and adapters:
-        model = transform(adapt, model)
-    graphdef, factors, constants, frozen = nnx.split(model, Trainable, Constant, ...)
-    if adapters:
-        factors = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((adapters, *x.shape), x.dtype), factors
-        )
-    vae_graph, vae = nnx.split(pipeline.vae)
-    tokens, width = pipeline.tokenizer.max_length, pipeline.text_encoder.config.hidden_size
-    dtype = jax.eval_shape(
-        lambda text: text(jnp.zeros((1, tokens), jnp.int32)).last_hidden_state,
-        pipeline.text_encoder,
-    ).dtype
-    states = jax.ShapeDtypeStruct((prompts, tokens, width), dtype)
-    sampler = sampler_of(pipeline, config.sampler, config.num_inference_steps)
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def everywhere(tree):
-        return shaped(tree, jax.tree.map(lambda _: whole, tree))
-
-    conditioner = Text(config.guidance_scale)
-    base = shaped(frozen, sharding.shardings_for(frozen, mesh, conditioner.table))
-    decoder = shaped(vae, sharding.shardings_for(vae, mesh, sharding.VAE))
-    networks = ((everywhere(factors), None), (everywhere(constants), base))
-    arrays = (networks, decoder, everywhere((states, states)), everywhere(sampler))
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = -(-config.batch_size // parts) * parts
-    place = NamedSharding(mesh, sharding.BATCH)
-
-    def row(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=place)
-
-    keys = jax.random.key_data(jax.random.key(0))
-    structure = Structure(graphdef, bool(adapters), ())
-    traced = draw_images.trace(
-        structure,
-        vae_graph,
-        conditioner,
+    if adapt is not None:
+        adapted = transform(adapt, model)
+        model = model if adapters < 2 and merges(pipeline, adapted) else adapted
+    states = text_states(pipeline, prompts)
+    return plan_sampler(
+        name,
+        model,
+        pipeline.vae,
+        Text(config.guidance_scale),
+        sampler_of(pipeline, config.sampler, config.num_inference_steps),
         latent_shape(pipeline),
-        arrays,
-        row(*keys.shape, dtype=str(keys.dtype)),
-        {"prompt": row()},
-        row(),
+        {"prompt": ((), jnp.int32)},
+        mesh,
+        batch_size=config.batch_size,
+        tables=(states, states),
+        adapters=adapters,
+        note=note,
     )
-    return measure(name, traced, mesh.size, (base, decoder), note=note)
+
+
+def text_states(pipeline: StableDiffusion, texts: int) -> jax.ShapeDtypeStruct:
+    """The shape of the text encoder's states of so many texts."""
+    ids = jax.ShapeDtypeStruct((texts, pipeline.tokenizer.max_length), jnp.int32)
+    encode = lambda text, ids: text(ids).last_hidden_state  # noqa: E731
+    return jax.eval_shape(encode, pipeline.text_encoder, ids)

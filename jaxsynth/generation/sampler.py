@@ -61,7 +61,7 @@ def sampler_of(pipeline: StableDiffusion, sampler: str, steps: int) -> Sampler:
         return make_sampler(sampler or pipeline.scheduler_config, schedule, steps)
     except ValueError as error:
         folder = pipeline.folder or Path()
-        where = folder / "scheduler" / "scheduler_config.json"
+        where = folder / "scheduler" / "scheduler_config.json" if folder.is_dir() else folder
         if sampler:
             raise UserError(f"sampler={sampler} on the schedule of {where}: {error}") from error
         raise UserError(

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
+
+from jaxsynth.ops.backend import backend
 
 Linear = nnx.Linear
 # NNX's own default, by name.
@@ -122,7 +124,7 @@ def convolve(lhs: Array, rhs: Array, window_strides, padding, **kwargs) -> Array
     On CPU only, by shape; see `_prefers_product`. A convolution of each channel on its own is a sum
     of shifted images there. Everything else is XLA's convolution.
     """
-    if jax.default_backend() == "cpu" and _is_plain(lhs, kwargs):
+    if backend() == "cpu" and _is_plain(lhs, kwargs):
         strides, pads = tuple(window_strides), tuple(padding)
         groups = kwargs.get("feature_group_count", 1)
         if groups == 1 and _prefers_product(lhs.shape, rhs.shape, strides, pads):
@@ -254,7 +256,7 @@ def _patchify(lhs: Array, rhs: Array, window_strides, padding, **_) -> Array:
 
 
 def timestep_embedding(
-    timesteps: Float[Array, " b"],
+    timesteps: Num[Array, " b"],
     dim: int,
     *,
     flip_sin_to_cos: bool = True,

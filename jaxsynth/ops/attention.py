@@ -1,41 +1,49 @@
 """One attention for every network, with a chosen implementation.
 
 `jax.nn.dot_product_attention` is slow on CPU (six times two plain einsums at 1024 tokens), and a
-long score matrix does not fit the cache, so on CPU short sequences use two einsums and long ones
-are cut into blocks of queries with a gradient of their own (as in Dao et al. 2022, arXiv
-2205.14135); on a GPU cuDNN's flash attention is taken where it applies.
+long score matrix does not fit the cache, so on CPU short sequences use two einsums. Long ones are
+cut into blocks of queries with a gradient of their own (as in Dao et al. 2022, arXiv 2205.14135) on
+every backend, because XLA keeps float32 scores whole: 64 rows of Stable Diffusion's widest layer
+need 20.7 GiB of a TPU v5e chip's 15.75. On a GPU cuDNN's flash attention is taken where it applies.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Implementation = Literal["auto", "einsum", "chunked", "xla", "cudnn"]
+from jaxsynth.ops.backend import backend
 
-# Score matrices larger than this many elements per (batch, head) leave the cache of a CPU core.
+Implementation = Literal["auto", "einsum", "chunked", "blocks", "xla", "cudnn"]
+
+# Score matrices of more elements per (batch, head) leave the cache of a CPU core; those of all
+# heads and rows are a large part of an accelerator's memory.
 _CHUNK_ABOVE = 1 << 20
 _QUERY_CHUNKS = (256, 128)
+# Of all heads at once, so that the products are large and the scores of a block small.
+_QUERY_BLOCK = 128
 
 
 def attention(
     query: Float[Array, "b q n d"],
     key: Float[Array, "b k n d"],
-    value: Float[Array, "b k n d"],
+    value: Float[Array, "b k n v"],
     *,
     mask: Bool[Array, "#b #n #q k"] | None = None,
     bias: Float[Array, "#b #n q k"] | None = None,
     causal: bool = False,
     implementation: Implementation = "auto",
-) -> Float[Array, "b q n d"]:
+) -> Float[Array, "b q n v"]:
     """Scaled dot-product attention, softmax in float32, scale `1/sqrt(d)`.
 
     `mask` is True where a query may look; `causal` adds the lower-triangular mask; `bias` is added
-    to the scores. `implementation` is "einsum" (two products), "chunked" (blocks of queries, so
-    that the score matrix stays in the cache; no forward-mode derivative, no bias), "xla" or "cudnn"
-    (`jax.nn.dot_product_attention`), or "auto".
+    to the scores. `implementation` is "einsum" (two products), "chunked" (blocks of queries, one
+    head after the other, so that the scores stay in the cache), "blocks" (the same for all heads at
+    once), "xla" or "cudnn" (`jax.nn.dot_product_attention`), or "auto". The forms in blocks take no
+    bias and have no forward-mode derivative.
     """
     if implementation == "auto":
         implementation = _choose(query, key, mask, bias)
@@ -43,10 +51,10 @@ def attention(
         return jax.nn.dot_product_attention(
             query, key, value, bias, mask, is_causal=causal, implementation=implementation
         )
-    if implementation not in ("einsum", "chunked"):
+    if implementation not in ("einsum", "chunked", "blocks"):
         raise ValueError(
             f"attention implementation {implementation!r}: "
-            "expected auto, einsum, chunked, xla or cudnn"
+            "expected auto, einsum, chunked, blocks, xla or cudnn"
         )
     q_len, k_len = query.shape[1], key.shape[1]
     if causal:
@@ -54,28 +62,36 @@ def attention(
         mask = lower if mask is None else jnp.logical_and(mask, lower)
     # (batch, head, token, dim): each head's product is then one contiguous matrix product.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    blocks = [size for size in _QUERY_CHUNKS if q_len % size == 0]
-    if implementation == "chunked" and bias is not None:
-        raise ValueError("attention implementation 'chunked': takes no bias")
-    if implementation == "einsum" or not blocks:
+    sizes = (_QUERY_BLOCK,) if implementation == "blocks" else _QUERY_CHUNKS
+    fitting = [size for size in sizes if q_len % size == 0]
+    if implementation != "einsum" and bias is not None:
+        raise ValueError(f"attention implementation {implementation!r}: takes no bias")
+    if implementation == "einsum" or not fitting:
         out = _einsum_attention(q, k, v, mask, bias)
+    elif implementation == "blocks":
+        # Rows and heads stay axes of their own: a loop over them, or one axis made of both, would
+        # gather what lies on several devices.
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (*q.shape[:3], k_len))
+        out = jax.vmap(lambda q, k, v, mask: _blocked(q, k, v, mask, fitting[0], True))(
+            q * q.shape[-1] ** -0.5, k, v, mask
+        )
     else:
-        out = _chunked_attention(q, k, v, mask, blocks[0])
+        out = _chunked_attention(q, k, v, mask, fitting[0])
     return jnp.swapaxes(out, 1, 2)
 
 
 def _choose(query: Array, key: Array, mask: Array | None, bias: Array | None) -> Implementation:
-    """The fastest implementation for these shapes on the default backend."""
-    backend = jax.default_backend()
-    head_dim = query.shape[-1]
-    if backend == "gpu":
+    """The implementation for these shapes on the backend that the program is for."""
+    platform, head_dim = backend(), query.shape[-1]
+    if platform == "gpu":
         half = query.dtype in (jnp.bfloat16, jnp.float16)
         if half and mask is None and bias is None and head_dim % 8 == 0 and head_dim <= 128:
             return "cudnn"
-        return "xla"
-    if backend == "cpu" and bias is None and query.shape[1] * key.shape[1] >= _CHUNK_ABOVE:
-        return "chunked"
-    return "einsum" if backend == "cpu" else "xla"
+    if bias is None and query.shape[1] * key.shape[1] >= _CHUNK_ABOVE:
+        alone = platform == "cpu" and jax.device_count() == 1
+        return "chunked" if alone else "blocks"
+    return "einsum" if platform == "cpu" else "xla"
 
 
 def _einsum_attention(
@@ -98,17 +114,24 @@ def _chunked_attention(q: Array, k: Array, v: Array, mask: Array | None, size: i
     if mask is not None:
         mask = jnp.broadcast_to(mask, (batch, heads, q_len, k.shape[2]))
     q, k, v, mask = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (q, k, v, mask))
-    out = _blocked(q * dim**-0.5, k, v, mask, size)
+    out = _blocked(q * dim**-0.5, k, v, mask, size, False)
     return out.reshape(batch, heads, q_len, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q: Array, k: Array, v: Array, mask: Array | None, size: int) -> Array:
-    """Attention of scaled queries over (head, token, dim); the gradient recomputes the scores."""
-    return _blocked_forward(q, k, v, mask, size)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocked(q: Array, k: Array, v: Array, mask: Array | None, size: int, together: bool) -> Array:
+    """Attention of scaled queries over (head, token, dim); the gradient recomputes the scores.
+
+    Heads are computed `together` or one after the other.
+    """
+    return _blocked_forward(q, k, v, mask, size, together)[0]
 
 
-def _blocked_forward(q: Array, k: Array, v: Array, mask: Array | None, size: int):
+def _over_heads(function: Callable, arrays: Any, together: bool) -> Any:
+    return jax.vmap(function)(arrays) if together else jax.lax.map(function, arrays)
+
+
+def _blocked_forward(q: Array, k: Array, v: Array, mask: Array | None, size: int, together: bool):
     def head(arrays):
         q, mask, k, v = arrays
 
@@ -123,12 +146,12 @@ def _blocked_forward(q: Array, k: Array, v: Array, mask: Array | None, size: int
 
         return jax.lax.map(block, (q, mask))
 
-    found = jax.lax.map(head, (_split(q, size), _split(mask, size), k, v))
+    found = _over_heads(head, (_split(q, size), _split(mask, size), k, v), together)
     out, top, total = (x.reshape(*q.shape[:2], -1) for x in found)
     return out, (q, k, v, mask, out, top, total)
 
 
-def _blocked_backward(size: int, residuals, gradient: Array):
+def _blocked_backward(size: int, together: bool, residuals, gradient: Array):
     """A CPU product that sums over the rows of its left factor is several times slower than one of
     contiguous rows, so queries and gradients also come transposed, and dk and dv leave so.
     """
@@ -156,7 +179,7 @@ def _blocked_backward(size: int, residuals, gradient: Array):
     q_blocks, g_blocks = _split(q, size), _split(scaled, size)
     pairs = (q_blocks, jnp.swapaxes(q_blocks, -1, -2), g_blocks, jnp.swapaxes(g_blocks, -1, -2))
     blocks = (*pairs, *(_split(x, size) for x in (mask, top, offset)))
-    dq, dk, dv = jax.lax.map(head, (blocks, k, v))
+    dq, dk, dv = _over_heads(head, (blocks, k, v), together)
     dk, dv = (jnp.swapaxes(x, -1, -2) for x in (dk, dv))
     return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
 

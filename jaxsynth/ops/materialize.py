@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxsynth.ops.backend import backend
+
 
 def materialize(x: Array) -> Array:
     """Compute x in whole before anything reads it; on other backends x itself.
@@ -12,7 +14,7 @@ def materialize(x: Array) -> Array:
     read many times, or where a loop of the two no longer does 16 elements at once. It drops an
     `optimization_barrier` before that; what a loop reads stays apart.
     """
-    if jax.default_backend() != "cpu" or not isinstance(x, jax.core.Tracer):
+    if backend() != "cpu" or not isinstance(x, jax.core.Tracer):
         return x
     return jax.lax.fori_loop(
         0, 2, lambda number, value: jnp.where(number < 1, x, value), jnp.zeros_like(x)

@@ -1,22 +1,71 @@
-"""The table of what programs need, for `jaxsynth plan`."""
+"""The tables of what programs need, for `jaxsynth plan`."""
 
 from collections.abc import Sequence
 
 from jaxsynth.report.tables import Table
+from jaxsynth.training.chips import Chip
 from jaxsynth.training.planning import Plan
 
+MIB, GIB = 2**20, 2**30
 
-def plan_table(plans: Sequence[Plan]) -> Table:
-    """A row for each program: MiB on each device, and GFLOP of one update on all together."""
+
+def memory_table(plans: Sequence[Plan], limit: float = 0) -> Table:
+    """MiB on each device, and the share of `limit` bytes where there is one."""
     rows = []
     for one in plans:
         sizes = (one.arguments, one.frozen, one.outputs, one.temporaries, one.bytes)
-        rows.append([one.name, *(size / 2**20 for size in sizes), _gflop(one.flops)])
-    columns = ["Program", "arguments", "frozen", "outputs", "temporary", "sum", "GFLOP"]
-    caption = "MiB on each device; GFLOP of one update, all devices together"
+        share = [f"{one.bytes / limit:.0%}"] if limit else []
+        rows.append([one.name, *(size / MIB for size in sizes), *share])
+    columns = ["Program", "arguments", "frozen", "outputs", "temporary", "sum"]
+    caption = "MiB on each device"
+    if limit:
+        columns, caption = [*columns, "share"], f"MiB on each device of {limit / GIB:.4g} GiB"
     return Table(columns, rows, caption=caption, better=None)
 
 
-def _gflop(flops: float) -> str:
-    value = flops / 1e9
+def work_table(plans: Sequence[Plan], chip: Chip | None = None) -> Table:
+    """Work and traffic of one update or batch; with a chip the time that they take at the least."""
+    rows = []
+    for one in plans:
+        row = [one.name, _short(one.flops / one.devices / 1e9)]
+        row += ["–", "–"] if one.refused else [_size(one.moved), _size(one.received)]
+        if chip is not None and one.refused:
+            row += ["–"] * 3
+        elif chip is not None:
+            bounds = one.bounds(chip)
+            what, seconds = max(bounds.items(), key=lambda pair: pair[1])
+            rate = _short(one.images / seconds) if one.images and seconds else "–"
+            row += [_short(1e3 * seconds), what, rate]
+        rows.append(row)
+    columns = ["Program", "GFLOP", "moved", "received"]
+    caption = "Each device, one update or batch"
+    if chip is not None:
+        columns += ["ms at least", "bound by", "images/s at most"]
+        caption += "; images a second are of all chips together"
+    return Table(columns, rows, caption=caption, better=None)
+
+
+def collectives_table(plans: Sequence[Plan]) -> Table | None:
+    """The collectives of one update or batch by kind; None where there are none."""
+    rows = []
+    for one in plans:
+        largest = dict(one.largest)
+        for each in one.collectives:
+            size, shape = _size(each.bytes), largest[each.kind]
+            rows.append([one.name, each.kind, _short(each.count), size, shape])
+    if not rows:
+        return None
+    columns = ["Program", "collective", "number", "size", "largest array"]
+    return Table(columns, rows, caption="Between devices, one update or batch", better=None)
+
+
+def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"

@@ -42,6 +42,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxsynth.core import preemption
 from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import TEMPORARY, file_digests_cached, write_json
@@ -222,6 +223,7 @@ def run_stage(
         for given in inputs.values():
             if isinstance(given, Artifact):
                 given.verify()
+        preemption.stop_if_requested(f"before {name}")
         counts = _build(build, folder, processes)
         if first:
             files = _list_files(folder, unlisted)

@@ -27,7 +27,6 @@ from jaxtyping import Array, Float, Key, UInt8
 from jaxsynth.adapters.inject import Trainable, mark_trainable, with_values
 from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
 from jaxsynth.core.errors import UserError
-from jaxsynth.data.procedural.concepts import Concept
 from jaxsynth.models.clip import CLIPTextModel, CLIPTextTransformer
 from jaxsynth.models.gan.e2gan import E2GAN
 from jaxsynth.models.gan.patchgan import PatchGAN
@@ -123,15 +122,6 @@ class Pairs:
         return replace(
             self, target=self.target[rows], states=self.states[rows], pooled=self.pooled[rows]
         )
-
-
-def make_pairs(
-    concepts: Sequence[Concept],
-    photos: UInt8[np.ndarray, "n h w 3"],
-    texts: tuple[np.ndarray, np.ndarray],
-) -> Pairs:
-    """The pairs of concepts with procedural edits; `texts` are what `encode_texts` gave."""
-    return Pairs(photos, np.stack([concept.apply(photos) for concept in concepts]), *texts)
 
 
 def encode_texts(

@@ -37,7 +37,8 @@ class TrainingConfig:
     `batch_size` counts examples of one update on all devices; `accumulate` cuts it into so many
     parts whose gradients are averaged.
 
-    Optimizer: `optimizer` is one of OPTIMIZERS; for "sgd", `b1` is the momentum. The rate rises
+    Optimizer: `optimizer` is one of OPTIMIZERS, with `b1`, `b2`, `eps` and
+    `weight_decay`; for "sgd", `b1` is the momentum. The rate rises
     linearly from 0 over `warmup_steps` updates (or `warmup_epochs`), then follows `schedule` from
     `learning_rate` to `min_lr` at the end. `decay_on` "matrices" spares biases, scales and other
     vectors. `clip_norm` 0 means no clipping of the gradient's norm. `rates` and `decays` multiply
@@ -53,8 +54,8 @@ class TrainingConfig:
 
     Beside the training: a checkpoint every `checkpoint_every` updates and at the latest after
     `checkpoint_minutes`, metrics every `log_every`, an evaluation every `evaluate_every` and images
-    every `sample_every` where the method has them (0: none), TensorBoard files, and an XLA profile
-    of a few early steps.
+    every `sample_every` where the method has them (0: none), files for TensorBoard (`tensorboard`),
+    and an XLA profile of a few early steps (`profile`).
     """
 
     steps: int = 0

@@ -14,7 +14,7 @@ free, the generic FSDP rule cuts along its largest divisible axis. Adapters are 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -148,8 +148,10 @@ def make_mesh(
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = len(devices) // -math.prod(shape)
     if min(shape) < 1 or math.prod(shape) != len(devices):
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise ValueError(
-            f"data={data}, fsdp={fsdp}, tensor={tensor} do not make {len(devices)} devices"
+            f"data={data}, fsdp={fsdp}, tensor={tensor} do not make {len(devices)} devices; "
+            f"expected sizes that do, each of {', '.join(map(str, divisors))}"
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -194,25 +196,6 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
-def shard_stack(tree: PyTree, mesh: Mesh) -> PyTree:
-    """A stack of C adapters (or their `init_stacked` state) with the stack axis over "data".
-
-    Raises:
-        ValueError: C is not divisible by the mesh's "data" size; the leaf is named.
-    """
-    parts = mesh.shape["data"]
-
-    def choose(path, leaf) -> NamedSharding:
-        if leaf.ndim == 0 or leaf.shape[0] % parts:
-            raise ValueError(
-                f"{dotted(path)} has shape {leaf.shape}: its first axis must be a stack divisible "
-                f"by data={parts}"
-            )
-        return NamedSharding(mesh, PartitionSpec("data"))
-
-    return place(tree, jax.tree_util.tree_map_with_path(choose, tree))
-
-
 def shard_batch(batch: PyTree, mesh: Mesh, *, spec: PartitionSpec = BATCH) -> PyTree:
     """This process's rows of a batch, as part of one global batch over "data" and "fsdp".
 
@@ -250,14 +233,6 @@ def gather(tree: PyTree) -> PyTree:
         return jnp.asarray(np.asarray(leaf))
 
     return jax.tree.map(whole, tree)
-
-
-def init_sharded(
-    make: Callable[[], PyTree], mesh: Mesh, table: Table, *, min_size: int = MIN_SIZE
-) -> PyTree:
-    """Run `make()` so that each device only ever holds its own share of what it returns."""
-    shardings = shardings_for(jax.eval_shape(make), mesh, table, min_size=min_size)
-    return jax.jit(make, out_shardings=shardings)()
 
 
 def dotted(path: tuple) -> str:

@@ -175,11 +175,13 @@ def plan(
     mesh: Mesh,
     *,
     count: int = 0,
+    images: int = 0,
     note: str = "",
 ) -> Plan:
     """What the program of `train` needs on `mesh`, compiled from shapes; nothing is allocated.
 
-    With `count` it is that of `train_stacked` for so many tasks like this one.
+    With `count` it is that of `train_stacked` for so many tasks like this one. `images` are the
+    examples of an update where they are not `batch_size` of each task.
 
     Raises:
         UserError: as `train`.
@@ -187,7 +189,9 @@ def plan(
     tasks = [task] * (count + -count % mesh.shape["data"]) if count else [task]
     built = _assemble(tasks, config, mesh, together=bool(count), abstract=True)
     shapes = (built.state, built.frozen, built.data)
-    return compile_plan(name, built.step, *shapes, steps=config.steps_per_call, note=note)
+    steps = config.steps_per_call if isinstance(task.batches, Resident) else 1
+    images = images or config.batch_size * max(count, 1)
+    return compile_plan(name, built.step, *shapes, steps=steps, images=images, note=note)
 
 
 @dataclass(frozen=True)

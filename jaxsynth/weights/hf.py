@@ -8,12 +8,13 @@ that differs is an error, never a warning, since a silently random layer costs a
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxsynth.core.console import console
@@ -35,7 +36,7 @@ from jaxsynth.models.diffusion.controlnet import ControlNet
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxsynth.weights import hub
+from jaxsynth.weights import hub, single_file
 from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, stored, to_file
@@ -70,10 +71,12 @@ _DIFFUSERS = {
     UNet2DCondition: "UNet2DConditionModel",
 }
 
+_PARTS = {"unet": UNet2DCondition, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
 # model_index.json of the pipelines that differ only in what surrounds the networks.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 # The one whose denoiser reads an image's latents beside the noisy ones.
-_EDITING = "StableDiffusionInstructPix2PixPipeline"
+EDITING = "StableDiffusionInstructPix2PixPipeline"
 DIFFUSERS_VERSION = "0.40.0"
 
 
@@ -157,36 +160,62 @@ def load_model(
     weights = Tensors(hub.weight_files(folder))
     check_counts(folder / "config.json", config, *weights.counts())
     filling = Filling(describe_of(folder / "config.json", model_cls, config, compute), dtype)
-    fill(filling, weights)
+    fill(filling, weights.items())
     return filling.finish(weights.where)
+
+
+def is_here(name_or_path: str | os.PathLike) -> bool:
+    """Whether a base is the package's, a folder or a file, and nothing to download."""
+    name = os.fspath(name_or_path)
+    places = (name, name.rpartition("@")[0] or name)
+    return name.split("/")[0] == "tiny" or any(Path(p).expanduser().exists() for p in places)
+
+
+def pipeline_configs(name_or_path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configs of a pipeline's networks by part, and its scheduler's; no weights are read."""
+    checkpoint = single_file.find(name_or_path)
+    if checkpoint is not None:
+        return checkpoint.configs, checkpoint.scheduler
+    folder = resolve(name_or_path, weights=False)
+    configs = {part: single_file.read_config(folder, part) for part in _PARTS}
+    return configs, read_json(folder / "scheduler" / "scheduler_config.json")
 
 
 def describe_pipeline(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> StableDiffusion:
     """A pipeline of shapes, from its configs and tokenizer alone: no weights are read."""
-    folder = resolve(name_or_path)
     compute = dtype if compute_dtype is None else compute_dtype
-    kinds = (
-        (UNet2DCondition, UNet2DConditionConfig, "unet"),
-        (AutoencoderKL, AutoencoderKLConfig, "vae"),
-        (CLIPTextModel, CLIPTextConfig, "text_encoder"),
-    )
+    checkpoint = single_file.find(name_or_path)
+    if checkpoint is not None:
+        configs, scheduler, folder = checkpoint.configs, checkpoint.scheduler, checkpoint.path
+        tokenizer = checkpoint.tokenizer
+    else:
+        configs, scheduler = pipeline_configs(name_or_path)
+        folder = resolve(name_or_path, weights=False)
+        tokenizer = Tokenizer(folder / "tokenizer")
     unet, vae, text = (
-        _stored_shapes(
-            describe(kind, _config(config, folder / part / "config.json"), compute), dtype
-        )
-        for kind, config, part in kinds
+        _stored_shapes(describe(kind, configs[part], compute), dtype)
+        for part, kind in _PARTS.items()
     )
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    return StableDiffusion(unet, vae, text, Tokenizer(folder / "tokenizer"), scheduler, folder)
+    return StableDiffusion(unet, vae, text, tokenizer, scheduler, folder)
+
+
+def load_networks(name_or_path: str | os.PathLike) -> dict[str, nnx.Module]:
+    """The networks of a pipeline that adapters are for; of a file, without a tokenizer."""
+    checkpoint = single_file.find(name_or_path)
+    names = ("unet", "text_encoder")
+    if checkpoint is not None:
+        return _parts_of(checkpoint, names, dtype=jnp.float32, compute_dtype=None)
+    pipeline = load_pipeline(name_or_path)
+    return {name: getattr(pipeline, name) for name in names}
 
 
 def describe_clip(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> Clip:
     """A CLIP of shapes, from its configs and tokenizer alone: no weights are read."""
-    folder = resolve(name_or_path)
+    folder = resolve(name_or_path, weights=False)
     compute = dtype if compute_dtype is None else compute_dtype
     model = describe(CLIPModel, _config(CLIPConfig, folder / "config.json"), compute)
     size = model.config.vision_config.image_size
@@ -198,14 +227,14 @@ def _stored_shapes(model: Model, dtype: Any) -> Model:
     return nnx.merge(graphdef, jax.eval_shape(lambda values: stored(values, dtype), state))
 
 
-def fill(filling: Filling, weights: Tensors, names: Mapping[str, str] | None = None) -> None:
-    """Put all tensors of some files into a network, those in `names` under these keys."""
-    for file, key, read in weights.items():
+def fill(filling: Filling, weights: Iterable[tuple[Path, str, Callable[[], np.ndarray]]]) -> None:
+    """Put all tensors of some files (`Tensors.items`) into a network."""
+    for file, key, read in weights:
 
         def tensor(shape, file=file, key=key, read=read):
             return expect_floats(file, key, read(), shape)
 
-        filling.put(file, key if names is None else names[key], tensor)
+        filling.put(file, key, tensor)
 
 
 def save_model(
@@ -244,20 +273,24 @@ def load_pipeline(
 ) -> StableDiffusion:
     """A Stable Diffusion 1.x or 2.x pipeline from a folder, the package ("tiny") or the hub.
 
-    With `editing` an InstructPix2Pix one, whose denoiser reads an image's latents beside the noisy
-    ones (`generation.edited`).
+    Or from a checkpoint in one file, FILE or FILE@FOLDER (`single_file`). With `editing` an
+    InstructPix2Pix one, whose denoiser reads an image's latents beside the noisy ones
+    (`generation.edited`).
 
     UserError as for `load_model`, and where the parts do not fit together.
     """
+    dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}
+    checkpoint = single_file.find(name_or_path)
+    if checkpoint is not None:
+        return _load_checkpoint(checkpoint, editing=editing, **dtypes)
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    kinds = (_EDITING,) if editing else _PIPELINES
+    kinds = (EDITING,) if editing else _PIPELINES
     if kind not in kinds:
         raise UserError(
             f"{folder / 'model_index.json'}: _class_name {quoted(kind)}, expected one of {kinds}"
         )
-    dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}
     unet = load_model(UNet2DCondition, UNet2DConditionConfig, folder / "unet", **dtypes)
     vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
     text = load_model(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", **dtypes)
@@ -269,6 +302,34 @@ def load_pipeline(
     return StableDiffusion(
         unet, vae, text, tokenizer, scheduler_config, folder, _digest(folder, weights)
     )
+
+
+def _parts_of(
+    checkpoint: single_file.Checkpoint, names: Iterable[str], *, dtype: Any, compute_dtype: Any
+) -> dict[str, Any]:
+    compute, path = dtype if compute_dtype is None else compute_dtype, checkpoint.path
+    checkpoint.check()
+    parts = {}
+    for part in names:
+        config = checkpoint.configs[part]
+        filling = Filling(describe_of(path, _PARTS[part], config, compute), dtype)
+        fill(filling, checkpoint.tensors(part, filling.names))
+        parts[part] = filling.finish(path)
+    return parts
+
+
+def _load_checkpoint(
+    checkpoint: single_file.Checkpoint, *, editing: bool, **dtypes: Any
+) -> StableDiffusion:
+    path = checkpoint.path
+    parts = _parts_of(checkpoint, _PARTS, **dtypes)
+    _check_pipeline(path, *parts.values(), checkpoint.tokenizer, editing)
+    scheduler, notes = corrected(checkpoint.scheduler)
+    _say_once(tuple(f"{path}: {note}" for note in (*checkpoint.notes, *notes)))
+    return StableDiffusion(
+        **parts, tokenizer=checkpoint.tokenizer, scheduler_config=scheduler, folder=path,
+        digest=hub.digest([path], checkpoint.settings_files),
+    )  # fmt: skip
 
 
 def _digest(folder: Path, weights: Sequence[Path]) -> str:
@@ -362,7 +423,7 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
     scheduler_config = {"_diffusers_version": DIFFUSERS_VERSION, **pipeline.scheduler_config}
     hub.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     index = {
-        "_class_name": _EDITING if editing else "StableDiffusionPipeline",
+        "_class_name": EDITING if editing else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,

@@ -45,12 +45,13 @@ _TEXT_FILES = (".json", ".txt")
 _SKIPPED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def resolve(name_or_path: str | os.PathLike) -> Path:
+def resolve(name_or_path: str | os.PathLike, *, weights: bool = True) -> Path:
     """The local folder of a model: a folder, "tiny" or "tiny/clip", or a hub id.
 
     An existing folder is taken as it is; "tiny" and what is below it come with the package;
     anything else that looks like "owner/name" or "owner/name@revision" is downloaded (only json,
-    txt and the files of `weight_files`) or found in the hub's cache. UserError if none of it works.
+    txt and, where `weights` are wanted, the files of `weight_files`) or found in the hub's cache.
+    UserError if none of it works.
     """
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
@@ -65,7 +66,8 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         raise UserError(f"{text!r}: not among the package's files (looked for {packaged})")
     if not text or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise UserError(f"{text!r}: no such folder, and not a hub id (owner/name)")
-    return _download(*text.partition("@")[::2])
+    name, _, revision = text.partition("@")
+    return _download(name, revision, weights)
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> None:
@@ -146,10 +148,12 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(mapping.values()))]
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that torch libraries read, through a temporary file."""
     with io.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def to_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -197,7 +201,7 @@ def digest(files: Sequence[Path], settings: Sequence[Path] = ()) -> str:
     return whole.hexdigest()
 
 
-def _download(name: str, revision: str) -> Path:
+def _download(name: str, revision: str, weights: bool) -> Path:
     """A snapshot of a hub repository, or the cached one where the hub cannot be reached."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -208,6 +212,8 @@ def _download(name: str, revision: str) -> Path:
         try:
             info = huggingface_hub.HfApi().model_info(name, timeout=20, **at)
             wanted = _wanted(name, [file.rfilename for file in info.siblings or ()])
+            if not weights:
+                wanted = [file for file in wanted if file.endswith(_TEXT_FILES)]
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **at))
         except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
             # Also what the hub answers for private and gated repositories without a token.

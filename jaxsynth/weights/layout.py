@@ -114,6 +114,11 @@ class Filling:
         self._values: dict[Parts, Any] = {}
         self._missing = {path: len(keys.names) for path, keys in self._keys.items()}
 
+    @property
+    def names(self) -> list[str]:
+        """All keys that it is filled by."""
+        return list(self._places)
+
     def put(self, file: Path, key: str, read: Callable[[tuple[int, ...]], np.ndarray]) -> None:
         """Take the tensor of `key`, which `read` gives in torch's layout for the expected shape.
 
@@ -125,8 +130,7 @@ class Filling:
             return
         if name not in self._places:
             raise UserError(
-                f"{file}: unknown key {shown(key)}: the network that config.json describes "
-                "has no such parameter"
+                f"{file}: unknown key {shown(key)}: the network of its config has no such parameter"
             )
         if name in self._sources:
             other, first = self._sources[name]

@@ -7,6 +7,7 @@ computes with neither, and all other types that numpy and ml_dtypes know are rea
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,12 @@ from jaxsynth.weights.torch_files.reader import read_state_dict
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLED)
+_HALF = {
+    "F16": jnp.float16,
+    "float16": jnp.float16,
+    "BF16": jnp.bfloat16,
+    "bfloat16": jnp.bfloat16,
+}
 
 
 def expect_floats(
@@ -58,6 +65,25 @@ class Tensors:
             with opened(path) as file:
                 for key in file.keys:
                     yield path, key, partial(file.read_any, key)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its key."""
+        found = {key: x.shape for values in self._loaded.values() for key, x in values.items()}
+        for path in self.paths:
+            if path not in self._loaded:
+                with opened(path) as file:
+                    found |= {key: file.shape(key) for key in file.keys}
+        return found
+
+    def dtype(self) -> Any:
+        """The type of all matrices and kernels of floats, float32 where they have several."""
+        kinds = {x.dtype.name for v in self._loaded.values() for x in v.values() if x.ndim > 1}
+        for path in self.paths:
+            if path not in self._loaded:
+                with opened(path) as file:
+                    kinds |= {file.dtype(key) for key in file.keys if len(file.shape(key)) > 1}
+        floats = [kind for kind in kinds if not kind.lower().startswith(("i", "u", "bool"))]
+        return _HALF.get(floats[0], jnp.float32) if len(floats) == 1 else jnp.float32
 
     def counts(self) -> tuple[int, int]:
         """How many tensors there are, and how many numbers in all of them."""

@@ -80,8 +80,16 @@ class Tokenizer:
     `pad_token_id`.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, max_length: int | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        max_length: int | None = None,
+        pad_token: str | None = None,
+    ):
         """From a Hugging Face folder: vocab.json + merges.txt, or tokenizer.json.
+
+        `pad_token` stands for the one that the folder names.
 
         `max_length` None takes the folder's `model_max_length`, or CLIP's 77 if it names none. A
         missing or malformed file is a UserError naming it.
@@ -93,6 +101,8 @@ class Tokenizer:
         if declared is None:
             mapped = read_json(folder / "special_tokens_map.json", optional=True)
             named.update({key: mapped[key] for key in _NAMED if mapped.get(key) is not None})
+        if pad_token is not None:
+            named["pad_token"] = pad_token
         self._named = {key: _Token.read(value, f"{folder}: {key}") for key, value in named.items()}
         self._vocab, self._merges, in_file = _read_bpe(folder)
         if declared is not None:

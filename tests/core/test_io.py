@@ -57,19 +57,19 @@ def test_digests_are_remembered_until_the_file_changes(tmp_path, monkeypatch, ca
     path = tmp_path / "photo"
     path.write_bytes(b"one")
     _settle(path)
-    first = io.file_digest_cached(path)
+    first = io.file_digests_cached([path])[0]
     assert first == io.file_digest(path)
     read = []
     plain = io.file_digest
     monkeypatch.setattr(io, "file_digest", lambda p: read.append(p) or plain(p))
     monkeypatch.setattr(io, "_memory", {})  # a later process
-    assert io.file_digest_cached(path) == first and not read
-    assert io.file_digest_cached(os.path.relpath(path)) == first and not read
+    assert io.file_digests_cached([path])[0] == first and not read
+    assert io.file_digests_cached([os.path.relpath(path)])[0] == first and not read
     # Of the same size, and with the times of the old file.
     (tmp_path / "other").write_bytes(b"two")
     shutil.copystat(path, tmp_path / "other")
     os.replace(tmp_path / "other", path)
-    assert io.file_digest_cached(path) == plain(path) != first
+    assert io.file_digests_cached([path])[0] == plain(path) != first
     assert len(read) == 1
 
 
@@ -77,7 +77,7 @@ def test_a_file_changed_just_now_is_not_remembered(tmp_path, cache):
     path = tmp_path / "photo"
     for content in (b"one", b"two"):
         path.write_bytes(content)
-        assert io.file_digest_cached(path) == io.file_digest(path)
+        assert io.file_digests_cached([path])[0] == io.file_digest(path)
     assert not io._memory
     with sqlite3.connect(cache) as connection:
         assert connection.execute("SELECT count(*) FROM digests").fetchone() == (0,)
@@ -90,4 +90,4 @@ def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path, cache, broken):
     cache.write_bytes(b"x" * 5000) if broken == "not a database" else cache.mkdir()
     path = tmp_path / "photo"
     path.write_bytes(b"one")
-    assert io.file_digest_cached(path) == io.file_digest(path)
+    assert io.file_digests_cached([path])[0] == io.file_digest(path)

@@ -1,6 +1,7 @@
 """Generation: an image depends on its class, number, seed and adapter, and on nothing else."""
 
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from jaxsynth.adapters.inject import AdapterState, extract, merge
 from jaxsynth.adapters.registry import attach
+from jaxsynth.core import preemption
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store, image_keys
 from jaxsynth.models.diffusion.text_to_image import TextToImage
@@ -165,5 +167,21 @@ def test_a_store_and_its_restart(pipeline, adapters, own, tmp_path):
     (tmp_path / "00001.seal").unlink()
     (tmp_path / "00001.array_record").write_bytes(b"half")
     (tmp_path / "00002.seal").unlink()
-    fill(Generator(pipeline, PROMPTS, CONFIG, seed=3, adapters=adapters), tmp_path)
+    fill(generator, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
+
+
+def test_a_request_to_stop_is_heard_between_shards(pipeline, adapters, tmp_path, monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(preemption, "_asked", asked)
+    generator = Generator(pipeline, PROMPTS, CONFIG, seed=3, adapters=adapters)
+
+    def told_to_stop(labels, indices):
+        asked.set()
+        return generator(labels, indices)
+
+    with pytest.raises(preemption.Preempted, match="SIGTERM with 4 of 12 images drawn"):
+        fill(told_to_stop, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.seal")] == ["00000.seal"]
+    asked.clear()
+    fill(generator, tmp_path)

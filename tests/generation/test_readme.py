@@ -15,8 +15,9 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
 
 
-def test_the_python_runs():
-    assert len(snippets("python")) == 3
+def test_the_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(snippets("python")) == 4
     names: dict = {}
     for code in snippets("python"):
         exec(compile(code, "README.md", "exec"), names)

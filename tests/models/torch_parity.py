@@ -24,8 +24,9 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def copy_weights(module: torch.nn.Module, model: nnx.Module) -> None:
     """Fill `model` from `module`: every tensor used once, every variable filled, shapes equal."""
     tensors = {name: value.detach().numpy() for name, value in module.state_dict().items()}
+    keys_of = layout.keys_of(model)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        keys = layout.keys_of(model)[path]
+        keys = keys_of[path]
         values = [names.from_hf(path[-1], tensors.pop(name)) for name in keys.names]
         value = np.stack(values) if keys.stacked else values[0]
         assert value.shape == variable.shape, (path, value.shape, variable.shape)

@@ -1,12 +1,17 @@
 """Every implementation of attention against torch's, with masks, and what it refuses."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
 
 from jaxsynth.ops.attention import attention
+from jaxsynth.ops.backend import compiling_for
+from jaxsynth.training.sharding import BATCH, make_mesh
 from tests.models.torch_parity import relative_error
 
 
@@ -26,7 +31,7 @@ def reference(query, key, value, mask=None, causal=False):
     return out.transpose(1, 2).numpy()
 
 
-@pytest.mark.parametrize("implementation", ["auto", "einsum", "chunked", "xla"])
+@pytest.mark.parametrize("implementation", ["auto", "einsum", "chunked", "blocks", "xla"])
 @pytest.mark.parametrize("masking", ["none", "mask", "causal", "both"])
 def test_same_as_torch(implementation, masking):
     length = 256
@@ -63,27 +68,45 @@ def test_a_bias_is_added_to_the_scores(implementation):
     expected = expected.transpose(1, 2).numpy()
     assert relative_error(one(*given), expected) < 1e-5
     assert relative_error(jax.vmap(one)(*(x[:, None] for x in given))[:, 0], expected) < 1e-5
-    with pytest.raises(ValueError, match="takes no bias"):
-        attention(*given, bias=jnp.asarray(bias), implementation="chunked")
+    for how in ("chunked", "blocks"):
+        with pytest.raises(ValueError, match="takes no bias"):
+            attention(*given, bias=jnp.asarray(bias), implementation=how)
+
+
+def squares(how, *qkv, mask=None):
+    return jnp.square(attention(*qkv, mask=mask, implementation=how)).sum()
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_long_sequences_are_chunked_with_the_same_gradient(masked):
-    query, key, value = arrays(1024, 1024, dim=4)
+def test_blocks_of_queries_have_the_same_gradient(masked):
+    arguments = arrays(1024, 1024, dim=4)
     mask = np.random.default_rng(1).random((2, 1, 1024, 1024)) < 0.7 if masked else None
-    grads = [
-        jax.jit(
-            jax.grad(
-                lambda *qkv, how=how: jnp.square(
-                    attention(*qkv, mask=mask, implementation=how)
-                ).sum(),
-                argnums=(0, 1, 2),
-            )
-        )(query, key, value)
-        for how in ("auto", "einsum")
-    ]
-    for chunked, plain in zip(*grads, strict=True):
-        assert relative_error(chunked, plain) < 1e-4
+    chunked, blocks, plain = (
+        jax.jit(jax.grad(partial(squares, how, mask=mask), argnums=(0, 1, 2)))(*arguments)
+        for how in ("chunked", "blocks", "einsum")
+    )
+    for one, other, expected in zip(chunked, blocks, plain, strict=True):
+        assert relative_error(one, expected) < 1e-4
+        assert relative_error(other, expected) < 1e-4
+
+
+@pytest.mark.parametrize("platform", ["", "tpu", "gpu"])
+def test_no_backend_keeps_the_scores_of_long_sequences(platform):
+    """Also where one function was traced for another backend before."""
+    gradient = jax.jit(jax.grad(partial(squares, "auto"), argnums=(0, 1, 2)))
+    short, long = arrays(512, 512), arrays(1024, 1024)
+    with compiling_for(platform):
+        assert "512,512]" in str(gradient.trace(*short).jaxpr)
+        assert "1024,1024]" not in str(gradient.trace(*long).jaxpr)
+
+
+def test_long_sequences_stay_on_their_devices():
+    """A loop over heads would gather the rows of all devices."""
+    mesh = make_mesh(data=4, fsdp=2)
+    place = NamedSharding(mesh, BATCH)
+    row = jax.ShapeDtypeStruct((16, 1024, 4, 8), jnp.float32, sharding=place)
+    gradient = jax.jit(jax.grad(partial(squares, "auto"), argnums=(0, 1, 2)))
+    assert "all-gather" not in gradient.lower(row, row, row).compile().as_text()
 
 
 def test_half_precision_scores_are_float32():

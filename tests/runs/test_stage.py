@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxsynth.core import preemption
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
 from jaxsynth.core.records import to_json
@@ -96,6 +98,18 @@ def test_an_interrupted_stage_resumes_in_its_folder(tmp_path):
     found = []
     run_stage("make", tmp_path, Config(), {}, lambda p: found.extend(p.glob("part")), console=out)
     assert len(found) == 1 and "resumed" in out.file.getvalue()
+
+
+def test_no_stage_begins_after_a_request_to_stop(tmp_path, monkeypatch):
+    made = run_stage("one", tmp_path / "one", Config(), {}, _write(), console=_console())
+    asked = threading.Event()
+    asked.set()
+    monkeypatch.setattr(preemption, "_asked", asked)
+    again = run_stage("one", tmp_path / "one", Config(), {}, _write(), console=_console())
+    assert again.digest == made.digest
+    with pytest.raises(preemption.Preempted, match="stopped on SIGTERM before two"):
+        run_stage("two", tmp_path / "two", Config(), {}, _write(), console=_console())
+    assert not any(path.is_file() for path in (tmp_path / "two").rglob("*"))
 
 
 def test_missing_and_altered_files_are_found(tmp_path):

@@ -21,13 +21,13 @@ from jaxsynth.tasks.gan import (
     E2GAN_TARGETS,
     GANConfig,
     PairBatches,
+    Pairs,
     adapted,
     edit_images,
     encode_texts,
     gan_error,
     gan_task,
     l1_error,
-    make_pairs,
     mixed,
     train_base,
     training_data,
@@ -61,7 +61,8 @@ def pairs():
     photos = np.repeat(np.repeat(corners, 4, 1), 4, 2).astype(np.uint8)
     states = rng.standard_normal((3, 2, 3, TEXT)).astype(np.float32)
     concepts = [concept_of(prompt, "artistic") for prompt in PROMPTS]
-    return make_pairs(concepts, photos, (states, states.mean(2)))
+    edited = np.stack([concept.apply(photos) for concept in concepts])
+    return Pairs(photos, edited, states, states.mean(2))
 
 
 def test_errors_of_logits_are_the_published_ones():

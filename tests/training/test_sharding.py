@@ -23,15 +23,13 @@ from jaxsynth.training.sharding import (
     UNET,
     VAE,
     dotted,
-    init_sharded,
     make_mesh,
     replicate,
     shard,
     shard_batch,
-    shard_stack,
     shardings_for,
 )
-from jaxsynth.training.step import init_stacked, init_state, make_train_step, stacked
+from jaxsynth.training.step import init_state, make_train_step
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -106,26 +104,6 @@ def test_accumulation_over_a_sharded_batch(key):
     chex.assert_trees_all_close(many.trainable, one.trainable, rtol=1e-5, atol=1e-5)
 
 
-def test_a_stack_of_adapters_over_the_data_axis(key):
-    graphdef, _, tx = _parts()
-    step = make_train_step(small_net.make_loss(graphdef, 0.1), tx)
-    members = jax.tree.map(lambda *x: jnp.stack(x), *[small_net.make(i)[1] for i in range(4)])
-    batch = jax.tree.map(lambda *x: np.stack(x), *[small_net.batch(i) for i in range(4)])
-
-    def state():
-        rates = jax.tree.map(lambda x: np.stack([x] * 4), RATE)
-        return init_stacked(members, tx, jax.random.split(key, 4), rates)
-
-    mesh = make_mesh(4, 2, 1)
-    run = jax.jit(stacked(step))
-    one, _ = run(state(), None, batch)
-    many, _ = run(shard_stack(state(), mesh), None, shard_batch(batch, mesh, spec=P("data")))
-    chex.assert_trees_all_close(many.trainable, one.trainable, rtol=1e-5, atol=1e-5)
-    assert jax.tree.leaves(many.trainable)[0].sharding.spec[0] == "data"
-    with pytest.raises(ValueError, match=r"shape \(4,.*divisible by data=8"):
-        shard_stack(members, make_mesh(8))
-
-
 def test_the_clip_table_covers_the_network():
     shapes = nnx.state(nnx.eval_shape(lambda: CLIPModel(CLIPConfig(), rngs=nnx.Rngs(0))))
     specs = _specs(shapes, make_mesh(2, 2, 2), CLIP)
@@ -174,13 +152,6 @@ def test_unknown_paths_are_an_error():
         ValueError, match=r"no sharding rule for 1 paths, such as \['attn.to_q.gate"
     ):
         shardings_for(tree, make_mesh(), UNET)
-
-
-def test_sharded_initialisation_equals_the_plain_one():
-    mesh = make_mesh(2, 2, 2)
-    made = init_sharded(lambda: nnx.state(small_net.SmallNet(nnx.Rngs(0))), mesh, UNET, min_size=64)
-    chex.assert_trees_all_close(made, small_net.make()[1], rtol=1e-6, atol=1e-6)
-    assert made["attn"]["to_q"]["kernel"].get_value().sharding.spec == P("fsdp", "tensor")
 
 
 def test_meshes_and_batches_that_do_not_fit():

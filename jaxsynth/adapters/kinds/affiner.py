@@ -139,7 +139,7 @@ class Affiner(inject.AdapterLayer):
         self.scale, self.shift, self.gate = map(_trainable, (scale, shift, gate))
         self.down, self.up = map(_trainable, (down, up))
 
-    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
         if self.is_off:
             return self.base(inputs)
         side = self.config.scale_side

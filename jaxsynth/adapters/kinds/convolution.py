@@ -41,12 +41,12 @@ def centre(kernel_size: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def narrow_convolve(
-    inputs: Float[Array, "*b i"],
+    inputs: Float[Array, "... i"],
     kernel: Float[Array, "*k i r"],
     layer: nnx.Conv,
     *,
     tap: Sequence[int] | None = None,
-) -> Float[Array, "*b r"]:
+) -> Float[Array, "... r"]:
     """The convolution of `layer` with another kernel, as one matrix product and shifted sums.
 
     With `tap`, `kernel` has one tap, which stands at that place of the layer's kernel.

@@ -103,7 +103,7 @@ class Hypernetwork(inject.AdapterLayer):
                 value = jnp.broadcast_to(value, (*lead, *value.shape))
                 setattr(self, f"{name}_{i}", inject.Trainable(value))
 
-    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
         if self.is_off:
             return self.base(inputs)
         change = self.strength * self.network(inputs)

@@ -82,7 +82,10 @@ def images_in(folder: Path, problems: dict[Path, str]) -> list[Path]:
     stems = {path.stem for path in images} | {path.name for path in images}
     for path in paths:
         if path.is_dir():
-            problems[path] = "a folder inside the folder of a class: move its images up"
+            problems[path] = (
+                "a folder inside the folder of a class: move its images up; where the classes lie "
+                "further down, give that folder as path, or name splits by train_split, test_split"
+            )
         elif not is_image(path) and not (path.suffix.lower() in CAPTIONS and path.stem in stems):
             problems[path] = "not an image file"
     return images

@@ -13,7 +13,6 @@ plain sorted order, as torchvision, Keras and Hugging Face number them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,18 +28,16 @@ from jaxsynth.data.sources.files import (
     refuse,
     visible,
 )
-from jaxsynth.data.sources.labels import exported_classes, find_table, read_table
+from jaxsynth.data.sources.labels import exported_classes, find_table, read_table, split_kind
 from jaxsynth.data.sources.shards import is_shards, read_shards
 from jaxsynth.data.views import held_out
 
-# Names of splits, of which only letters count: "Training_Set" is a "trainingset".
-TRAIN = ("train", "training", "trainset", "trainingset", "traindata", "trainingdata")
-TEST = ("test", "testing", "testset", "testingset", "testdata")
-VALIDATION = ("val", "valid", "validation", "valset", "validationset", "dev")
 # Texts and tables that lie beside class folders.
 BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".html",
           ".pdf", ".mat", ".rst")  # fmt: skip
 BESIDE_NAMES = ("readme", "license", "licence", "copying")
+# What test images are taken from, the best first.
+TESTS = ("test", "validation")
 # `test_split`: hold test images out of the training ones whatever folders there are.
 NO_TEST = "none"
 
@@ -177,7 +174,9 @@ def _splits(root: Path, config: DataConfig) -> tuple[str, list[str]] | None:
     if chosen:
         trains = [config.train_split]
     else:
-        trains = [path.name for path in folders if _kind(path.name) in TRAIN and _has_parts(path)]
+        trains = [
+            path.name for path in folders if split_kind(path.name) == "train" and _has_parts(path)
+        ]
     wanted = config.test_split if config.test_split != NO_TEST or NO_TEST in below else ""
     if not trains:
         if wanted:
@@ -191,7 +190,7 @@ def _splits(root: Path, config: DataConfig) -> tuple[str, list[str]] | None:
     if wanted and wanted not in below:
         raise SourceError(f"{root}: no folder {wanted}/ (test_split); found {below}")
     others = [name for name in below if name != trains[0]]
-    tests = [name for kinds in (TEST, VALIDATION) for name in others if _kind(name) in kinds]
+    tests = [name for kind in TESTS for name in others if split_kind(name) == kind]
     if strange := [name for name in others if name not in (*tests, wanted)]:
         raise SourceError(
             f"{root}: found {strange} beside {trains[0]}/: expected either class folders or splits "
@@ -204,10 +203,6 @@ def _splits(root: Path, config: DataConfig) -> tuple[str, list[str]] | None:
     }
     refuse(root, problems)
     return trains[0], [wanted, *(x for x in tests if x != wanted)] if wanted else tests
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"[^a-z]", "", name.lower())
 
 
 def _has_parts(folder: Path) -> bool:
@@ -235,13 +230,21 @@ def _part(
         return *folder_source(root, names, config.image_size), None
     if not table.is_absolute() and not table.is_file() and (root / table).is_file():
         table = root / table
-    rows = read_table(table, root)
+    rows, splits = read_table(table, root)
     problems: dict[Path, str] = {}
     check_images([root / id_ for id_ in rows], problems)
     refuse(root, problems)
     found = tuple(sorted(set(rows.values()))) if names is None else names
     if unknown := sorted(set(rows.values()) - set(found)):
         raise SourceError(f"{table}: classes {unknown} are none of the training images' {found}")
-    ids = sorted(rows, key=lambda id_: (found.index(rows[id_]), natural_key(id_)))
-    labels = np.asarray([found.index(rows[id_]) for id_ in ids], np.int32)
-    return FileSource(root, tuple(ids), labels, config.image_size), found, None
+
+    def source(kind: str) -> FileSource:
+        ids = [id_ for id_ in rows if not kind or splits[id_] == kind]
+        ids.sort(key=lambda id_: (found.index(rows[id_]), natural_key(id_)))
+        labels = np.asarray([found.index(rows[id_]) for id_ in ids], np.int32)
+        return FileSource(root, tuple(ids), labels, config.image_size)
+
+    tests = [kind for kind in TESTS if kind in splits.values()]
+    if names is not None or not tests or "train" not in splits.values():
+        return source(""), found, None
+    return source("train"), found, source(tests[0])

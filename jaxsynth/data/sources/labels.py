@@ -1,12 +1,14 @@
 """Tables that say what images show: labels.csv, and Hugging Face's metadata.csv and metadata.jsonl.
 
 A table names a file and a class in each row. Column names vary; the file's column is the one whose
-cells are files, the class's is called label, class, category or the like, or is the only other one.
+cells are files, the class's is called label, class, category or the like, or is the only other one;
+one called split, subset or partition says which images are for tests.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,14 +22,29 @@ TABLES = ("labels.csv", "metadata.jsonl", "metadata.csv", "labels.tsv", "labels.
 CLASS_COLUMNS = ("class_name", "label", "class", "category", "label_name", "target", "species")
 
 
+# Names of splits, of which only letters count: "Training_Set" is a "trainingset".
+_KINDS = ("", "set", "data", "dataset", "images", "imgs", "photos")
+TRAIN = tuple(name + kind for name in ("train", "training") for kind in _KINDS)
+TEST = tuple(name + kind for name in ("test", "testing", "eval", "evaluation") for kind in _KINDS)
+VALIDATION = tuple(name + kind for name in ("val", "valid", "validation", "dev") for kind in _KINDS)
+SPLIT_COLUMNS = ("split", "subset", "partition")
+
+
+def split_kind(name: str) -> str:
+    """ "train", "test" or "validation" for a name that splits have, "" for any other."""
+    letters = re.sub(r"[^a-z]", "", name.lower())
+    kinds = (("train", TRAIN), ("test", TEST), ("validation", VALIDATION))
+    return next((kind for kind, names in kinds if letters in names), "")
+
+
 def find_table(root: Path) -> Path | None:
     """The table that lies in a folder of images, if one does."""
     by_name = {path.name.lower(): path for path in visible(root) if path.is_file()}
     return next((by_name[name] for name in TABLES if name in by_name), None)
 
 
-def read_table(path: Path, root: Path) -> dict[str, str]:
-    """The class of each image below `root`, by its path there.
+def read_table(path: Path, root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The class of each image below `root` by its path there, and its split where a column says.
 
     SourceError for a column that cannot be told, a file that is missing, an image without a class,
     and a class or file that is empty or named twice with different classes.
@@ -43,7 +60,9 @@ def read_table(path: Path, root: Path) -> dict[str, str]:
     columns = list(rows[0][1])
     file_column = _file_column(path, rows, files, columns)
     class_column = _class_column(path, columns, file_column)
+    split_column = next((c for c in columns if c.lower() in SPLIT_COLUMNS), "")
     found: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for number, row in rows:
         name, label = row.get(file_column, ""), row.get(class_column, "")
         if name not in files:
@@ -55,12 +74,19 @@ def read_table(path: Path, root: Path) -> dict[str, str]:
                 f"{path}, line {number}: {shown(name)} is {shown(label)} here and "
                 f"{shown(found[files[name]])} in a row above"
             )
+        if split_column:
+            splits[files[name]] = split_kind(row.get(split_column, ""))
+            if not splits[files[name]]:
+                raise SourceError(
+                    f"{path}, line {number}: {split_column} is {shown(row.get(split_column, ''))}, "
+                    "expected train, test or validation; rename the column if it is no split"
+                )
     if missing := sorted(set(files.values()) - set(found)):
         raise SourceError(
             f"{path}: {len(missing)} images of {root} are in no row, the first is "
             f"{shown(missing[0])}; add them, or move them away"
         )
-    return found
+    return found, splits
 
 
 def exported_classes(root: Path) -> dict[str, str]:
@@ -119,7 +145,7 @@ def _file_column(
 
 
 def _class_column(path: Path, columns: list[str], file_column: str) -> str:
-    others = [key for key in columns if key != file_column]
+    others = [k for k in columns if k != file_column and k.lower() not in SPLIT_COLUMNS]
     by_name = {key.lower(): key for key in reversed(others)}
     for name in CLASS_COLUMNS:
         if name in by_name:

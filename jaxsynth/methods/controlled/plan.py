@@ -4,77 +4,120 @@ The tasks are those of the run (`tasks.controlled.control_task`), of shapes. Of 
 only the config.json files are read.
 """
 
-from pathlib import Path
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.generation.conditioners import ConditionImage
+from jaxsynth.generation.planning import plan_sampler, text_states
+from jaxsynth.generation.sampler import latent_shape, sampler_of
 from jaxsynth.methods.controlled.config import Config
-from jaxsynth.models.clip import CLIPTextConfig
-from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
+from jaxsynth.models.diffusion.controlled import Controlled
+from jaxsynth.models.shapes import transform
 from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.controlled import Triples, control_task
 from jaxsynth.training import trainer
-from jaxsynth.training.planning import Plan
-from jaxsynth.weights import hub
+from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.hf import StableDiffusion, describe_pipeline, is_here
 
 
-def plan(config: Config, mesh: Mesh) -> list[Plan]:
-    """One for every way; its rates and seeds share one program.
+def plan(config: Config, mesh: Mesh) -> list[Program]:
+    """The training of every way, whose rates and seeds share one program, and its drawing.
 
-    Raises UserError where the base's shape cannot be known, and as `trainer.train`.
+    A run draws on one device. UserError where the base's shape cannot be known, and as
+    `trainer.train`.
     """
-    folder = _folder(config.base)
-    unet, vae, text = (
-        kind.from_dict(read_json(folder / name / "config.json"))
-        for name, kind in (
-            ("unet", UNet2DConditionConfig),
-            ("vae", AutoencoderKLConfig),
-            ("text_encoder", CLIPTextConfig),
-        )
-    )
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    schedule = NoiseSchedule.from_config(scheduler)
-    classes, images, note = count_data(config.data)
-
-    def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    side, pixels = unet.sample_size, unet.sample_size * vae.downscale
-    latent = shape(images, side, side, vae.latent_channels)
-    triples = Triples(
-        mean=latent,
-        std=latent,
-        condition=shape(images, pixels, pixels, CHANNELS[config.kind]),
-        # A prompt for each class, and the empty one.
-        text=shape(classes + 1, text.max_position_embeddings, text.hidden_size),
-        prompt=shape(images, dtype=np.int32),
-    )
-    sized, seed, made = config.train.sized(images), config.seeds[0], []
+    shapes, one_device = _Shapes.of(config), make_mesh(devices=mesh.devices.flat[:1])
+    train, generate = config.train, config.generate
+    unit = rows_of(mesh) * train.accumulate
+    programs = []
     for name in config.ways:
-        way = config.way(name, seed)
-        model = nnx.eval_shape(
-            lambda way=way: way.apply(UNet2DCondition(unet, rngs=nnx.Rngs(0)), vae.downscale)
-        )
-        task = control_task(model, triples, schedule, config.train, seed=seed)
-        made.append(trainer.plan(name, task, sized, mesh, note=note))
-    return made
+        training = partial(shapes.training, name, mesh)
+        drawing = partial(shapes.drawing, name, one_device)
+        programs += [
+            Program(name, training, "train.batch_size", train.batch_size, unit),
+            Program(f"draw, {name}", drawing, "generate.batch_size", generate.batch_size),
+        ]
+    return programs
 
 
-def _folder(base: str) -> Path:
-    """Where the base's config.json files lie; a hub id would be downloaded with its weights."""
-    if base.split("/")[0] != "tiny" and not Path(base).expanduser().is_dir():
-        raise UserError(
-            f"base: {base!r} is no folder here, so its shape is unknown; a folder with the "
-            "config.json files of unet, vae, text_encoder and scheduler is enough"
+@dataclass(frozen=True)
+class _Shapes:
+    """A run's base and data as shapes."""
+
+    config: Config
+    base: StableDiffusion
+    triples: Triples
+    note: str
+
+    @classmethod
+    def of(cls, config: Config) -> "_Shapes":
+        if not is_here(config.base):  # a hub id would be downloaded with its weights
+            raise UserError(
+                f"base: {config.base!r} is no folder or file here, so its shape is unknown; a "
+                "folder with the tokenizer and the config.json files of unet, vae, text_encoder "
+                "and scheduler is enough"
+            )
+        base = describe_pipeline(config.base)
+        classes, images, note = count_data(config.data)
+        side, text = base.unet.config.sample_size, base.text_encoder.config
+        pixels = side * base.vae.config.downscale
+        latent = _shape(images, side, side, base.vae.config.latent_channels)
+        triples = Triples(
+            mean=latent,
+            std=latent,
+            condition=_shape(images, pixels, pixels, CHANNELS[config.kind]),
+            # A prompt for each class, and the empty one.
+            text=_shape(classes + 1, text.max_position_embeddings, text.hidden_size),
+            prompt=_shape(images, dtype=np.int32),
         )
-    return hub.resolve(base)
+        return cls(config, base, triples, note)
+
+    def _model(self, name: str) -> Controlled:
+        way, down = self.config.way(name, self.config.seeds[0]), self.base.vae.config.downscale
+        return transform(lambda unet: way.apply(unet, down), self.base.unet)
+
+    def training(self, name: str, mesh: Mesh, batch: int) -> Plan:
+        """A step of a way."""
+        train = dataclasses.replace(self.config.train, batch_size=batch)
+        schedule = NoiseSchedule.from_config(self.base.scheduler_config)
+        seed = self.config.seeds[0]
+        task = control_task(self._model(name), self.triples, schedule, train, seed=seed)
+        sized = train.sized(self.triples.mean.shape[0])
+        return trainer.plan(name, task, sized, mesh, note=self.note)
+
+    def drawing(self, name: str, mesh: Mesh, batch: int) -> Plan:
+        """One batch of a way's images."""
+        config, base = self.config.generate, self.base
+        states = text_states(base, 1)
+        condition = self.triples.condition
+        return plan_sampler(
+            f"draw, {name}",
+            self._model(name),
+            base.vae,
+            ConditionImage(config.guidance_scale),
+            sampler_of(base, config.sampler, config.num_inference_steps),
+            latent_shape(base),
+            {
+                "text": (states.shape[1:], states.dtype),
+                "condition": (condition.shape[1:], condition.dtype),
+            },
+            mesh,
+            batch_size=batch,
+            tables=states,
+            note=self.note,
+        )
+
+
+def _shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
+    return jax.ShapeDtypeStruct(sizes, dtype)

@@ -17,6 +17,7 @@ MODES = ("dset", "cls")
 class Config:
     """One run: every number of shots with every seed and mode.
 
+    `shots` are the images of each class that are learned from; `seeds` those of every draw.
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
     storage and compute type of the frozen networks; adapters stay float32. `modes`: "dset" is one
     adapter for the whole data set, "cls" one for each class. `classes_at_once` bounds how many

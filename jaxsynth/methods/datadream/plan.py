@@ -4,6 +4,8 @@ The tasks and the sampler are those that the stages run, of shapes: no weights a
 that is not here a size is assumed and named.
 """
 
+from dataclasses import replace
+
 import jax
 from jax.sharding import Mesh
 
@@ -15,45 +17,64 @@ from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.clip_classifier import classifier_task
 from jaxsynth.tasks.text_to_image import planned_task
 from jaxsynth.training import trainer
-from jaxsynth.training.planning import Plan
-from jaxsynth.weights.hf import describe_clip, describe_pipeline
+from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.weights.hf import StableDiffusion, describe_clip, describe_pipeline
 
 
-def plan(config: Config, mesh: Mesh) -> list[Plan]:
-    """Fine-tuning in each mode, generating, and the classifier; the largest number of shots.
+def plan(config: Config, mesh: Mesh) -> list[Program]:
+    """Fine-tuning and generating in each mode, and the classifier; the largest number of shots.
 
     UserError as `trainer.train`, and where the configs of base or CLIP are not at hand.
     """
     classes, _, note = count_data(config.data)
-    shots, finetune = max(config.shots), config.finetuning
     dtypes = {"dtype": config.dtype, "compute_dtype": config.dtype}
     base, clip = describe_pipeline(config.base, **dtypes), describe_clip(config.clip, **dtypes)
-    together = config.classes_at_once or classes
-    plans = []
+    programs = [_finetuning(config, base, mode, classes, mesh, note) for mode in config.modes]
+    for mode in config.modes:
+        programs.append(_generating(config, base, mode, classes, mesh, note))
+    images, train = config.generate.images_per_class * classes, config.classify
+
+    def classify(batch: int) -> Plan:
+        sized = replace(train, batch_size=batch)
+        task = classifier_task(clip, ["a photo"] * classes, sized, seed=0, both=True)
+        return trainer.plan("classify", task, sized.sized(images), mesh, note=note)
+
+    unit = rows_of(mesh) * train.accumulate
+    programs.append(Program("classify", classify, "classify.batch_size", train.batch_size, unit))
+    return programs
+
+
+def _finetuning(
+    config: Config, base: StableDiffusion, mode: str, classes: int, mesh: Mesh, note: str
+) -> Program:
+    """One adapter for all classes ("dset"), or as many as train together ("cls")."""
+    train, shots = config.finetuning, max(config.shots)
+    count = (config.classes_at_once or classes) if mode == "cls" else 0
+    images = shots if count else shots * classes
+    name = f"fine-tune {count} classes" if count else "fine-tune dset"
+
+    def build(batch: int) -> Plan:
+        sized = replace(train, batch_size=batch)
+        task = planned_task(base, sized, images=images)
+        return trainer.plan(name, task, sized.sized(images), mesh, count=count, note=note)
+
+    unit = train.accumulate * (1 if count else rows_of(mesh))
+    return Program(name, build, "finetune.batch_size", train.batch_size, unit)
+
+
+def _generating(
+    config: Config, base: StableDiffusion, mode: str, classes: int, mesh: Mesh, note: str
+) -> Program:
+    adapters = classes if mode == "cls" else 1
 
     def adapt(model: TextToImage) -> TextToImage:
-        return registry.add(model, finetune.adapter_config(), rngs=jax.random.key(0))
+        return registry.add(model, config.finetuning.adapter_config(), rngs=jax.random.key(0))
 
-    for mode in config.modes:
-        images = shots * classes if mode == "dset" else shots
-        task = planned_task(base, finetune, images=images)
-        count = together if mode == "cls" else 0
-        name = "fine-tune dset" if mode == "dset" else f"fine-tune {count} classes"
-        sized = finetune.sized(images)
-        plans.append(trainer.plan(name, task, sized, mesh, count=count, note=note))
-    kept = config.dtype != "float32"  # merged into 16-bit weights, an adapter would be rounded
-    for mode in config.modes:
-        adapters = classes if mode == "cls" else int(kept)
-        name = f"generate, {mode}" if adapters else "generate"
-        plans.append(
-            plan_images(
-                name, base, config.generate, mesh, prompts=classes, adapt=adapt,
-                adapters=adapters, note=note,
-            )
+    def build(batch: int) -> Plan:
+        return plan_images(
+            f"generate, {mode}", base, replace(config.generate, batch_size=batch), mesh,
+            prompts=classes, adapt=adapt, adapters=adapters, note=note,
         )  # fmt: skip
-    images = config.generate.images_per_class * classes
-    prompts = ["a photo"] * classes
-    task = classifier_task(clip, prompts, config.classify, seed=0, both=True)
-    sized = config.classify.sized(images)
-    plans.append(trainer.plan("classify", task, sized, mesh, note=note))
-    return plans
+
+    batch = config.generate.batch_size
+    return Program(f"generate, {mode}", build, "generate.batch_size", batch, rows_of(mesh))

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxsynth.core.console import console
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.load import load_dataset
@@ -113,6 +114,12 @@ class _Run:
         data = self.data.value
         for shots in self.config.shots:
             few_shot(data, shots, 0, val_fraction=self.config.validation_fraction)
+        if len(data.class_names) == 1:
+            console.print(
+                f"{data.name} has one class, {data.class_names[0]!r}: every classifier is right on "
+                "it, so that accuracies say nothing",
+                markup=False,
+            )
         for network in (self.base.value, self.clip.value):
             network.tokenizer(list(class_prompts(data)))
         check_batches(self.config, self.mesh)

@@ -6,9 +6,11 @@ config.json or its published name, and of data that cannot be counted a size is 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +25,36 @@ from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.generation.classes import class_sampler
+from jaxsynth.generation.planning import plan_sampler
 from jaxsynth.methods.diffscaler.config import Config
 from jaxsynth.methods.diffscaler.inputs import vae_folder
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
-from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
+from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt_tasks
 from jaxsynth.training import trainer
-from jaxsynth.training.planning import Plan
+from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.layout import stored
-from jaxsynth.weights.networks.dit import SCHEDULER
+from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, SCHEDULER
 
 # "DiT-XL-2-256x256.pt" of the authors, "facebook/DiT-XL-2-256" on the hub.
 _PUBLISHED = re.compile(r"(?:.*/)?(DiT-(?:S|B|L|XL))-([248])-(256|512)(?:x\3)?(?:\.pt)?")
+ASSUMED_VAE = AutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+)
 
 
 @dataclass(frozen=True)
-class _Program:
-    """A training of the run: of a `recipe`, or of the base itself ("")."""
+class _Training:
+    """A training of the run: of a `recipe`, or of the base itself (""), and what is drawn of it.
+
+    `drawn` counts the sets of parameters that one batch of images is drawn of, 0 for none.
+    """
 
     name: str
     recipe: str
@@ -50,46 +64,64 @@ class _Program:
     rows: int = 0
     channels: int = 0
     count: int = 0
+    drawn: int = 0
     note: str = ""
 
     @property
-    def shape(self) -> "_Program":
+    def shape(self) -> Any:
         """What equal trainings have in common: one of them is planned."""
-        return replace(self, name="", note="", train=replace(self.train, steps=0))
+        return replace(self, name="", note="", drawn=0, train=replace(self.train, steps=0))
 
 
-def plan(config: Config, mesh: Mesh) -> list[Plan]:
+def plan(config: Config, mesh: Mesh) -> list[Program]:
     """One for every training program: the base's, every recipe's, the sets' and the conditions'.
 
-    Raises UserError where the base's shape cannot be known, and as `trainer.train`.
+    After them the drawing of images, on one device as in a run. Raises UserError where the base's
+    shape cannot be known, and as `trainer.train`.
     """
-    network, planned = network_of(config), {}
-    for one in _programs(config):
-        planned.setdefault(one.shape, one)
-    return [_planned(one, config, network, mesh) for one in planned.values()]
+    network, trainings, drawings = network_of(config), {}, {}
+    for one in _trainings(config):
+        trainings.setdefault(one.shape, one)
+        if one.drawn:
+            drawings.setdefault((one.recipe, one.rows, one.channels, one.drawn), one)
+    one_device, batch = make_mesh(devices=mesh.devices.flat[:1]), config.generate.batch_size
+    programs = []
+    for one in trainings.values():
+        field = "train.batch_size" if one.recipe else "pretrain.train.batch_size"
+        unit = one.train.accumulate * (1 if one.count else rows_of(mesh))
+        build = partial(_planned, one, config, network, mesh)
+        programs.append(Program(one.name, build, field, one.train.batch_size, unit))
+    for one in drawings.values():
+        build = partial(_drawn, one, config, network, one_device)
+        programs.append(Program(f"draw {one.name}", build, "generate.batch_size", batch))
+    return programs
 
 
-def _programs(config: Config) -> list[_Program]:
+def _trainings(config: Config) -> list[_Training]:
     made = []
     if not config.base:
         counts = [count_data(data) for data in config.base_data.values()]
         images, views = sum(images for _, images, _ in counts), _views(config, "base")
         note = _joined(note for *_, note in counts)
-        made.append(_Program("base", "", config.pretrain.train, images, views, note=note))
+        made.append(_Training("base", "", config.pretrain.train, images, views, note=note))
     counted = {name: count_data(data) for name, data in config.data.items()}
     for name in config.study:
         classes, images, note = counted[name]
         for recipe in config.recipes:
             views = _views(config, name)
-            label = f"{recipe} on {name}"
-            made.append(_Program(label, recipe, config.train, images, views, classes, note=note))
+            label, drawn = f"{recipe} on {name}", int(recipe in config.draw)
+            made.append(
+                _Training(
+                    label, recipe, config.train, images, views, classes, drawn=drawn, note=note
+                )
+            )
     if not config.data:
         return made
     recipe, train = config.sets_recipe, config.sets_train
     rows = max(classes for classes, _, _ in counted.values())
     for group in [tuple(counted)] if config.together else [(name,) for name in counted]:
         made.append(
-            _Program(
+            _Training(
                 f"{len(group)} sets" if len(group) > 1 else f"set of {group[0]}",
                 recipe,
                 train,
@@ -97,6 +129,7 @@ def _programs(config: Config) -> list[_Program]:
                 max(_views(config, name) for name in group),
                 rows,
                 count=len(group) if len(group) > 1 else 0,
+                drawn=len(counted),
                 note=_joined(counted[name][2] for name in group),
             )
         )
@@ -106,31 +139,60 @@ def _programs(config: Config) -> list[_Program]:
             channels = CHANNELS[kind] * _vae_config(config).downscale ** 2
             label, views = f"{kind} of {name}", _views(config, name)
             made.append(
-                _Program(label, recipe, train, images, views, rows, channels, note=note)
+                _Training(
+                    label, recipe, train, images, views, rows, channels, drawn=1, note=note
+                )
             )  # fmt: skip
     return made
 
 
-def _planned(one: _Program, config: Config, network: DiTConfig, mesh: Mesh) -> Plan:
-    seed = config.seeds[0]
+def _model(one: _Training, config: Config, network: DiTConfig) -> DiT:
+    """The network of a training, of shapes."""
 
     def make() -> DiT:
         if not one.recipe:
-            return mark_trainable(_network(network, "float32"))
-        base = _network(network, config.dtype)
-        adaptation = config.adaptation(one.recipe, seed)
+            return mark_trainable(_network(DiT, network, "float32"))
+        base = _network(DiT, network, config.dtype)
+        adaptation = config.adaptation(one.recipe, config.seeds[0])
         return adaptation.apply(base, one.rows, condition_channels=one.channels)
 
+    return nnx.eval_shape(make)
+
+
+def _planned(one: _Training, config: Config, network: DiTConfig, mesh: Mesh, batch: int) -> Plan:
+    train = replace(one.train, batch_size=batch)
     latents = _shapes(network, one.images, one.views, one.channels)
-    retention, kept = one.train.retention, None
+    retention, kept = train.retention, None
     if retention is not None:
         kept = jax.ShapeDtypeStruct((retention.images, *latents.mean.shape[2:]), jnp.float32)
-    schedule = NoiseSchedule.from_config(SCHEDULER)
-    (task,) = adapt_tasks(
-        [nnx.eval_shape(make)], [latents], schedule, one.train, seed=seed, kept=kept
-    )
-    sized = one.train.sized(one.images)
+    schedule, models = NoiseSchedule.from_config(SCHEDULER), [_model(one, config, network)]
+    (task,) = adapt_tasks(models, [latents], schedule, train, seed=config.seeds[0], kept=kept)
+    sized = train.sized(one.images)
     return trainer.plan(one.name, task, sized, mesh, count=one.count, note=one.note)
+
+
+def _drawn(one: _Training, config: Config, network: DiTConfig, mesh: Mesh, batch: int) -> Plan:
+    scheduler = SCHEDULER if config.base else DDIM_SCHEDULER
+    model, generate = _model(one, config, network), replace(config.generate, batch_size=batch)
+    rows = {"label": ((), jnp.int32)}
+    if one.channels:
+        grid = (network.sample_size, network.sample_size, one.channels)
+        rows["condition"] = (grid, jnp.uint8)
+    vae, own = _vae_config(config), (Path(config.base).expanduser() / "vae").is_dir()
+    dtype = config.dtype if config.base and own else "float32"
+    assumed = f"{config.vae}: Stable Diffusion's autoencoder is assumed" * (vae is ASSUMED_VAE)
+    return plan_sampler(
+        f"draw {one.name}",
+        model,
+        nnx.eval_shape(lambda: _network(AutoencoderKL, vae, dtype)),
+        *class_sampler(model.config, scheduler, generate),
+        (network.sample_size, network.sample_size, network.in_channels),
+        rows,
+        mesh,
+        batch_size=batch,
+        adapters=one.drawn,
+        note=_joined([one.note, assumed]),
+    )
 
 
 def _joined(notes: Iterable[str]) -> str:
@@ -167,15 +229,27 @@ def _pretrained(config: Config) -> DiTConfig:
 
 
 def _vae_config(config: Config) -> AutoencoderKLConfig:
-    """The autoencoder's shape: of the base's folder where it has one."""
+    """The autoencoder's shape: of the base's folder where it has one; Stable Diffusion's of a hub.
+
+    That is what published transformers are used with.
+    """
     own = Path(config.base).expanduser() / "vae"
-    folder = own if config.base and own.is_dir() else vae_folder(config.vae)
+    if config.base and own.is_dir():
+        folder = own
+    elif _is_here(config.vae):
+        folder = vae_folder(config.vae)
+    else:
+        return ASSUMED_VAE
     return AutoencoderKLConfig.from_dict(read_json(folder / "config.json"))
 
 
-def _network(config: DiTConfig, dtype: str) -> DiT:
+def _is_here(vae: str) -> bool:
+    return vae.split("/")[0] == "tiny" or Path(vae).expanduser().is_dir()
+
+
+def _network(kind: Callable[..., Any], config: Any, dtype: str) -> Any:
     """A frozen network stored and computed in `dtype`; to be traced."""
-    graphdef, state = nnx.split(DiT(config, dtype=jax.numpy.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(kind(config, dtype=jax.numpy.dtype(dtype), rngs=nnx.Rngs(0)))
     return nnx.merge(graphdef, stored(state, dtype))
 
 

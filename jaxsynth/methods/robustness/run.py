@@ -13,8 +13,8 @@ Below the run's folder:
     figures                              the metrics of all models
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -41,7 +41,7 @@ from jaxsynth.runs.sources import content_digest, files_digest
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.tasks.clip_classifier import classifier_task
 from jaxsynth.training import trainer
-from jaxsynth.training.planning import Plan
+from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.weights.adapters.peft import read_peft
 from jaxsynth.weights.hf import Clip, describe_clip, load_clip
 from jaxsynth.weights.networks.classifiers import Classifier, load_classifier
@@ -67,23 +67,29 @@ def run(config: Config, workdir: Path) -> Path:
     return report(run.folder)
 
 
-def plan(config: Config, mesh: Mesh) -> list[Plan]:
-    """What the training of each model that is trained here needs on `mesh`.
+def plan(config: Config, mesh: Mesh) -> list[Program]:
+    """The training of each model that is trained here; attacks and corruptions are not planned.
 
     UserError where none is.
     """
-    plans = []
-    for name, model in config.models.items():
-        if not model.train_on:
-            continue
-        clip = describe_clip(model.clip)
-        prompts = [config.template.format(word) for word in SHAPES]
-        images = config.train_per_class * len(SHAPES)
-        task = classifier_task(clip, prompts, config.classify, seed=config.seed, both=False)
-        plans.append(trainer.plan(f"training of {name}", task, config.classify.sized(images), mesh))
-    if not plans:
+    prompts = [config.template.format(word) for word in SHAPES]
+    images = config.train_per_class * len(SHAPES)
+
+    def build(name: str, clip: Clip, batch: int) -> Plan:
+        sized = replace(config.classify, batch_size=batch)
+        task = classifier_task(clip, prompts, sized, seed=config.seed, both=False)
+        return trainer.plan(name, task, sized.sized(images), mesh)
+
+    batch, unit = config.classify.batch_size, rows_of(mesh) * config.classify.accumulate
+    programs = []
+    for model_name, model in config.models.items():
+        if model.train_on:
+            name = f"training of {model_name}"
+            compile_ = partial(build, name, describe_clip(model.clip))
+            programs.append(Program(name, compile_, "classify.batch_size", batch, unit))
+    if not programs:
         raise UserError("models: none is trained here (train_on), so there is nothing to plan")
-    return plans
+    return programs
 
 
 @dataclass(frozen=True)

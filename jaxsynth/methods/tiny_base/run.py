@@ -3,6 +3,7 @@
 Below the run's folder: corpus, tokenizer, clip, vae, unet, and the finished base in tiny.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,8 @@ from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import count_data, data_source
 from jaxsynth.training import trainer
-from jaxsynth.training.planning import Plan
+from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,28 @@ def run(config: Config, workdir: Path) -> Path:
     return assemble(workdir / "tiny", card, clip=clip, vae=vae, unet=unet).path
 
 
-def plan(config: Config, mesh: Mesh) -> list[Plan]:
-    """What the training of each network needs on `mesh`, compiled from shapes."""
+def plan(config: Config, mesh: Mesh) -> list[Program]:
+    """The training of each network."""
+    note = count_data(config.corpus.photos)[2]
+
+    def program(name: str) -> Program:
+        train = getattr(config, name)
+
+        def build(batch: int) -> Plan:
+            sized = dataclasses.replace(train, batch_size=batch)
+            task, images = _planned_task(dataclasses.replace(config, **{name: sized}), name)
+            return trainer.plan(name, task, sized.sized(images), mesh, note=note)
+
+        unit = rows_of(mesh) * train.accumulate
+        return Program(name, build, f"{name}.batch_size", train.batch_size, unit)
+
+    return [program(name) for name in ("clip", "vae", "unet")]
+
+
+def _planned_task(config: Config, name: str) -> tuple[Task, int]:
+    """The task of a network, of shapes, and the images of an epoch."""
     slices, corpus = Slices(config), config.corpus
-    _, photos, note = count_data(corpus.photos)
+    _, photos, _ = count_data(corpus.photos)
     images, size = corpus.digits + corpus.shapes + photos, corpus.image_size
     texts = (2 * images, config.max_length)
 
@@ -101,31 +121,17 @@ def plan(config: Config, mesh: Mesh) -> list[Plan]:
         return nnx.eval_shape(lambda: kind(config_kind.from_dict(values), rngs=nnx.Rngs(0)))
 
     pixels, rows = shape(images, size, size, 3, dtype="uint8"), shape(images, dtype="int32")
-    pictures = {"images": pixels, "is_photo": shape(images, dtype="bool"), "row": rows}
+    if name == "clip":
+        model = network(CLIPModel, CLIPConfig, slices.clip.network)
+        pictures = {"images": pixels, "is_photo": shape(images, dtype="bool"), "row": rows}
+        return clip_task(model, pictures, shape(*texts, dtype="int32"), slices.clip), images
+    if name == "vae":
+        model = network(AutoencoderKL, AutoencoderKLConfig, slices.vae.network)
+        return vae_task(model, pixels, slices.vae), images
     latents = unet_config(config)
     side, channels = latents["sample_size"], latents["in_channels"]
     encoded = shape(images + photos, side, side, channels)
     arrays = {"mean": encoded, "std": encoded, "row": shape(images + photos, dtype="int32")}
-    states = shape(*texts, config.width)
-    tasks = {
-        "clip": clip_task(
-            network(CLIPModel, CLIPConfig, slices.clip.network),
-            pictures,
-            shape(*texts, dtype="int32"),
-            slices.clip,
-        ),
-        "vae": vae_task(
-            network(AutoencoderKL, AutoencoderKLConfig, slices.vae.network), pixels, slices.vae
-        ),
-        "unet": unet_task(
-            network(UNet2DCondition, UNet2DConditionConfig, slices.unet.network),
-            arrays,
-            states,
-            shape(config.max_length, config.width),
-            slices.unet,
-        ),
-    }
-    return [
-        trainer.plan(name, task, getattr(config, name).sized(images), mesh, note=note)
-        for name, task in tasks.items()
-    ]
+    model = network(UNet2DCondition, UNet2DConditionConfig, slices.unet.network)
+    states, empty = shape(*texts, config.width), shape(config.max_length, config.width)
+    return unet_task(model, arrays, states, empty, slices.unet), images

@@ -123,16 +123,6 @@ class WeightCollection:
         )
         return cls(blocks, tuple(map(tuple, texts)), tuple(families), layout, base)
 
-    def subset(self, rows: Sequence[int]) -> "WeightCollection":
-        """Some of the concepts."""
-        return WeightCollection(
-            self.blocks[np.asarray(rows)],
-            tuple(self.texts[row] for row in rows),
-            tuple(self.families[row] for row in rows),
-            self.layout,
-            self.base,
-        )
-
     def statistics(self, per: Per = "group") -> Statistics:
         """Of every part over all concepts and checkpoints."""
         return Statistics.of(self.blocks, self.layout, per)

@@ -6,9 +6,10 @@ each generator's training (its state cut by `sharding.WEIGHT_UNET`, the batch ov
 They are made from the very tasks that a run trains, of shapes in the place of arrays.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxsynth.adapters.inject import mark_trainable
-from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.procedural.concepts import Concept, split_concepts
 from jaxsynth.methods.weightgen.config import Config, Variant
@@ -32,9 +32,9 @@ from jaxsynth.tasks.gan import GANConfig, gan_task
 from jaxsynth.tasks.gan_together import mixture, stacked_parts
 from jaxsynth.tasks.weight_diffusion import recover, weight_task
 from jaxsynth.training import trainer
-from jaxsynth.training.planning import Plan, compile_plan
+from jaxsynth.training.planning import Plan, Program, compile_plan, rows_of
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.hub import resolve
+from jaxsynth.weights.hf import is_here, pipeline_configs
 
 # Stable Diffusion 1.x's, where the text encoder is not at hand.
 ASSUMED_WIDTH, ASSUMED_TOKENS = 768, 77
@@ -42,24 +42,45 @@ ASSUMED_WIDTH, ASSUMED_TOKENS = 768, 77
 ASSUMED_WORDINGS = 4
 
 
-def plan(config: Config, mesh: Mesh) -> list[Plan]:
-    """What each program of a run needs on `mesh`; compiled, and not run.
+def plan(config: Config, mesh: Mesh) -> list[Program]:
+    """Each program of a run; of the LoRAs together the batch is how many there are in a group.
 
     Raises:
-        UserError: a batch does not divide over the mesh.
+        UserError: not even one LoRA for each device fits in `config.memory`.
     """
     shapes, one_device = _Shapes.of(config), make_mesh(devices=mesh.devices.flat[:1])
     group = config.editor.group or config.concepts.train
     if config.memory and not config.editor.group:
         group = fitting_group(config, mesh)
-    made = [
-        shapes.base(mesh),
-        shapes.together(mesh, group),
-        *(shapes.generator(name, variant, mesh) for name, variant in config.generators.items()),
-        shapes.tuning(one_device),
-        *(shapes.making(name, one, one_device) for name, one in config.generators.items()),
-    ]
-    return [_within(one, config.memory) for one in made]
+    batches = {name: variant.generator.train for name, variant in config.generators.items()}
+    base, tune = config.editor.base, config.editor.tune
+    unit = rows_of(mesh)
+    programs = [
+        Program(
+            "base", partial(shapes.base, mesh), "editor.base.batch_size", base.batch_size, unit
+        ),
+        Program(
+            f"{group} LoRAs", partial(shapes.together, mesh), "editor.group", group,
+            mesh.shape["data"],
+        ),
+        *(
+            Program(
+                f"generator {name}", partial(shapes.generator, name, mesh),
+                f"generators.{name}.generator.train.batch_size", train.batch_size,
+                unit * train.accumulate,
+            )
+            for name, train in batches.items()
+        ),
+        Program(
+            "one fine-tuning", partial(shapes.tuning, one_device), "editor.tune.batch_size",
+            tune.batch_size,
+        ),
+        *(
+            Program(f"weights of one concept, {name}", partial(shapes.making, name, one_device))
+            for name in config.generators
+        ),
+    ]  # fmt: skip
+    return [replace(one, build=partial(_within, one.build, config.memory)) for one in programs]
 
 
 def fitting_group(config: Config, mesh: Mesh) -> int:
@@ -86,12 +107,13 @@ def fitting_group(config: Config, mesh: Mesh) -> int:
     return group
 
 
-def _within(one: Plan, memory: float) -> Plan:
+def _within(build: Callable[[int], Plan], memory: float, batch: int) -> Plan:
     """The plan, which says so where it needs more than `memory` GiB (0: no limit)."""
+    one = build(batch)
     if not memory or one.bytes <= memory * 2**30:
         return one
     over = f"needs {one.bytes / 2**30:.2f} GiB of each device's {memory:g} and does not fit"
-    return dataclasses.replace(one, note="; ".join(filter(None, [one.note, over])))
+    return replace(one, note="; ".join(filter(None, [one.note, over])))
 
 
 @dataclass(frozen=True)
@@ -109,7 +131,9 @@ class _Shapes:
     def of(cls, config: Config) -> "_Shapes":
         width, tokens, note = _text(config)
         concepts, wanted = None, config.concepts
-        if wanted.source == "server":
+        if wanted.source == "server" or (
+            wanted.source == "file" and not Path(wanted.path).is_file()
+        ):
             assumed = f"{ASSUMED_WORDINGS} wordings of a concept are assumed"
             note = "; ".join(filter(None, [note, assumed]))
         else:
@@ -117,11 +141,12 @@ class _Shapes:
             concepts, _ = split_concepts(wanted.load(seed), wanted.train, rest, seed=seed)
         return cls(config, config.networks.with_text(width), concepts, width, tokens, note)
 
-    def base(self, mesh: Mesh) -> Plan:
+    def base(self, mesh: Mesh, batch: int) -> Plan:
         """A step of the base, with all its concepts' pairs."""
         key = jax.random.key(0)
         model = nnx.eval_shape(lambda: mark_trainable(self.networks.make_generator(key)))
-        config, count = self.config.editor.base, self.config.concepts.base
+        config = replace(self.config.editor.base, batch_size=batch)
+        count = self.config.concepts.base
         return self._gan("base", model, config, count, "mixed", mesh)
 
     def together(self, mesh: Mesh, group: int) -> Plan:
@@ -145,9 +170,10 @@ class _Shapes:
             features = np.zeros((count, shared_words(self.concepts).shape[1]))
         return jax.ShapeDtypeStruct(mixture(features, count, multiple=devices).shape, np.float32)
 
-    def tuning(self, mesh: Mesh) -> Plan:
+    def tuning(self, mesh: Mesh, batch: int) -> Plan:
         """A step of one concept's fine-tuning."""
-        model, config = nnx.eval_shape(self._with_lora), self.config.editor.tune
+        model = nnx.eval_shape(self._with_lora)
+        config = replace(self.config.editor.tune, batch_size=batch)
         return self._gan("one fine-tuning", model, config, 1, "one", mesh)
 
     def _with_lora(self) -> E2GAN:
@@ -179,7 +205,8 @@ class _Shapes:
             "pooled": jax.ShapeDtypeStruct((concepts, wordings, self.width), jnp.float32),
         }
         task = gan_task(generator, judge, data, train, seed=0, batches=batches, mix=mix)
-        return trainer.plan(name, task, train.sized(photos), mesh, note=self.note)
+        images = train.batch_size * (concepts if batches == "each" else 1)
+        return trainer.plan(name, task, train.sized(photos), mesh, images=images, note=self.note)
 
     @property
     def _wordings(self) -> int:
@@ -187,8 +214,9 @@ class _Shapes:
             return ASSUMED_WORDINGS
         return max(len(concept.texts) for concept in self.concepts)
 
-    def generator(self, name: str, variant: Variant, mesh: Mesh) -> Plan:
+    def generator(self, name: str, mesh: Mesh, batch: int) -> Plan:
         """A step of the denoiser of weights."""
+        variant = self.config.generators[name]
         config, layout = self.config, self.config.adapter.layout(self.networks)
         concepts, count = config.concepts.train, layout.num_blocks
         arrays = {
@@ -201,13 +229,14 @@ class _Shapes:
             "counts": jax.ShapeDtypeStruct((concepts,), jnp.int32),
             "mask": jax.ShapeDtypeStruct((count, layout.block), jnp.bool_),
         }
-        train = variant.generator.train
+        train = replace(variant.generator.train, batch_size=batch)
         task = weight_task(self._denoiser(variant), arrays, train, seed=0)
         sized = train.sized(concepts * config.checkpoints * count)
         return trainer.plan(f"generator {name}", task, sized, mesh, note=self.note)
 
-    def making(self, name: str, variant: Variant, mesh: Mesh) -> Plan:
+    def making(self, name: str, mesh: Mesh, _: int) -> Plan:
         """One concept's weights in one step."""
+        variant = self.config.generators[name]
         train, count = variant.generator.train, self.config.adapter.layout(self.networks).num_blocks
         schedule = train.noise_schedule()
 
@@ -230,9 +259,9 @@ class _Shapes:
 
 def _text(config: Config) -> tuple[int, int, str]:
     """Width and number of the text's states."""
-    if config.text.split("/")[0] == "tiny" or Path(config.text).is_dir():
-        found = read_json(resolve(config.text) / "text_encoder" / "config.json")
-        return found["hidden_size"], found["max_position_embeddings"], ""
+    if is_here(config.text):
+        found = pipeline_configs(config.text)[0]["text_encoder"]
+        return found.hidden_size, found.max_position_embeddings, ""
     note = f"{config.text}: texts of {ASSUMED_TOKENS} x {ASSUMED_WIDTH} states are assumed"
     return ASSUMED_WIDTH, ASSUMED_TOKENS, note
 

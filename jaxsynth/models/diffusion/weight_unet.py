@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import fields, layers
 from jaxsynth.models.diffusion.transformer2d import Transformer2DModel
+from jaxsynth.ops.backend import backend
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _conv(
 
 def _convolve(lhs: Array, rhs: Array, window_strides, padding, **kwargs) -> Array:
     """A convolution over (b, p, c) as one matrix product on CPU, where XLA's is slow."""
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
     (stride,), taps = window_strides, rhs.shape[0]
     padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))

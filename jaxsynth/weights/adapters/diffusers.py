@@ -16,8 +16,8 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core import io
 from jaxsynth.core.documents import parse_json
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights import hub
-from jaxsynth.weights.adapters import lora_files, recognize, tensor_files
+from jaxsynth.weights import hub, recognize
+from jaxsynth.weights.adapters import lora_files, tensor_files
 from jaxsynth.weights.adapters.components import COMPONENTS
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"

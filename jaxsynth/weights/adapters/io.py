@@ -20,12 +20,12 @@ from jaxsynth.adapters.inject import AdapterState, configs_of, extract, trainabl
 from jaxsynth.adapters.registry import add, attach
 from jaxsynth.adapters.to_lora import as_lora
 from jaxsynth.core.errors import UserError
+from jaxsynth.weights import recognize
 from jaxsynth.weights.adapters import (
     comfyui,
     factors,
     lycoris,
     native,
-    recognize,
     tensor_files,
 )
 from jaxsynth.weights.adapters.a1111 import read_hypernetwork, write_hypernetwork
@@ -41,7 +41,7 @@ from jaxsynth.weights.adapters.diffusers import (
 from jaxsynth.weights.adapters.layer_names import PREFIXES
 from jaxsynth.weights.adapters.layered import read_layers
 from jaxsynth.weights.adapters.peft import PEFT_CONFIG, read_peft, weights_of, write_peft
-from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.hf import load_networks
 
 FORMATS = ("peft", "diffusers", "kohya", "lycoris", "comfyui", "a1111", "jaxsynth")
 FILES = (DIFFUSERS_WEIGHTS, native.STATE_FILE, TORCH_WEIGHTS)
@@ -57,11 +57,7 @@ class Networks:
     def of(cls, base: str) -> "Networks":
         """Those of a Stable Diffusion (a folder, hub id or "tiny"); none where it is ""."""
 
-        def load() -> Mapping[str, nnx.Module]:
-            pipeline = load_pipeline(base)
-            return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-
-        return cls(load if base else None)
+        return cls((lambda: load_networks(base)) if base else None)
 
     def __bool__(self) -> bool:
         return self._load is not None

@@ -7,7 +7,6 @@ files have both. A flattened name is ambiguous by itself, so every name is looke
 the network that the file is for.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -15,29 +14,11 @@ from typing import Any
 from flax import nnx
 
 from jaxsynth.adapters import inject
+from jaxsynth.weights.original_names import unet_name
 
 TEXT_MODEL = "text_model."
 # kohya's name of each network.
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_BLOCK = re.compile(
-    r"(?P<side>down_blocks|up_blocks|mid_block)(?:\.(?P<i>\d+))?"
-    r"\.(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<j>\d+)(?:\.(?P<rest>.*))?"
-)
 _CLIPS = ("clip_l", "clip_h", "clip_g")
 
 
@@ -51,33 +32,6 @@ def layer_paths(model: nnx.Module) -> list[str]:
     ]
 
 
-def original_name(path: str, model: Any) -> str:
-    """A UNet's layer in the original code's names; KeyError for one that has none."""
-    if path in _TOP:
-        return _TOP[path]
-    found = _BLOCK.fullmatch(path)
-    if found is None:
-        raise KeyError(path)
-    i, j, part, rest = int(found["i"] or 0), int(found["j"]), found["part"], found["rest"]
-    counts = set(model.config.per_level("layers_per_block"))
-    if len(counts) > 1:
-        raise KeyError(path)
-    each = counts.pop() + 1
-    if part == "resnets":
-        rest = _RESNET[rest]
-    if found["side"] == "mid_block":
-        return f"middle_block.{1 if part == 'attentions' else 2 * j}.{rest}"
-    if part == "downsamplers":
-        return f"input_blocks.{each * (i + 1)}.0.op"
-    if part == "upsamplers":
-        attends = len(model.up_blocks[i].attentions) > 0
-        return f"output_blocks.{each * i + each - 1}.{2 if attends else 1}.conv"
-    place = "1" if part == "attentions" else "0"
-    if found["side"] == "down_blocks":
-        return f"input_blocks.{each * i + j + 1}.{place}.{rest}"
-    return f"output_blocks.{each * i + j}.{place}.{rest}"
-
-
 def comfyui_names(component: str, model: Any) -> dict[str, str]:
     """ComfyUI's name of each layer of a network, "unet" or "text_encoder", by path.
 
@@ -85,7 +39,7 @@ def comfyui_names(component: str, model: Any) -> dict[str, str]:
     """
     paths = layer_paths(model)
     if component == "unet":
-        return {path: f"diffusion_model.{original_name(path, model)}" for path in paths}
+        return {path: f"diffusion_model.{unet_name(path, model.config)}" for path in paths}
     if component != "text_encoder":
         raise ValueError(f"component {component!r}: expected unet or text_encoder")
     clip = "clip_h" if model.config.hidden_size >= 1024 else "clip_l"
@@ -110,7 +64,7 @@ def _names(component: str, path: str, model: Any) -> Iterator[str]:
     if component == "unet":
         paths = [path]
         with suppress(KeyError):  # a network that the original code cannot have
-            paths.append(original_name(path, model))
+            paths.append(unet_name(path, model.config))
         flat, dotted = ("lora_unet", "lycoris"), ("unet", "lora_unet", "diffusion_model")
     else:
         short = path.removeprefix(TEXT_MODEL)

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights.adapters import comfyui, lora_files, lycoris, recognize, tensor_files
+from jaxsynth.weights import recognize
+from jaxsynth.weights.adapters import comfyui, lora_files, lycoris, tensor_files
 from jaxsynth.weights.adapters.layer_names import spellings
 
 

@@ -28,8 +28,8 @@ from jaxsynth.adapters.kinds.place import Place
 from jaxsynth.adapters.kinds.update import UpdateLayer
 from jaxsynth.core import io
 from jaxsynth.core.errors import UserError
-from jaxsynth.weights import hub
-from jaxsynth.weights.adapters import factors, layer_configs, recognize
+from jaxsynth.weights import hub, recognize
+from jaxsynth.weights.adapters import factors, layer_configs
 from jaxsynth.weights.adapters.layer_configs import NUMBERS, SIGNS
 
 # The prefixes of a pipeline's networks; LyCORIS' own, for any module, is "lycoris".

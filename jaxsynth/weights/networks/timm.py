@@ -96,31 +96,29 @@ def describe(
     older layout, only they tell. UserError for an architecture or an argument that is not known.
     """
     name = take(config, "architecture", str, path, "").split(".")[0]
+    makers = (
+        (_RESNETS.get(name), _resnet),
+        (_CONVNEXTS.get(name), _convnext),
+        (_SWIN_NAME.fullmatch(name), _swin),
+        (_VIT_NAME.fullmatch(name), _vit),
+    )
+    known, make = next((pair for pair in makers if pair[0] is not None), (None, None))
+    if known is None:
+        raise UserError(f"{path}: architecture {quoted(name)} is not known, only {_KNOWN}")
     args = dict(take(config, "model_args", dict | None, path, None) or {})
     labels = take(config, "num_classes", int, path, 1000)
     size = args.pop("img_size", image_size)
     size = size[0] if isinstance(size, list | tuple) else size
     pool = args.pop("global_pool", config.get("global_pool"))
-    expected = ("token" if _VIT_NAME.fullmatch(name) else "avg", None)
     for field, found, allowed in (
-        ("global_pool", pool, expected),
+        ("global_pool", pool, ("token" if make is _vit else "avg", None)),
         ("in_chans", args.pop("in_chans", 3), (3,)),
         ("model_args.num_classes", args.pop("num_classes", labels), (labels,)),
     ):
         if found not in allowed:
             raise UserError(f"{path}: {field}: expected {shown(allowed[0])}, found {shown(found)}")
     try:
-        for known, make in (
-            (_RESNETS.get(name), _resnet),
-            (_CONVNEXTS.get(name), _convnext),
-            (_SWIN_NAME.fullmatch(name), _swin),
-            (_VIT_NAME.fullmatch(name), _vit),
-        ):
-            if known is not None:
-                found = make(known, args, labels, size, keys)
-                break
-        else:
-            raise UserError(f"{path}: architecture {shown(name)}: expected one of {_KNOWN}")
+        found = make(known, args, labels, size, keys)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if args:

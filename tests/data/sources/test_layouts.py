@@ -48,6 +48,7 @@ def check(data, train, test):
         ("training_set", "test_set"),
         ("train-data", "valid"),
         ("trainset", "dev"),
+        ("train_images", "eval"),
     ],
 )
 def test_splits_by_any_of_their_names(tmp_path, train, test):
@@ -177,6 +178,34 @@ def test_tables_that_do_not_fit_are_named(tmp_path, text, message):
     draw(tmp_path, "robin", 2)
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(SourceError, match=rf"labels\.csv.*{message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "train", "test"),
+    [
+        (("train", "test"), 4, 2),
+        (("Training", "Validation"), 4, 2),
+        (("train", "val", "test"), 2, 2),  # images for validation are not used beside a test's
+        (("test",), 4, 2),  # held out, as where nothing is said
+    ],
+)
+def test_a_table_says_which_images_are_for_tests(tmp_path, kinds, train, test):
+    for number, name in enumerate(("robin", "wren") * 3):
+        draw(tmp_path, name, 1, first=number)
+    rows = ["file_name,label,split"]
+    for number, name in enumerate(("robin", "wren") * 3):
+        kind = kinds[number // 2] if number // 2 < len(kinds) else kinds[0]
+        rows.append(f"{number}.png,{name},{kind}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    data = load(tmp_path)
+    check(data, train, test)
+    if len(kinds) > 1:
+        assert {r.id for r in data.test} == {
+            row.split(",")[0] for row in rows if row.endswith(f",{kinds[-1]}")
+        }
+    (tmp_path / "labels.csv").write_text("\n".join([*rows[:-1], "5.png,wren,3"]))
+    with pytest.raises(SourceError, match="line 7: split is '3', expected train, test or"):
         load(tmp_path)
 
 

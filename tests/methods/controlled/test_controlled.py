@@ -138,13 +138,17 @@ def test_every_way_is_planned_from_config_files_alone(base_folder, tmp_path):
         (tmp_path / name).mkdir()
         for file in (base_folder / name).glob("*config.json"):
             (tmp_path / name / file.name).symlink_to(file)
+    (tmp_path / "tokenizer").symlink_to(base_folder / "tokenizer")
     config = to_dataclass(Config, values | {"base": str(tmp_path)})
-    net, affiner = plan(config, make_mesh(data=4, fsdp=2))
-    assert (net.name, affiner.name) == ("controlnet", "affiner") and net.devices == 8
+    plans = [one.compile() for one in plan(config, make_mesh(data=4, fsdp=2))]
+    names = ["controlnet", "draw, controlnet", "affiner", "draw, affiner"]
+    assert [one.name for one in plans] == names and [one.devices for one in plans] == [8, 1, 8, 1]
+    net, drawn, affiner, _ = plans
+    assert drawn.images == config.generate.batch_size and drawn.flops > 0
     # A ControlNet's moments are cut as the base is, but there are many more of them.
     assert net.arguments - net.frozen > affiner.arguments - affiner.frozen > 0
     assert net.flops > affiner.flops > 0
-    with pytest.raises(UserError, match="base: 'owner/name' is no folder here"):
+    with pytest.raises(UserError, match="base: 'owner/name' is no folder or file here"):
         plan(to_dataclass(Config, values | {"base": "owner/name"}), make_mesh())
 
 

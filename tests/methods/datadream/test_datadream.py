@@ -330,6 +330,17 @@ def test_bad_input_is_one_clear_line(mistake, base_folder, photos, tmp_path, com
     assert heavy == []
 
 
+def test_one_class_is_told(base_folder, photos, tmp_path, command):
+    """On one class every classifier is right."""
+    alone = tmp_path / "alone"
+    for split in ("train", "test"):
+        shutil.copytree(photos / split / "sea otter", alone / split / "sea otter")
+    fields = {"data.path": alone, "classify.batch_size": 6}
+    more = [f"--config.{field}={value}" for field, value in fields.items()]
+    _, out, err = command(*arguments(base_folder, tmp_path / "w", *SMALL, *more))
+    assert "one class, 'sea otter': every classifier is right" in out, err
+
+
 def test_adapters_of_different_settings_keep_them(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {

@@ -87,13 +87,6 @@ def test_a_collection_comes_back(tmp_path):
         np.testing.assert_array_equal(handle.get_tensor("std"), made.statistics().std)
 
 
-def test_a_subset_keeps_what_belongs_together():
-    made = collected()
-    found = made.subset([2, 0])
-    assert found.texts == (TEXTS[2], TEXTS[0]) and found.families == ("facial", "artistic")
-    np.testing.assert_array_equal(found.blocks, made.blocks[[2, 0]])
-
-
 def test_another_base_or_layout_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     write_collection(path, collected())

@@ -170,7 +170,7 @@ def test_what_is_described_is_relative_to_the_collection(seed, collection, read)
 def planned():
     config = to_dataclass(run.Config, load_config(f"{FILE}:smoke"))
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-    return config, mesh, run.plan(config, mesh)
+    return config, mesh, [one.compile() for one in run.plan(config, mesh)]
 
 
 def test_programs_are_planned_from_shapes(planned):

@@ -364,7 +364,17 @@ def test_timm_arguments_that_are_not_known_are_refused(tmp_path):
     config = GOLDEN["resnet18"]["config"]
     own = tmp_path / "config.json"
     for change, message in (
-        ({"architecture": "resnet50d"}, "architecture 'resnet50d': expected one of vit_, deit_"),
+        ({"architecture": "resnet50d"}, "architecture 'resnet50d' is not known, only vit_, deit_"),
+        *(
+            # CLIP's norm before the layers, SigLIP's pooling by attention: no ViT that is here.
+            ({"architecture": name, "global_pool": pool}, f"architecture '{name}' is not known")
+            for name, pool in (
+                ("vit_base_patch32_clip_quickgelu_224", "token"),
+                ("vit_large_patch14_clip_336", "token"),
+                ("vit_so400m_patch14_siglip_384", "map"),
+                ("eva02_base_patch14_448", "avg"),
+            )
+        ),
         ({"model_args": {"act_layer": "silu"}}, "model_args: unknown 'act_layer'"),
         ({"model_args": {"global_pool": "max"}}, "global_pool: expected 'avg', found 'max'"),
         ({"pretrained_cfg": {"mean": [0, 0, 0]}}, "pretrained_cfg has no input_size, crop_pct"),

@@ -26,12 +26,20 @@ _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "lora_
 _COMFYUI = ("diffusion_model.", "text_encoders.")
 _BUNDLE = "bundle_emb."
 _CHECKPOINT = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "conditioner.")
+_CONTROL = ("control_model.", "controlnet_cond_embedding.", "input_hint_block.")
+_HINTS = {
+    "a checkpoint": "; an adapter's file holds factors such as lora_up and lora_down",
+    "the weights": "; a network is loaded from a folder with its config.json",
+}
 _EMBEDDING = {"emb_params", "string_to_param", "string_to_token", "clip_l", "clip_g", "t5"}
 # Layers that only other models than Stable Diffusion 1 and 2 have.
 _FAMILIES = {
     "FLUX": r"double_blocks|single_transformer_blocks|single_blocks",
     "Stable Diffusion 3": r"joint_blocks|joint_attn",
-    "SDXL": r"lora_te2_|^text_encoder_2\.|_blocks?[._].*[._]transformer_blocks[._][1-9]",
+    "SDXL": (
+        r"lora_te2_|^conditioner\.|^text_encoder_2\."
+        r"|_blocks?[._].*[._]transformer_blocks[._][1-9]"
+    ),
 }
 
 
@@ -59,10 +67,17 @@ def is_diffusers(keys: Sequence[str]) -> bool:
     return not any(_LYCORIS.search(key) or key.startswith((*_KOHYA, *_COMFYUI)) for key in keys)
 
 
-def check_adapter(keys: Sequence[str], source: Any) -> None:
-    """UserError naming what the file is where most of its keys are of no adapter."""
+def kind_of(keys: Sequence[str]) -> tuple[str, str]:
+    """What a file is, by most of its keys, and one of them that says so.
+
+    "an adapter", "a checkpoint of whole networks in one file", "an embedding (textual inversion)",
+    "a ControlNet", "the weights of a network", with the family where it is another than Stable
+    Diffusion 1 and 2; "" for none of these.
+    """
     if not keys:
-        raise UserError(f"{source}: holds no tensors")
+        return "a file without tensors", ""
+    family = family_of(keys)
+    of = f" of {family}" if family else ""
     # LyCORIS' (IA)^3 calls its factor like a network's weight, beside an on_input.
     scaled = {key.removesuffix(".on_input") for key in keys if key.endswith(".on_input")}
     known = [
@@ -70,23 +85,34 @@ def check_adapter(keys: Sequence[str], source: Any) -> None:
         for key in keys
         if _FACTOR.search(key) or key.startswith(_BUNDLE) or key.removesuffix(".weight") in scaled
     ]
-    saved = [key for key in keys if key.endswith((".weight", ".bias")) and key not in known]
     if len(known) > len(keys) / 2:
-        return
+        return f"an adapter{of}", known[0]
     others = [key for key in keys if key not in known]
-    shown = f"{len(others)} of {len(keys)} keys are such as {others[0]}"
-    if any(key.startswith(_CHECKPOINT) for key in others):
-        raise UserError(
-            f"{source}: is a checkpoint of whole networks in one file, not an adapter ({shown}); "
-            "an adapter's file holds factors such as lora_up and lora_down"
-        )
+    if any(key.startswith(_CONTROL) for key in others):
+        return f"a ControlNet{of}", next(key for key in others if key.startswith(_CONTROL))
+    if found := next((key for key in others if key.startswith(_CHECKPOINT)), ""):
+        return f"a checkpoint of whole networks in one file{of}", found
     if all(key.split(".")[0] in _EMBEDDING or "." not in key for key in others):
-        raise UserError(
-            f"{source}: is an embedding (textual inversion), not an adapter of layers ({shown})"
-        )
-    if len(saved) == len(others):
-        raise UserError(
-            f"{source}: holds the weights of a network, not of an adapter ({shown}); a network is "
-            "loaded from a folder with its config.json"
-        )
-    raise UserError(f"{source}: holds no adapter of a kind known here ({shown})")
+        return "an embedding (textual inversion)", others[0]
+    if family or all(key.endswith((".weight", ".bias")) for key in others):
+        return f"the weights of a network{of}", others[0]
+    return "", others[0]
+
+
+def check_adapter(keys: Sequence[str], source: Any) -> None:
+    """UserError naming what the file is where most of its keys are of no adapter."""
+    kind, key = kind_of(keys)
+    if kind.startswith("an adapter"):
+        return
+    if not keys:
+        raise UserError(f"{source}: holds no tensors")
+    shown = f"most of its {len(keys)} keys are such as {key}"
+    if not kind:
+        raise UserError(f"{source}: holds no adapter of a kind known here ({shown})")
+    hint = _HINTS.get(kind.partition(" of ")[0], "")
+    raise UserError(f"{source}: {said(kind)}, not an adapter of layers ({shown}){hint}")
+
+
+def said(kind: str) -> str:
+    """A kind with its verb."""
+    return f"{'holds' if kind.startswith('the weights') else 'is'} {kind}"
