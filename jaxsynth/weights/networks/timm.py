@@ -104,7 +104,7 @@ def describe(
     )
     known, make = next((pair for pair in makers if pair[0] is not None), (None, None))
     if known is None:
-        raise UserError(f"{path}: architecture {quoted(name)} is not known, only {_KNOWN}")
+        raise UserError(f"{path}: architecture {shown(name)} is not known, only {_KNOWN}")
     args = dict(take(config, "model_args", dict | None, path, None) or {})
     labels = take(config, "num_classes", int, path, 1000)
     size = args.pop("img_size", image_size)
