@@ -78,8 +78,7 @@ def read_table(path: Path, root: Path) -> tuple[dict[str, str], dict[str, str]]:
             splits[files[name]] = split_kind(row.get(split_column, ""))
             if not splits[files[name]]:
                 raise SourceError(
-                    f"{path}, line {number}: {split_column} is "
-                    f"{shown(row.get(split_column, ''))}, "
+                    f"{path}, line {number}: {split_column} is {shown(row.get(split_column, ''))}, "
                     "expected train, test or validation; rename the column if it is no split"
                 )
     if missing := sorted(set(files.values()) - set(found)):
