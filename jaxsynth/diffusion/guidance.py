@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 
 def classifier_free(
     denoise: Callable[[Array, Array, PyTree], Array],
     guidance_scale: float | Float[Array, "..."],
-    cond: PyTree[Float[Array, "b ..."]],
-    uncond: PyTree[Float[Array, "_ ..."]] | None,
+    cond: PyTree[Shaped[Array, "b ..."]],
+    uncond: PyTree[Shaped[Array, "_ ..."]] | None,
     *,
     channels: int | None = None,
 ) -> Callable[[Array, Array], Array]:
@@ -63,7 +63,7 @@ def classifier_free(
 def guide(
     denoise: Callable[[Array, Array, PyTree], Array],
     scales: Sequence[float],
-    branches: Sequence[PyTree[Float[Array, "_ ..."]]],
+    branches: Sequence[PyTree[Shaped[Array, "_ ..."]]],
     *,
     channels: int | None = None,
 ) -> Callable[[Array, Array], Array]:
@@ -82,7 +82,7 @@ def guide(
 def nested(
     denoise: Callable[[Array, Array, PyTree], Array],
     scales: Sequence[float],
-    conditions: Sequence[PyTree[Float[Array, "_ ..."]]],
+    conditions: Sequence[PyTree[Shaped[Array, "_ ..."]]],
 ) -> Callable[[Array, Array], Array]:
     """(x, t) -> e(c_0) + sum_k scales[k] * (e(c_k+1) - e(c_k)), from `denoise(x, t, condition)`.
 
