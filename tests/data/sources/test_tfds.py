@@ -159,7 +159,7 @@ def test_a_host_out_of_reach_is_told_at_once(tmp_path, monkeypatch):
     began = time.monotonic()
     with pytest.raises(SourceError, match=r"nowhere\.invalid cannot be reached.*that folder"):
         load_dataset(DataConfig(source="tfds", name="no_such_host", path=str(tmp_path / "data")))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 @pytest.fixture

@@ -270,7 +270,7 @@ def test_small_files_fill_no_memory_and_end(tmp_path, content, message):
         except UserError as error:
             assert message is not None and re.search(message, str(error)), error
             assert len(str(error)) < 400
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 60
     # In kilobytes.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
 
