@@ -469,7 +469,7 @@ def test_diffusers_files_that_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             adapters.read_diffusers(path)
     save_file(good, path, metadata={"lora_adapter_metadata": "{"})
-    with pytest.raises(UserError, match="lora_adapter_metadata is not JSON"):
+    with pytest.raises(UserError, match="lora_adapter_metadata: not valid JSON"):
         adapters.read_diffusers(path)
 
 
