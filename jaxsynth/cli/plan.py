@@ -17,7 +17,8 @@ weights, no data and no accelerator are needed, and nothing of the networks' siz
 
 It prints, in MiB on each device,
   arguments    what lies there between steps: weights, optimiser, average and cached latents
-  frozen       the part of them that training does not change
+  unread       what lies there besides, though this program does not read it
+  frozen       the part of both that training does not change
   outputs      what a step returns beside them
   temporaries  what a step needs while it runs; of CPU devices, which compute in 32 bits and lay
                memory out otherwise, it says little about another kind

@@ -13,10 +13,12 @@ def memory_table(plans: Sequence[Plan], limit: float = 0) -> Table:
     """MiB on each device, and the share of `limit` bytes where there is one."""
     rows = []
     for one in plans:
-        sizes = (one.arguments, one.frozen, one.outputs, one.temporaries, one.bytes)
+        sizes = (
+            one.arguments, one.unread, one.frozen, one.outputs, one.temporaries, one.bytes
+        )  # fmt: skip
         share = [f"{one.bytes / limit:.0%}"] if limit else []
         rows.append([one.name, *(size / MIB for size in sizes), *share])
-    columns = ["Program", "arguments", "frozen", "outputs", "temporary", "sum"]
+    columns = ["Program", "arguments", "unread", "frozen", "outputs", "temporary", "sum"]
     caption = "MiB on each device"
     if limit:
         columns, caption = [*columns, "share"], f"MiB on each device of {limit / GIB:.4g} GiB"

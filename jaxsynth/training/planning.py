@@ -35,8 +35,9 @@ MOST_UNITS = 2**16
 class Plan:
     """A compiled program's needs: bytes on each device, work and traffic of one update.
 
-    `arguments` is all that lies on a device between calls, `frozen` the part of it that training
-    does not change. `outputs` counts those that do not take an argument's place.
+    `arguments` are the program's own, `unread` what lies beside them on a device though the program
+    does not read it (a sampler's text encoder), `frozen` the part of both that training does not
+    change. `outputs` counts those that do not take an argument's place.
     `flops` are those of matrix products and convolutions on all devices together, recomputation
     included. `moved` are the bytes that a device reads and writes in its memory, `collectives` its
     exchanges with others, `largest` the largest array of each kind of them; all of a program that
@@ -55,6 +56,7 @@ class Plan:
     moved: float = 0.0
     collectives: tuple[Collective, ...] = ()
     largest: tuple[tuple[str, str], ...] = ()
+    unread: int = 0
     refused: bool = False
     images: int = 0
     note: str = ""
@@ -62,7 +64,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """The most that a device holds at once."""
-        return self.arguments + self.outputs + self.temporaries
+        return self.arguments + self.unread + self.outputs + self.temporaries
 
     @property
     def received(self) -> float:
@@ -216,8 +218,8 @@ def measure(
     memory, moved = compiled.memory_analysis(), traffic(compiled.as_text())
     return dataclasses.replace(
         plan,
-        # What a program does not read (a sampler the text encoder) lies there all the same.
-        arguments=max(memory.argument_size_in_bytes, plan.arguments),
+        arguments=memory.argument_size_in_bytes,
+        unread=max(0, plan.arguments - memory.argument_size_in_bytes),
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         moved=moved.bytes / steps,
