@@ -31,6 +31,9 @@ def read_arrays(
     path, keys = Path(path), list(keys)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+            raise UserError(f"{path}: a single array, expected an .npz (numpy.savez)")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {x.filename.removesuffix(".npy"): x for x in archive.infolist()}

@@ -235,7 +235,7 @@ class TestFiles:
     def test_pickled_objects_are_not_opened(self, tmp_path):
         trap = np.array([Touch(tmp_path / "touched")], dtype=object)
         np.savez(tmp_path / "a.npz", mu=trap, sigma=np.eye(1))
-        with pytest.raises(UserError, match=r"a\.npz: cannot be read as an \.npz: Object arrays"):
+        with pytest.raises(UserError, match=r"a\.npz: mu: pickled objects, expected numbers"):
             read_statistics(tmp_path / "a.npz")
         assert not (tmp_path / "touched").exists()
         np.load(tmp_path / "a.npz", allow_pickle=True)["mu"]
