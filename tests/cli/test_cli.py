@@ -144,7 +144,7 @@ def test_a_bug_keeps_its_traceback(command):
 
 def test_a_workdir_of_another_method_is_refused(command):
     Path("w").mkdir()
-    Path("w/run.json").write_text('{"method": "datadream"}')
+    Path("w/run.json").write_text('{"method": "datadream", "config": {}}')
     code, _, err = command(*RUN)
     assert code == 2 and "w holds a run of method datadream, this config is for counting" in err
     Path("other.py").write_text("def get_config():\n    return {'method': 'datadraem'}\n")
