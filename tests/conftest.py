@@ -28,6 +28,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
+from jaxtyping import config as shape_checks  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.shapes  # noqa: E402, F401  # the hook finds it by its name
@@ -59,6 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings",
         "ignore:Error (reading|writing) persistent compilation cache entry:UserWarning",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Shapes are checked in the quick tests; slow ones call the same functions for longer."""
+    shape_checks.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture(scope="module", autouse=True)
