@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx
 
 from jaxsynth.adapters import inject
+from jaxsynth.models.diffusion.unet import UNet2DConditionConfig
 from jaxsynth.weights.original_names import unet_name
 
 TEXT_MODEL = "text_model."
@@ -63,8 +64,10 @@ def spellings(component: str, model: Any) -> dict[str, str]:
 def _names(component: str, path: str, model: Any) -> Iterator[str]:
     if component == "unet":
         paths = [path]
-        with suppress(KeyError):  # a network that the original code cannot have
-            paths.append(unet_name(path, model.config))
+        config = getattr(model, "config", None)
+        if isinstance(config, UNet2DConditionConfig):
+            with suppress(KeyError):  # a network that the original code cannot have
+                paths.append(unet_name(path, config))
         flat, dotted = ("lora_unet", "lycoris"), ("unet", "lora_unet", "diffusion_model")
     else:
         short = path.removeprefix(TEXT_MODEL)
