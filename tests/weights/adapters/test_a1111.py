@@ -109,7 +109,7 @@ def test_what_cannot_be_is_named(tmp_path):
     write_hypernetwork(path, filled(net, config))
     content = torch.load(path, weights_only=True)
     for change, message in (
-        ({"activation_func": "gelu"}, "activation is 'gelu'"),
+        ({"activation_func": "gelu"}, "activation='gelu'"),
         ({"layer_structure": [1, 2, 2, 1]}, "a network of 2 layers and 0 norms, expected 3"),
         ({4: None, 6: None}, "a network is a NoneType|not subscriptable"),
     ):
