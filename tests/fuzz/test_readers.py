@@ -23,11 +23,13 @@ EXECUTIONS = {
     "torch": 400, "safetensors": 400, "tokenizers": 100, "configs": 400, "images": 400,
     "folders": 80, "shards": 100, "stores": 80, "lists": 400, "documents": 160, "arrays": 400,
 }  # fmt: skip
-SLOW = {"adapters": 200, "networks": 80, "pipelines": 40, "checkpoints": 200}
+SLOW = {"adapters": 200, "networks": 80, "pipelines": 40}
+# Orbax leaves coroutines that nobody awaits, which fail whatever test runs when they are collected.
+ALONE = {"checkpoints"}
 
 
 def test_every_reader_has_a_short_form():
-    assert set(EXECUTIONS) | set(SLOW) == set(READERS)
+    assert set(EXECUTIONS) | set(SLOW) | ALONE == set(READERS)
 
 
 @pytest.mark.filterwarnings("ignore")  # decoders warn of damaged files
