@@ -64,6 +64,11 @@ def write_json(
     write_text(path, text + "\n")
 
 
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as file:

@@ -5,8 +5,6 @@ has a digest of its content.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -14,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UserError, quoted, shown
-from jaxsynth.core.io import file_digests_cached
+from jaxsynth.core.io import file_digests_cached, json_digest
 
 MANIFEST = "manifest.json"
 # Of a data set with more files, a changed one is noticed but not named.
@@ -161,12 +159,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 def checksum(manifest: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a manifest but for how long the stage took."""
     kept = {key: x for key, x in manifest.items() if key not in ("checksum", "seconds")}
-    return content_digest(kept)
-
-
-def content_digest(value: Any) -> str:
-    """SHA-256 (hex) of JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return json_digest(kept)
 
 
 _FIELDS: dict[str, Any] = {

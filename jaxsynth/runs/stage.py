@@ -45,7 +45,7 @@ from rich.console import Console
 from jaxsynth.core import preemption
 from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
-from jaxsynth.core.io import TEMPORARY, file_digests_cached, write_json
+from jaxsynth.core.io import TEMPORARY, file_digests_cached, json_digest, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
 from jaxsynth.runs.agreement import agree, barrier, compute_first
 from jaxsynth.runs.artifact import (
@@ -54,7 +54,6 @@ from jaxsynth.runs.artifact import (
     Source,
     StageError,
     checksum,
-    content_digest,
     load_artifact,
     read_manifest,
 )
@@ -202,6 +201,7 @@ def run_stage(
         StageError: the folder was made or begun with another configuration or input, each
             difference named; another process is at work in it; or a file of an input is damaged.
             In a multi-process run every process raises what process 0 found.
+        Preempted: a single process was asked to stop before the stage began its work.
     """
     folder = Path(folder)
     began = time.monotonic()
@@ -231,7 +231,7 @@ def run_stage(
                 "manifest": FORMAT,
                 **wanted,
                 "label": name,
-                "digest": content_digest({**wanted, "files": files}),
+                "digest": json_digest({**wanted, "files": files}),
                 "counts": to_json(counts or {}, f"{stage}.counts"),
                 "seconds": round(time.monotonic() - began, 3),
                 "versions": versions(),

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 
 from jaxsynth.core.documents import parse_json, take
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.io import json_digest
 from jaxsynth.core.records import differences, to_json
 
 # Orbax 1.0 makes this interface the top level; in 0.12 it is a sub-module of it.
@@ -176,7 +177,7 @@ class _Note:
     async def save(self, directory) -> Awaitable[None]:
         # Now: the data iterator moves on while this is written.
         value = json.loads(json.dumps(self.value))
-        text = json.dumps(value | {"sha256": _checksum(value)})
+        text = json.dumps(value | {"sha256": json_digest(value)})
 
         async def write() -> None:
             folder = await directory.await_creation()
@@ -206,12 +207,8 @@ class _Note:
         except UserError as error:
             raise CheckpointError(f"{error}; {_WAY_OUT}") from None
         written = self.value.pop("sha256", None)
-        if digests.keys() != shapes.keys() or written not in (None, _checksum(self.value)):
+        if digests.keys() != shapes.keys() or written not in (None, json_digest(self.value)):
             raise CheckpointError(f"{where} is damaged: its note was changed; {_WAY_OUT}")
-
-
-def _checksum(note: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def _names(tree: PyTree) -> list[str]:
