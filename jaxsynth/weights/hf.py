@@ -176,7 +176,10 @@ def pipeline_configs(name_or_path: str | os.PathLike) -> tuple[dict[str, Any], d
     checkpoint = single_file.find(name_or_path)
     if checkpoint is not None:
         return checkpoint.configs, checkpoint.scheduler
-    folder = resolve(name_or_path, weights=False)
+    return _configs_in(resolve(name_or_path, weights=False))
+
+
+def _configs_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     configs = {part: single_file.read_config(folder, part) for part in _PARTS}
     return configs, read_json(folder / "scheduler" / "scheduler_config.json")
 
@@ -191,8 +194,8 @@ def describe_pipeline(
         configs, scheduler, folder = checkpoint.configs, checkpoint.scheduler, checkpoint.path
         tokenizer = checkpoint.tokenizer
     else:
-        configs, scheduler = pipeline_configs(name_or_path)
         folder = resolve(name_or_path, weights=False)
+        configs, scheduler = _configs_in(folder)
         tokenizer = Tokenizer(folder / "tokenizer")
     unet, vae, text = (
         _stored_shapes(describe(kind, configs[part], compute), dtype)

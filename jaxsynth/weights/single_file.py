@@ -54,6 +54,7 @@ _WAY_OUT = (
     "; where diffusers reads the file, StableDiffusionPipeline.from_single_file(FILE)"
     ".save_pretrained(FOLDER) makes a folder that is read here"
 )
+# The schedule of all published 1.x and 2.x models.
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,

@@ -21,6 +21,7 @@ from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights.hf import StableDiffusion, describe
+from jaxsynth.weights.single_file import SCHEDULE
 from jaxsynth.weights.tokenizer import train_tokenizer
 
 
@@ -77,12 +78,7 @@ def sd_shaped() -> Networks:
         },
         scheduler={
             "_class_name": "DDIMScheduler",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
+            **SCHEDULE,
             "prediction_type": "epsilon",
         },
     )
