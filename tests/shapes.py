@@ -1,4 +1,4 @@
-"""Shapes and number types that functions say of their arrays, checked as the tests call them.
+"""Shapes and number types that functions say of their arrays, checked as quick tests call them.
 
 jaxtyping's import hook gives `checked` two functions for each function of the package: one with its
 arguments, called before it, and one with its result as well, called after it. Only the second is

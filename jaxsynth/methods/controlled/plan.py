@@ -62,7 +62,7 @@ class _Shapes:
 
     @classmethod
     def of(cls, config: Config) -> "_Shapes":
-        if not is_here(config.base):  # a hub id would be downloaded with its weights
+        if not is_here(config.base):  # told here with what is enough, and no hub is asked
             raise UserError(
                 f"base: {config.base!r} is no folder or file here, so its shape is unknown; a "
                 "folder with the tokenizer and the config.json files of unet, vae, text_encoder "
