@@ -91,8 +91,10 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from jaxsynth.core.console import console, duration, set_quiet
+    from jaxsynth.runs import reuse
     from jaxsynth.runs.run import RUN_FILE, read_record, write_record
 
+    reuse.look_in(args.reuse)
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
         install()
     first = jax.process_index() == 0
@@ -349,6 +351,10 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
     parser.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="where the run's files go"
     )
+    parser.add_argument(
+        "--reuse", type=Path, action="append", default=[], metavar="DIR",
+        help="take finished stages of other runs below this folder where they are the same",
+    )  # fmt: skip
     parser.add_argument(
         "--distributed", action="store_true", help="find the other processes from the cluster"
     )

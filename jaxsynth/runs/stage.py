@@ -47,6 +47,7 @@ from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import TEMPORARY, file_digests_cached, json_digest, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
+from jaxsynth.runs import reuse
 from jaxsynth.runs.agreement import agree, barrier, compute_first
 from jaxsynth.runs.artifact import (
     MANIFEST,
@@ -216,9 +217,10 @@ def run_stage(
     first = jax.process_index() == 0
     with _Holder(folder, config, wanted, listings) as holder:
         state = agree(holder.take) if first else agree(None)
-        if state == "done":
+        if state in ("done", "taken"):
             artifact = load_artifact(folder)
-            stage_line(name, 0.0, "unchanged, skipped", out=console)
+            note = f"taken from {holder.origin}" if state == "taken" else "unchanged, skipped"
+            stage_line(name, 0.0, note, out=console)
             return artifact
         for given in inputs.values():
             if isinstance(given, Artifact):
@@ -261,6 +263,8 @@ class _Holder:
         self.folder, self.config = folder, config
         self.wanted, self.listings = wanted, listings
         self._lock: Any = None
+        # Where a stage of the same identity was found, if it was.
+        self.origin: Path | None = None
 
     def __enter__(self) -> "_Holder":
         return self
@@ -271,8 +275,8 @@ class _Holder:
             self._lock = None
             self._tidy()
 
-    def take(self) -> Literal["done", "resumed", "new"]:
-        """Find the stage finished, or lock its folder to make it.
+    def take(self) -> Literal["done", "taken", "resumed", "new"]:
+        """Find the stage finished, here or in another run, or lock its folder to make it.
 
         The manifest is read again under the lock: another process may have finished in between.
         """
@@ -293,6 +297,9 @@ class _Holder:
             self._refuse_changes(begun)
             _remove_temporaries(self.folder)
             return "resumed"
+        self.origin = reuse.take(self.folder, self.wanted, (LOCK, STARTED))
+        if self.origin is not None:
+            return "taken"
         write_json(self.folder / STARTED, self.wanted)
         if self.listings:
             write_json(self.folder / LISTINGS, self.listings, indent=None)

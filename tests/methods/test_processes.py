@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxsynth.cli.main import METHODS
 from jaxsynth.runs.stage import MANIFEST
 from tests.methods.test_identity import GIVEN
 
@@ -18,6 +19,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 ROOT = Path(__file__).parents[2]
 # Counts that a rounding may move, and those of time.
 LOOSE = 0.05
+# What of a smoke config would only take longer here.
+SMALLER = {
+    "controlled": ("base={base}", "ways=affiner"),
+    "datadream": (
+        "modes=dset", "base={base}", "clip={base}/clip", "finetune.batch_size=4",
+        "data.class_names=1,4,7", "finetune.rank=2", "classify.rank=2",
+    ),
+    "diffscaler": ("recipes=affiner_zero", "draw=affiner_zero", "together=False"),
+    "tiny_base": (
+        *GIVEN["tiny_base"], "unet_channels=16,32", "vae_channels=8,8,8", "width=32",
+        "text_layers=1", "vision_layers=1",
+    ),
+}  # fmt: skip
 
 
 def run(method: str, workdir: Path, count: int, base: Path, cache: Path) -> list[str]:
@@ -25,10 +39,7 @@ def run(method: str, workdir: Path, count: int, base: Path, cache: Path) -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    more = list(GIVEN.get(method, ()))
-    if method == "datadream":
-        more = ["modes=dset", f"base={base}", f"clip={base / 'clip'}", "finetune.batch_size=4",
-                "data.class_names=1,4,7", "finetune.rank=2", "classify.rank=2"]  # fmt: skip
+    more = [field.format(base=base) for field in SMALLER.get(method, ())]
     command = [
         sys.executable, "-m", "jaxsynth.cli", "run", f"--config={ROOT}/configs/{method}.py:smoke",
         f"--workdir={workdir}", *(f"--config.{field}" for field in more),
@@ -84,7 +95,7 @@ def close(one, two) -> bool:
     return one == two
 
 
-@pytest.mark.parametrize("method", ["datadream", "robustness"])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_do_what_one_does(method, tmp_path, base_folder, compilation_cache):
     for name, count in (("one", 1), ("two", 2)):
         outputs = run(method, tmp_path / name, count, base_folder, compilation_cache)

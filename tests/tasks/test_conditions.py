@@ -86,7 +86,9 @@ def test_the_untrained_network_is_its_base_whatever_the_condition(base, recipe):
     assert model.config.condition_channels == CHANNELS and base.config.condition_channels == 0
     assert "pos_embed.proj.gate" in extract(model).arrays
     expected = apply(base, x, t, labels)
-    np.testing.assert_array_equal(apply(model, x, t, labels, condition=condition), expected)
+    found = apply(model, x, t, labels, condition=condition)
+    # Another program, whose sums are rounded in another order.
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"condition has shape None, expected \(6, 4, 4, 4\)"):
         model(x, t, labels)
 
