@@ -29,7 +29,8 @@ from jaxsynth.data.decode import (
 
 # Left by Windows, macOS, Synology and the like; names that begin with a dot are hidden anyway.
 RUBBISH = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir",
-           "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__")  # fmt: skip
+           "#recycle", "$recycle.bin", "system volume information", "lost+found",
+           "__pycache__")  # fmt: skip
 # Texts that describe an image lie beside it under its name, and so do the seconds of film that
 # telephones keep with a photo.
 CAPTIONS = (".txt", ".caption", ".json", ".xml", ".xmp", ".aae", ".npz", ".mov")

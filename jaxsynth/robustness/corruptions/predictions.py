@@ -11,12 +11,14 @@ corruptions nor the batch changes a picture.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jaxsynth.core.limits import Range, Some
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.robustness.attacks.evaluate import batches
 from jaxsynth.robustness.checks import check_whole
@@ -57,7 +59,9 @@ class Corruptions:
     """
 
     names: tuple[str, ...] = ()
-    severities: tuple[int, ...] = SEVERITIES
+    severities: Annotated[
+        tuple[Annotated[int, Range(SEVERITIES[0], SEVERITIES[-1])], ...], Some()
+    ] = SEVERITIES
     released: bool = False
 
     def __post_init__(self):
