@@ -50,6 +50,9 @@ _NAMES = (*_ALL, *CODEC_CORRUPTIONS)
 DEEP = (*CORRUPTIONS_3D, *CODEC_CORRUPTIONS)
 
 
+Severity = Annotated[int, Range(SEVERITIES[0], SEVERITIES[-1])]
+
+
 @dataclass(frozen=True)
 class Corruptions:
     """Corruptions to make of the clean images: names or `GROUPS`, or "all" but the "codecs", which
@@ -59,9 +62,7 @@ class Corruptions:
     """
 
     names: tuple[str, ...] = ()
-    severities: Annotated[
-        tuple[Annotated[int, Range(SEVERITIES[0], SEVERITIES[-1])], ...], Some()
-    ] = SEVERITIES
+    severities: Annotated[tuple[Severity, ...], Some()] = SEVERITIES
     released: bool = False
 
     def __post_init__(self):
