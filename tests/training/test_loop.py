@@ -314,12 +314,11 @@ def test_only_the_newest_checkpoints_stay(tmp_path, key):
 def test_a_save_that_fails_is_raised_once_and_not_logged_by_every_thread(tmp_path, caplog):
     noise = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(ValueError, match="File too large"):
-        with Checkpoints(tmp_path / "c", every=1) as checkpoint:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-            try:
-                checkpoint.save(1, {"noise": jnp.asarray(noise)})
-                checkpoint.close()
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoint = Checkpoints(tmp_path / "c", every=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ValueError, match="File too large"), checkpoint:
+            checkpoint.save(1, {"noise": jnp.asarray(noise)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not [record for record in caplog.records if record.exc_info]
