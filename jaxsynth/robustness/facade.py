@@ -65,6 +65,12 @@ def evaluate(
     R_adv of a model that is never right. ValueError says which argument is not as it should be.
     """
     check_whole(seed, "seed", 0, 2**63 - 1)
+    for name, changed, other, used in (
+        ("eps", eps != PAPER_EPS, "attacks", attacks),
+        ("severities", severities != SEVERITIES, "corruptions", corruptions),
+    ):
+        if changed and not used:
+            raise ValueError(f"{name}: not used without {other}; leave it out, or give {other}")
     for name, given in (("shifted", shifted), ("ood", ood)):
         if not isinstance(given, Mapping | None):
             raise ValueError(f"{name}: expected sets by name, found {type(given).__name__}")

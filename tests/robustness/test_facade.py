@@ -23,6 +23,7 @@ LABELS = ((IMAGES.mean((1, 2)) - 0.5) @ KERNEL).argmax(1)
 LABELS[:3] = (LABELS[:3] + 1) % 4
 STRANGE = RNG.random((8, 16, 16, 3)).astype(np.float32)
 SETTINGS = {"resamples": 100, "batch_size": 8}
+FOG = {"corruptions": ("fog",)}
 
 
 def in_jax(pixels):
@@ -108,15 +109,17 @@ def test_feature_scores_need_features_of_training_images():
         ({"labels": LABELS + 4}, "labels of clean: 24 of 24 outside 0 to 3"),
         ({"predict": 3}, "predict: expected a function, found int"),
         ({"predict": lambda x: x}, r"predict: expected logits \(8, classes\)"),
-        ({"predict": Net()}, r"predict: Net is a torch module, .* from_torch\(model\.eval\(\)\)"),
+        ({"predict": Net()}, r"predict: Net is a torch module, which .* from_torch"),
         ({"attacks": "PGD"}, "attacks: expected several in a tuple, found 'PGD' alone"),
         ({"corruptions": "fog"}, "corruptions: expected several in a tuple, found 'fog' alone"),
-        ({"severities": 3}, "severities: expected several in a tuple, found 3 alone"),
+        ({**FOG, "severities": 3}, "severities: expected several in a tuple, found 3 alone"),
         ({"ood": IMAGES}, "ood: expected sets by name, found ndarray"),
+        ({"eps": 8 / 255}, "eps: not used without attacks; leave it out, or give attacks"),
+        ({"severities": (2,)}, "severities: not used without corruptions"),
         ({"seed": 2**64}, "seed: expected a whole number, 0 to 9223372036854775807"),
         ({"attacks": ("DeepFool",)}, "attacks: 'DeepFool': expected some of FGSM, PGD"),
         ({"corruptions": ("hail",)}, "names: 'hail': expected all"),
-        ({"severities": (1.5,)}, "severities: expected a whole number, 1 to 5, found 1.5"),
+        ({**FOG, "severities": (1.5,)}, "severities: expected a whole number, 1 to 5, found 1.5"),
         ({"seed": 0.5}, "seed: expected a whole number"),
         ({"shifted": {"A": IMAGES}}, r"shifted: 'A': expected \(images, labels\)"),
         ({"attacks": ("PGD",), "eps": 8}, "eps: 8 is more than images"),
