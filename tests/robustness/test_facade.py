@@ -109,7 +109,7 @@ def test_feature_scores_need_features_of_training_images():
         ({"labels": LABELS + 4}, "labels of clean: 24 of 24 outside 0 to 3"),
         ({"predict": 3}, "predict: expected a function, found int"),
         ({"predict": lambda x: x}, r"predict: expected logits \(8, classes\)"),
-        ({"predict": Net()}, r"predict: Net is a torch module, which .* from_torch"),
+        ({"predict": Net()}, r"predict: Net is a torch module, which .*from_torch"),
         ({"attacks": "PGD"}, "attacks: expected several in a tuple, found 'PGD' alone"),
         ({"corruptions": "fog"}, "corruptions: expected several in a tuple, found 'fog' alone"),
         ({**FOG, "severities": 3}, "severities: expected several in a tuple, found 3 alone"),
