@@ -1,4 +1,4 @@
-"""What can be told of a config before anything is made: seeds, and where photos and runs lie."""
+"""What can be told of a config before anything is made: where photos and runs lie."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,22 +7,17 @@ from typing import Any
 
 from jaxsynth.core.errors import UsageError
 
-SEEDS = ("seed", "seeds", "split_seed")
 FOLDERS = ("path", "test_path")
 
 
 def check_config(config: Any, workdir: Path) -> None:
-    """UsageError for a negative seed, and where photos lie inside the workdir or the reverse.
+    """UsageError where photos lie inside the workdir or the reverse.
 
     A run's files among photos would be taken for photos, and the run's folder may be removed.
     Data directories of TFDS may be anywhere: they are read by their own index.
     """
     for where, holder, value in _leaves(config, "config"):
         name = where.rpartition(".")[2]
-        if name in SEEDS:
-            for seed in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(seed, int) and seed < 0:
-                    raise UsageError(f"{where}: expected 0 or more, found {seed}")
         is_folder = name in FOLDERS and isinstance(value, str) and bool(value)
         if is_folder and getattr(holder, "source", "") != "tfds":
             _check_apart(where, Path(value).expanduser(), workdir)

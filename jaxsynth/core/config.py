@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from jaxsynth.core.errors import UsageError, quoted
+from jaxsynth.core.limits import limits_of
 
 T = TypeVar("T")
 
@@ -105,7 +106,8 @@ def to_dataclass(cls: type[T], config: Mapping[str, Any], *, path: str = "config
     """Builds the frozen dataclass `cls` from a ConfigDict or dict, recursively.
 
     Understands nested dataclasses, bool, int, float (an integer is taken), str, Path, None,
-    Optional and other unions, Literal, tuples (from any sequence) and dicts. `path` is the dotted
+    Optional and other unions, Literal, tuples (from any sequence) and dicts, and the limits of
+    fields (`core.limits`). `path` is the dotted
     name that errors start with. Raises `ConfigError` naming the field, what was found and what was
     expected; a `ValueError` of a dataclass's own `__post_init__` is given the field's name too.
     """
@@ -116,7 +118,7 @@ def to_dataclass(cls: type[T], config: Mapping[str, Any], *, path: str = "config
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise ConfigError(f"{path}: expected the fields of {cls.__name__}, found {_show(config)}")
     values = dict(config.items())
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in values:
         if name not in fields:
@@ -165,7 +167,10 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, Text) and value.fields and not _may_be_chosen(hint):
         raise ConfigError(f"{path}.{next(iter(value.fields))}: {path} is a value and has no fields")
     if origin is typing.Annotated:
-        return convert(args[0], value, path)
+        found = convert(args[0], value, path)
+        if not all(limit.takes(found) for limit in limits_of(hint)):
+            raise _mistyped(path, hint, value)
+        return found
     if hint is Any or isinstance(hint, TypeVar):
         return _guess(value.text) if isinstance(value, Text) else value
     if origin in (Union, types.UnionType):
@@ -220,7 +225,7 @@ def _convert_choice(hint: Any, value: Any, path: str) -> Any:
     fields |= fields.pop("settings", {})
     try:
         schema = hint.schema(kind)
-        hints = typing.get_type_hints(schema)
+        hints = typing.get_type_hints(schema, include_extras=True)
         known = [field.name for field in dataclasses.fields(schema)]
         for name in fields:
             if name not in known:
@@ -357,6 +362,10 @@ def _describe(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(str(arg) for arg in args)
+    if origin is typing.Annotated:
+        limits = [str(limit) for limit in limits_of(hint)]
+        own = [] if limits and limits[0].startswith("one of") else [_describe(args[0])]
+        return ", ".join(own + limits)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
     if origin in (tuple, list, Sequence):

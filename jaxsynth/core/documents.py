@@ -75,7 +75,7 @@ def read_text(path: str | os.PathLike, *, most_bytes: int = MOST_BYTES) -> str:
     try:
         return _bytes(path, most_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from None
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
 
 
 def read_lines(path: str | os.PathLike, expected: Any = dict, *, cut: bool = False) -> Iterator:

@@ -6,14 +6,17 @@ of the same names, fields and types, which `core.config.to_dataclass` checks val
 """
 
 import ast
+import copy
 import dataclasses
 import importlib
 import re
+import typing
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jaxsynth.core import limits
 from jaxsynth.core.config import Text, to_dataclass
 
 _PACKAGE = __name__.partition(".")[0]
@@ -105,7 +108,7 @@ def skeleton(module: str, name: str) -> type:
         if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
             continue
         default = _default(line.value)
-        notes = {"type": ast.unparse(line.annotation), "default": default or "(to be given)"}
+        notes = {"type": source.words(line.annotation), "default": default or "(to be given)"}
         given = {} if default is None else {"default_factory": lambda: None}
         made[line.target.id] = (
             line.target.id,
@@ -187,9 +190,15 @@ class _Module:
         except (LookupError, TypeError):
             return Unknown
 
+    def words(self, node: ast.expr) -> str:
+        """An annotation as a person reads it: what its limits are, not what they are called."""
+        return ast.unparse(_Words(self).visit(copy.deepcopy(node)))
+
     def _named(self, name: str) -> Any:
         if name in _BUILTINS:
             return _BUILTINS[name]
+        if self._imports.get(name, ("",))[0] == limits.__name__:
+            return getattr(limits, self._imports[name][1])
         if name in self._values:
             return self.type_of(self._values[name])
         place = self.place(name)
@@ -204,6 +213,30 @@ class _Module:
         if module in ("typing", "pathlib", "collections.abc"):
             return getattr(importlib.import_module(module), inner)
         return Unknown
+
+
+class _Words(ast.NodeTransformer):
+    """Puts words in the place of limits."""
+
+    def __init__(self, source: _Module):
+        self._source = source
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        kind = self._source.type_of(node)
+        if found := limits.limits_of(kind):
+            return ast.Name(f"{typing.get_args(kind)[0].__name__} {found[0]}")
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if not isinstance(node.value, ast.Name) or node.value.id != "Annotated":
+            return self.generic_visit(node)
+        (limit,) = limits.limits_of(self._source.type_of(node)) or [None]
+        if isinstance(limit, limits.OneOf):
+            return ast.Name(str(limit))
+        inner = node.slice.elts[0]  # pyrefly: ignore[missing-attribute]
+        if isinstance(limit, limits.Range):
+            return ast.Name(f"{ast.unparse(inner)} {limit}")
+        return self.visit(inner)
 
 
 _BUILTINS = {"None": None} | {

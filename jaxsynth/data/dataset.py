@@ -14,12 +14,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import Count, Natural, Range
 
 Indices = Sequence[int] | np.ndarray
 
@@ -140,14 +141,14 @@ class DataConfig:
     source: str = ""
     name: str = ""
     path: str = ""
-    image_size: int = 0
+    image_size: Natural = 0
     template: str = ""
     class_names: tuple[str, ...] = ()
     display_names: Mapping[str, str] = field(default_factory=dict)
     raw_names: bool = False
-    test_fraction: float = 0.2
-    split_seed: int = 0
-    images_per_class: int = 500
+    test_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
+    split_seed: Natural = 0
+    images_per_class: Count = 500
     train_split: str = "train"
     test_split: str = ""
     test_path: str = ""

@@ -31,6 +31,14 @@ IMAGE_SUFFIXES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM")
 # The brands of HEIF's family that hold HEVC pictures, as telephones write them.
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif")
+# How files begin that are not images whatever their names say, or images that Pillow gives up.
+_STARTS = {
+    b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF",
+    b"<": "a text such as the page of a download that failed",
+    b"%PDF": "a PDF", b"8BPS": "a Photoshop file", b"PK": "a ZIP archive",
+    b"version http": "the pointer of a file that git-lfs has not fetched",
+}  # fmt: skip
 # Where a file may hold further pictures (the second eye, bursts, thumbnails), the first one counts.
 _FIRST_OF_MANY = ("MPO", "HEIF")
 # Of a picture with more pixels (a scan), one that is 2, 4 or 8 times smaller is made.
@@ -70,7 +78,14 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
         image = _open_heif(file, name) if heif else Image.open(file, formats=_known())
     except UnidentifiedImageError:
         kinds = ", ".join(kind for kind in FORMATS if kind != "DIB")
-        found = "a damaged HEIC photo" if heif else f"none of {kinds} and HEIC"
+        begun = next((kind for start, kind in _STARTS.items() if head.startswith(start)), "")
+        found = f"none of {kinds} and HEIC"
+        if heif:
+            found = "a damaged HEIC photo"
+        elif begun in FORMATS:
+            found = f"a {begun} that is damaged, or whose pixels are of a kind that is not read"
+        elif begun:
+            found = f"{begun}, none of {kinds} and HEIC"
         raise ImageError(f"{name}: cannot be decoded as an image: it is {found}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name}: {_TOO_LARGE}") from None
@@ -183,7 +198,9 @@ def _has_all_rows(image: Image.Image, content: bytes) -> bool:
     if image.format == "TIFF":
         tags = image.tag_v2  # pyrefly: ignore[missing-attribute]
         strips, rows = tags.get(_STRIPS), tags.get(_ROWS_OF_STRIP)
-        return not strips or not isinstance(rows, int) or len(strips) * rows >= image.height
+        # The height as it lies in the file: Pillow has turned the picture upright.
+        height = tags.get(_HEIGHT, image.height)
+        return not strips or not isinstance(rows, int) or len(strips) * rows >= height
     if image.format != "PNG":
         return True
     last = image.crop((0, image.height - 1, image.width, image.height))
@@ -219,7 +236,7 @@ _PASSES = (
 )  # fmt: skip
 _PIECE = 1 << 20
 # Tags of a TIFF.
-_STRIPS, _ROWS_OF_STRIP = 273, 278
+_HEIGHT, _STRIPS, _ROWS_OF_STRIP = 257, 273, 278
 
 
 def _undecodable(name: str, error: Exception) -> ImageError:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import Count, Finite
 from jaxsynth.generation.conditioners import ImageEdit
 from jaxsynth.generation.sampler import ImageSampler, Networks, sample_numbered, sampler_of
 from jaxsynth.models.diffusion.text_to_image import encode_text
@@ -28,12 +29,12 @@ class EditConfig:
     the one that the model's folder names.
     """
 
-    guidance_scale: float = 7.5
-    image_guidance_scale: float = 1.5
-    num_inference_steps: int = 100
+    guidance_scale: Finite = 7.5
+    image_guidance_scale: Finite = 1.5
+    num_inference_steps: Count = 100
     sampler: str = ""
     negative_prompt: str = ""
-    batch_size: int = 8
+    batch_size: Count = 8
 
 
 def edit_images(

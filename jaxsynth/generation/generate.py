@@ -20,6 +20,7 @@ from jaxsynth.adapters.inject import AdapterState, can_merge, merge
 from jaxsynth.adapters.registry import attach
 from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
+from jaxsynth.core.limits import Count, Finite, check_limits
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.sampler import (
@@ -43,13 +44,16 @@ class GenerateConfig:
     much a kill can lose.
     """
 
-    images_per_class: int = 500
-    guidance_scale: float = 2.0
-    num_inference_steps: int = 50
+    images_per_class: Count = 500
+    guidance_scale: Finite = 2.0
+    num_inference_steps: Count = 50
     sampler: str = ""
     negative_prompt: str = ""
-    batch_size: int = 16
-    batches_per_shard: int = 8
+    batch_size: Count = 16
+    batches_per_shard: Count = 8
+
+    def __post_init__(self):
+        check_limits(self)
 
 
 class Generator:

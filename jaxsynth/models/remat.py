@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 # "block": nothing inside a block is kept. "dots": its matrix products are.
-POLICIES = {
-    "block": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+NAMES = ("block", "dots")
+POLICIES = dict(
+    zip(NAMES, (None, jax.checkpoint_policies.dots_with_no_batch_dims_saveable), strict=True)
+)
 
 
 def checkpointed(

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import Count, Natural
 from jaxsynth.quality.distances import neighbour_radii, neighbourhoods
 
 Features = Float[np.ndarray, "n d"]
@@ -42,11 +43,11 @@ class QualityConfig:
     repeats: random splits of the real set, over which matched figures and floor are averaged.
     """
 
-    precision_k: int = 3
-    coverage_k: int = 5
-    kid_subsets: int = 100
-    kid_subset_size: int = 0
-    repeats: int = 5
+    precision_k: Count = 3
+    coverage_k: Count = 5
+    kid_subsets: Count = 100
+    kid_subset_size: Natural = 0
+    repeats: Count = 5
 
 
 @dataclass(frozen=True)

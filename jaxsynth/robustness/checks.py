@@ -3,7 +3,7 @@
 Inside a program that is being traced there are no values yet: only shapes are looked at there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,24 @@ def as_array(values: Any, name: str) -> Any:
     if found.dtype == object:
         raise ValueError(f"{name}: {_kind(values)} is no array of numbers")
     return found
+
+
+def check_function(predict: Any) -> None:
+    """ValueError for what is no function, and for a torch module, which takes other images."""
+    if not callable(predict):
+        raise ValueError(f"predict: expected a function, found {type(predict).__name__}")
+    if any(kind.__module__.startswith("torch.nn") for kind in type(predict).__mro__):
+        raise ValueError(
+            f"predict: {type(predict).__name__} is a torch module, which takes tensors (b, 3, h, w)"
+            "; give jaxsynth.robustness.from_torch(model.eval())"
+        )
+
+
+def check_names(values: Any, name: str) -> tuple[Any, ...]:
+    """A row of names or numbers; ValueError for a single one."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected several in a tuple, found {values!r} alone")
+    return tuple(values)
 
 
 def check_key(key: Any, name: str = "key") -> None:

@@ -14,7 +14,13 @@ from jaxsynth.data.dataset import Record
 from jaxsynth.robustness import suite
 from jaxsynth.robustness.attacks.evaluate import Attack
 from jaxsynth.robustness.attacks.gradient import PAPER_EPS
-from jaxsynth.robustness.checks import as_array, check_images, check_labels, check_whole
+from jaxsynth.robustness.checks import (
+    as_array,
+    check_images,
+    check_labels,
+    check_names,
+    check_whole,
+)
 from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.robustness.corruptions.registry import SEVERITIES
 from jaxsynth.robustness.metrics import table
@@ -58,11 +64,20 @@ def evaluate(
     `predict` of JAX operations, or `from_torch`. A metric is None where it is undefined, such as
     R_adv of a model that is never right. ValueError says which argument is not as it should be.
     """
-    check_whole(seed, "seed", 0)
+    check_whole(seed, "seed", 0, 2**63 - 1)
+    for name, changed, other, used in (
+        ("eps", eps != PAPER_EPS, "attacks", attacks),
+        ("severities", severities != SEVERITIES, "corruptions", corruptions),
+    ):
+        if changed and not used:
+            raise ValueError(f"{name}: not used without {other}; leave it out, or give {other}")
+    for name, given in (("shifted", shifted), ("ood", ood)):
+        if not isinstance(given, Mapping | None):
+            raise ValueError(f"{name}: expected sets by name, found {type(given).__name__}")
     key = jax.random.key(seed)
     sources = {"images": _source(images, labels, "images")}
     for name, given in (shifted or {}).items():
-        if not isinstance(given, tuple) or len(given) != 2:
+        if not isinstance(given, tuple | list) or len(given) != 2:
             raise ValueError(f"shifted: {name!r}: expected (images, labels)")
         sources[name] = _source(*given, f"shifted {name}")
     strange = {
@@ -84,7 +99,9 @@ def evaluate(
         attacks=made,
         eps=eps,
         with_autoattack=with_autoattack,
-        corruptions=Corruptions(tuple(corruptions), tuple(severities)),
+        corruptions=Corruptions(
+            check_names(corruptions, "corruptions"), check_names(severities, "severities")
+        ),
         features=known,
         batch_size=check_whole(batch_size, "batch_size", 1),
     )
@@ -100,29 +117,37 @@ def evaluate(
 def from_torch(model: Any, *, channels_first: bool = True) -> Partial:
     """A torch module as a `predict` that JAX can differentiate, so that attacks take it.
 
-    The module gets float32 (b, 3, h, w) in [0, 1] (or (b, h, w, 3)) where its parameters lie, in
-    the mode that it is in: call `model.eval()` first. JAX calls it for values, and torch's autograd
+    The module, or a function of tensors, gives logits, or an object that has `logits` as those of
+    transformers do. It gets float32 (b, 3, h, w) in [0, 1] (or (b, h, w, 3)) where its parameters
+    lie, in the mode that it is in: call `model.eval()` first. JAX calls it for values, and torch
     for gradients, so both are the module's own; each call copies the batch. Normalisation belongs
     into the module. The number of classes is asked for with the first batch.
     """
     import torch  # a user's own: the package does not need it
 
     def place(images: np.ndarray) -> "torch.Tensor":
-        first = next(model.parameters(), None)
+        first = next(model.parameters(), None) if hasattr(model, "parameters") else None
         pixels = torch.from_numpy(np.array(images, np.float32))
         pixels = pixels.permute(0, 3, 1, 2) if channels_first else pixels
         return pixels if first is None else pixels.to(first.device)
 
+    def logits_of(pixels: "torch.Tensor") -> "torch.Tensor":
+        found = model(pixels)
+        found = getattr(found, "logits", found)
+        if not isinstance(found, torch.Tensor):
+            raise ValueError(f"predict: the model gives {type(found).__name__}, expected logits")
+        return found.float()
+
     def forward(images) -> np.ndarray:
         with torch.no_grad():
-            return model(place(images)).float().cpu().numpy()
+            return logits_of(place(images)).cpu().numpy()
 
     def backward(images, cotangents) -> np.ndarray:
         with torch.enable_grad():
             pixels = place(images).requires_grad_()
-            logits = model(pixels)
+            logits = logits_of(pixels)
             weights = torch.from_numpy(np.array(cotangents, np.float32)).to(logits.device)
-            (gradient,) = torch.autograd.grad((logits.float() * weights).sum(), pixels)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), pixels)
         gradient = gradient.permute(0, 2, 3, 1) if channels_first else gradient
         return np.ascontiguousarray(gradient.float().cpu().numpy())
 
@@ -183,9 +208,7 @@ def _as_it_is(image: np.ndarray) -> np.ndarray:
 def _attacks(asked: Sequence[str] | Mapping[str, Attack]) -> tuple[dict[str, Attack], bool]:
     if isinstance(asked, Mapping):
         return dict(asked), False
-    if isinstance(asked, str):
-        raise ValueError(f"attacks: expected names in a tuple, found the text {asked!r}")
-    for name in asked:
+    for name in check_names(asked, "attacks"):
         if name not in ATTACKS:
             raise ValueError(f"attacks: {name!r}: expected some of {', '.join(ATTACKS)}")
     made = suite.gradient_attacks()

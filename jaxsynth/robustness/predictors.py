@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from jaxsynth.data.conditions import depth, known_map, partner_file
 from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.robustness.attacks.evaluate import batches
-from jaxsynth.robustness.checks import as_array, check_labels
+from jaxsynth.robustness.checks import as_array, check_function, check_labels
 
 Answers = dict[str, np.ndarray]
 Preprocess = Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray]
@@ -129,8 +129,7 @@ def as_predictor(predict: Callable, image: Float[np.ndarray, "h w 3"]) -> Partia
     """A function of images, as a Partial where JAX can trace it. ValueError where it is none."""
     if isinstance(predict, Partial | HostFunction):
         return predict
-    if not callable(predict):
-        raise ValueError(f"predict: expected a function, found {type(predict).__name__}")
+    check_function(predict)
     try:
         jax.eval_shape(predict, image[None])
     except Exception:

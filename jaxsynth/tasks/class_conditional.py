@@ -13,7 +13,7 @@ base model while the noisy part learns the target.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.documents import checked
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
+from jaxsynth.core.limits import Count, Natural, NotNegative, Range, Share, check_limits
 from jaxsynth.data.conditions import as_bytes, as_fractions
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.diffusion.learned_range import learned_range_loss
@@ -49,18 +50,13 @@ class Retention:
     draws.
     """
 
-    share: float = 0.2
-    weight: float = 0.1
-    power: float = 1.0
-    images: int = 512
+    share: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
+    weight: NotNegative = 0.1
+    power: NotNegative = 1.0
+    images: Count = 512
 
     def __post_init__(self):
-        if not 0 < self.share < 1:
-            raise ValueError(f"retention.share is {self.share}, expected 0 < share < 1")
-        if self.power < 0 or self.images < 1:
-            raise ValueError(
-                f"retention: power {self.power} and images {self.images}, expected at least 0 and 1"
-            )
+        check_limits(self)
 
     def rows(self, batch_size: int) -> int:
         """How many images of a batch are of the base."""
@@ -75,15 +71,13 @@ class AdaptConfig(TrainingConfig):
     None plain training.
     """
 
-    steps: int = 24_000
-    batch_size: int = 256
-    label_dropout: float = 0.1
+    steps: Natural = 24_000
+    batch_size: Count = 256
+    label_dropout: Share = 0.1
     retention: Retention | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"label_dropout: {self.label_dropout}, expected 0 to 1")
         if self.retention is None:
             return
         kept = self.retention.rows(self.batch_size)

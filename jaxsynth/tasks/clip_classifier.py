@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxsynth.adapters.inject import extract, seed_dropout, trainable_variables
 from jaxsynth.adapters.registry import attach
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import BelowOne, Count, Finite, Natural, NotNegative, OneOf, Share
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, EvalTransform, TrainTransform
 from jaxsynth.data.pipeline.batches import (
@@ -42,7 +43,7 @@ from jaxsynth.data.prompts import check_template
 from jaxsynth.models.clip import CLIPModel
 from jaxsynth.models.shapes import is_abstract, transform
 from jaxsynth.training import sharding
-from jaxsynth.training.config import TrainingConfig, aside
+from jaxsynth.training.config import SCHEDULES, TrainingConfig, aside
 from jaxsynth.training.trainer import Streamed, Task, train
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.hf import Clip
@@ -61,23 +62,23 @@ class ClassifyConfig(TrainingConfig):
     it; left open, the rank is 16, the dropout 0.1 and the scale 2, where the kind has them.
     """
 
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
+    rank: Count | None = None
+    alpha: Finite | None = None
+    dropout: BelowOne | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    epochs: int = 50
-    warmup_epochs: int = 3
-    batch_size: int = 64
-    schedule: str = "cosine"
-    min_lr: float = 1e-8
-    weight_decay: float = 1e-4
-    real_weight: float = 0.8
-    real_fraction: float = 0.5
-    mix_probability: float = 0.2
-    label_smoothing: float = 0.0
+    epochs: Natural = 50
+    warmup_epochs: Natural = 3
+    batch_size: Count = 64
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
+    min_lr: NotNegative = 1e-8
+    weight_decay: NotNegative = 1e-4
+    real_weight: Share = 0.8
+    real_fraction: Share = 0.5
+    mix_probability: Share = 0.2
+    label_smoothing: BelowOne = 0.0
     augment: Augment = field(default_factory=Augment)
-    num_workers: int = aside(0)
-    checkpoint_every: int = aside(500)
+    num_workers: Natural = aside(0)
+    checkpoint_every: Count = aside(500)
     adapter: registry.AdapterChoice = field(default_factory=registry.AdapterChoice)
 
     def __post_init__(self):

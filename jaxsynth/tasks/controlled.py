@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.inject import mark_trainable, seed_dropout
 from jaxsynth.adapters.surgery.input_channels import extend_input
+from jaxsynth.core.limits import Count, Natural, NotNegative, Positive, Share
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.losses import diffusion_loss
@@ -107,20 +108,13 @@ class ControlConfig(TrainingConfig):
     must say what the prompt does not. Adapters need a higher rate: 1e-4 to 1e-3.
     """
 
-    steps: int = 10_000
-    batch_size: int = 32
-    learning_rate: float = 1e-5
-    weight_decay: float = 1e-2
-    clip_norm: float = 1.0
-    proportion_empty_prompts: float = 0.5
-    snr_gamma: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise ValueError(
-                f"proportion_empty_prompts: {self.proportion_empty_prompts}, expected 0 to 1"
-            )
+    steps: Natural = 10_000
+    batch_size: Count = 32
+    learning_rate: NotNegative = 1e-5
+    weight_decay: NotNegative = 1e-2
+    clip_norm: NotNegative = 1.0
+    proportion_empty_prompts: Share = 0.5
+    snr_gamma: Positive | None = None
 
 
 @dataclass(frozen=True)

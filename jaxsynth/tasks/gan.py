@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ from jaxtyping import Array, Float, Key, UInt8
 from jaxsynth.adapters.inject import Trainable, mark_trainable, with_values
 from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf
 from jaxsynth.models.clip import CLIPTextModel, CLIPTextTransformer
 from jaxsynth.models.gan.e2gan import E2GAN
 from jaxsynth.models.gan.patchgan import PatchGAN
 from jaxsynth.models.gan.pix2pix import Pix2Pix
 from jaxsynth.training import sharding
-from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.config import OPTIMIZERS, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task, train
 from jaxsynth.weights.tokenizer import Tokenizer
 
@@ -63,23 +64,23 @@ class GANConfig(TrainingConfig):
     is the generator's, `discriminator_rate` the other's peak; both follow the one schedule.
     """
 
-    steps: int = 20_000
-    batch_size: int = 1
-    optimizer: str = "adam"
-    learning_rate: float = 2e-4
-    discriminator_rate: float = 2e-4
-    b1: float = 0.5
+    steps: Natural = 20_000
+    batch_size: Count = 1
+    optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adam"
+    learning_rate: NotNegative = 2e-4
+    discriminator_rate: NotNegative = 2e-4
+    b1: BelowOne = 0.5
     loss: Literal["lsgan", "vanilla"] = "vanilla"
-    l1_weight: float = 100.0
+    l1_weight: NotNegative = 100.0
 
     def __post_init__(self):
         super().__post_init__()
         if self.loss not in LOSSES:
             raise ValueError(f"loss: {self.loss!r}, expected one of {', '.join(LOSSES)}")
-        if self.discriminator_rate < 0 or (self.discriminator_rate and not self.learning_rate):
+        if self.discriminator_rate and not self.learning_rate:
             raise ValueError(
                 f"discriminator_rate: {self.discriminator_rate} with learning_rate "
-                f"{self.learning_rate}, expected at least 0, and a learning_rate above 0 with it"
+                f"{self.learning_rate}, expected a learning_rate above 0 with it"
             )
         if self.remat is not None:
             raise ValueError(f"remat: {self.remat!r}, but an image-to-image GAN keeps everything")

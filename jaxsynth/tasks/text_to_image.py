@@ -9,7 +9,7 @@ and their images, so all classes train in one compiled program around one frozen
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxsynth.adapters.inject import (
     seed_dropout,
     trainable_variables,
 )
+from jaxsynth.core.limits import BelowOne, Count, Finite, Natural, NotNegative, OneOf, Positive
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.data.pipeline.epochs import epoch_rows
@@ -36,7 +37,7 @@ from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
 from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.models.shapes import transform
 from jaxsynth.training import sharding
-from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.config import SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task, train, train_stacked
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -58,18 +59,18 @@ class FinetuneConfig(TrainingConfig):
     scale 1. It goes on `unet_targets` and `text_targets`, unless it has targets of its own.
     """
 
-    epochs: int = 200
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    weight_decay: float = 1e-2
-    clip_norm: float = 1.0
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
+    epochs: Natural = 200
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
+    warmup_steps: Natural = 100
+    weight_decay: NotNegative = 1e-2
+    clip_norm: NotNegative = 1.0
+    rank: Count | None = None
+    alpha: Finite | None = None
+    dropout: BelowOne | None = None
     unet_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-    snr_gamma: float | None = None
-    crops_per_image: int = 4
+    snr_gamma: Positive | None = None
+    crops_per_image: Count = 4
     adapter: registry.AdapterChoice | None = None
 
     def __post_init__(self):

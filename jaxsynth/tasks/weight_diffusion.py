@@ -10,7 +10,7 @@ such factor. All three are here (the schedule's `prediction_type`), as is sampli
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxsynth.adapters.inject import mark_trainable, with_values
+from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf
 from jaxsynth.diffusion.losses import target
 from jaxsynth.diffusion.samplers import Sampler, make_sampler, sample
 from jaxsynth.diffusion.schedules import PREDICTION_TYPES, NoiseSchedule, add_noise, to_x0_eps
 from jaxsynth.models.diffusion.weight_unet import WeightUNet
 from jaxsynth.training import sharding, trainer
-from jaxsynth.training.config import TrainingConfig, aside
+from jaxsynth.training.config import SCHEDULES, TrainingConfig, aside
 from jaxsynth.training.trainer import Resident, Task
 
 
@@ -37,21 +38,19 @@ class WeightTrainConfig(TrainingConfig):
     density of t ** `noise_bias`: one step from noise asks for the last ones alone.
     """
 
-    steps: int = 100_000
-    batch_size: int = 512
-    schedule: str = "cosine"
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    checkpoint_every: int = aside(5000)
+    steps: Natural = 100_000
+    batch_size: Count = 512
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
+    clip_norm: NotNegative = 1.0
+    ema_decay: BelowOne = 0.999
+    checkpoint_every: Count = aside(5000)
     prediction_type: str = "sample"
     beta_schedule: str = "linear"
-    num_train_timesteps: int = 1000
-    noise_bias: float = 0.0
+    num_train_timesteps: Count = 1000
+    noise_bias: NotNegative = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.noise_bias < 0:
-            raise ValueError(f"noise_bias: {self.noise_bias}, expected at least 0")
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type: {self.prediction_type!r}, expected one of {PREDICTION_TYPES}"

@@ -8,6 +8,7 @@ restore. Saving is asynchronous: the state is copied to the host, then written w
 import base64
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Awaitable, Mapping
@@ -29,6 +30,19 @@ from jaxsynth.core.records import differences, to_json
 ocp = getattr(orbax.checkpoint, "v1", orbax.checkpoint)
 
 _WAY_OUT = "remove that folder to go on from an older checkpoint, or from the beginning"
+
+
+class _RaisedAnyway(logging.Filter):
+    """Drops the traceback of a failed save, which Orbax logs in each thread before it raises it.
+
+    A full disk would be a thousand lines, and the one that says so the last of them.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+_RAISED_ANYWAY = _RaisedAnyway()
 
 
 class CheckpointError(UserError):
@@ -58,6 +72,7 @@ class Checkpoints:
         self.every = every
         self._seconds, self._saved = 60 * minutes, time.monotonic()
         self.identity = to_json(identity or {}, "identity")
+        logging.getLogger("absl").addFilter(_RAISED_ANYWAY)
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),

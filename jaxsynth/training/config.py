@@ -8,9 +8,18 @@ means the same everywhere.
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from jaxsynth.models.remat import POLICIES
+from jaxsynth.core.limits import (
+    BelowOne,
+    Count,
+    Natural,
+    NotNegative,
+    OneOf,
+    Positive,
+    check_limits,
+)
+from jaxsynth.models.remat import NAMES
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -58,61 +67,39 @@ class TrainingConfig:
     and an XLA profile of a few early steps (`profile`).
     """
 
-    steps: int = 0
-    epochs: int = 0
-    min_steps: int = 0
-    batch_size: int = 8
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    warmup_epochs: int = 0
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    decay_on: str = "all"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 0.0
+    steps: Natural = 0
+    epochs: Natural = 0
+    min_steps: Natural = 0
+    batch_size: Count = 8
+    optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
+    learning_rate: NotNegative = 1e-4
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "constant"
+    warmup_steps: Natural = 0
+    warmup_epochs: Natural = 0
+    min_lr: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0
+    decay_on: Annotated[str, OneOf(*DECAYED)] = "all"
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999
+    eps: NotNegative = 1e-8
+    clip_norm: NotNegative = 0.0
     rates: Factors = ()
     decays: Factors = ()
-    accumulate: int = 1
-    remat: str | None = None
-    ema_decay: float = 0.0
-    precision: str = "default"
-    steps_per_call: int = 1
-    checkpoint_every: int = aside(1000)
-    checkpoint_minutes: float = aside(10.0)
-    log_every: int = aside(50)
-    evaluate_every: int = aside(0)
-    sample_every: int = aside(0)
+    accumulate: Count = 1
+    remat: Annotated[str | None, OneOf(None, *NAMES)] = None
+    ema_decay: BelowOne = 0.0
+    precision: Annotated[str, OneOf(*PRECISIONS)] = "default"
+    steps_per_call: Count = 1
+    checkpoint_every: Count = aside(1000)
+    checkpoint_minutes: Positive = aside(10.0)
+    log_every: Count = aside(50)
+    evaluate_every: Natural = aside(0)
+    sample_every: Natural = aside(0)
     tensorboard: bool = aside(False)
     profile: bool = aside(False)
 
     def __post_init__(self):
-        for name, allowed in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("decay_on", DECAYED),
-            ("remat", (None, *POLICIES)),
-            ("precision", PRECISIONS),
-        ):
-            if (value := getattr(self, name)) not in allowed:
-                choices = ", ".join(map(str, allowed))
-                raise ValueError(f"{name}: {value!r}, expected one of {choices}")
-        for name in ("batch_size", "accumulate", "steps_per_call", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name in (
-            "steps", "epochs", "min_steps", "warmup_steps", "warmup_epochs", "evaluate_every",
-            "sample_every", "weight_decay", "clip_norm", "min_lr", "learning_rate",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 0")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: {self.ema_decay}, expected 0 <= ema_decay < 1")
-        if self.checkpoint_minutes <= 0:
-            raise ValueError(f"checkpoint_minutes: {self.checkpoint_minutes}, expected above 0")
+        check_limits(self)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size: {self.batch_size} is not divisible by accumulate = {self.accumulate}"

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import Count, Range
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -105,9 +107,9 @@ CLIP: Table = (
 class MeshConfig:
     """Devices along each axis; `data` -1 takes all that are left. It decides no result."""
 
-    data: int = field(default=-1, metadata={"identity": False})
-    fsdp: int = field(default=1, metadata={"identity": False})
-    tensor: int = field(default=1, metadata={"identity": False})
+    data: Annotated[int, Range(-1)] = field(default=-1, metadata={"identity": False})
+    fsdp: Count = field(default=1, metadata={"identity": False})
+    tensor: Count = field(default=1, metadata={"identity": False})
 
     def make(self) -> Mesh | None:
         """The mesh over all devices of all processes; None for one device, which needs none.

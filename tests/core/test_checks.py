@@ -10,24 +10,8 @@ from jaxsynth.data.dataset import DataConfig
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = 0
-    seeds: tuple[int, ...] = (0, 1)
     data: DataConfig = field(default_factory=DataConfig)
     sets: dict = field(default_factory=dict)
-
-
-@pytest.mark.parametrize(
-    ("config", "where"),
-    [
-        (Config(seed=-1), "config.seed: expected 0 or more, found -1"),
-        (Config(seeds=(0, -3)), "config.seeds: expected 0 or more, found -3"),
-        (Config(data=DataConfig(split_seed=-2)), "config.data.split_seed: expected 0 or more"),
-        (Config(sets={"a": DataConfig(split_seed=-2)}), "config.sets.a.split_seed: expected 0"),
-    ],
-)
-def test_negative_seeds_are_named(tmp_path, config, where):
-    with pytest.raises(UsageError, match=where):
-        check_config(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["path", "test_path"])

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def leaves(config, where=""):
     """Dotted name and type of every field, with whether it has a default."""
-    hints = typing.get_type_hints(config)
+    hints = typing.get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
         name, hint = where + field.name, hints[field.name]
         required = field.default is field.default_factory is dataclasses.MISSING
@@ -47,6 +47,17 @@ MISTAKES = (
     ("--config.shot=4", "config.shot: no such field; did you mean shots?"),
     ("--config.finetune.epochs=1.5", "config.finetune.epochs='1.5': expected an integer"),
     ("--config.classify.augment.flip=1", "config.classify.augment.flip: no such field"),
+    ("--config.seeds=0,-1", "config.seeds[1]='-1': expected an integer, 0 or more"),
+    ("--config.seeds=", "config.seeds='': expected a list, each an integer, 0 or more, at least"),
+    ("--config.modes=dest", "config.modes[0]='dest': expected one of dset, cls"),
+    ("--config.generate.batch_size=0", "batch_size='0': expected an integer, 1 or more"),
+    ("--config.finetune.learning_rate=nan", "learning_rate='nan': expected a number, 0 or more"),
+    (
+        "--config.finetune.remat=all",
+        "config.finetune.remat='all': expected one of None, block, dots",
+    ),
+    ("--config.classify.dropout=1", "expected a number, 0 or more and below 1"),
+    ("--config.data.test_fraction=20", "expected a number, above 0 and below 1"),
     ("--config.data.labels.a=1", "config.data.labels=a value of type dict: expected a string"),
     ("--config.data=photos", "config.data: holds several fields, set one of them"),
 )
@@ -68,7 +79,7 @@ def test_fields_and_mistakes_are_told_without_jax(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert done.stdout.count("shots: tuple[int, ...] = (16,)\n    ") == len(commands[:3])
+    assert done.stdout.count("shots: tuple[int 1 or more, ...] = (16,)\n    ") == len(commands[:3])
     assert done.stdout.count("finetune.adapter: registry.AdapterChoice | None = ") == 3
     assert done.stdout.count("generate.sampler: str = ddim\n") == 1
     told = done.stderr.strip().splitlines()

@@ -66,16 +66,36 @@ def test_heic_with_its_package(tmp_path):
         decode_image(tmp_path / "b.heic")
 
 
+def tiff_of_floats():
+    """A TIFF of one pixel with three colors in floating point, which Pillow does not read."""
+    tags = {256: 1, 257: 1, 258: 32, 262: 2, 273: 8, 277: 3, 278: 1, 279: 12, 339: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (
+        b"II*\0"
+        + struct.pack("<I", 20)
+        + bytes(12)
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html>404", "cannot be decoded as an image: it is none of JPEG"),
+        (
+            b"<!DOCTYPE html><html>404",
+            "cannot be decoded as an image: it is a text such as the page",
+        ),
+        (b"PK\3\4", "it is a ZIP archive, none of JPEG"),
+        (b"version https://git-lfs", "a file that git-lfs has not fetched"),
+        (tiff_of_floats(), "it is a TIFF that is damaged, or whose pixels are of a kind"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is none of JPEG"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF", "cannot be decoded as an image"),
         (b"\x00\x00\x01\x00\x01\x00\x10\x10", "it is none of JPEG"),
     ],
-    ids=["empty", "html", "eps", "cut off", "ico"],
+    ids=["empty", "html", "zip", "lfs", "floats", "eps", "cut off", "ico"],
 )
 def test_what_is_no_photo_is_named(tmp_path, content, message):
     path = tmp_path / "a.jpg"
@@ -139,6 +159,22 @@ def test_a_large_scan_is_turned_upright(tmp_path, monkeypatch):
     image = decode_image(tmp_path / "scan.jpg").astype(int)
     assert image.shape == (80, 60, 3)
     assert np.abs(image[40, 10] - COLOR).max() < 12 and np.abs(image[40, 50] - OTHER).max() < 12
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_photos_are_upright_in_every_format(tmp_path, suffix, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    halves = plain(size=(40, 24))
+    halves.paste(OTHER, (0, 0, 40, 12))
+    halves.save(tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    image = decode_image(tmp_path / f"a.{suffix}").astype(int)
+    upright = {1: 0, 3: 2, 6: -1, 8: 1}[turn]
+    wanted = np.rot90(np.asarray(halves), upright).astype(int)
+    assert image.shape == wanted.shape
+    assert np.abs(image[2, 2] - wanted[2, 2]).max() < 16
+    assert np.abs(image[-3, -3] - wanted[-3, -3]).max() < 16
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ LABELS = ((IMAGES.mean((1, 2)) - 0.5) @ KERNEL).argmax(1)
 LABELS[:3] = (LABELS[:3] + 1) % 4
 STRANGE = RNG.random((8, 16, 16, 3)).astype(np.float32)
 SETTINGS = {"resamples": 100, "batch_size": 8}
+FOG = {"corruptions": ("fog",)}
 
 
 def in_jax(pixels):
@@ -78,7 +80,12 @@ def test_attacks_take_jax_and_torch_modules_and_refuse_the_rest_by_name():
         for f in (in_jax, predict)
     )
     assert one == other
-    with pytest.raises(ValueError, match=r"predict: JAX cannot trace it .* follow its gradient"):
+    # A function of tensors, and a model whose output holds logits, as those of transformers.
+    for model in (lambda x: Net()(x), lambda x: SimpleNamespace(logits=Net()(x))):
+        np.testing.assert_array_equal(from_torch(model)(images), predict(images))
+    with pytest.raises(ValueError, match="the model gives dict, expected logits"):
+        evaluate(from_torch(lambda x: {"a": Net()(x)}), images, labels, **SETTINGS)
+    with pytest.raises(ValueError, match=r"predict: JAX cannot trace it .* by .*from_torch"):
         evaluate(in_numpy, images, labels, attacks=("FGSM",), **SETTINGS)
 
 
@@ -102,10 +109,17 @@ def test_feature_scores_need_features_of_training_images():
         ({"labels": LABELS + 4}, "labels of clean: 24 of 24 outside 0 to 3"),
         ({"predict": 3}, "predict: expected a function, found int"),
         ({"predict": lambda x: x}, r"predict: expected logits \(8, classes\)"),
-        ({"attacks": "PGD"}, "attacks: expected names in a tuple, found the text 'PGD'"),
+        ({"predict": Net()}, r"predict: Net is a torch module, which .*from_torch"),
+        ({"attacks": "PGD"}, "attacks: expected several in a tuple, found 'PGD' alone"),
+        ({"corruptions": "fog"}, "corruptions: expected several in a tuple, found 'fog' alone"),
+        ({**FOG, "severities": 3}, "severities: expected several in a tuple, found 3 alone"),
+        ({"ood": IMAGES}, "ood: expected sets by name, found ndarray"),
+        ({"eps": 8 / 255}, "eps: not used without attacks; leave it out, or give attacks"),
+        ({"severities": (2,)}, "severities: not used without corruptions"),
+        ({"seed": 2**64}, "seed: expected a whole number, 0 to 9223372036854775807"),
         ({"attacks": ("DeepFool",)}, "attacks: 'DeepFool': expected some of FGSM, PGD"),
         ({"corruptions": ("hail",)}, "names: 'hail': expected all"),
-        ({"severities": (1.5,)}, "severities: expected a whole number, 1 to 5, found 1.5"),
+        ({**FOG, "severities": (1.5,)}, "severities: expected a whole number, 1 to 5, found 1.5"),
         ({"seed": 0.5}, "seed: expected a whole number"),
         ({"shifted": {"A": IMAGES}}, r"shifted: 'A': expected \(images, labels\)"),
         ({"attacks": ("PGD",), "eps": 8}, "eps: 8 is more than images"),

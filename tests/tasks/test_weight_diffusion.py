@@ -270,7 +270,7 @@ def test_the_plan_is_of_the_program_that_runs():
     [
         ({"batch_size": 0}, "batch_size: 0"),
         ({"steps": 7, "steps_per_call": 2}, "steps: 7 is not divisible by steps_per_call = 2"),
-        ({"noise_bias": -1.0}, "noise_bias: -1.0, expected at least 0"),
+        ({"noise_bias": -1.0}, "noise_bias: -1.0, expected 0 or more"),
         ({"remat": "block"}, "remat: 'block', but"),
         ({"prediction_type": "x0"}, "prediction_type: 'x0', expected one of"),
     ],

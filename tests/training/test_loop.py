@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -308,3 +309,16 @@ def test_only_the_newest_checkpoints_stay(tmp_path, key):
     with Checkpoints(tmp_path / "c", every=1, keep=2) as checkpoint:
         _fit(_state(key), Rows(), 5, checkpoint=checkpoint)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["4", "5"]
+
+
+def test_a_save_that_fails_is_raised_once_and_not_logged_by_every_thread(tmp_path, caplog):
+    noise = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoint = Checkpoints(tmp_path / "c", every=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ValueError, match="File too large"), checkpoint:
+            checkpoint.save(1, {"noise": jnp.asarray(noise)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [record for record in caplog.records if record.exc_info]

@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from jaxsynth.core.limits import Natural, Range, Share, check_limits
 from jaxsynth.data.decode import center_crop, resize_short
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,29 +42,22 @@ class Augment:
         relative_blur scales it to the width at hand, as small images need.
     """
 
-    randaugment_ops: int = 2
-    magnitude: int = 9
+    randaugment_ops: Natural = 2
+    magnitude: Annotated[int, Range(0, MAX_MAGNITUDE)] = 9
     crop: bool = True
     crop_scale: tuple[float, float] = (0.25, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_p: float = 0.5
-    jitter_p: float = 0.8
+    flip_p: Share = 0.5
+    jitter_p: Share = 0.8
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    gray_p: float = 0.2
-    blur_p: float = 0.2
+    gray_p: Share = 0.2
+    blur_p: Share = 0.2
     blur_radius: tuple[float, float] = (0.1, 2.0)
     relative_blur: bool = False
-    solarize_p: float = 0.2
+    solarize_p: Share = 0.2
 
     def __post_init__(self):
-        for name in ("flip_p", "jitter_p", "gray_p", "blur_p", "solarize_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
-        if self.randaugment_ops < 0 or not 0 <= self.magnitude <= MAX_MAGNITUDE:
-            raise ValueError(
-                f"randaugment_ops {self.randaugment_ops}, magnitude {self.magnitude}: expected "
-                f"0 or more and 0 to {MAX_MAGNITUDE}"
-            )
+        check_limits(self)
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale: expected 0 < low <= high <= 1, found {self.crop_scale}")
 

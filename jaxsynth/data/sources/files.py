@@ -28,10 +28,12 @@ from jaxsynth.data.decode import (
 )
 
 # Left by Windows, macOS, Synology and the like; names that begin with a dot are hidden anyway.
-RUBBISH = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle",
-           "$recycle.bin", "system volume information", "lost+found", "__pycache__")  # fmt: skip
-# Texts that describe an image lie beside it under its name.
-CAPTIONS = (".txt", ".caption", ".json", ".xml", ".xmp", ".aae", ".npz")
+RUBBISH = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir",
+           "#recycle", "$recycle.bin", "system volume information", "lost+found",
+           "__pycache__")  # fmt: skip
+# Texts that describe an image lie beside it under its name, and so do the seconds of film that
+# telephones keep with a photo.
+CAPTIONS = (".txt", ".caption", ".json", ".xml", ".xmp", ".aae", ".npz", ".mov")
 # To find broken files early so many bytes of them are decoded, or so many headers read.
 DECODED_BYTES = 2**28
 HEADERS = 20_000

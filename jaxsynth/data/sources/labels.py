@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jaxsynth.core.documents import parse_json, read_text
@@ -57,26 +57,28 @@ def read_table(path: Path, root: Path) -> tuple[dict[str, str], dict[str, str]]:
     images = sorted(p.relative_to(root) for p in root.rglob("*") if is_image(p))
     hidden = [p for p in images if any(part.startswith(".") for part in p.parts)]
     files = nearest_stems(p.as_posix() for p in images if p not in hidden)
-    columns = list(rows[0][1])
-    file_column = _file_column(path, rows, files, columns)
+    find = _finder(files, root)
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    file_column = _file_column(path, rows, find, columns)
     class_column = _class_column(path, columns, file_column)
     split_column = next((c for c in columns if c.lower() in SPLIT_COLUMNS), "")
     found: dict[str, str] = {}
     splits: dict[str, str] = {}
     for number, row in rows:
         name, label = row.get(file_column, ""), row.get(class_column, "")
-        if name not in files:
+        file = find(name)
+        if not file:
             raise SourceError(f"{path}, line {number}: no image {shown(name)} in {root}")
         if not label:
             raise SourceError(f"{path}, line {number}: {shown(name)} has no {class_column}")
-        if found.setdefault(files[name], label) != label:
+        if found.setdefault(file, label) != label:
             raise SourceError(
                 f"{path}, line {number}: {shown(name)} is {shown(label)} here and "
-                f"{shown(found[files[name]])} in a row above"
+                f"{shown(found[file])} in a row above"
             )
         if split_column:
-            splits[files[name]] = split_kind(row.get(split_column, ""))
-            if not splits[files[name]]:
+            splits[file] = split_kind(row.get(split_column, ""))
+            if not splits[file]:
                 raise SourceError(
                     f"{path}, line {number}: {split_column} is {shown(row.get(split_column, ''))}, "
                     "expected train, test or validation; rename the column if it is no split"
@@ -110,7 +112,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 row = parse_json(line, f"{path}, line {number}")
-                yield number, {str(k): str(v) for k, v in row.items() if isinstance(v, str | int)}
+                yield number, {str(k): _cell(v) for k, v in row.items() if _is_cell(v)}
         return
     first = lines[0] if lines else ""
     delimiter = next((sign for sign in ("\t", ";") if sign in first and "," not in first), ",")
@@ -128,13 +130,46 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         yield number, {key: cell.strip() for key, cell in zip(heading, cells, strict=False)}
 
 
+def _is_cell(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _cell(value: object) -> str:
+    """A value of JSON as a table without types has it."""
+    return "" if value is None else str(value)
+
+
+def _finder(files: Mapping[str, str], root: Path) -> Callable[[str], str]:
+    """A function from a cell to the image that it names, "" where it names none.
+
+    Other systems write folders with backslashes, and do not tell upper case from lower; programs
+    write whole paths, and "./" before those that are not.
+    """
+    start = f"{root.absolute().as_posix()}/"
+    folded: dict[str, str] = {}
+    for name, file in files.items():
+        same = folded.setdefault(name.casefold(), file)
+        if same != file:
+            folded[name.casefold()] = ""
+
+    def find(cell: str) -> str:
+        if cell in files:
+            return files[cell]
+        path = cell.replace("\\", "/").removeprefix(start)
+        while path.startswith("./"):
+            path = path.removeprefix("./")
+        return files.get(path) or folded.get(path.casefold(), "")
+
+    return find
+
+
 def _file_column(
     path: Path,
     rows: list[tuple[int, dict[str, str]]],
-    files: dict[str, str],
+    find: Callable[[str], str],
     columns: list[str],
 ) -> str:
-    counts = {key: sum(row.get(key) in files for _, row in rows) for key in columns}
+    counts = {key: sum(bool(find(row.get(key, ""))) for _, row in rows) for key in columns}
     best = max(columns, key=counts.__getitem__)
     if not counts[best]:
         raise SourceError(

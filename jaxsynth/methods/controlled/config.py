@@ -1,8 +1,10 @@
 """The configuration of a comparison of ways to follow conditions (`methods.controlled.run`)."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
+from jaxsynth.core.limits import Count, Natural, OneOf, Some, check_limits
 from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -27,34 +29,32 @@ class Config:
     method: str = "controlled"
     base: str = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
-    kind: str = "edges"
+    kind: Annotated[str, OneOf(*CHANNELS)] = "edges"
     condition_folder: str = ""
-    ways: tuple[str, ...] = tuple(name for name in WAYS if name != CHOSEN)
+    ways: Annotated[tuple[str, ...], Some()] = tuple(name for name in WAYS if name != CHOSEN)
     adapter: AdapterChoice | None = None
-    rank: int = 8
+    rank: Count = 8
     train: ControlConfig = field(default_factory=ControlConfig)
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    error_repeats: int = 8
-    images: int = 64
+    seeds: Annotated[tuple[Natural, ...], Some()] = (0, 1, 2)
+    error_repeats: Count = 8
+    images: Count = 64
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        check_limits(self)
         if self.adapter is not None:
             others = tuple(name for name in self.ways if name != CHOSEN)
             object.__setattr__(self, "ways", (*others, CHOSEN))
         elif CHOSEN in self.ways:
             raise ValueError(f"ways: {CHOSEN!r} is what `adapter` chooses, and it is not set")
         for name, values, known in (
-            ("kind", (self.kind,), CHANNELS),
             ("ways", self.ways, WAYS),
             ("rates", self.rates, (*WAYS, "adapter")),
         ):
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"{name}: {unknown[0]!r}, expected some of {', '.join(known)}")
-        if not self.ways or not self.seeds or self.images < 1:
-            raise ValueError("ways, seeds and images: expected at least one of each")
         for way in self.ways:
             if not self.rates_of(way):
                 raise ValueError(f"rates: none for {way!r}")

@@ -2,8 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
+from jaxsynth.core.limits import BelowOne, Count, Natural, OneOf, Some, check_limits
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
@@ -29,13 +31,13 @@ class Config:
     method: str = "datadream"
     base: str = "tiny"
     clip: str = "tiny/clip"
-    dtype: str = "float32"
+    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
-    shots: tuple[int, ...] = (16,)
-    modes: tuple[str, ...] = ("dset",)
-    seeds: tuple[int, ...] = (0,)
-    validation_fraction: float = 0.0
-    classes_at_once: int = 0
+    shots: Annotated[tuple[Count, ...], Some()] = (16,)
+    modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Some()] = ("dset",)
+    seeds: Annotated[tuple[Natural, ...], Some()] = (0,)
+    validation_fraction: BelowOne = 0.0
+    classes_at_once: Natural = 0
     adapter: AdapterChoice | None = None
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -43,13 +45,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        for name in ("shots", "modes", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: expected at least one value")
-        if unknown := set(self.modes) - set(MODES):
-            raise ValueError(f"modes: {sorted(unknown)}, expected some of {MODES}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype: {self.dtype!r}, expected float32 or bfloat16")
+        check_limits(self)
         if self.adapter is not None and self.finetune.adapter not in (None, self.adapter):
             raise ValueError(
                 "adapter and finetune.adapter are both given, and are one setting; give one"

@@ -1,8 +1,10 @@
 """The configuration of a DiffScaler run (`methods.diffscaler.run`)."""
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
+from jaxsynth.core.limits import Count, Natural, OneOf, Some, check_limits
 from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -18,13 +20,14 @@ from jaxsynth.training.sharding import MeshConfig
 class PretrainConfig:
     """The base that the run trains itself, where `base` names none: a small DiT."""
 
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    patch_size: int = 2
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    patch_size: Count = 2
     train: AdaptConfig = field(default_factory=AdaptConfig)
 
     def __post_init__(self):
+        check_limits(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.train.retention is not None:
@@ -73,7 +76,7 @@ class Config:
     method: str = "diffscaler"
     base: str = ""
     vae: str = "tiny"
-    dtype: str = "float32"
+    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     base_data: dict[str, DataConfig] = field(default_factory=dict)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     data: dict[str, DataConfig] = field(default_factory=dict)
@@ -81,14 +84,14 @@ class Config:
     study: tuple[str, ...] = ()
     recipes: tuple[str, ...] = tuple(name for name in RECIPES if name != CHOSEN)
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    rank: int = 8
-    lora_rank: int = 9
+    rank: Count = 8
+    lora_rank: Count = 9
     train: AdaptConfig = field(default_factory=AdaptConfig)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    error_repeats: int = 8
+    seeds: Annotated[tuple[Natural, ...], Some()] = (0, 1, 2)
+    error_repeats: Count = 8
     adapter: AdapterChoice | None = None
     sets_recipe: str = "affiner_all"
-    sets_steps: int = 0
+    sets_steps: Natural = 0
     together: bool = True
     draw: tuple[str, ...] = ("full",)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -99,6 +102,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        check_limits(self)
         if self.adapter is not None:
             others = tuple(name for name in self.recipes if name != CHOSEN)
             object.__setattr__(self, "recipes", (*others, CHOSEN))
@@ -115,12 +119,11 @@ class Config:
             ("conditions", self.conditions, self.data),
             ("conditions", [k for kinds in self.conditions.values() for k in kinds], CHANNELS),
             ("condition_folders", self.condition_folders, WITH_PARTNER),
-            ("dtype", (self.dtype,), ("float32", "bfloat16")),
         ):
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"{name}: {unknown[0]!r}, expected some of {', '.join(known)}")
-        if not self.base_data or not self.seeds:
-            raise ValueError("base_data and seeds: expected at least one of each")
+        if not self.base_data:
+            raise ValueError("base_data: expected at least one")
         if "base" in self.data:
             raise ValueError("data: 'base' is what the run's folders call the base's own data")
         if self.base and not self.data:

@@ -1,10 +1,11 @@
 """What a robustness run is told: models, sets, attacks and corruptions."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from jaxsynth.core.limits import Count, Natural, OneOf, Share, check_limits
 from jaxsynth.methods.robustness.sets import SetsConfig
 from jaxsynth.robustness import bias_sets
-from jaxsynth.robustness.checks import check_eps
 from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
 from jaxsynth.training.sharding import MeshConfig
@@ -61,27 +62,26 @@ class Config:
 
     method: str = "robustness"
     models: dict[str, ModelConfig] = field(default_factory=dict)
-    mode: str = "corrected"
+    mode: Annotated[str, OneOf("corrected", "paper")] = "corrected"
     sets: SetsConfig = field(default_factory=SetsConfig)
     corruptions: Corruptions = field(default_factory=Corruptions)
     baseline: str = ""
     template: str = "a photo of a {}"
-    image_size: int = 32
-    per_class: int = 24
-    train_per_class: int = 64
-    eps: float = 1 / 255
+    image_size: Count = 32
+    per_class: Count = 24
+    train_per_class: Count = 64
+    eps: Share = 1 / 255
     autoattack: bool = False
-    batch_size: int = field(default=64, metadata={"identity": False})
-    resamples: int = 2000
-    seed: int = 0
+    batch_size: Count = field(default=64, metadata={"identity": False})
+    resamples: Count = 2000
+    seed: Natural = 0
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        check_limits(self)
         if not self.models:
             raise ValueError("models: expected at least one")
-        if self.mode not in ("corrected", "paper"):
-            raise ValueError(f"mode: expected 'corrected' or 'paper', found {self.mode!r}")
         if self.baseline not in ("", "alexnet", *self.models):
             raise ValueError(
                 f"baseline: expected alexnet or one of {list(self.models)}, found {self.baseline!r}"
@@ -94,7 +94,3 @@ class Config:
                     f"models.{name}.train_on: trains on drawn shapes, but sets.clean is "
                     f"{self.sets.clean.source}"
                 )
-        # The sets' images are in [0, 1], whatever their size.
-        check_eps(self.eps, "linf", ())
-        if self.per_class < 1 or self.train_per_class < 1:
-            raise ValueError("per_class and train_per_class: expected 1 or more")

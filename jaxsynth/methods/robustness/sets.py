@@ -8,9 +8,11 @@ are the clean set's own.
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from jaxsynth.core.limits import Natural, OneOf, check_limits
 from jaxsynth.data import robustness_sets as published
 from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
 from jaxsynth.data.load import load_dataset
@@ -39,7 +41,7 @@ class SetConfig:
     evenly spread; 0 takes all.
     """
 
-    source: str = ""
+    source: Annotated[str, OneOf(*SOURCES)] = ""
     path: str = ""
     name: str = ""
     split: str = "test"
@@ -48,11 +50,10 @@ class SetConfig:
     depth: str = ""
     class_map: str = ""
     kinds: tuple[str, ...] = ()
-    count: int = 0
+    count: Natural = 0
 
     def __post_init__(self):
-        if self.source not in SOURCES:
-            raise ValueError(f"source: expected one of {SOURCES}, found {self.source!r}")
+        check_limits(self)
         if self.path and not self.source:
             raise ValueError("source: there is a path; expected folder, tfds or cifar10")
         if self.source in ("", "drawn"):

@@ -5,9 +5,11 @@ on one CPU core. Configurations are those of the Hugging Face folders.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf, Positive, Share, Some
 from jaxsynth.data.dataset import DataConfig
-from jaxsynth.training.config import TrainingConfig, aside
+from jaxsynth.training.config import SCHEDULES, TrainingConfig, aside
 from jaxsynth.training.sharding import MeshConfig
 
 PHOTO_TEMPLATES = ("a photo of a {}", "a photo of a {}", "a small photo of a {}", "a {}")
@@ -21,24 +23,24 @@ class CorpusConfig:
     """What the base sees: photos of `photos.class_names` only, printed digits, shapes."""
 
     photos: DataConfig = field(default_factory=DataConfig)
-    digits: int = 30_000
-    shapes: int = 10_000
-    image_size: int = 32
+    digits: Natural = 30_000
+    shapes: Natural = 10_000
+    image_size: Count = 32
 
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainingConfig):
     """How one network is trained from scratch."""
 
-    steps: int = 10_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup_steps: int = 500
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    log_every: int = aside(100)
+    steps: Natural = 10_000
+    batch_size: Count = 64
+    learning_rate: NotNegative = 1e-3
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
+    warmup_steps: Natural = 500
+    weight_decay: NotNegative = 0.01
+    clip_norm: NotNegative = 1.0
+    ema_decay: BelowOne = 0.999
+    log_every: Count = aside(100)
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,24 @@ class Config:
     """Everything that decides the shipped weights."""
 
     method: str = "tiny_base"
-    seed: int = 0
+    seed: Natural = 0
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    vocab_size: int = 1024
-    max_length: int = 16
-    width: int = 128
-    vision_layers: int = 6
-    text_layers: int = 3
-    patch_size: int = 8
+    vocab_size: Count = 1024
+    max_length: Count = 16
+    width: Count = 128
+    vision_layers: Count = 6
+    text_layers: Count = 3
+    patch_size: Count = 8
     clip: PretrainConfig = field(default_factory=PretrainConfig)
-    vae_channels: tuple[int, ...] = (16, 32, 64)
-    latent_channels: int = 4
-    kl_weight: float = 1e-3
+    vae_channels: Annotated[tuple[Count, ...], Some()] = (16, 32, 64)
+    latent_channels: Count = 4
+    kl_weight: NotNegative = 1e-3
     vae: PretrainConfig = field(default_factory=PretrainConfig)
-    unet_channels: tuple[int, ...] = (64, 128)
-    unet_heads: int = 4
+    unet_channels: Annotated[tuple[Count, ...], Some()] = (64, 128)
+    unet_heads: Count = 4
     unet: PretrainConfig = field(default_factory=PretrainConfig)
-    caption_dropout: float = 0.1
-    snr_gamma: float = 5.0
+    caption_dropout: Share = 0.1
+    snr_gamma: Positive = 5.0
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 

@@ -1,9 +1,10 @@
 """What a run of generated weights is told: concepts, editors, LoRAs, generators."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.core.limits import Count, Natural, NotNegative, Range, Some, check_limits
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.procedural.concepts import (
     COLOURS,
@@ -32,22 +33,20 @@ class ConceptConfig:
     source: Literal["builtin", "file", "server"] = "builtin"
     families: tuple[str, ...] = FAMILIES
     colours: tuple[str, ...] = COLOURS
-    combinations: int = 0
+    combinations: Natural = 0
     path: str = ""
     url: str = ""
     model: str = ""
-    train: int = 96
-    validation: int = 8
-    unseen: int = 16
-    base: int = 8
+    train: Count = 96
+    validation: Annotated[int, Range(2)] = 8
+    unseen: Annotated[int, Range(2)] = 16
+    base: Count = 8
 
     def __post_init__(self):
+        check_limits(self)
         check_families(self.families)
-        if not 1 <= self.base <= self.train or min(self.validation, self.unseen) < 2:
-            raise ValueError(
-                f"concepts: base {self.base}, train {self.train}, validation {self.validation}, "
-                f"unseen {self.unseen}; expected 1 <= base <= train and at least 2 of the others"
-            )
+        if self.base > self.train:
+            raise ValueError(f"concepts: base {self.base} of train {self.train} concepts")
         uses = {"builtin": (), "file": ("path",), "server": ("url", "model")}[self.source]
         for name in ("path", "url", "model"):
             if bool(value := getattr(self, name)) != (name in uses):
@@ -79,7 +78,7 @@ class Variant:
     concept's; `adapters.blocks.canonical`)."""
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    t: int = -1
+    t: Annotated[int, Range(-1)] = -1
     canonical: Literal["none", "svd", "aligned"] = "none"
 
 
@@ -100,32 +99,26 @@ class Config:
     method: str = "weightgen"
     text: str = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
-    photos: int = 256
-    held_out: int = 32
+    photos: Count = 256
+    held_out: Count = 32
     concepts: ConceptConfig = field(default_factory=ConceptConfig)
     edits: EditsConfig = field(default_factory=EditsConfig)
     editor: EditorConfig = field(default_factory=EditorConfig)
-    rank: int = 4
-    checkpoints: int = 4
-    block: int = 256
+    rank: Count = 4
+    checkpoints: Count = 4
+    block: Count = 256
     generators: dict[str, Variant] = field(default_factory=dict)
-    few_steps: int = 4
-    ablation_at: tuple[int, ...] = (0, 5, 20)
-    noise: float = 0.3
-    seeds: tuple[int, ...] = (0,)
+    few_steps: Annotated[int, Range(2)] = 4
+    ablation_at: Annotated[tuple[Natural, ...], Some()] = (0, 5, 20)
+    noise: NotNegative = 0.3
+    seeds: Annotated[tuple[Natural, ...], Some()] = (0,)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    memory: float = 0.0
+    memory: NotNegative = 0.0
 
     def __post_init__(self):
-        if not self.generators or not self.seeds or not self.ablation_at:
-            raise ValueError("generators, seeds and ablation_at: expected at least one of each")
-        if self.checkpoints < 1 or self.few_steps < 2:
-            raise ValueError(
-                f"checkpoints {self.checkpoints} and few_steps {self.few_steps}, expected at least "
-                "1 and 2"
-            )
-        if self.memory < 0:
-            raise ValueError(f"memory is {self.memory}, expected GiB of a device, or 0")
+        check_limits(self)
+        if not self.generators:
+            raise ValueError("generators: expected at least one")
         if self.editor.pairs > self.photos:
             raise ValueError(f"editor.pairs is {self.editor.pairs} of {self.photos} photos")
         for name, variant in self.generators.items():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from jaxsynth.adapters.inject import (
     trainable_variables,
 )
 from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.core.limits import Count, Finite, Natural, Some, check_limits
 from jaxsynth.data.procedural.concepts import Concept
 from jaxsynth.methods.weightgen.baselines import word_counts, words
 from jaxsynth.methods.weightgen.edits import Edits
@@ -76,19 +77,20 @@ class EditorConfig:
     together: GANConfig = field(default_factory=GANConfig)
     tune: GANConfig = field(default_factory=GANConfig)
     scratch: GANConfig = field(default_factory=GANConfig)
-    every: int = 50
-    group: int = 0
+    every: Count = 50
+    group: Natural = 0
     share: Literal["none", "words"] = "none"
-    own: float = 0.3
+    own: Finite = 0.3
     train_down: bool = True
-    pairs: int = 0
-    tune_at: tuple[int, ...] = (0, 5, 10, 20, 50, 100, 200)
-    scratch_at: tuple[int, ...] = (0, 100, 400)
+    pairs: Natural = 0
+    tune_at: Annotated[tuple[Natural, ...], Some()] = (0, 5, 10, 20, 50, 100, 200)
+    scratch_at: Annotated[tuple[Natural, ...], Some()] = (0, 100, 400)
 
     def __post_init__(self):
+        check_limits(self)
         for name in ("tune_at", "scratch_at"):
             steps = getattr(self, name)
-            if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0:
+            if list(steps) != sorted(set(steps)):
                 raise ValueError(f"{name} is {steps}, expected rising numbers of steps")
         if self.share not in SHARED:
             raise ValueError(f"share is {self.share!r}, expected one of {', '.join(SHARED)}")

@@ -26,6 +26,7 @@ from jaxsynth.core.config import to_dataclass
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
+from jaxsynth.core.limits import NotNegative, check_limits
 from jaxsynth.methods.weightgen.baselines import (
     Ridge,
     choose_features,
@@ -68,9 +69,10 @@ class GeneratorConfig:
     train: WeightTrainConfig = field(default_factory=WeightTrainConfig)
     per: Per = "group"
     residual: Prior = "none"
-    guard: float = 2.0
+    guard: NotNegative = 2.0
 
     def __post_init__(self):
+        check_limits(self)
         for name, value, known in (("per", self.per, PER), ("residual", self.residual, PRIORS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")

@@ -13,13 +13,14 @@ convolutions and attention alone would treat all places alike.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxsynth.core.limits import Count, Some
 from jaxsynth.models import fields, layers
 from jaxsynth.models.diffusion.transformer2d import Transformer2DModel
 from jaxsynth.ops.backend import backend
@@ -29,13 +30,13 @@ from jaxsynth.ops.backend import backend
 class WeightUNetConfig:
     """`sample_size` is the number of values in a block; `cross_attention_dim` is the text's."""
 
-    sample_size: int = 256
-    patch_size: int = 1
-    block_out_channels: tuple[int, ...] = (128, 256, 512)
-    attention_head_dim: int = 64
-    transformer_layers_per_block: int = 1
-    cross_attention_dim: int = 768
-    norm_num_groups: int = 32
+    sample_size: Count = 256
+    patch_size: Count = 1
+    block_out_channels: Annotated[tuple[Count, ...], Some()] = (128, 256, 512)
+    attention_head_dim: Count = 64
+    transformer_layers_per_block: Count = 1
+    cross_attention_dim: Count = 768
+    norm_num_groups: Count = 32
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))

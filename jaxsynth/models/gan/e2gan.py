@@ -17,13 +17,14 @@ one.
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxsynth.core.limits import Count, Some
 from jaxsynth.models import fields, layers
 from jaxsynth.models.diffusion.blocks import enlarge
 from jaxsynth.models.diffusion.transformer2d import BasicTransformerBlock
@@ -39,12 +40,12 @@ class E2GANConfig:
     `cross_attention_dim` is the width of the text's states.
     """
 
-    widths: tuple[int, ...] = (64, 128, 256)
-    kernel_size: int = 7
-    num_attention_heads: int = 8
-    cross_attention_dim: int = 768
-    in_channels: int = 3
-    out_channels: int = 3
+    widths: Annotated[tuple[Count, ...], Some()] = (64, 128, 256)
+    kernel_size: Count = 7
+    num_attention_heads: Count = 8
+    cross_attention_dim: Count = 768
+    in_channels: Count = 3
+    out_channels: Count = 3
 
     def __post_init__(self):
         object.__setattr__(self, "widths", tuple(self.widths))

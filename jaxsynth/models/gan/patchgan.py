@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxsynth.core.limits import Count, Natural
 from jaxsynth.models import fields, layers
 from jaxsynth.models.norms import OVER, ChannelNorm, Over
 
@@ -34,11 +35,11 @@ class PatchGANConfig:
     up to eight times that. `in_channels` are those of the pair. `text_dim` 0 takes no text.
     """
 
-    in_channels: int = 6
-    ndf: int = 64
-    n_layers: int = 3
+    in_channels: Count = 6
+    ndf: Count = 64
+    n_layers: Count = 3
     norm: Over = "batch"
-    text_dim: int = 0
+    text_dim: Natural = 0
 
     def __post_init__(self):
         for name in ("in_channels", "ndf", "n_layers"):

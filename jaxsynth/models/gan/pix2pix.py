@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxsynth.core.limits import BelowOne, Count
 from jaxsynth.models import fields, layers
 from jaxsynth.models.gan.patchgan import INIT, SLOPE
 from jaxsynth.models.norms import OVER, ChannelNorm, Over
@@ -31,12 +32,12 @@ class Pix2PixConfig:
     call has a key.
     """
 
-    num_downs: int = 8
-    ngf: int = 64
+    num_downs: Count = 8
+    ngf: Count = 64
     norm: Over = "batch"
-    dropout: float = 0.5
-    in_channels: int = 3
-    out_channels: int = 3
+    dropout: BelowOne = 0.5
+    in_channels: Count = 3
+    out_channels: Count = 3
 
     def __post_init__(self):
         if self.num_downs < 2:

@@ -23,7 +23,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxsynth.robustness.checks import check_eps, check_images, check_key, check_labels
+from jaxsynth.robustness.checks import (
+    check_eps,
+    check_function,
+    check_images,
+    check_key,
+    check_labels,
+)
 
 Images = Float[Array, "n h w c"]
 Labels = Int[Array, " n"]
@@ -61,8 +67,7 @@ def check_predict(predict: Predict, images: Images) -> tuple[Partial, int]:
 
     ValueError where it is no function of JAX's, or gives no logits (n, classes).
     """
-    if not callable(predict):
-        raise ValueError(f"predict: expected a function, found {type(predict).__name__}")
+    check_function(predict)
     predict = predict if isinstance(predict, Partial) else Partial(predict)
     try:
         found = jax.eval_shape(predict, images)
@@ -70,7 +75,8 @@ def check_predict(predict: Predict, images: Images) -> tuple[Partial, int]:
         raise ValueError(
             f"predict: JAX cannot trace it ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}): attacks follow its gradient, so it must be made "
-            "of JAX operations; corruptions, calibration and OOD scores take any function"
+            "of JAX operations (of a torch module by jaxsynth.robustness.from_torch); corruptions, "
+            "calibration and OOD scores take any function"
         ) from error
     shape = getattr(found, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != len(images) or shape[1] < 2:

@@ -11,12 +11,14 @@ corruptions nor the batch changes a picture.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jaxsynth.core.limits import Range, Some
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.robustness.attacks.evaluate import batches
 from jaxsynth.robustness.checks import check_whole
@@ -48,6 +50,9 @@ _NAMES = (*_ALL, *CODEC_CORRUPTIONS)
 DEEP = (*CORRUPTIONS_3D, *CODEC_CORRUPTIONS)
 
 
+Severity = Annotated[int, Range(SEVERITIES[0], SEVERITIES[-1])]
+
+
 @dataclass(frozen=True)
 class Corruptions:
     """Corruptions to make of the clean images: names or `GROUPS`, or "all" but the "codecs", which
@@ -57,7 +62,7 @@ class Corruptions:
     """
 
     names: tuple[str, ...] = ()
-    severities: tuple[int, ...] = SEVERITIES
+    severities: Annotated[tuple[Severity, ...], Some()] = SEVERITIES
     released: bool = False
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ from jaxsynth.data.dataset import DataConfig, SourceError
 from jaxsynth.data.export import KINDS, export
 from jaxsynth.data.load import ALWAYS, READ, load_dataset, source_of
 from jaxsynth.data.prompts import prompts
+from jaxsynth.data.sources.folder import _part
 from jaxsynth.data.store import Entry, ImageStore, StoreWriter
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
@@ -91,6 +92,7 @@ RUBBISH = [
     "Thumbs.db", "robin/Thumbs.db", "desktop.ini", "wren/Desktop.ini", ".DS_Store", "robin/._0.png",
     "__MACOSX/robin/._0.png", "robin/@eaDir/0.png", ".ipynb_checkpoints/0.png", "robin/0.txt",
     "robin/0.caption", "wren/1.png.json", "README.md", "LICENSE", "classes.txt", "notes.csv",
+    "robin/0.MOV", "wren/Picasa.ini",
 ]  # fmt: skip
 
 
@@ -179,6 +181,56 @@ def test_tables_that_do_not_fit_are_named(tmp_path, text, message):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(SourceError, match=rf"labels\.csv.*{message}"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "images\\{}.png",
+        "./images/{}.png",
+        ".\\images\\{}.PNG",
+        "Images/{}.Png",
+        "{root}/images/{}.png",
+    ],
+)
+def test_files_as_other_systems_and_programs_spell_them(tmp_path, spelling):
+    rows = ["\ufeffFile;Label"]
+    for i in range(4):
+        draw(tmp_path / "images", ("robin", "wren")[i % 2], 1, i)
+        rows.append(f"{spelling.format(i, root=tmp_path)};{('robin', 'wren')[i % 2]}")
+    (tmp_path / "labels.csv").write_text("\r\n".join(rows), encoding="utf-8")
+    check(load(tmp_path), 2, 2)
+
+
+def test_a_spelling_of_two_files_is_neither(tmp_path):
+    for name in ("A.png", "a.png"):
+        Image.new("RGB", (8, 6)).save(tmp_path / name)
+    (tmp_path / "labels.csv").write_text("file,label\nA.png,robin\na.PNG,wren\n")
+    with pytest.raises(SourceError, match=r"line 3: no image 'a\.PNG'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ((1.0, 2.0, 1.0), ("1.0", "2.0")),
+        ((True, False, True), ("False", "True")),
+        (("wren", None, "robin"), r"line 2: '1\.png' has no label"),
+        ((None, "wren", "robin"), r"line 1: '0\.png' has no label"),
+        ((["wren"], ["wren"], ["robin"]), r"no column of classes; expected one of"),
+    ],
+)
+def test_labels_of_any_kind_in_json_lines(tmp_path, labels, found):
+    draw(tmp_path, "robin", 3)
+    rows = [json.dumps({"file_name": f"{i}.png", "label": x}) for i, x in enumerate(labels)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    if isinstance(found, str):
+        with pytest.raises(SourceError, match=found):
+            load(tmp_path)
+        return
+    source, names, _ = _part(tmp_path, None, DataConfig())
+    assert names == found
+    assert [names[label] for label in source.labels] == sorted(map(str, labels))
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,10 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(base_folder, finish
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("kind=edge", "kind: 'edge', expected some of"),
+        ("kind=edge", "config.kind='edge': expected one of"),
         ("ways=controlnet,afiner", "ways: 'afiner', expected some of controlnet"),
         ("rates.controlnet=", "rates: none for 'controlnet'"),
-        ("images=0", "ways, seeds and images: expected at least one"),
+        ("images=0", "config.images='0': expected an integer, 1 or more"),
         ("condition_folder=gone", "gone"),
     ],
 )

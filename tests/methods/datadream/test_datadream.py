@@ -372,7 +372,7 @@ def test_adapters_of_different_settings_keep_them(tmp_path):
     ("values", "message"),
     [
         ({"modes": ("dsett",)}, "modes: .*dsett"),
-        ({"shots": ()}, "shots: expected at least one"),
+        ({"shots": ()}, r"shots: \(\), expected at least one"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
     ],
 )
