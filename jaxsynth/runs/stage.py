@@ -47,6 +47,7 @@ from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import TEMPORARY, file_digests_cached, json_digest, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
+from jaxsynth.runs import rehearsal
 from jaxsynth.runs.agreement import agree, barrier, compute_first
 from jaxsynth.runs.artifact import (
     MANIFEST,
@@ -61,6 +62,7 @@ from jaxsynth.runs.artifact import (
 STARTED = ".started.json"
 LOCK = ".lock"
 LISTINGS = ".inputs.json"
+_MACHINERY = {STARTED, LOCK, LISTINGS}
 # Files that help a run along but are not what the stage is for: neither listed nor digested.
 TRAINING = ".training"
 UNLISTED = (f"{TRAINING}/*", "checkpoints/*", "*.jsonl", "events.out.*")
@@ -90,6 +92,8 @@ class Work:
 
 
 StageFunction = Callable[..., dict[str, Any] | None]
+# Of a stage's config and inputs: the most bytes that it writes.
+Space = Callable[..., int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Stage:
     function: StageFunction
     format: int
     processes: Literal["all", "first"]
+    space: Space | None = None
 
     @property
     def name(self) -> str:
@@ -132,6 +137,11 @@ class Stage:
             values = {key: _value_of(inputs[key]) for key in inputs}
             return self.function(Work(path, mesh), config, **values)
 
+        def needs() -> int:
+            if self.space is None:
+                return 0
+            return self.space(config, **{key: _value_of(inputs[key]) for key in inputs})
+
         return run_stage(
             label or self.name,
             folder,
@@ -141,12 +151,16 @@ class Stage:
             stage=self.name,
             format=self.format,
             processes=self.processes,
+            needs=needs,
             console=console,
         )
 
 
 def stage(
-    *, format: int = 1, processes: Literal["all", "first"] = "first"
+    *,
+    format: int = 1,
+    processes: Literal["all", "first"] = "first",
+    space: Space | None = None,
 ) -> Callable[[StageFunction], Stage]:
     """Declare a stage: `function(work, config, *, inputs...) -> counts for the manifest`.
 
@@ -155,6 +169,8 @@ def stage(
         processes: "first": of a multi-process run only process 0 computes, on its own devices, and
             the others wait. "all": every process runs the function, which shares the work through
             `work.mesh` and writes where `work.writes`.
+        space: `(config, **inputs) -> bytes`, the most that the stage's folder holds at once, from
+            what the function gets but `work`. A stage of lists and scores needs none.
     """
 
     def declare(function: StageFunction) -> Stage:
@@ -164,7 +180,7 @@ def stage(
                 f"stage {code.__qualname__}: a stage is a function of a module, so that it sees "
                 "its config and inputs alone"
             )
-        return Stage(function, format, processes)
+        return Stage(function, format, processes, space)
 
     return declare
 
@@ -180,6 +196,7 @@ def run_stage(
     format: int = 1,
     processes: Literal["all", "first"] = "all",
     unlisted: Sequence[str] = UNLISTED,
+    needs: Callable[[], int] = lambda: 0,
     console: Console | None = None,
 ) -> Artifact:
     """Make a stage in `folder` by `build`, or find that it is made. `Stage` calls this.
@@ -195,12 +212,14 @@ def run_stage(
         stage: the stage's name in the manifest; `name` by default.
         processes: as for `stage`.
         unlisted: glob patterns, relative to `folder`, of files that are no part of the result.
+        needs: the most bytes that the folder holds at once, which its disk must have room for.
         console: where the line goes; the shared console by default.
 
     Raises:
         StageError: the folder was made or begun with another configuration or input, each
             difference named; another process is at work in it; or a file of an input is damaged.
             In a multi-process run every process raises what process 0 found.
+        UserError: the disk has no room for what the stage writes.
         Preempted: a single process was asked to stop before the stage began its work.
     """
     folder = Path(folder)
@@ -215,7 +234,16 @@ def run_stage(
     listings = {key: x.listing for key, x in inputs.items() if isinstance(x, Source) and x.listing}
     first = jax.process_index() == 0
     with _Holder(folder, config, wanted, listings) as holder:
-        state = agree(holder.take) if first else agree(None)
+        if (steps := rehearsal.rehearsing()) is not None:
+            return _rehearsed(name, holder, needs, steps)
+
+        def take() -> str:
+            found = holder.take()
+            if found != "done" and (most := needs()):
+                rehearsal.check_space(name, folder, most - _size_of(folder))
+            return found
+
+        state = agree(take) if first else agree(None)
         if state == "done":
             artifact = load_artifact(folder)
             stage_line(name, 0.0, "unchanged, skipped", out=console)
@@ -276,7 +304,7 @@ class _Holder:
 
         The manifest is read again under the lock: another process may have finished in between.
         """
-        if self._finished():
+        if self.finished():
             return "done"
         made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -287,10 +315,9 @@ class _Holder:
         except BaseException:
             self._lock = None
             raise
-        if self._finished():
+        if self.finished():
             return "done"
-        if (begun := read_manifest(self.folder / STARTED)) is not None:
-            self._refuse_changes(begun)
+        if self.begun():
             _remove_temporaries(self.folder)
             return "resumed"
         write_json(self.folder / STARTED, self.wanted)
@@ -298,25 +325,36 @@ class _Holder:
             write_json(self.folder / LISTINGS, self.listings, indent=None)
         return "new"
 
-    def _finished(self) -> bool:
-        done = read_manifest(self.folder / MANIFEST)
-        if done is not None:
-            self._refuse_changes(done)
-        return done is not None
+    def finished(self) -> bool:
+        """Whether the stage is made as wanted; StageError where it was made otherwise."""
+        return self._is_there(MANIFEST)
+
+    def begun(self) -> bool:
+        """Whether the stage was begun as wanted; StageError where it was begun otherwise."""
+        return self._is_there(STARTED)
+
+    def _is_there(self, name: str) -> bool:
+        found = read_manifest(self.folder / name)
+        if found is not None:
+            self._refuse_changes(found)
+        return found is not None
 
     def _tidy(self) -> None:
         """Leave no trace of a stage that failed before it made anything."""
-        machinery = {STARTED, LOCK, LISTINGS}
         if (self.folder / MANIFEST).exists():
             return
-        if {path.name for path in self.folder.rglob("*")} <= machinery:
-            for name in machinery:
+        if {path.name for path in self.folder.rglob("*")} <= _MACHINERY:
+            for name in _MACHINERY:
                 (self.folder / name).unlink(missing_ok=True)
             if self._made:
                 self.folder.rmdir()
 
     def _refuse_changes(self, old: dict[str, Any]) -> None:
         before = {part: old.get(part) for part in self.wanted}
+        # What a rehearsal has not made is taken to be as it was.
+        for key, digest in self.wanted["inputs"].items():
+            if rehearsal.is_unknown(digest) and key in (before["inputs"] or {}):
+                before["inputs"] = {**before["inputs"], key: digest}
         before["config"] = with_defaults(old.get("config"), self.config)
         changed = [
             line
@@ -391,6 +429,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _rehearsed(
+    name: str, holder: _Holder, needs: Callable[[], int], steps: list[rehearsal.Step]
+) -> Artifact:
+    """The stage as it lies there, or a stand-in; what is noted of it goes to `steps`."""
+    folder = holder.folder
+    if holder.finished():
+        artifact = load_artifact(folder)
+        steps.append(rehearsal.Step(name, folder, "finished", artifact.manifest["seconds"]))
+        return artifact
+    begun = holder.begun()
+    try:
+        most = max(needs() - _size_of(folder), 0)
+    except rehearsal.NotMade:
+        most = None
+    steps.append(rehearsal.Step(name, folder, "begun" if begun else "to do", bytes=most))
+    return rehearsal.Unmade(name, folder)
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of what a stage has written into its folder so far."""
+    files = [path for path in folder.rglob("*") if path.name not in _MACHINERY]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def _value_of(given: "Artifact | Source | None") -> Any:
     return given.value if isinstance(given, Source) else given
 
@@ -409,7 +471,7 @@ def _build(
 
 def _list_files(folder: Path, unlisted: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Every file below `folder` but the machinery's own and those matching `unlisted`, sorted."""
-    own = {MANIFEST, STARTED, LOCK, LISTINGS}
+    own = {MANIFEST, *_MACHINERY}
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
