@@ -27,7 +27,6 @@ its identity. `work` holds what may differ without changing the result: the fold
 
 import dataclasses
 import fcntl
-import fnmatch
 import importlib.metadata
 import inspect
 import os
@@ -45,7 +44,7 @@ from rich.console import Console
 from jaxsynth.core import preemption
 from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
-from jaxsynth.core.io import TEMPORARY, file_digests_cached, json_digest, write_json
+from jaxsynth.core.io import json_digest, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
 from jaxsynth.runs import rehearsal
 from jaxsynth.runs.agreement import agree, barrier, compute_first
@@ -58,11 +57,16 @@ from jaxsynth.runs.artifact import (
     load_artifact,
     read_manifest,
 )
+from jaxsynth.runs.folder import (
+    LISTINGS,
+    LOCK,
+    MACHINERY,
+    STARTED,
+    list_files,
+    remove_temporaries,
+    size_of,
+)
 
-STARTED = ".started.json"
-LOCK = ".lock"
-LISTINGS = ".inputs.json"
-_MACHINERY = {STARTED, LOCK, LISTINGS}
 # Files that help a run along but are not what the stage is for: neither listed nor digested.
 TRAINING = ".training"
 UNLISTED = (f"{TRAINING}/*", "checkpoints/*", "*.jsonl", "events.out.*")
@@ -236,14 +240,7 @@ def run_stage(
     with _Holder(folder, config, wanted, listings) as holder:
         if (steps := rehearsal.rehearsing()) is not None:
             return _rehearsed(name, holder, needs, steps)
-
-        def take() -> str:
-            found = holder.take()
-            if found != "done" and (most := needs()):
-                rehearsal.check_space(name, folder, most - _size_of(folder))
-            return found
-
-        state = agree(take) if first else agree(None)
+        state = agree(holder.take) if first else agree(None)
         if state == "done":
             artifact = load_artifact(folder)
             stage_line(name, 0.0, "unchanged, skipped", out=console)
@@ -252,9 +249,15 @@ def run_stage(
             if isinstance(given, Artifact):
                 given.verify()
         preemption.stop_if_requested(f"before {name}")
-        counts = _build(build, folder, processes)
+
+        def check(most: int) -> str:
+            if most:
+                rehearsal.check_space(name, folder, most - size_of(folder))
+            return ""
+
+        counts = _build(build, needs, check, folder, processes)
         if first:
-            files = _list_files(folder, unlisted)
+            files = list_files(folder, unlisted)
             manifest = {
                 "manifest": FORMAT,
                 **wanted,
@@ -267,7 +270,7 @@ def run_stage(
             }
             write_json(folder / MANIFEST, manifest | {"checksum": checksum(manifest)})
             (folder / STARTED).unlink(missing_ok=True)
-            _remove_temporaries(folder)
+            remove_temporaries(folder)
         barrier(f"{name} written")
     artifact = load_artifact(folder)
     note = ", ".join(f"{key} {_short(value)}" for key, value in artifact.counts.items())
@@ -318,7 +321,7 @@ class _Holder:
         if self.finished():
             return "done"
         if self.begun():
-            _remove_temporaries(self.folder)
+            remove_temporaries(self.folder)
             return "resumed"
         write_json(self.folder / STARTED, self.wanted)
         if self.listings:
@@ -343,8 +346,8 @@ class _Holder:
         """Leave no trace of a stage that failed before it made anything."""
         if (self.folder / MANIFEST).exists():
             return
-        if {path.name for path in self.folder.rglob("*")} <= _MACHINERY:
-            for name in _MACHINERY:
+        if {path.name for path in self.folder.rglob("*")} <= MACHINERY:
+            for name in MACHINERY:
                 (self.folder / name).unlink(missing_ok=True)
             if self._made:
                 self.folder.rmdir()
@@ -440,17 +443,11 @@ def _rehearsed(
         return artifact
     begun = holder.begun()
     try:
-        most = max(needs() - _size_of(folder), 0)
+        most = max(needs() - size_of(folder), 0)
     except rehearsal.NotMade:
         most = None
     steps.append(rehearsal.Step(name, folder, "begun" if begun else "to do", bytes=most))
     return rehearsal.Unmade(name, folder)
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of what a stage has written into its folder so far."""
-    files = [path for path in folder.rglob("*") if path.name not in _MACHINERY]
-    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _value_of(given: "Artifact | Source | None") -> Any:
@@ -458,43 +455,27 @@ def _value_of(given: "Artifact | Source | None") -> Any:
 
 
 def _build(
-    build: Callable[[Path], dict[str, Any] | None], folder: Path, processes: str
+    build: Callable[[Path], dict[str, Any] | None],
+    needs: Callable[[], int],
+    check: Callable[[int], str],
+    folder: Path,
+    processes: str,
 ) -> dict[str, Any] | None:
+    """`build` by the processes that compute, if `check` finds room for what the stage `needs`."""
+
+    def checked() -> dict[str, Any] | None:
+        check(needs())
+        return build(folder)
+
     if processes == "first" and jax.process_count() > 1:
-        counts = compute_first(lambda: build(folder), folder)
+        counts = compute_first(checked, folder)
         barrier(f"{folder} built")
         return counts
+    most = needs()  # in every process, so that none waits for another in a collective meanwhile
+    agree((lambda: check(most)) if jax.process_index() == 0 else None)
     counts = build(folder)
     barrier(f"{folder} built")
     return counts
-
-
-def _list_files(folder: Path, unlisted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` but the machinery's own and those matching `unlisted`, sorted."""
-    own = {MANIFEST, *_MACHINERY}
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name in own or _is_temporary(path.relative_to(folder)):
-            continue
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in unlisted):
-            found.append((name, path))
-    digests = file_digests_cached([path for _, path in found])
-    return {
-        name: {"bytes": path.stat().st_size, "sha256": digest}
-        for (name, path), digest in zip(found, digests, strict=True)
-    }
-
-
-def _is_temporary(path: Path) -> bool:
-    return any(part.startswith(".") and part.endswith(TEMPORARY) for part in path.parts)
-
-
-def _remove_temporaries(folder: Path) -> None:
-    """Files that a killed writer left behind: no other process is at work in a locked folder."""
-    for path in folder.rglob(f".*{TEMPORARY}"):
-        if path.is_file():
-            path.unlink()
 
 
 def _short(value: Any) -> str:
