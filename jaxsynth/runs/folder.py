@@ -1,5 +1,6 @@
 """A stage's folder: which files are its result, and which are the machinery's or a leftover."""
 
+import contextlib
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,5 +45,8 @@ def remove_temporaries(folder: Path) -> None:
 
 def size_of(folder: Path) -> int:
     """Bytes of what a stage has written into its folder so far."""
-    files = [path for path in folder.rglob("*") if path.name not in MACHINERY]
-    return sum(path.stat().st_size for path in files if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process is at work in it
+            total += path.stat().st_size if path.is_file() and path.name not in MACHINERY else 0
+    return total
