@@ -6,7 +6,7 @@
 #   launch/demo.sh [--config.FIELD=VALUE ...]     environment variables: launch/environment.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare requirements-demo.txt
+prepare demo
 cd "$repository"
 # A step on a CPU allocates its intermediate values as one block, and glibc would give it back each
 # time: faulting it in again takes a fifth of a large step. Only the first arena keeps any size.

@@ -61,8 +61,18 @@ create_environment() {
   exit 1
 }
 
-prepare() { # REQUIREMENTS: an environment that has them and this package
-  local requirements=$repository/launch/$1 digest stamp quiet=()
+# Every file is compared with its hash in the lock (lock.sh). --no-deps: the lock is complete. Without
+# isolation, because what pip fetches to build a package in is compared with nothing.
+install_locked() { # FILE...
+  local file files=()
+  for file; do files+=(-r "$repository/launch/$file"); done
+  # shellcheck disable=SC2086  # several arguments in one variable
+  "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
+    ${JAXSYNTH_PIP_ARGS:-} --require-hashes --no-deps --no-build-isolation "${files[@]}"
+}
+
+prepare() { # demo|test: an environment that has what it needs and this package
+  local digest stamp quiet=()
   if [[ -e $venv ]] && ! new_enough "$venv/bin/python"; then
     if [[ ! -e $venv/pyvenv.cfg ]]; then
       echo "error: $venv exists and is not a virtual environment." >&2
@@ -80,11 +90,17 @@ prepare() { # REQUIREMENTS: an environment that has them and this package
   stamp=$venv/.jaxsynth-$digest-$1
   [[ -e $stamp ]] && return
   find "$venv" -maxdepth 1 -name '.jaxsynth-*' ! -name ".jaxsynth-$digest-*" -delete
-  echo "Installing $1 into $venv; the first time takes a few minutes"
+  echo "Installing what the $1 needs into $venv; the first time takes a few minutes"
   [[ -t 1 ]] || quiet=(--quiet)
-  # shellcheck disable=SC2086  # several arguments in one variable
-  "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
-    ${JAXSYNTH_PIP_ARGS:-} -r "$requirements"
+  install_locked requirements-build.txt
+  if [[ $1 == test ]]; then
+    install_locked requirements-demo.txt requirements-test.txt
+    # shellcheck disable=SC2086  # several arguments in one variable
+    "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
+      ${JAXSYNTH_PIP_ARGS:-} -r "$repository/launch/requirements-torch.txt"
+  else
+    install_locked requirements-demo.txt
+  fi
   "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
     --no-deps --no-build-isolation --editable "$repository"
   touch "$stamp"

@@ -6,7 +6,7 @@
 #   launch/test.sh [PYTEST ARGUMENTS]             environment variables: launch/environment.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare requirements-test.txt
+prepare test
 cd "$repository"
 # A process for each core, up to four: more would each compile the same programs again.
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not slow" "$@"

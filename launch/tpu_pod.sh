@@ -17,7 +17,7 @@ name=$1 zone=$2
 shift 2
 # Quoted once here, because the remote shell splits the command again.
 arguments=$(printf '%q ' "$@")
-install='source launch/environment.sh && prepare requirements-demo.txt &&
+install='source launch/environment.sh && prepare demo &&
   "$venv/bin/pip" install --quiet "jax[tpu]==$("$venv/bin/python" -c "import jax; print(jax.__version__)")"'
 exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
   --command="set -e; cd ~/jaxsynth; $install; exec \"\$venv/bin/jaxsynth\" $arguments --distributed"

@@ -28,11 +28,13 @@ import jaxsynth
 from jaxsynth.cli import generate as generate_verb
 from jaxsynth.cli import help
 from jaxsynth.cli import plan as plan_verb
+from jaxsynth.cli import rehearsal as rehearsal_verb
 from jaxsynth.core.checks import check_config
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 
-# The module that runs a method has `Config` (frozen dataclasses), `run(config, workdir)` and
+# The module that runs a method has `Config` (frozen dataclasses), `make(config, workdir)`, which
+# makes its stages, `run(config, workdir)`, which also writes its page, and
 # `plan(config, mesh)`, which returns the `training.planning.Program`s that a run starts; those of
 # REPORTS also have `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
 METHODS = {
@@ -86,13 +88,17 @@ def run(args: argparse.Namespace) -> None:
     """`jaxsynth run`: starts a run, or goes on with it."""
     name, method, config = _configured(args)
     check_config(config, args.workdir)
+    if args.dry_run:
+        _is_known(args.workdir, name)
+        rehearsal_verb.rehearse(method, config, args.workdir)
+        return
     _enable_compile_cache()
     _start_processes(args)
     import jax
 
     from jaxsynth.core.console import console, duration, set_quiet
     from jaxsynth.runs import reuse
-    from jaxsynth.runs.run import RUN_FILE, read_record, write_record
+    from jaxsynth.runs.run import write_record
 
     reuse.look_in(args.reuse)
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
@@ -100,10 +106,7 @@ def run(args: argparse.Namespace) -> None:
     first = jax.process_index() == 0
     set_quiet(not first)
     workdir, command = args.workdir, shlex.join(["jaxsynth", *args.argv])
-    known = (workdir / RUN_FILE).is_file()
-    if known and (there := read_record(workdir)["method"]) != name:
-        raise UsageError(f"{workdir} holds a run of method {there}, this config is for {name}")
-    if first and not known:
+    if not _is_known(workdir, name) and first:
         write_record(workdir, name, config, command=command)
 
     devices = jax.devices()
@@ -118,6 +121,16 @@ def run(args: argparse.Namespace) -> None:
         write_record(workdir, name, config, command=command)
     where = f": {result}" if isinstance(result, Path) else ""
     console.print(f"Done in {duration(time.monotonic() - began)}{where}", markup=False)
+
+
+def _is_known(workdir: Path, name: str) -> bool:
+    """Whether a folder holds a run already; UsageError where it is of another method."""
+    from jaxsynth.runs.run import RUN_FILE, read_record
+
+    known = (workdir / RUN_FILE).is_file()
+    if known and (there := read_record(workdir)["method"]) != name:
+        raise UsageError(f"{workdir} holds a run of method {there}, this config is for {name}")
+    return known
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -342,7 +355,8 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
         "run",
         help="start a run, or go on where it stopped",
         description="Start a run, or go on where it stopped.",
-        usage="jaxsynth run --config=FILE[:VARIANT] --workdir=DIR [--config.FIELD=VALUE ...]",
+        usage="jaxsynth run --config=FILE[:VARIANT] --workdir=DIR [--dry-run] "
+        "[--config.FIELD=VALUE ...]",
         epilog=help.RUN_EPILOG,
     )
     parser.add_argument(
@@ -355,6 +369,11 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
         "--reuse", type=Path, action="append", default=[], metavar="DIR",
         help="take finished stages of other runs below this folder where they are the same",
     )  # fmt: skip
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only list the stages: which are finished, and the disk that the others need",
+    )
     parser.add_argument(
         "--distributed", action="store_true", help="find the other processes from the cluster"
     )

@@ -111,5 +111,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def file_size(count: int) -> str:
+    """Bytes as disks are sold: "12 bytes", "3.1 MB", "1.2 GB"."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
 def _rate(rate: float) -> str:
     return f"{1 / rate:.1f} s/it" if 0 < rate < 1 else f"{rate:.1f} it/s"

@@ -3,10 +3,14 @@
 Whatever works for long asks `requested` between two pieces of work that it can save, saves, and
 raises `Preempted`; the same command then goes on from there. Of several processes all stop at the
 same step, which JAX's coordination service agrees on.
+
+SIGINT (Ctrl-C) ends a run at once, but not in the middle of a save (`uninterrupted`).
 """
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jaxsynth.core.errors import UserError
 
@@ -26,6 +30,35 @@ def install() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, ask)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Have a SIGINT wait for the end of the block; a second one does not wait.
+
+    Only the main thread sees signals; in others, and where SIGINT is already taken otherwise, the
+    block just runs.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before is not signal.default_int_handler:
+        yield
+        return
+    asked = False
+
+    def note(number, frame):
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def requested(step: int | None = None) -> bool:

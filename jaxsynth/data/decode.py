@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import logging
-import zlib
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -20,6 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.data.rows import has_all_rows
 from jaxsynth.ops.resize import CropRounding, crop_start
 
 IMAGE_SUFFIXES = (
@@ -179,7 +179,7 @@ def decode_image(data: bytes | Path, name: str = "") -> UInt8[np.ndarray, "h w 3
     try:
         with open_image(io.BytesIO(content), name) as image:
             pixels = np.array(to_rgb(image, name))
-            if not _has_all_rows(image, content):
+            if not has_all_rows(image, content):
                 raise ImageError(f"{name}: cut short: rows of the picture are missing")
             return pixels
     except ImageError:
@@ -188,55 +188,6 @@ def decode_image(data: bytes | Path, name: str = "") -> UInt8[np.ndarray, "h w 3
         raise ImageError(f"{name}: {_TOO_LARGE}") from None
     except Exception as error:  # decoders raise many types for damaged files
         raise _undecodable(name, error) from error
-
-
-def _has_all_rows(image: Image.Image, content: bytes) -> bool:
-    """False for a PNG or TIFF that ends before its last row, which decoders leave black.
-
-    Of a PNG only one with a black last row is looked at again.
-    """
-    if image.format == "TIFF":
-        tags = image.tag_v2  # pyrefly: ignore[missing-attribute]
-        strips, rows = tags.get(_STRIPS), tags.get(_ROWS_OF_STRIP)
-        # The height as it lies in the file: Pillow has turned the picture upright.
-        height = tags.get(_HEIGHT, image.height)
-        return not strips or not isinstance(rows, int) or len(strips) * rows >= height
-    if image.format != "PNG":
-        return True
-    last = image.crop((0, image.height - 1, image.width, image.height))
-    bits, channels, interlaced = content[24], _CHANNELS.get(content[25], 1), content[28]
-    if not interlaced and np.asarray(last).any():
-        return True
-    wanted = 0
-    for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
-        width, height = -(-(image.width - left) // across), -(-(image.height - top) // down)
-        if width > 0 and height > 0:
-            wanted += height * (1 + -(-width * channels * bits // 8))
-    return _unpacked(content, wanted)
-
-
-def _unpacked(content: bytes, wanted: int) -> bool:
-    """Whether the image data of a PNG is so many bytes."""
-    place, unpack, found = 8, zlib.decompressobj(), 0
-    while place + 12 <= len(content) and found < wanted:
-        size = int.from_bytes(content[place : place + 4], "big")
-        data = content[place + 8 : place + 8 + size] * (content[place + 4 : place + 8] == b"IDAT")
-        while data and found < wanted and not unpack.eof:
-            found += len(unpack.decompress(data, _PIECE))
-            data = unpack.unconsumed_tail
-        place += 12 + size
-    return found >= wanted
-
-
-# Samples a pixel by a PNG's type of colours, and where the pixels of its interlaced passes are.
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_PASSES = (
-    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)  # fmt: skip
-_PIECE = 1 << 20
-# Tags of a TIFF.
-_HEIGHT, _STRIPS, _ROWS_OF_STRIP = 257, 273, 278
 
 
 def _undecodable(name: str, error: Exception) -> ImageError:

@@ -275,7 +275,11 @@ class ImageStore:
         entries = [entry for base in bases for entry in _read_entries(base.with_suffix(".jsonl"))]
         self.entries = tuple(entries)
         for entry in entries:
-            named = 0 <= entry.label < len(self.class_names) and entry.index >= 0
+            if entry.index < 0:
+                raise StoreError(
+                    f"{self.folder}: an image has index {entry.index}, expected 0 or more"
+                )
+            named = 0 <= entry.label < len(self.class_names)
             if not named or self.class_names[entry.label] != entry.class_name:
                 raise StoreError(
                     f"{self.folder}: an image has label {entry.label} and class "

@@ -33,6 +33,9 @@ from jaxsynth.generation.sampler import (
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.weights.hf import StableDiffusion
 
+# ArrayRecord fills its files up to a multiple of so many bytes.
+_BLOCK = 1 << 16
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -183,6 +186,16 @@ def sample_images(
     ]
     found = np.concatenate(images)
     return found.reshape(len(prompts), count, *found.shape[1:])
+
+
+def drawn_bytes(classes: int, config: GenerateConfig, size: int) -> int:
+    """Bytes that the store of `fill_store` has at the most, of images of `size` x `size` pixels.
+
+    A PNG of noise is about as large as its pixels; ArrayRecord fills its files up.
+    """
+    count = classes * config.images_per_class
+    shards = -(-count // (config.batch_size * config.batches_per_shard))
+    return count * (3 * size * size + 1_000) + shards * 2 * _BLOCK
 
 
 def fill_store(

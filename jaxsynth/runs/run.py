@@ -12,6 +12,7 @@ from jaxsynth.core.config import to_dataclass, to_dict
 from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UsageError
 from jaxsynth.core.io import write_json
+from jaxsynth.runs.rehearsal import rehearsing
 from jaxsynth.runs.stage import versions
 
 RUN_FILE = "run.json"
@@ -32,7 +33,12 @@ def write_record(workdir: Path, method: str, config: Any, *, command: str = "") 
 
 
 def keep_record(workdir: Path, config: Any) -> None:
-    """Write the record unless there is one: the command has written its own before the run."""
+    """Write the record unless there is one: the command has written its own before the run.
+
+    A rehearsal writes none.
+    """
+    if rehearsing() is not None:
+        return
     if jax.process_index() == 0 and not (workdir / RUN_FILE).is_file():
         write_record(workdir, config.method, config)
 

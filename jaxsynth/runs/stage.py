@@ -27,7 +27,6 @@ its identity. `work` holds what may differ without changing the result: the fold
 
 import dataclasses
 import fcntl
-import fnmatch
 import importlib.metadata
 import inspect
 import os
@@ -45,9 +44,9 @@ from rich.console import Console
 from jaxsynth.core import preemption
 from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
-from jaxsynth.core.io import TEMPORARY, file_digests_cached, json_digest, write_json
+from jaxsynth.core.io import json_digest, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
-from jaxsynth.runs import reuse
+from jaxsynth.runs import rehearsal, reuse
 from jaxsynth.runs.agreement import agree, barrier, compute_first
 from jaxsynth.runs.artifact import (
     MANIFEST,
@@ -58,10 +57,16 @@ from jaxsynth.runs.artifact import (
     load_artifact,
     read_manifest,
 )
+from jaxsynth.runs.folder import (
+    LISTINGS,
+    LOCK,
+    MACHINERY,
+    STARTED,
+    list_files,
+    remove_temporaries,
+    size_of,
+)
 
-STARTED = ".started.json"
-LOCK = ".lock"
-LISTINGS = ".inputs.json"
 # Files that help a run along but are not what the stage is for: neither listed nor digested.
 TRAINING = ".training"
 UNLISTED = (f"{TRAINING}/*", "checkpoints/*", "*.jsonl", "events.out.*")
@@ -91,6 +96,8 @@ class Work:
 
 
 StageFunction = Callable[..., dict[str, Any] | None]
+# Of a stage's config and inputs: the most bytes that it writes.
+Space = Callable[..., int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Stage:
     function: StageFunction
     format: int
     processes: Literal["all", "first"]
+    space: Space | None = None
 
     @property
     def name(self) -> str:
@@ -133,6 +141,11 @@ class Stage:
             values = {key: _value_of(inputs[key]) for key in inputs}
             return self.function(Work(path, mesh), config, **values)
 
+        def needs() -> int:
+            if self.space is None:
+                return 0
+            return self.space(config, **{key: _value_of(inputs[key]) for key in inputs})
+
         return run_stage(
             label or self.name,
             folder,
@@ -142,12 +155,16 @@ class Stage:
             stage=self.name,
             format=self.format,
             processes=self.processes,
+            needs=needs,
             console=console,
         )
 
 
 def stage(
-    *, format: int = 1, processes: Literal["all", "first"] = "first"
+    *,
+    format: int = 1,
+    processes: Literal["all", "first"] = "first",
+    space: Space | None = None,
 ) -> Callable[[StageFunction], Stage]:
     """Declare a stage: `function(work, config, *, inputs...) -> counts for the manifest`.
 
@@ -156,6 +173,8 @@ def stage(
         processes: "first": of a multi-process run only process 0 computes, on its own devices, and
             the others wait. "all": every process runs the function, which shares the work through
             `work.mesh` and writes where `work.writes`.
+        space: `(config, **inputs) -> bytes`, the most that the stage's folder holds at once, from
+            what the function gets but `work`. A stage of lists and scores needs none.
     """
 
     def declare(function: StageFunction) -> Stage:
@@ -165,7 +184,7 @@ def stage(
                 f"stage {code.__qualname__}: a stage is a function of a module, so that it sees "
                 "its config and inputs alone"
             )
-        return Stage(function, format, processes)
+        return Stage(function, format, processes, space)
 
     return declare
 
@@ -181,6 +200,7 @@ def run_stage(
     format: int = 1,
     processes: Literal["all", "first"] = "all",
     unlisted: Sequence[str] = UNLISTED,
+    needs: Callable[[], int] = lambda: 0,
     console: Console | None = None,
 ) -> Artifact:
     """Make a stage in `folder` by `build`, or find that it is made. `Stage` calls this.
@@ -196,12 +216,14 @@ def run_stage(
         stage: the stage's name in the manifest; `name` by default.
         processes: as for `stage`.
         unlisted: glob patterns, relative to `folder`, of files that are no part of the result.
+        needs: the most bytes that the folder holds at once, which its disk must have room for.
         console: where the line goes; the shared console by default.
 
     Raises:
         StageError: the folder was made or begun with another configuration or input, each
             difference named; another process is at work in it; or a file of an input is damaged.
             In a multi-process run every process raises what process 0 found.
+        UserError: the disk has no room for what the stage writes.
         Preempted: a single process was asked to stop before the stage began its work.
     """
     folder = Path(folder)
@@ -216,6 +238,8 @@ def run_stage(
     listings = {key: x.listing for key, x in inputs.items() if isinstance(x, Source) and x.listing}
     first = jax.process_index() == 0
     with _Holder(folder, config, wanted, listings) as holder:
+        if (steps := rehearsal.rehearsing()) is not None:
+            return _rehearsed(name, holder, needs, steps)
         state = agree(holder.take) if first else agree(None)
         if state in ("done", "taken"):
             artifact = load_artifact(folder)
@@ -226,9 +250,15 @@ def run_stage(
             if isinstance(given, Artifact):
                 given.verify()
         preemption.stop_if_requested(f"before {name}")
-        counts = _build(build, folder, processes)
+
+        def check(most: int) -> str:
+            if most:
+                rehearsal.check_space(name, folder, most - size_of(folder))
+            return ""
+
+        counts = _build(build, needs, check, folder, processes)
         if first:
-            files = _list_files(folder, unlisted)
+            files = list_files(folder, unlisted)
             manifest = {
                 "manifest": FORMAT,
                 **wanted,
@@ -241,7 +271,7 @@ def run_stage(
             }
             write_json(folder / MANIFEST, manifest | {"checksum": checksum(manifest)})
             (folder / STARTED).unlink(missing_ok=True)
-            _remove_temporaries(folder)
+            remove_temporaries(folder)
         barrier(f"{name} written")
     artifact = load_artifact(folder)
     note = ", ".join(f"{key} {_short(value)}" for key, value in artifact.counts.items())
@@ -280,7 +310,7 @@ class _Holder:
 
         The manifest is read again under the lock: another process may have finished in between.
         """
-        if self._finished():
+        if self.finished():
             return "done"
         made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -291,11 +321,10 @@ class _Holder:
         except BaseException:
             self._lock = None
             raise
-        if self._finished():
+        if self.finished():
             return "done"
-        if (begun := read_manifest(self.folder / STARTED)) is not None:
-            self._refuse_changes(begun)
-            _remove_temporaries(self.folder)
+        if self.begun():
+            remove_temporaries(self.folder)
             return "resumed"
         self.origin = reuse.take(self.folder, self.wanted, (LOCK, STARTED))
         if self.origin is not None:
@@ -305,25 +334,36 @@ class _Holder:
             write_json(self.folder / LISTINGS, self.listings, indent=None)
         return "new"
 
-    def _finished(self) -> bool:
-        done = read_manifest(self.folder / MANIFEST)
-        if done is not None:
-            self._refuse_changes(done)
-        return done is not None
+    def finished(self) -> bool:
+        """Whether the stage is made as wanted; StageError where it was made otherwise."""
+        return self._is_there(MANIFEST)
+
+    def begun(self) -> bool:
+        """Whether the stage was begun as wanted; StageError where it was begun otherwise."""
+        return self._is_there(STARTED)
+
+    def _is_there(self, name: str) -> bool:
+        found = read_manifest(self.folder / name)
+        if found is not None:
+            self._refuse_changes(found)
+        return found is not None
 
     def _tidy(self) -> None:
         """Leave no trace of a stage that failed before it made anything."""
-        machinery = {STARTED, LOCK, LISTINGS}
         if (self.folder / MANIFEST).exists():
             return
-        if {path.name for path in self.folder.rglob("*")} <= machinery:
-            for name in machinery:
+        if {path.name for path in self.folder.rglob("*")} <= MACHINERY:
+            for name in MACHINERY:
                 (self.folder / name).unlink(missing_ok=True)
             if self._made:
                 self.folder.rmdir()
 
     def _refuse_changes(self, old: dict[str, Any]) -> None:
         before = {part: old.get(part) for part in self.wanted}
+        # What a rehearsal has not made is taken to be as it was.
+        for key, digest in self.wanted["inputs"].items():
+            if rehearsal.is_unknown(digest) and key in (before["inputs"] or {}):
+                before["inputs"] = {**before["inputs"], key: digest}
         before["config"] = with_defaults(old.get("config"), self.config)
         changed = [
             line
@@ -398,48 +438,50 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _rehearsed(
+    name: str, holder: _Holder, needs: Callable[[], int], steps: list[rehearsal.Step]
+) -> Artifact:
+    """The stage as it lies there, or a stand-in; what is noted of it goes to `steps`."""
+    folder = holder.folder
+    if holder.finished():
+        artifact = load_artifact(folder)
+        steps.append(rehearsal.Step(name, folder, "finished", artifact.manifest["seconds"]))
+        return artifact
+    begun = holder.begun()
+    try:
+        most = max(needs() - size_of(folder), 0)
+    except rehearsal.NotMade:
+        most = None
+    steps.append(rehearsal.Step(name, folder, "begun" if begun else "to do", bytes=most))
+    return rehearsal.Unmade(name, folder)
+
+
 def _value_of(given: "Artifact | Source | None") -> Any:
     return given.value if isinstance(given, Source) else given
 
 
 def _build(
-    build: Callable[[Path], dict[str, Any] | None], folder: Path, processes: str
+    build: Callable[[Path], dict[str, Any] | None],
+    needs: Callable[[], int],
+    check: Callable[[int], str],
+    folder: Path,
+    processes: str,
 ) -> dict[str, Any] | None:
+    """`build` by the processes that compute, if `check` finds room for what the stage `needs`."""
+
+    def checked() -> dict[str, Any] | None:
+        check(needs())
+        return build(folder)
+
     if processes == "first" and jax.process_count() > 1:
-        counts = compute_first(lambda: build(folder), folder)
+        counts = compute_first(checked, folder)
         barrier(f"{folder} built")
         return counts
+    most = needs()  # in every process, so that none waits for another in a collective meanwhile
+    agree((lambda: check(most)) if jax.process_index() == 0 else None)
     counts = build(folder)
     barrier(f"{folder} built")
     return counts
-
-
-def _list_files(folder: Path, unlisted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` but the machinery's own and those matching `unlisted`, sorted."""
-    own = {MANIFEST, STARTED, LOCK, LISTINGS}
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name in own or _is_temporary(path.relative_to(folder)):
-            continue
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in unlisted):
-            found.append((name, path))
-    digests = file_digests_cached([path for _, path in found])
-    return {
-        name: {"bytes": path.stat().st_size, "sha256": digest}
-        for (name, path), digest in zip(found, digests, strict=True)
-    }
-
-
-def _is_temporary(path: Path) -> bool:
-    return any(part.startswith(".") and part.endswith(TEMPORARY) for part in path.parts)
-
-
-def _remove_temporaries(folder: Path) -> None:
-    """Files that a killed writer left behind: no other process is at work in a locked folder."""
-    for path in folder.rglob(f".*{TEMPORARY}"):
-        if path.is_file():
-            path.unlink()
 
 
 def _short(value: Any) -> str:

@@ -3,9 +3,11 @@
 A rate is chosen by an error on validation images, which no reported figure is measured on.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxsynth.runs.rehearsal import Unmade
 from jaxsynth.runs.stage import Artifact
 
 # The count of a stage, or the field of a result, that chooses.
@@ -27,8 +29,13 @@ def sweep(
     The first seed tries every rate; the least count SCORE wins.
     """
     tried = {rate: train(rate, seeds[0]) for rate in rates}
-    best = min(tried, key=lambda rate: tried[rate].counts[SCORE])
+    best = min(tried, key=lambda rate: _score(tried[rate]))
     return best, {seed: train(best, seed) if i else tried[best] for i, seed in enumerate(seeds)}
+
+
+def _score(stage: Artifact) -> float:
+    """The count that chooses; of a stage that is only rehearsed any other is better."""
+    return math.inf if isinstance(stage, Unmade) else stage.counts[SCORE]
 
 
 def best_results(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -24,6 +24,7 @@ from jaxtyping import PyTree
 from jaxsynth.core.documents import parse_json, take
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import json_digest
+from jaxsynth.core.preemption import uninterrupted
 from jaxsynth.core.records import differences, to_json
 
 # Orbax 1.0 makes this interface the top level; in 0.12 it is a sub-module of it.
@@ -112,7 +113,8 @@ class Checkpoints:
             "digests": _digests(arrays),
         }
         items = {"state": arrays, "run": _Note(note)}
-        self._orbax.save_checkpointables_async(step, items, force=True)
+        with uninterrupted():  # half a save would go on in threads that an exit takes away
+            self._orbax.save_checkpointables_async(step, items, force=True)
 
     def restore(self, like: PyTree, batches: Any = None) -> tuple[PyTree, dict[str, Any]]:
         """The newest state, with the structure, types and shardings of `like`; `batches` is moved.
@@ -169,7 +171,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the save under way."""
-        self._orbax.close()
+        with uninterrupted():
+            self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -24,6 +24,8 @@ FLOATS = ("F64", "F32", "F16", "BF16", *_EIGHT_BITS)
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 # The largest files have some ten thousand tensors, of about 150 bytes each in the header.
 _MOST_HEADER = 16 << 20
+# An array without elements has no bytes that bound its sizes, and numpy cannot hold any.
+_MOST_EMPTY = 1 << 48
 
 
 class Safetensors:
@@ -73,6 +75,8 @@ class Safetensors:
             raise UserError(
                 f"{self.path}: {name}: dtype {dtype}, expected one of {', '.join(dtypes)}"
             )
+        if 0 in found and math.prod(size or 1 for size in found) > _MOST_EMPTY:
+            raise UserError(f"{self.path}: {name}: impossible shape")
         if shape is not None and found != tuple(shape):
             raise UserError(f"{self.path}: {name}: shape {found}, expected {tuple(shape)}")
 

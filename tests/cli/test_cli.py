@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,8 +49,16 @@ def run(config, workdir):
         return Path(config.part.path).read_text()
     if config.steps == 3:
         raise jaxsynth.core.errors.UserError("three is refused")
-    run_stage("count", workdir / "count", config, {}, lambda folder: {"steps": config.steps})
+    make(config, workdir)
     return workdir / "count"
+
+
+def make(config, workdir):
+    """Its stage, which needs a megabyte a step."""
+    run_stage(
+        "count", workdir / "count", config, {}, lambda folder: {"steps": config.steps},
+        needs=lambda: config.steps * 10**6,
+    )  # fmt: skip
 
 
 def report(workdir):
@@ -62,7 +71,7 @@ def command(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXSYNTH_CACHE", "off")
     monkeypatch.setenv("COLUMNS", "300")
-    method = types.SimpleNamespace(Config=Config, run=run, report=report)
+    method = types.SimpleNamespace(Config=Config, make=make, run=run, report=report)
     monkeypatch.setitem(sys.modules, "counting_method", method)
     monkeypatch.setitem(cli.METHODS, "counting", "counting_method")
     monkeypatch.setattr(cli, "REPORTS", ("counting",))
@@ -96,6 +105,24 @@ def test_run_then_again_then_report(command):
     assert json.loads(Path("w/run.json").read_text())["config"]["steps"] == 1
     code, out, _ = command("report", "w")
     assert code == 0 and out.strip() == "w/report.html"
+
+
+def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
+    argv = ("run", "--config=counting.py", "--workdir=runs/a")
+    code, out, err = command(*argv, "--dry-run")
+    assert code == 0 and "to do" in out and "To be made: at most 5 MB; free at runs/a" in out, err
+    assert not Path("runs").exists()
+    small = shutil.disk_usage(".")._replace(free=10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: small)
+        for more, what in ((("--dry-run",), "the run"), ((), "count")):
+            code, _, err = command(*argv, *more)
+            assert code == 1 and err.count("\n") == 1
+            assert f"{what} needs up to 5 MB of disk, and 1 MB are free" in err
+        assert not Path("runs/a/count").exists()
+    assert command(*argv)[0] == 0
+    code, out, _ = command(*argv, "--dry-run")
+    assert code == 0 and "finished" in out and "To be made: at most 0 bytes" in out
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,27 @@ def test_files_that_say_nothing_are_named(store, name, content, message):
         ImageStore(store.folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("index", -1, "index -1, expected 0 or more"),
+        ("label", 99, "label 99 and class 'crème brûlée', which are not one class"),
+        ("label", -1, "label -1 and class 'crème brûlée', which are not one class"),
+        ("class_name", "../x", r"label 1 and class '\.\./x', which are not one class"),
+    ],
+)
+def test_an_entry_whose_seal_fits_is_not_believed(store, field, value, message):
+    path = store.folder / "00000.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), field: value})
+    path.write_text("\n".join(lines) + "\n")
+    seal = path.with_suffix(".seal")
+    content = json.loads(seal.read_text()) | {".jsonl": io.file_digest(path)}
+    seal.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match=message):
+        ImageStore(store.folder)
+
+
 def test_imagefolder_reads_back(store, tmp_path):
     path = export(store, tmp_path / "folder", "imagefolder")
     data = load_dataset(DataConfig(source="folder", path=str(path), test_fraction=0.4))

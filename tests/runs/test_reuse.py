@@ -8,7 +8,8 @@ from rich.console import Console
 
 from jaxsynth.core.errors import UsageError
 from jaxsynth.runs import reuse
-from jaxsynth.runs.stage import LOCK, MANIFEST, STARTED, Artifact, load_artifact, run_stage
+from jaxsynth.runs.folder import LOCK, STARTED
+from jaxsynth.runs.stage import MANIFEST, Artifact, load_artifact, run_stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -241,6 +241,25 @@ def test_metrics_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path, key,
     assert files[0] == files[1] and files[0].count("\n") == 3
 
 
+def test_an_interrupt_leaves_a_whole_checkpoint(tmp_path, key, monkeypatch):
+    state = _state(key)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Checkpoints(tmp_path / "c", every=2) as checkpoint,
+    ):
+        begin = checkpoint._orbax.save_checkpointables_async
+
+        def interrupted(*args, **options):
+            os.kill(os.getpid(), signal.SIGINT)
+            return begin(*args, **options)
+
+        monkeypatch.setattr(checkpoint._orbax, "save_checkpointables_async", interrupted)
+        checkpoint.save(2, state)
+    with Checkpoints(tmp_path / "c", every=2) as checkpoint:
+        assert checkpoint.latest == 2
+        _same(state, checkpoint.restore(_state(key))[0])
+
+
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, key):
     with Checkpoints(tmp_path / "c", every=2) as checkpoint:
         _fit(_state(key), Rows(), 2, checkpoint=checkpoint)

@@ -51,6 +51,8 @@ ONE = json.dumps(entry([2], 0, 8)).encode()
         ({"a": entry([2], 0, 8)}, struct.pack("<2f", 1, np.nan), "a: holds NaN or infinity"),
         ({"a": entry([2], 0, 8)}, struct.pack("<2f", -np.inf, 1), "a: holds NaN or infinity"),
         ({"a": entry([1], 0, 1, "F8_E4M3")}, b"\x7f", "a: holds NaN or infinity"),
+        ({"a": entry([0, 2**62], 0, 0)}, b"", "a: impossible shape"),
+        ({"a": entry([2**62, 0], 0, 0, "F8_E5M2")}, b"", "a: impossible shape"),
         ({"\u202e" * 200: entry([8], 0, 8, "U8")}, bytes(8), r"(\\u202e)+'?\.*: dtype U8"),
         (b"[1]", b"", "not a complete safetensors|expected a JSON object"),
         (b'{"a":' * 200 + b"1" + b"}" * 200, b"", "not a complete safetensors|levels"),

@@ -28,11 +28,17 @@ from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.runs.sweep import sweep
 from jaxsynth.weights.hf import load_pipeline
 
-__all__ = ["Config", "plan", "report", "run"]
+__all__ = ["Config", "make", "plan", "report", "run"]
 
 
 def run(config: Config, workdir: Path) -> Path:
-    """Every way at every rate, then every seed; returns the page's path."""
+    """Every stage of the run, then its page; returns the page's path."""
+    make(config, workdir)
+    return report(Path(workdir))
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every way at every rate, then every seed."""
     folder, mesh = Path(workdir), config.mesh.make()
     base = Source(lambda: load_pipeline(config.base), lambda pipeline: pipeline.digest)
     data = data_source(config.data)
@@ -54,4 +60,3 @@ def run(config: Config, workdir: Path) -> Path:
 
     for way in config.ways:
         sweep(config.rates_of(way), config.seeds, partial(train, way))
-    return report(folder)

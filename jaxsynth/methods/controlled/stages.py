@@ -13,13 +13,14 @@ from jaxsynth.adapters.inject import extract
 from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import replacing, write_json
-from jaxsynth.data.conditions import as_bytes, source_conditions
+from jaxsynth.data.conditions import CHANNELS, as_bytes, source_conditions
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.controlled import draw_controlled
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.methods.controlled.ways import Way
 from jaxsynth.models.diffusion.controlled import Controlled
+from jaxsynth.models.shapes import transform
 from jaxsynth.quality.adherence import agreement
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.report.grids import write_grid
@@ -31,6 +32,7 @@ from jaxsynth.tasks.controlled import (
     finetune_controlled,
     num_trainable,
 )
+from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters.native import write_state
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -44,7 +46,18 @@ class Encoding:
     kind: str
 
 
-@stage(format=1)
+def _triple_bytes(
+    config: Encoding, *, base: StableDiffusion, data: Dataset, files: Path | None = None
+) -> int:
+    side, images = base.unet.config.sample_size, len(data.train) + len(data.test)
+    pixels = (side * base.vae.config.downscale) ** 2
+    text = base.text_encoder.config
+    texts = 3 * (data.num_classes + 1) * text.max_position_embeddings * text.hidden_size
+    one = 2 * side * side * base.vae.config.latent_channels + pixels * CHANNELS[config.kind]
+    return 4 * (images * one + texts)
+
+
+@stage(format=1, space=_triple_bytes)
 def encode(
     work: Work,
     config: Encoding,
@@ -91,7 +104,13 @@ class WayTraining:
     draw_seed: int
 
 
-@stage(format=1, processes="all")
+def _way_bytes(config: WayTraining, *, base: StableDiffusion, triples: Artifact) -> int:
+    down = base.vae.config.downscale
+    model = transform(lambda unet: config.way.apply(unet, down), base.unet)
+    return training_bytes(model, config.train)
+
+
+@stage(format=1, processes="all", space=_way_bytes)
 def train_way(
     work: Work, config: WayTraining, *, base: StableDiffusion, triples: Artifact
 ) -> dict | None:

@@ -44,11 +44,17 @@ from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
 
-__all__ = ["Config", "plan", "report", "run"]
+__all__ = ["Config", "make", "plan", "report", "run"]
 
 
 def run(config: Config, workdir: Path) -> Path:
-    """Every stage of the run, then its page; returns the page's path.
+    """Every stage of the run, then its page; returns the page's path."""
+    make(config, workdir)
+    return report(workdir)
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every stage of the run.
 
     What can be wrong with data, weights and devices is found before the first long stage.
     """
@@ -61,7 +67,6 @@ def run(config: Config, workdir: Path) -> Path:
         run.prompt_only(seed)
         for shots in config.shots:
             run.few_shot(shots, seed, drawn[shots, seed])
-    return report(workdir)
 
 
 def report(workdir: Path) -> Path:

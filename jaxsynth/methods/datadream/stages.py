@@ -12,12 +12,31 @@ from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
-from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store, sample_images
+from jaxsynth.generation.generate import (
+    GenerateConfig,
+    Generator,
+    drawn_bytes,
+    fill_store,
+    sample_images,
+)
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, scores, train_classifier
-from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
+from jaxsynth.tasks.clip_classifier import (
+    ClassifyConfig,
+    classifier_task,
+    predict,
+    scores,
+    train_classifier,
+)
+from jaxsynth.tasks.text_to_image import (
+    FinetuneConfig,
+    encode_examples,
+    finetune,
+    finetune_each,
+    planned_task,
+)
 from jaxsynth.training.sharding import local_mesh
+from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import Clip, StableDiffusion
 
@@ -55,7 +74,14 @@ class Finetuning:
     classes_at_once: int = 0
 
 
-@stage(processes="all")
+def _adapter_bytes(
+    config: Finetuning, *, shots: Artifact, data: Dataset, base: StableDiffusion
+) -> int:
+    train, count = config.finetune, data.num_classes if config.mode == "cls" else 1
+    return training_bytes(planned_task(base, train, images=1).model, train, count=count)
+
+
+@stage(processes="all", space=_adapter_bytes)
 def finetune_generator(
     work: Work, config: Finetuning, *, shots: Artifact, data: Dataset, base: StableDiffusion
 ) -> dict:
@@ -114,7 +140,14 @@ class Generating:
     dtype: str
 
 
-@stage(processes="all")
+def _image_bytes(
+    config: Generating, *, data: Dataset, base: StableDiffusion, adapter: Artifact | None = None
+) -> int:
+    size = base.unet.config.sample_size * base.vae.config.downscale
+    return drawn_bytes(data.num_classes, config.generate, size)
+
+
+@stage(processes="all", space=_image_bytes)
 def generate_images(
     work: Work,
     config: Generating,
@@ -153,7 +186,17 @@ class Classifying:
     dtype: str
 
 
-@stage(processes="all")
+def _classifier_bytes(
+    config: Classifying, *, data: Dataset, clip: Clip, **_: Artifact | None
+) -> int:
+    logits = 4 * len(data.test) * data.num_classes
+    if config.classify is None:
+        return logits
+    task = classifier_task(clip, class_prompts(data)[:1], config.classify, seed=0, both=False)
+    return logits + training_bytes(task.model, config.classify)
+
+
+@stage(processes="all", space=_classifier_bytes)
 def classify(
     work: Work,
     config: Classifying,

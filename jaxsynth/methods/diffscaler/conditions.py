@@ -38,10 +38,11 @@ from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.store import ImageStore
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
-from jaxsynth.generation.generate import GenerateConfig, fill_store
+from jaxsynth.generation.generate import GenerateConfig, drawn_bytes, fill_store
 from jaxsynth.methods.diffscaler.recipes import Adaptation, first_label
 from jaxsynth.methods.diffscaler.stages import (
     error,
+    image_size,
     new_latents,
     parts_of,
     read_kept,
@@ -50,10 +51,12 @@ from jaxsynth.methods.diffscaler.stages import (
 )
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import decode_latents
+from jaxsynth.models.shapes import transform
 from jaxsynth.quality.adherence import agreement
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt
+from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.networks.dit import DiTPipeline
 
@@ -70,7 +73,12 @@ class Conditions:
     kind: str
 
 
-@stage(format=1)
+def _map_bytes(config: Conditions, *, data: Dataset, files: Path | None = None) -> int:
+    side, images = data.train[0].image.shape[0], len(data.train) + len(data.test)
+    return images * side * side * CHANNELS[config.kind]
+
+
+@stage(format=1, space=_map_bytes)
 def make_maps(work: Work, config: Conditions, *, data: Dataset, files: Path | None = None) -> dict:
     """The condition of every training and test image, of the images' size.
 
@@ -102,7 +110,16 @@ class ConditionTraining:
     error_repeats: int
 
 
-@stage(format=1, processes="all")
+def _condition_bytes(config: ConditionTraining, *, base: DiTPipeline, **_: Artifact | None) -> int:
+    channels = CHANNELS[config.kind] * base.vae.config.downscale**2
+    model = transform(
+        lambda dit: config.adaptation.apply(dit, config.rows, condition_channels=channels),
+        base.transformer,
+    )
+    return training_bytes(model, config.train)
+
+
+@stage(format=1, processes="all", space=_condition_bytes)
 def train_condition(
     work: Work,
     config: ConditionTraining,
@@ -162,7 +179,13 @@ class ConditionDrawing:
     seed: int
 
 
-@stage(format=1, processes="all")
+def _drawn_bytes(
+    config: ConditionDrawing, *, base: DiTPipeline, latents: Artifact, **_: Artifact
+) -> int:
+    return drawn_bytes(len(latents.counts["classes"]), config.generate, image_size(base))
+
+
+@stage(format=1, processes="all", space=_drawn_bytes)
 def draw_condition(
     work: Work,
     config: ConditionDrawing,

@@ -37,7 +37,7 @@ from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.layout import stored
-from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, SCHEDULER
+from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, SCHEDULER, DiTPipeline
 
 # "DiT-XL-2-256x256.pt" of the authors, "facebook/DiT-XL-2-256" on the hub.
 _PUBLISHED = re.compile(r"(?:.*/)?(DiT-(?:S|B|L|XL))-([248])-(256|512)(?:x\3)?(?:\.pt)?")
@@ -226,6 +226,13 @@ def _pretrained(config: Config) -> DiTConfig:
     dataset = joined({name: load_dataset(data) for name, data in config.base_data.items()})
     side = dataset.train[0].image.shape[0] // vae.downscale
     return config.pretrain.network(side, vae.latent_channels, dataset.num_classes)
+
+
+def planned_base(config: Config, vae: AutoencoderKL) -> DiTPipeline:
+    """The base that the run trains itself, of shapes."""
+    network = _pretrained(config)
+    model = nnx.eval_shape(lambda: _network(DiT, network, config.dtype))
+    return DiTPipeline(model, vae, DDIM_SCHEDULER, {})
 
 
 def _vae_config(config: Config) -> AutoencoderKLConfig:

@@ -27,8 +27,9 @@ from jaxsynth.data.dataset import Dataset
 from jaxsynth.methods.diffscaler import conditions, inputs, stages
 from jaxsynth.methods.diffscaler import report as diffscaler_report
 from jaxsynth.methods.diffscaler.config import Config
-from jaxsynth.methods.diffscaler.plan import plan
+from jaxsynth.methods.diffscaler.plan import plan, planned_base
 from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.runs.rehearsal import Unmade
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import condition_files, data_source, joined_source
@@ -37,17 +38,24 @@ from jaxsynth.runs.sweep import sweep
 from jaxsynth.tasks.class_conditional import AdaptConfig
 from jaxsynth.weights.networks.dit import DiTPipeline
 
-__all__ = ["Config", "plan", "report", "run"]
+__all__ = ["Config", "make", "plan", "report", "run"]
 
-ROUTED = "routed"
+BASE, ROUTED = "base", "routed"
 
 
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of the run, then its page; returns the page's path, or the base's folder."""
+    make(config, workdir)
+    return report(workdir) if config.data else Path(workdir) / BASE
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every stage of the run."""
     made = _Run(config, Path(workdir))
     if not config.data:
         keep_record(made.folder, config)
-        return made.trained.path
+        _ = made.trained
+        return
     wanted = [(name, kind) for name, kinds in config.conditions.items() for kind in kinds]
     maps = {pair: made.maps(*pair) for pair in wanted}  # first, because files may be missing
     keep_record(made.folder, config)
@@ -69,7 +77,6 @@ def run(config: Config, workdir: Path) -> Path:
     made.routing(sets)
     for (name, kind), one in maps.items():
         made.condition(name, kind, rate, one, sets[name], images)
-    return report(made.folder)
 
 
 def report(workdir: Path) -> Path:
@@ -109,12 +116,16 @@ class _Run:
         """The base: as given, or trained by this run."""
         if self.config.base:
             return inputs.given_base(self.config, self._own_vae)
+        if isinstance(self.trained, Unmade):
+            return Source(
+                lambda: planned_base(self.config, self._own_vae.value), self.trained.digest
+            )
         return inputs.trained_base(self.trained, self.config, self._own_vae)
 
     @cached_property
     def trained(self) -> Artifact:
         return stages.pretrain(
-            self.folder / "base", stages.Pretraining(self.config.pretrain, self._seed),
+            self.folder / BASE, stages.Pretraining(self.config.pretrain, self._seed),
             label="base", mesh=self.mesh, latents=self.latents("base"), vae=self._own_vae,
         )  # fmt: skip
 
@@ -130,10 +141,15 @@ class _Run:
 
     def latents(self, name: str) -> Artifact:
         if name not in self._latents:
-            self._latents[name] = stages.encode(
+            made = stages.encode(
                 self.folder / "latents" / name, stages.Encoding(name in self.config.mirror),
                 label=f"latents {name}", data=self._data[name], vae=self._vae,
             )  # fmt: skip
+            if isinstance(made, Unmade):  # what the data alone tell
+                pixels = self._data[name].value.train[0].image.shape[0]
+                made.counts["classes"] = list(self._classes(name))
+                made.counts["side"] = pixels // self._own_vae.value.config.downscale
+            self._latents[name] = made
         return self._latents[name]
 
     def _classes(self, name: str) -> tuple[str, ...]:

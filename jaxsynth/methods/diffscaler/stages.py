@@ -31,17 +31,19 @@ from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.classes import ClassGenerator, ClassOf
-from jaxsynth.generation.generate import GenerateConfig, fill_store
+from jaxsynth.generation.generate import GenerateConfig, drawn_bytes, fill_store
 from jaxsynth.generation.routing import routing_differences
 from jaxsynth.methods.diffscaler.config import PretrainConfig
 from jaxsynth.methods.diffscaler.recipes import RECIPES, Adaptation, first_label
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.models.shapes import transform
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.quality.evaluate import compare
 from jaxsynth.quality.features import FeatureExtractor
 from jaxsynth.quality.metrics import QualityConfig, least_samples
 from jaxsynth.report.grids import write_grid
+from jaxsynth.runs.rehearsal import Unmade
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.class_conditional import (
     AdaptConfig,
@@ -50,6 +52,7 @@ from jaxsynth.tasks.class_conditional import (
     adapt_each,
     encode_latents,
 )
+from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, DiTPipeline, save_dit
 
@@ -82,7 +85,13 @@ class Encoding:
     mirror: bool
 
 
-@stage(format=1)
+def _latent_bytes(config: Encoding, *, data: Dataset, vae: AutoencoderKL) -> int:
+    side = data.train[0].image.shape[0] // vae.config.downscale
+    one = 2 * 4 * side * side * vae.config.latent_channels
+    return one * (len(data.train) * (2 if config.mirror else 1) + len(data.test))
+
+
+@stage(format=1, space=_latent_bytes)
 def encode(work: Work, config: Encoding, *, data: Dataset, vae: AutoencoderKL) -> dict:
     """A data set's latents in three parts, labelled by its own classes."""
     counts = {}
@@ -101,7 +110,18 @@ class Pretraining:
     seed: int
 
 
-@stage(format=1, processes="all")
+def _base_bytes(config: Pretraining, *, latents: Artifact, vae: AutoencoderKL) -> int:
+    classes = len(latents.counts["classes"])
+    if isinstance(latents, Unmade):
+        side = latents.counts["side"]
+    else:
+        side = read_latents(latents, "test").mean.shape[2]
+    network = config.pretrain.network(side, vae.config.latent_channels, classes)
+    model = nnx.eval_shape(lambda: mark_trainable(DiT(network, rngs=nnx.Rngs(0))))
+    return training_bytes(model, config.pretrain.train) + 4 * size(vae)
+
+
+@stage(format=1, processes="all", space=_base_bytes)
 def pretrain(
     work: Work, config: Pretraining, *, latents: Artifact, vae: AutoencoderKL
 ) -> dict | None:
@@ -133,7 +153,12 @@ class Retaining:
     seed: int
 
 
-@stage(format=1)
+def _kept_bytes(config: Retaining, *, base: DiTPipeline) -> int:
+    network = base.transformer.config
+    return 4 * config.images * network.sample_size**2 * network.in_channels
+
+
+@stage(format=1, space=_kept_bytes)
 def draw_kept(work: Work, config: Retaining, *, base: DiTPipeline) -> dict:
     """Latents of the base's own classes in turn, without guidance."""
     classes = [ClassOf(0, label) for label in range(base.transformer.config.num_embeds_ada_norm)]
@@ -161,7 +186,15 @@ class RecipeTraining:
     error_repeats: int
 
 
-@stage(format=1, processes="all")
+def _recipe_bytes(
+    config: RecipeTraining, *, base: DiTPipeline, latents: Artifact, **_: Artifact | None
+) -> int:
+    rows = len(latents.counts["classes"])
+    model = transform(lambda dit: config.adaptation.apply(dit, rows), base.transformer)
+    return training_bytes(model, config.train)
+
+
+@stage(format=1, processes="all", space=_recipe_bytes)
 def train_recipe(
     work: Work,
     config: RecipeTraining,
@@ -217,7 +250,14 @@ class SetTraining:
     rows: int
 
 
-@stage(format=1, processes="all")
+def _set_bytes(
+    config: SetTraining, *, base: DiTPipeline, kept: Artifact | None = None, **latents: Artifact
+) -> int:
+    model = transform(lambda dit: config.adaptation.apply(dit, config.rows), base.transformer)
+    return training_bytes(model, config.train, count=len(latents))
+
+
+@stage(format=1, processes="all", space=_set_bytes)
 def train_sets(
     work: Work,
     config: SetTraining,
@@ -266,7 +306,17 @@ class Drawing:
     seed: int
 
 
-@stage(format=1, processes="all")
+def _drawn_bytes(config: Drawing, *, base: DiTPipeline, **_: Artifact) -> int:
+    classes = sum(len(titles) for titles in config.classes.values())
+    return drawn_bytes(classes, config.generate, image_size(base))
+
+
+def image_size(base: DiTPipeline) -> int:
+    """The side of the images that a base draws."""
+    return base.transformer.config.sample_size * base.vae.config.downscale
+
+
+@stage(format=1, processes="all", space=_drawn_bytes)
 def draw_sets(work: Work, config: Drawing, *, base: DiTPipeline, **sets: Artifact) -> dict:
     """Images of every class of every data set, each batch a mixture of all ("set NAME")."""
     models = [
@@ -276,7 +326,7 @@ def draw_sets(work: Work, config: Drawing, *, base: DiTPipeline, **sets: Artifac
     return _fill(work.folder, models, base, config)
 
 
-@stage(format=1, processes="all")
+@stage(format=1, processes="all", space=_drawn_bytes)
 def draw_recipe(work: Work, config: Drawing, *, base: DiTPipeline, adapter: Artifact) -> dict:
     """Images of one data set from what one recipe learnt."""
     empty = config.adaptation.apply(base.transformer, config.rows)

@@ -47,11 +47,17 @@ from jaxsynth.weights.hf import Clip, describe_clip, load_clip
 from jaxsynth.weights.networks.classifiers import Classifier, load_classifier
 from jaxsynth.weights.preprocessing import named_preprocessing
 
-__all__ = ["Config", "plan", "report", "run"]
+__all__ = ["Config", "make", "plan", "report", "run"]
 
 
 def run(config: Config, workdir: Path) -> Path:
     """Every stage, then the page; returns the page's path."""
+    make(config, workdir)
+    return report(Path(workdir))
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every stage."""
     run = _Run(config, Path(workdir))
     run.check()
     keep_record(run.folder, config)
@@ -64,7 +70,6 @@ def run(config: Config, workdir: Path) -> Path:
         label="figures",
         **{f"model{i}": made for i, made in enumerate(predictions.values())},
     )
-    return report(run.folder)
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:

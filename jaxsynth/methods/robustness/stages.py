@@ -23,7 +23,13 @@ from jaxsynth.robustness.metrics.corruption import by_severity, check_alexnet
 from jaxsynth.robustness.metrics.details import describe
 from jaxsynth.robustness.predictors import Preprocess
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.clip_classifier import ClassifyConfig, of_pixels, train_classifier
+from jaxsynth.tasks.clip_classifier import (
+    ClassifyConfig,
+    classifier_task,
+    of_pixels,
+    train_classifier,
+)
+from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters.peft import read_peft, write_peft
 from jaxsynth.weights.hf import Clip
 from jaxsynth.weights.networks.classifiers import Classifier
@@ -45,7 +51,12 @@ class Training:
     seed: int
 
 
-@stage(processes="all")
+def _training_bytes(config: Training, *, clip: Clip) -> int:
+    task = classifier_task(clip, config.prompts[:1], config.classify, seed=0, both=False)
+    return training_bytes(task.model, config.classify)
+
+
+@stage(processes="all", space=_training_bytes)
 def train_model(work: Work, config: Training, *, clip: Clip) -> dict:
     """Adapters of the CLIP, in `adapter`."""
     drawn = bias_sets.drawn_backgrounds(

@@ -45,6 +45,8 @@ from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.task import Task
 
+BASE = "tiny"
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -75,6 +77,12 @@ class Slices:
 
 def run(config: Config, workdir: Path) -> Path:
     """Runs every stage below `workdir` and returns the folder of the finished base."""
+    make(config, workdir)
+    return Path(workdir) / BASE
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every stage of the run."""
     workdir, slices = Path(workdir), Slices(config)
     keep_record(workdir, config)
     mesh, photos = config.mesh.make(), data_source(config.corpus.photos)
@@ -86,7 +94,7 @@ def run(config: Config, workdir: Path) -> Path:
     unet = train_unet(workdir / "unet", slices.unet, mesh=mesh, corpus=corpus, clip=clip, vae=vae)
     corpus_config = config.corpus
     card = Card(corpus_config.photos.class_names, corpus_config.digits, corpus_config.shapes)
-    return assemble(workdir / "tiny", card, clip=clip, vae=vae, unet=unet).path
+    assemble(workdir / BASE, card, clip=clip, vae=vae, unet=unet)
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:

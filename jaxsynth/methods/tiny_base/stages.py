@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.arrays import read_array
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
@@ -48,6 +49,7 @@ from jaxsynth.tasks.pretraining import (
 )
 from jaxsynth.training import sharding
 from jaxsynth.training.metrics import read_metrics
+from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import Task, train
 from jaxsynth.weights.hf import (
     Clip,
@@ -74,7 +76,12 @@ class Drawing:
     seed: int
 
 
-@stage()
+def _corpus_bytes(config: Drawing, *, photos: Dataset) -> int:
+    images = config.digits + config.shapes + len(photos.train)
+    return images * (3 * config.image_size**2 + 200)
+
+
+@stage(space=_corpus_bytes)
 def make_corpus(work: Work, config: Drawing, *, photos: Dataset) -> dict:
     """Writes images.npy, captions.json, and photo.npy: True where a mirror image is fine."""
     rng = np.random.default_rng([config.seed, 7])
@@ -144,7 +151,17 @@ class Pretraining:
     seed: int
 
 
-@stage(processes="all")
+def _clip_bytes(config: Pretraining, **_: Artifact) -> int:
+    return _network_bytes(CLIPModel, CLIPConfig, config)
+
+
+def _network_bytes(kind: Any, config_kind: Any, config: Pretraining) -> int:
+    network = config_kind.from_dict(config.network)
+    model = nnx.eval_shape(lambda: mark_trainable(kind(network, rngs=nnx.Rngs(0))))
+    return training_bytes(model, config.train)
+
+
+@stage(processes="all", space=_clip_bytes)
 def train_clip(work: Work, config: Pretraining, *, corpus: Artifact, tokenizer: Artifact) -> dict:
     """A CLIP of the corpus and its captions."""
     data, words = Corpus.read(corpus.path), Tokenizer(tokenizer.path)
@@ -178,7 +195,11 @@ class Compressing(Pretraining):
     kl_weight: float
 
 
-@stage(processes="all")
+def _vae_bytes(config: Compressing, **_: Artifact) -> int:
+    return _network_bytes(AutoencoderKL, AutoencoderKLConfig, config)
+
+
+@stage(processes="all", space=_vae_bytes)
 def train_vae(work: Work, config: Compressing, *, corpus: Artifact) -> dict:
     """An autoencoder of the corpus's images, its latents scaled to a deviation of one."""
     data = Corpus.read(corpus.path)
@@ -212,7 +233,11 @@ class Denoising(Pretraining):
     snr_gamma: float
 
 
-@stage(processes="all")
+def _unet_bytes(config: Denoising, **_: Artifact) -> int:
+    return _network_bytes(UNet2DCondition, UNet2DConditionConfig, config)
+
+
+@stage(processes="all", space=_unet_bytes)
 def train_unet(
     work: Work,
     config: Denoising,
@@ -284,7 +309,13 @@ class Card:
     shapes: int
 
 
-@stage()
+def _assembled_bytes(config: Card, **networks: Artifact) -> int:
+    """As much as the networks that it is made of, which are stored in half of that."""
+    files = [file for one in networks.values() for file in one.path.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files)
+
+
+@stage(space=_assembled_bytes)
 def assemble(work: Work, config: Card, *, clip: Artifact, vae: Artifact, unet: Artifact) -> dict:
     """The finished base: a diffusers folder, the CLIP in `clip/`, a card and a sheet of samples."""
     tower = load_clip(clip.path)

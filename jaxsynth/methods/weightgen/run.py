@@ -55,19 +55,24 @@ from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import StableDiffusion, load_pipeline
 
-__all__ = ["Config", "plan", "report", "run"]
+__all__ = ["Config", "make", "plan", "report", "run"]
 
 PARTS = ("train", "validation", "unseen")
 
 
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of every seed, then the page; returns the page's path."""
+    make(config, workdir)
+    return report(workdir)
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every stage of every seed."""
     workdir = Path(workdir)
     keep_record(workdir, config)
     sources = _Sources(config)
     for seed in config.seeds:
         _Seed(config, workdir / f"seed{seed}", seed, sources).compare()
-    return report(workdir)
 
 
 def report(workdir: Path) -> Path:

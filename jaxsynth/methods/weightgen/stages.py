@@ -8,13 +8,15 @@ diffusion model learns to make such LoRAs from texts.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxsynth.adapters.flatten import Layout, canonical
+from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.core.records import to_json
@@ -34,13 +36,16 @@ from jaxsynth.methods.weightgen.generator import (
     Baselines,
     TextReader,
     WeightGenerator,
+    fitted,
     load_generator,
     save_generator,
     train_generator,
 )
 from jaxsynth.methods.weightgen.scores import unexplained
+from jaxsynth.models.diffusion.weight_unet import WeightUNet
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.gan import GANConfig
+from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.hf import StableDiffusion
 
 CONCEPTS, COLLECTION = "concepts.json", "collection.safetensors"
@@ -78,7 +83,12 @@ class Editing:
     how: EditConfig
 
 
-@stage()
+def _edit_bytes(config: Editing, *, data: Dataset, model: StableDiffusion) -> int:
+    scene, side = config.scene, data.train[0].image.shape[0]
+    return len(scene.concepts) * (scene.photos + scene.held_out) * 3 * side * side
+
+
+@stage(space=_edit_bytes)
 def edit_photos(work: Work, config: Editing, *, data: Dataset, model: StableDiffusion) -> dict:
     """The photos of every concept after its edit."""
     write_edits(work.folder, config.scene, data, model, config.how)
@@ -94,7 +104,14 @@ class BaseTraining:
     train: GANConfig
 
 
-@stage(processes="all")
+def _editor_bytes(config: BaseTraining, *, text: StableDiffusion, **_: Any) -> int:
+    networks, key = _networks(config.networks, text), jax.random.key(0)
+    makers = (networks.make_generator, networks.make_discriminator)
+    models = [nnx.eval_shape(lambda make=make: mark_trainable(make(key))) for make in makers]
+    return sum(training_bytes(model, config.train) for model in models)
+
+
+@stage(processes="all", space=_editor_bytes)
 def train_editor(
     work: Work,
     config: BaseTraining,
@@ -125,7 +142,20 @@ class Collecting:
     own: float
 
 
-@stage(processes="all")
+def _collection_bytes(config: Collecting, *, text: StableDiffusion, **_: Any) -> int:
+    networks, key = _networks(config.networks, text), jax.random.key(0)
+    lora = nnx.eval_shape(lambda: config.adapter.add(networks.make_generator(key), key))
+    judge = nnx.eval_shape(lambda: mark_trainable(networks.make_discriminator(key)))
+    count = len(config.scene.concepts)
+    kept = 4 * count * config.checkpoints * config.adapter.layout(networks).num_values
+    return (
+        training_bytes(lora, config.train, count=count)
+        + training_bytes(judge, config.train, count=count)
+        + 2 * kept
+    )
+
+
+@stage(processes="all", space=_collection_bytes)
 def collect_adapters(
     work: Work,
     config: Collecting,
@@ -169,7 +199,15 @@ class GeneratorTraining:
     seed: int
 
 
-@stage(processes="all")
+def _generator_bytes(config: GeneratorTraining, *, text: StableDiffusion, **_: Any) -> int:
+    layout = _layout(config.adapter, config.networks, _reader(text))
+    generator, width = config.variant.generator, text.text_encoder.config.hidden_size
+    network = fitted(generator.network, layout, width)
+    model = nnx.eval_shape(lambda: mark_trainable(WeightUNet(network, rngs=nnx.Rngs(0))))
+    return training_bytes(model, generator.train)
+
+
+@stage(processes="all", space=_generator_bytes)
 def train_weights(
     work: Work,
     config: GeneratorTraining,
@@ -328,6 +366,10 @@ def _editors(
 
 def _reader(text: StableDiffusion) -> TextReader:
     return TextReader(text.text_encoder, text.tokenizer)
+
+
+def _networks(networks: Networks, text: StableDiffusion) -> Networks:
+    return networks.with_text(text.text_encoder.config.hidden_size)
 
 
 def _layout(adapter: Adapter, networks: Networks, read: TextReader) -> Layout:
