@@ -23,7 +23,8 @@ It prints, in MiB on each device,
   temporaries  what a step needs while it runs; of CPU devices, which compute in 32 bits and lay
                memory out otherwise, it says little about another kind
 then the work and the traffic of one update (or batch) on each device, the collectives, and for a
-TPU the least time that its peak, its memory or its links allow. A program takes longer than that.
+TPU the least time that its peak, its memory or its links allow; and how often the whole run calls
+the program, with the hours that those add up to. A program takes longer than that.
 
 A program that does not fit is tried with half the batch, a quarter, ... until it does; --fit finds
 the largest batch of every program. --memory says how much a device has where that is not known.
@@ -101,13 +102,15 @@ def plan(args: argparse.Namespace, configured: Callable, enable_cache: Callable[
 
 
 def _print(programs: list, limit: float, chip: Any, *, fit: bool, say: Callable) -> None:
-    from jaxsynth.report.plans import GIB, collectives_table, memory_table, work_table
+    from jaxsynth.report.plans import GIB, collectives_table, memory_table, run_table, work_table
     from jaxsynth.report.tables import to_rich
     from jaxsynth.training.chips import CHIPS
 
     plans = [one.compile() for one in programs]
     say(to_rich(memory_table(plans, limit)))
     say(to_rich(work_table(plans, chip)))
+    if (table := run_table(plans, chip)) is not None:
+        say(to_rich(table))
     if (table := collectives_table(plans)) is not None:
         say(to_rich(table))
     for note in dict.fromkeys(one.note for one in plans if one.note):

@@ -34,8 +34,8 @@ def work_table(plans: Sequence[Plan], chip: Chip | None = None) -> Table:
         if chip is not None and one.refused:
             row += ["–"] * 3
         elif chip is not None:
-            bounds = one.bounds(chip)
-            what, seconds = max(bounds.items(), key=lambda pair: pair[1])
+            bounds, seconds = one.bounds(chip), one.seconds(chip)
+            what = max(bounds, key=bounds.__getitem__)
             rate = _short(one.images / seconds) if one.images and seconds else "–"
             row += [_short(1e3 * seconds), what, rate]
         rows.append(row)
@@ -44,6 +44,26 @@ def work_table(plans: Sequence[Plan], chip: Chip | None = None) -> Table:
     if chip is not None:
         columns += ["ms at least", "bound by", "images/s at most"]
         caption += "; images a second are of all chips together"
+    return Table(columns, rows, caption=caption, better=None)
+
+
+def run_table(plans: Sequence[Plan], chip: Chip | None = None) -> Table | None:
+    """The updates and batches of a whole run, with a chip its hours; None where none are known."""
+    if not any(one.updates for one in plans):
+        return None
+    rows, total = [], 0.0
+    for one in plans:
+        row = [one.name, f"{one.updates:,}" if one.updates else "–"]
+        if chip is not None:
+            hours = 0.0 if one.refused else one.updates * one.seconds(chip) / 3600
+            total += hours
+            row.append(_short(hours) if hours else "–")
+        rows.append(row)
+    columns, caption = ["Program", "updates or batches"], "The whole run"
+    if chip is not None:
+        columns.append("hours at least")
+        rows.append(["all", "", _short(total)])
+        caption += ", without compiling, reading and writing; – is not counted"
     return Table(columns, rows, caption=caption, better=None)
 
 

@@ -42,8 +42,8 @@ class Plan:
     included. `moved` are the bytes that a device reads and writes in its memory, `collectives` its
     exchanges with others, `largest` the largest array of each kind of them; all of a program that
     the compiler refused for its memory are left out, and `temporaries` are what it said.
-    `images` counts the examples of one update, 0 where it is about none. `note` says what was
-    assumed.
+    `images` counts the examples of one update, 0 where it is about none. `updates` is how often the
+    whole run calls the program, 0 where that is not known before. `note` says what was assumed.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Plan:
     unread: int = 0
     refused: bool = False
     images: int = 0
+    updates: int = 0
     note: str = ""
 
     @property
@@ -79,6 +80,10 @@ class Plan:
             "links": self.received / chip.links,
         }
 
+    def seconds(self, chip: Chip) -> float:
+        """The least time of one update."""
+        return max(self.bounds(chip).values())
+
 
 @dataclass(frozen=True)
 class Program:
@@ -89,6 +94,7 @@ class Program:
         field: the config's field that says the batch size; "" where none does.
         batch: its value.
         unit: batch sizes are multiples of it.
+        updates: how often the whole run calls it with batches of a size, 0 where that is not known.
     """
 
     name: str
@@ -96,6 +102,7 @@ class Program:
     field: str = ""
     batch: int = 0
     unit: int = 1
+    updates: Callable[[int], int] | None = None
 
     def compile(self) -> Plan:
         """The plan of the config's own batch size; UserError, naming the program, as `run`."""
@@ -104,7 +111,8 @@ class Program:
     def of(self, batch: int) -> Plan:
         """The plan of another batch size."""
         try:
-            return self.build(batch)
+            updates = 0 if self.updates is None else self.updates(batch)
+            return dataclasses.replace(self.build(batch), updates=updates)
         except UserError as error:
             where = f" (--config.{self.field}=)" if self.field else ""
             raise UserError(f"{self.name}: {error}{where}") from error

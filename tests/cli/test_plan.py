@@ -45,6 +45,7 @@ def test_memory_work_and_traffic_are_printed(command):
     for text in ("temporary", "GFLOP", "received", "all-reduce", "f32[256,256]", "a note"):
         assert text in out
     assert "needs" not in out and "at least" not in out
+    assert "The whole run" in out and "1,234" in out
     code, out, _ = command("--devices=8", "--config.mesh.data=2", "--config.mesh.tensor=4")
     assert code == 0 and "(data=2, fsdp=1, tensor=4)" in out
 

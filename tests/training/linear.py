@@ -49,4 +49,4 @@ def linear_program(mesh: Mesh, batch_size: int = 64) -> Program:
         config = TrainingConfig(steps=4, batch_size=batch)
         return trainer.plan("linear", task, config, mesh, note="a note")
 
-    return Program("linear", build, "batch_size", batch_size, rows_of(mesh))
+    return Program("linear", build, "batch_size", batch_size, rows_of(mesh), lambda _: 1234)

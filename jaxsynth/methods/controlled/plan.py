@@ -5,6 +5,7 @@ only the config.json files are read.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,11 +43,22 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     unit = rows_of(mesh) * train.accumulate
     programs = []
     for name in config.ways:
+        trained = len(config.rates_of(name)) + len(config.seeds) - 1
+
+        def updates(batch: int, trained: int = trained) -> int:
+            sized = dataclasses.replace(train, batch_size=batch)
+            return trained * sized.sized(shapes.triples.mean.shape[0]).steps
+
+        def batches(batch: int, trained: int = trained) -> int:
+            return trained * math.ceil(config.images / batch)
+
         training = partial(shapes.training, name, mesh)
         drawing = partial(shapes.drawing, name, one_device)
         programs += [
-            Program(name, training, "train.batch_size", train.batch_size, unit),
-            Program(f"draw, {name}", drawing, "generate.batch_size", generate.batch_size),
+            Program(name, training, "train.batch_size", train.batch_size, unit, updates),
+            Program(
+                f"draw, {name}", drawing, "generate.batch_size", generate.batch_size, 1, batches
+            ),
         ]
     return programs
 

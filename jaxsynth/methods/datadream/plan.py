@@ -4,6 +4,7 @@ The tasks and the sampler are those that the stages run, of shapes: no weights a
 that is not here a size is assumed and named.
 """
 
+import math
 from dataclasses import replace
 
 import jax
@@ -39,8 +40,15 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         task = classifier_task(clip, ["a photo"] * classes, sized, seed=0, both=True)
         return trainer.plan("classify", task, sized.sized(images), mesh, note=note)
 
+    def updates(batch: int) -> int:
+        """Of real shots, and in each mode of synthetic images without and with them."""
+        trainings = len(config.seeds) * (1 + len(config.shots) * (1 + 2 * len(config.modes)))
+        return trainings * replace(train, batch_size=batch).sized(images).steps
+
     unit = rows_of(mesh) * train.accumulate
-    programs.append(Program("classify", classify, "classify.batch_size", train.batch_size, unit))
+    programs.append(
+        Program("classify", classify, "classify.batch_size", train.batch_size, unit, updates)
+    )
     return programs
 
 
@@ -58,8 +66,13 @@ def _finetuning(
         task = planned_task(base, sized, images=images)
         return trainer.plan(name, task, sized.sized(images), mesh, count=count, note=note)
 
+    def updates(batch: int) -> int:
+        sized, groups = replace(train, batch_size=batch), math.ceil(classes / (count or classes))
+        sets = [shots if count else shots * classes for shots in config.shots]
+        return len(config.seeds) * groups * sum(sized.sized(own).steps for own in sets)
+
     unit = train.accumulate * (1 if count else rows_of(mesh))
-    return Program(name, build, "finetune.batch_size", train.batch_size, unit)
+    return Program(name, build, "finetune.batch_size", train.batch_size, unit, updates)
 
 
 def _generating(
@@ -76,5 +89,11 @@ def _generating(
             prompts=classes, adapt=adapt, adapters=adapters, note=note,
         )  # fmt: skip
 
+    def updates(batch: int) -> int:
+        """Of every adapter; the images of prompts alone are counted with the first mode's."""
+        sets = len(config.shots) + (mode == config.modes[0])
+        images = classes * config.generate.images_per_class
+        return len(config.seeds) * sets * math.ceil(images / batch)
+
     batch = config.generate.batch_size
-    return Program(f"generate, {mode}", build, "generate.batch_size", batch, rows_of(mesh))
+    return Program(f"generate, {mode}", build, "generate.batch_size", batch, rows_of(mesh), updates)

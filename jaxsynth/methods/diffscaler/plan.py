@@ -6,7 +6,7 @@ config.json or its published name, and of data that cannot be counted a size is 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,8 @@ ASSUMED_VAE = AutoencoderKLConfig(
 class _Training:
     """A training of the run: of a `recipe`, or of the base itself (""), and what is drawn of it.
 
-    `drawn` counts the sets of parameters that one batch of images is drawn of, 0 for none.
+    `drawn` counts the sets of parameters that one batch of images is drawn of, 0 for none, `times`
+    the rates and seeds that share the program.
     """
 
     name: str
@@ -65,12 +66,18 @@ class _Training:
     channels: int = 0
     count: int = 0
     drawn: int = 0
+    times: int = 1
     note: str = ""
 
     @property
     def shape(self) -> Any:
         """What equal trainings have in common: one of them is planned."""
-        return replace(self, name="", note="", drawn=0, train=replace(self.train, steps=0))
+        train = replace(self.train, steps=0)
+        return replace(self, name="", note="", drawn=0, times=1, train=train)
+
+    def updates(self, batch: int) -> int:
+        """Of all its rates and seeds."""
+        return self.times * replace(self.train, batch_size=batch).sized(self.images).steps
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
@@ -81,20 +88,26 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     """
     network, trainings, drawings = network_of(config), {}, {}
     for one in _trainings(config):
-        trainings.setdefault(one.shape, one)
+        trainings.setdefault(one.shape, []).append(one)
         if one.drawn:
             drawings.setdefault((one.recipe, one.rows, one.channels, one.drawn), one)
     one_device, batch = make_mesh(devices=mesh.devices.flat[:1]), config.generate.batch_size
     programs = []
-    for one in trainings.values():
+    for same in trainings.values():
+        one = same[0]
         field = "train.batch_size" if one.recipe else "pretrain.train.batch_size"
         unit = one.train.accumulate * (1 if one.count else rows_of(mesh))
         build = partial(_planned, one, config, network, mesh)
-        programs.append(Program(one.name, build, field, one.train.batch_size, unit))
+        updates = partial(_updates, same)
+        programs.append(Program(one.name, build, field, one.train.batch_size, unit, updates))
     for one in drawings.values():
         build = partial(_drawn, one, config, network, one_device)
         programs.append(Program(f"draw {one.name}", build, "generate.batch_size", batch))
     return programs
+
+
+def _updates(trainings: Sequence[_Training], batch: int) -> int:
+    return sum(one.updates(batch) for one in trainings)
 
 
 def _trainings(config: Config) -> list[_Training]:
@@ -110,11 +123,13 @@ def _trainings(config: Config) -> list[_Training]:
         for recipe in config.recipes:
             views = _views(config, name)
             label, drawn = f"{recipe} on {name}", int(recipe in config.draw)
+            times = len(config.rates_of(recipe)) + len(config.seeds) - 1
             made.append(
                 _Training(
-                    label, recipe, config.train, images, views, classes, drawn=drawn, note=note
+                    label, recipe, config.train, images, views, classes, drawn=drawn, times=times,
+                    note=note,
                 )
-            )
+            )  # fmt: skip
     if not config.data:
         return made
     recipe, train = config.sets_recipe, config.sets_train

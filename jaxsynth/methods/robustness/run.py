@@ -85,13 +85,16 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         task = classifier_task(clip, prompts, sized, seed=config.seed, both=False)
         return trainer.plan(name, task, sized.sized(images), mesh)
 
+    def updates(batch: int) -> int:
+        return replace(config.classify, batch_size=batch).sized(images).steps
+
     batch, unit = config.classify.batch_size, rows_of(mesh) * config.classify.accumulate
     programs = []
     for model_name, model in config.models.items():
         if model.train_on:
             name = f"training of {model_name}"
             compile_ = partial(build, name, describe_clip(model.clip))
-            programs.append(Program(name, compile_, "classify.batch_size", batch, unit))
+            programs.append(Program(name, compile_, "classify.batch_size", batch, unit, updates))
     if not programs:
         raise UserError("models: none is trained here (train_on), so there is nothing to plan")
     return programs

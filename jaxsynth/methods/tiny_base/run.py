@@ -99,18 +99,22 @@ def make(config: Config, workdir: Path) -> None:
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
     """The training of each network."""
-    note = count_data(config.corpus.photos)[2]
+    _, photos, note = count_data(config.corpus.photos)
+    images = config.corpus.digits + config.corpus.shapes + photos
 
     def program(name: str) -> Program:
         train = getattr(config, name)
 
         def build(batch: int) -> Plan:
             sized = dataclasses.replace(train, batch_size=batch)
-            task, images = _planned_task(dataclasses.replace(config, **{name: sized}), name)
+            task, _ = _planned_task(dataclasses.replace(config, **{name: sized}), name)
             return trainer.plan(name, task, sized.sized(images), mesh, note=note)
 
+        def updates(batch: int) -> int:
+            return dataclasses.replace(train, batch_size=batch).sized(images).steps
+
         unit = rows_of(mesh) * train.accumulate
-        return Program(name, build, f"{name}.batch_size", train.batch_size, unit)
+        return Program(name, build, f"{name}.batch_size", train.batch_size, unit, updates)
 
     return [program(name) for name in ("clip", "vae", "unet")]
 

@@ -54,20 +54,26 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         group = fitting_group(config, mesh)
     batches = {name: variant.generator.train for name, variant in config.generators.items()}
     base, tune = config.editor.base, config.editor.tune
-    unit = rows_of(mesh)
+    unit, seeds, photos = rows_of(mesh), len(config.seeds), config.photos
+
+    def groups(size: int) -> int:
+        together = config.editor.together.sized(photos).steps
+        return seeds * math.ceil(config.concepts.train / size) * together
+
     programs = [
         Program(
-            "base", partial(shapes.base, mesh), "editor.base.batch_size", base.batch_size, unit
+            "base", partial(shapes.base, mesh), "editor.base.batch_size", base.batch_size, unit,
+            lambda batch: seeds * replace(base, batch_size=batch).sized(photos).steps,
         ),
         Program(
             f"{group} LoRAs", partial(shapes.together, mesh), "editor.group", group,
-            mesh.shape["data"],
+            mesh.shape["data"], groups,
         ),
         *(
             Program(
                 f"generator {name}", partial(shapes.generator, name, mesh),
                 f"generators.{name}.generator.train.batch_size", train.batch_size,
-                unit * train.accumulate,
+                unit * train.accumulate, partial(shapes.generator_updates, name),
             )
             for name, train in batches.items()
         ),
@@ -233,6 +239,14 @@ class _Shapes:
         task = weight_task(self._denoiser(variant), arrays, train, seed=0)
         sized = train.sized(concepts * config.checkpoints * count)
         return trainer.plan(f"generator {name}", task, sized, mesh, note=self.note)
+
+    def generator_updates(self, name: str, batch: int) -> int:
+        """Those of every seed's denoiser of weights."""
+        config = self.config
+        blocks = config.adapter.layout(config.networks).num_blocks
+        train = replace(config.generators[name].generator.train, batch_size=batch)
+        sized = train.sized(config.concepts.train * config.checkpoints * blocks)
+        return len(config.seeds) * sized.steps
 
     def making(self, name: str, mesh: Mesh, _: int) -> Plan:
         """One concept's weights in one step."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +21,11 @@ from jaxsynth.cli import main as cli
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.plan import plan
+from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
+from jaxsynth.training.metrics import read_metrics
+from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
 
@@ -95,6 +100,25 @@ STAGES = (
         for stage in ("adapter", "images", "synthetic", "both")
     ),
 )
+
+
+def test_a_plan_counts_what_the_run_did(finished):
+    """Updates of every training, and batches of images: a store has a shard for each."""
+    config = read_config(finished, Config)
+    planned = plan(config, make_mesh(devices=jax.devices()[:1]))
+    counts = {one.name: one.updates(one.batch) for one in planned}
+    done = dict.fromkeys(counts, 0)
+    for path in finished.rglob("metrics.jsonl"):
+        what = next(folder.parent for folder in path.parents if folder.name == ".training")
+        mode = "dset" if "dset" in what.parts else f"{config.classes_at_once or 3} classes"
+        name = f"fine-tune {mode}" if what.name == "adapter" else "classify"
+        done[name] += read_metrics(path)[-1]["step"]
+    for mode in ("dset", "cls"):
+        images = [finished / "shots2-seed0" / mode / "images"]
+        images += [finished / "prompt-seed0" / "images"] if mode == "dset" else []
+        shards = sum(len(list(folder.glob("*.jsonl"))) for folder in images)
+        done[f"generate, {mode}"] = shards * config.generate.batches_per_shard
+    assert done == counts and all(done.values())
 
 
 def test_every_stage_is_made_and_reported(finished):
