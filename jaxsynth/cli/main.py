@@ -202,8 +202,8 @@ def fields(args: argparse.Namespace) -> None:
 def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The method that a config file names, and its values with what was assigned.
 
-    A field that is not there or a value of another type is told here, where the method, and JAX
-    with it, is still to be imported.
+    A field that is not there, a value that it does not take and photos that are not there are told
+    here, where the method, and JAX with it, is still to be imported.
     """
     from jaxsynth.core import schema
     from jaxsynth.core.config import load_config, override
@@ -217,7 +217,9 @@ def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"--config.method: the config file decides the method ({name})")
     values = override(values, args.assignments)
     if METHODS[name] not in sys.modules:
-        schema.check(METHODS[name], values)
+        told = schema.check(METHODS[name], values)
+        if args.verb == "run":
+            check_config(told, args.workdir)
     return name, values
 
 

@@ -1,4 +1,7 @@
-"""What can be told of a config before anything is made: where photos and runs lie."""
+"""What can be told of a config before anything is made: where photos and runs lie.
+
+It takes a config's skeleton, too (`core.schema`), which is there before JAX is.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -11,7 +14,7 @@ FOLDERS = ("path", "test_path")
 
 
 def check_config(config: Any, workdir: Path) -> None:
-    """UsageError where photos lie inside the workdir or the reverse.
+    """UsageError where photos are not there, or lie inside the workdir or the reverse.
 
     A run's files among photos would be taken for photos, and the run's folder may be removed.
     Data directories of TFDS may be anywhere: they are read by their own index.
@@ -20,7 +23,10 @@ def check_config(config: Any, workdir: Path) -> None:
         name = where.rpartition(".")[2]
         is_folder = name in FOLDERS and isinstance(value, str) and bool(value)
         if is_folder and getattr(holder, "source", "") != "tfds":
-            _check_apart(where, Path(value).expanduser(), workdir)
+            photos = Path(value).expanduser()
+            if not photos.exists():
+                raise UsageError(f"{where}: {photos}: no such folder")
+            _check_apart(where, photos, workdir)
 
 
 def _check_apart(where: str, photos: Path, workdir: Path) -> None:

@@ -53,7 +53,8 @@ class OneOf:
         return value in self.choices
 
     def __str__(self) -> str:
-        return f"one of {', '.join(map(str, self.choices))}"
+        names = ("nothing" if choice == "" else str(choice) for choice in self.choices)
+        return f"one of {', '.join(names)}"
 
 
 @dataclasses.dataclass(frozen=True)

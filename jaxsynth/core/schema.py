@@ -36,13 +36,16 @@ class Field:
     doc: str
 
 
-def check(module: str, values: dict[str, Any]) -> None:
-    """ConfigError for an unknown field of `module`'s `Config`, or a value of another type."""
+def check(module: str, values: dict[str, Any]) -> Any:
+    """The skeleton of `module`'s `Config` with these values, None where they are left out.
+
+    ConfigError for an unknown field, or a value of another type or outside its limits.
+    """
     shape = config_of(module)
     given = {name: value for name, value in values.items() if name != "method"}
     if "method" in shape.__dataclass_fields__:
         given = values
-    to_dataclass(shape, _checked(shape, given))
+    return to_dataclass(shape, _checked(shape, given))
 
 
 def describe(module: str, values: dict[str, Any]) -> list[Field]:

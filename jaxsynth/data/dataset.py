@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.limits import Count, Natural, Range
+from jaxsynth.core.limits import Count, Natural, OneOf, Range
 
 Indices = Sequence[int] | np.ndarray
+SOURCES = ("digits", "builtin", "folder", "tfds")
 
 
 class Record(NamedTuple):
@@ -138,7 +139,7 @@ class DataConfig:
     labels: the table (CSV or JSON lines) of the classes of images that lie side by side.
     """
 
-    source: str = ""
+    source: Annotated[str, OneOf("", *SOURCES)] = ""
     name: str = ""
     path: str = ""
     image_size: Natural = 0

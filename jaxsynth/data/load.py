@@ -13,19 +13,16 @@ from dataclasses import fields
 from pathlib import Path
 
 from jaxsynth.data import prompts
-from jaxsynth.data.dataset import DataConfig, Dataset, SourceError
+from jaxsynth.data.dataset import SOURCES, DataConfig, Dataset, SourceError
 from jaxsynth.data.sources import builtin
 from jaxsynth.data.sources.digits import load_digits
 from jaxsynth.data.sources.folder import Loaded, load_folder
 from jaxsynth.data.sources.tfds import load_tfds
 from jaxsynth.data.views import select_classes
 
-SOURCES: dict[str, Callable[[DataConfig], Loaded]] = {
-    "digits": load_digits,
-    "builtin": builtin.load_builtin,
-    "folder": load_folder,
-    "tfds": load_tfds,
-}
+LOADERS: dict[str, Callable[[DataConfig], Loaded]] = dict(
+    zip(SOURCES, (load_digits, builtin.load_builtin, load_folder, load_tfds), strict=True)
+)
 # The settings that each source reads, beside those that are about classes and prompts.
 READ = {
     "digits": {"name", "image_size"},
@@ -63,7 +60,7 @@ def source_of(config: DataConfig) -> str:
 def load_dataset(config: DataConfig) -> Dataset:
     """The data set a config names. Raises `SourceError` where the data is not as expected."""
     source = source_of(config)
-    class_names, train, test, split = SOURCES[source](config)
+    class_names, train, test, split = LOADERS[source](config)
     given = dict(config.display_names)
     name = config.name
     if source == "digits":

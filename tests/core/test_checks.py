@@ -45,7 +45,9 @@ def test_other_places_are_fine(tmp_path):
     for config in (
         Config(),
         Config(data=DataConfig(path=str(tmp_path / "photos"))),
-        Config(data=DataConfig(path=str(tmp_path / "missing"))),
         Config(data=DataConfig(source="tfds", path=str(tmp_path))),
+        Config(data=DataConfig(source="tfds", path=str(tmp_path / "to be made"))),
     ):
         check_config(config, tmp_path / "photos run")
+    with pytest.raises(UsageError, match=r"config\.data\.path: .*missing: no such folder"):
+        check_config(Config(data=DataConfig(path=str(tmp_path / "missing"))), tmp_path)

@@ -58,6 +58,8 @@ MISTAKES = (
     ),
     ("--config.classify.dropout=1", "expected a number, 0 or more and below 1"),
     ("--config.data.test_fraction=20", "expected a number, above 0 and below 1"),
+    ("--config.data.source=folders", "data.source='folders': expected one of nothing, digits"),
+    ("--config.data.path=nowhere", "config.data.path: nowhere: no such folder"),
     ("--config.data.labels.a=1", "config.data.labels=a value of type dict: expected a string"),
     ("--config.data=photos", "config.data: holds several fields, set one of them"),
 )
