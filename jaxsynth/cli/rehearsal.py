@@ -13,6 +13,7 @@ def rehearse(method: ModuleType, config: Any, workdir: Path) -> None:
             where the disk has no room for what is still to be made.
     """
     from jaxsynth.core.console import console, file_size
+    from jaxsynth.core.space import check_space, free_bytes
     from jaxsynth.report.tables import to_rich
     from jaxsynth.runs import rehearsal
 
@@ -20,14 +21,14 @@ def rehearse(method: ModuleType, config: Any, workdir: Path) -> None:
     console.print(to_rich(_table(steps, workdir)))
     if unknown:
         console.print(f"Not listed: {unknown}", markup=False)
-    needs, free = rehearsal.needed(steps), rehearsal.free_bytes(workdir)
+    needs, free = rehearsal.needed(steps), free_bytes(workdir)
     if any(step.bytes is None for step in steps):
         console.print("?: known when the stages before are made", markup=False)
     console.print(
         f"To be made: at most {file_size(needs)}; free at {workdir}: {file_size(free)}",
         markup=False,
     )
-    rehearsal.check_space("the run", workdir, needs)
+    check_space("the run", workdir, needs)
 
 
 def _table(steps: list, workdir: Path) -> Any:

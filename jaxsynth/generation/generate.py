@@ -21,6 +21,7 @@ from jaxsynth.adapters.registry import attach
 from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
 from jaxsynth.core.limits import Count, Finite, check_limits
+from jaxsynth.core.space import check_space, size_of
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.sampler import (
@@ -235,6 +236,9 @@ def fill_store(
             for start in range(0, len(positions), config.batch_size):
                 rows = slice(start, start + config.batch_size)
                 images.append(generator(labels[rows], indices[rows]))
+                if len(images) == 1 and shard == mine[0]:
+                    needs = drawn_bytes(classes, config, max(images[0].shape[1:3]))
+                    check_space(description, folder, needs - size_of(folder))
                 done += len(images[-1])
                 bar.update(done)
             entries = [

@@ -1,6 +1,5 @@
 """A stage's folder: which files are its result, and which are the machinery's or a leftover."""
 
-import contextlib
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,12 +40,3 @@ def remove_temporaries(folder: Path) -> None:
     for path in folder.rglob(f".*{TEMPORARY}"):
         if path.is_file():
             path.unlink()
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of what a stage has written into its folder so far."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # another process is at work in it
-            total += path.stat().st_size if path.is_file() and path.name not in MACHINERY else 0
-    return total

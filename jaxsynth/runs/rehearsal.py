@@ -5,7 +5,6 @@ found as in a run, one that was made by other settings is refused as in a run, a
 only their names, folders and needs are noted. Nothing is written.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxsynth.core.console import file_size
 from jaxsynth.core.errors import UserError
 from jaxsynth.runs.artifact import Artifact
 
@@ -106,21 +104,3 @@ def rehearse(make: Callable[[], Any]) -> tuple[list[Step], str]:
 def needed(steps: list[Step]) -> int:
     """Bytes that the unfinished steps add at the most, as far as they are known."""
     return sum(step.bytes or 0 for step in steps if step.state != "finished")
-
-
-def free_bytes(folder: Path) -> int:
-    """What is free for this user on the disk of a folder, which need not exist yet."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def check_space(name: str, folder: Path, needs: int) -> None:
-    """UserError where a folder's disk has less room than `needs` bytes."""
-    free = free_bytes(folder)
-    if needs > free:
-        raise UserError(
-            f"{folder}: {name} needs up to {file_size(needs)} of disk, and {file_size(free)} are "
-            "free there; free some, or choose another --workdir"
-        )

@@ -46,6 +46,7 @@ from jaxsynth.core.console import stage_line
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import json_digest, write_json
 from jaxsynth.core.records import differences, to_json, with_defaults
+from jaxsynth.core.space import size_of
 from jaxsynth.runs import rehearsal, reuse
 from jaxsynth.runs.agreement import agree, barrier, compute_first
 from jaxsynth.runs.artifact import (
@@ -64,7 +65,6 @@ from jaxsynth.runs.folder import (
     STARTED,
     list_files,
     remove_temporaries,
-    size_of,
 )
 
 # Files that help a run along but are not what the stage is for: neither listed nor digested.
@@ -174,7 +174,8 @@ def stage(
             the others wait. "all": every process runs the function, which shares the work through
             `work.mesh` and writes where `work.writes`.
         space: `(config, **inputs) -> bytes`, the most that the stage's folder holds at once, from
-            what the function gets but `work`. A stage of lists and scores needs none.
+            what the function gets but `work`, for a rehearsal. A stage of lists and scores needs
+            none.
     """
 
     def declare(function: StageFunction) -> Stage:
@@ -216,14 +217,13 @@ def run_stage(
         stage: the stage's name in the manifest; `name` by default.
         processes: as for `stage`.
         unlisted: glob patterns, relative to `folder`, of files that are no part of the result.
-        needs: the most bytes that the folder holds at once, which its disk must have room for.
+        needs: the most bytes that the folder holds at once, for a rehearsal.
         console: where the line goes; the shared console by default.
 
     Raises:
         StageError: the folder was made or begun with another configuration or input, each
             difference named; another process is at work in it; or a file of an input is damaged.
             In a multi-process run every process raises what process 0 found.
-        UserError: the disk has no room for what the stage writes.
         Preempted: a single process was asked to stop before the stage began its work.
     """
     folder = Path(folder)
@@ -250,13 +250,7 @@ def run_stage(
             if isinstance(given, Artifact):
                 given.verify()
         preemption.stop_if_requested(f"before {name}")
-
-        def check(most: int) -> str:
-            if most:
-                rehearsal.check_space(name, folder, most - size_of(folder))
-            return ""
-
-        counts = _build(build, needs, check, folder, processes)
+        counts = _build(build, folder, processes)
         if first:
             files = list_files(folder, unlisted)
             manifest = {
@@ -461,24 +455,12 @@ def _value_of(given: "Artifact | Source | None") -> Any:
 
 
 def _build(
-    build: Callable[[Path], dict[str, Any] | None],
-    needs: Callable[[], int],
-    check: Callable[[int], str],
-    folder: Path,
-    processes: str,
+    build: Callable[[Path], dict[str, Any] | None], folder: Path, processes: str
 ) -> dict[str, Any] | None:
-    """`build` by the processes that compute, if `check` finds room for what the stage `needs`."""
-
-    def checked() -> dict[str, Any] | None:
-        check(needs())
-        return build(folder)
-
     if processes == "first" and jax.process_count() > 1:
-        counts = compute_first(checked, folder)
+        counts = compute_first(lambda: build(folder), folder)
         barrier(f"{folder} built")
         return counts
-    most = needs()  # in every process, so that none waits for another in a collective meanwhile
-    agree((lambda: check(most)) if jax.process_index() == 0 else None)
     counts = build(folder)
     barrier(f"{folder} built")
     return counts

@@ -2,6 +2,7 @@
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from jaxsynth.adapters import optim_hooks
 from jaxsynth.adapters.inject import Trainable, config_of
@@ -33,8 +34,13 @@ def training_bytes(model: nnx.Module, config: TrainingConfig, *, count: int = 1)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(init, learns, key)
-    return count * (_CHECKPOINTS * _size(state) + _size(learns))
+    return count * needed_bytes(state, learns)
 
 
-def _size(tree) -> int:
+def needed_bytes(state: PyTree, learns: PyTree) -> int:
+    """The same of a state of a training, or its shapes, and of what learns in it."""
+    return _CHECKPOINTS * _size(state) + _size(learns)
+
+
+def _size(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize + _NOTES for leaf in jax.tree.leaves(tree))

@@ -42,6 +42,7 @@ from jaxsynth.adapters import optim_hooks
 from jaxsynth.adapters.inject import Constant, Trainable, config_of, stack, unstack
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import to_json
+from jaxsynth.core.space import check_space, size_of
 from jaxsynth.training import loop, sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.config import TrainingConfig
@@ -55,6 +56,7 @@ from jaxsynth.training.placement import (
     state_places,
 )
 from jaxsynth.training.planning import Plan, compile_plan, shaped
+from jaxsynth.training.space import needed_bytes
 from jaxsynth.training.step import (
     StepFn,
     TrainState,
@@ -354,6 +356,9 @@ def _fit(built: _Built, config: TrainingConfig, folder: Path, description: str) 
         "config": to_json(config, identity=True),
         "tasks": built.count if built.together else 0,
     }
+
+    needs = needed_bytes(built.state, built.state.trainable)
+    check_space(description, folder, needs - size_of(folder))
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         (model,) = _models(built, config, state)
