@@ -40,6 +40,25 @@ def _tiny() -> ConfigDict:
             "fractions": (0.25, 0.5, 0.75),
             "real_weight": 1.0,
             "seeds": (0, 1, 2),
+            "clones": {
+                name: {"method": name, "augment": _augment(0.3)} | more
+                for name, more in (
+                    ("simclr", {"temperature": 0.2}),
+                    ("stablerep", {}),
+                    ("synclr", {"temperature": 0.08, "ema_decay": 0.99}),
+                    ("synclip", {}),
+                )
+            },
+            "clone_source": "adapted",
+            "probe": {"batch_size": 256},
+            "judge": {
+                "sizes": (64,),
+                "attacks": ("FGSM",),
+                "corruptions": {
+                    "names": ("gaussian_noise", "motion_blur", "contrast", "pixelate"),
+                    "severities": (1, 3, 5),
+                },
+            },
             "finetune": {
                 "steps": 400,
                 "warmup_steps": 20,
@@ -53,25 +72,29 @@ def _tiny() -> ConfigDict:
                 "batch_size": 64,
                 "batches_per_shard": 10,
             },
-            "network": {"width": 64, "layers": 3, "heads": 4, "patch_size": 8},
+            "network": {"width": 48, "layers": 3, "heads": 4, "patch_size": 8},
             "train": {
-                "steps": 600,
+                "steps": 400,
                 "batch_size": 32,
-                "learning_rate": 1e-3,
+                "learning_rate": 2e-3,
                 "warmup_steps": 30,
-                # A turned, mirrored or recolored digit is another one, or of other data.
-                "augment": {
-                    "randaugment_ops": 0,
-                    "crop_scale": (0.6, 1.0),
-                    "flip_p": 0.0,
-                    "jitter_p": 0.0,
-                    "gray_p": 0.0,
-                    "blur_p": 0.0,
-                    "solarize_p": 0.0,
-                },
+                "augment": _augment(0.6),
             },
         }
     )
+
+
+def _augment(smallest: float) -> dict:
+    """Crops alone: a turned, mirrored or recolored digit is another one, or of other data."""
+    return {
+        "randaugment_ops": 0,
+        "crop_scale": (smallest, 1.0),
+        "flip_p": 0.0,
+        "jitter_p": 0.0,
+        "gray_p": 0.0,
+        "blur_p": 0.0,
+        "solarize_p": 0.0,
+    }
 
 
 def _smoke() -> ConfigDict:
@@ -85,6 +108,15 @@ def _smoke() -> ConfigDict:
     config.fractions = (0.5,)
     config.seeds = (0, 1)
     config.resamples = 100
+    for name in ("simclr", "stablerep", "synclip"):
+        del config.clones[name]
+    config.clones.synclr.update(
+        {"steps": 2, "captions": 3, "per_caption": 2, "batch_size": 6, "local_crops": 1}
+    )
+    config.clones.synclr.heads = ConfigDict({"hidden": 16, "outputs": 8, "prototypes": 16})
+    config.probe.update({"epochs": 2, "head_rates": (0.1, 0.2)})
+    config.judge.sizes = (4,)
+    config.judge.corruptions = ConfigDict({"names": ("contrast",), "severities": (1,)})
     config.finetune.steps = 2
     config.finetune.warmup_steps = 1
     config.finetune.batch_size = 4

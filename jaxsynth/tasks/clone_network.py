@@ -63,8 +63,8 @@ class HeadsConfig:
 class CloneNetwork(nnx.Module):
     """A backbone `vit` without a head of classes, and the heads of one method.
 
-    `projector`: three layers before the contrastive loss. `predictor`: two layers after the projection (SynCLR's student). `patches`: a mask token and
-    prototypes of patch tokens (iBOT).
+    `projector`: three layers before the contrastive loss. `predictor`: two layers after the
+    projection (SynCLR's student). `patches`: a mask token and prototypes of patch tokens (iBOT).
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.data.pipeline.augment import Augment
-from jaxsynth.data.pipeline.on_device import augmented, check_on_device
+from jaxsynth.data.pipeline.on_device import ON_DEVICE, augmented, check_on_device
 from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.models.layers import Linear
 from jaxsynth.tasks import contrastive_losses as losses
@@ -67,7 +67,7 @@ class CloneConfig(TrainingConfig):
     weight_decay: float = 0.05
     decay_on: str = "matrices"
     heads: HeadsConfig = field(default_factory=lambda: HeadsConfig(256, 64, 512))
-    augment: Augment = field(default_factory=Augment)
+    augment: Augment = field(default_factory=lambda: ON_DEVICE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -259,11 +259,11 @@ def clone_network(
     network: NetworkConfig, config: CloneConfig, tokens: Int[np.ndarray, "c t"], seed: int
 ) -> nnx.Module:
     """The network of a method at its random start; every parameter learns."""
-    backbone_key, own_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2))
+    own_key = jax.random.fold_in(jax.random.key(seed), 3)
     rngs = nnx.Rngs(params=own_key)
     parts = config.method == "synclr"
     clone = CloneNetwork(
-        network.make(0, backbone_key), config.heads, projector=config.method != "synclip",
+        backbone_start(network, seed), config.heads, projector=config.method != "synclip",
         predictor=parts, patches=parts, rngs=rngs,
     )  # fmt: skip
     if config.method != "synclip":
@@ -280,6 +280,11 @@ def clone_network(
         eos_token_id=int(tokens.max()),
     )
     return mark_trainable(ImageText(clone, text, config.heads.outputs, rngs=rngs))
+
+
+def backbone_start(network: NetworkConfig, seed: int) -> nnx.Module:
+    """The backbone that every method begins with at a seed."""
+    return network.make(0, jax.random.fold_in(jax.random.key(seed), 2))
 
 
 def backbone_of(model: nnx.Module) -> nnx.Module:

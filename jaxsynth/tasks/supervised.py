@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from jaxsynth.adapters.inject import Trainable, mark_trainable
 from jaxsynth.data.pipeline.augment import Augment
 from jaxsynth.data.pipeline.mixing import one_hot
-from jaxsynth.data.pipeline.on_device import augmented, check_on_device
+from jaxsynth.data.pipeline.on_device import ON_DEVICE, augmented, check_on_device
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.training import sharding
 from jaxsynth.training.config import TrainingConfig
@@ -78,7 +78,7 @@ class SupervisedConfig(TrainingConfig):
     weight_decay: float = 0.05
     decay_on: str = "matrices"
     label_smoothing: float = 0.1
-    augment: Augment = field(default_factory=Augment)
+    augment: Augment = field(default_factory=lambda: ON_DEVICE)
 
     def __post_init__(self):
         super().__post_init__()

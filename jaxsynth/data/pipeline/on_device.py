@@ -17,6 +17,10 @@ from jaxsynth.data.pipeline.augment import Augment
 _GREY = (0.299, 0.587, 0.114)
 
 
+# The host's defaults as far as they are done here.
+ON_DEVICE = Augment(randaugment_ops=0, jitter=(0.4, 0.4, 0.2, 0.0), blur_p=0.0)
+
+
 def check_on_device(recipe: Augment) -> Augment:
     """The recipe itself; ValueError naming an operation that is done on the host only."""
     for name, value in (

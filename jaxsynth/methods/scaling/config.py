@@ -6,6 +6,8 @@ from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.robustness.corruptions.predictions import Corruptions
+from jaxsynth.tasks.contrastive import CloneConfig
+from jaxsynth.tasks.probe import ProbeConfig
 from jaxsynth.tasks.supervised import NetworkConfig, SupervisedConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig
 from jaxsynth.training.config import aside
@@ -37,14 +39,22 @@ class JudgeConfig:
     """Which points go through the robustness suite, and how.
 
     `sizes` are those of the curves whose points do, in images a class; () leaves the suite out.
-    `eps` is the attacks' radius, `resamples` those of the bootstrap over test images.
+    `attacks` are some of FGSM and PGD, of radius `eps`; `corruptions` those made of test images.
     """
 
     sizes: tuple[int, ...] = ()
+    attacks: tuple[str, ...] = ("FGSM", "PGD")
     eps: float = 1 / 255
     corruptions: Corruptions = field(default_factory=Corruptions)
     batch_size: int = 256
-    resamples: int = 1000
+
+    def __post_init__(self):
+        if unknown := sorted({*self.attacks} - {"FGSM", "PGD"}):
+            raise ValueError(f"attacks: {unknown}, expected some of FGSM and PGD")
+        if self.eps <= 0 or self.batch_size < 1:
+            raise ValueError(
+                f"eps: {self.eps}, batch_size: {self.batch_size}, expected above 0 each"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,10 @@ class Config:
     `sizes` those of each source. `added_real` real images stand beside every size of a source in
     the curve "NAME + real" (0: no such curve). At the size `mixed_size`, `fractions` of the images
     are real in "NAME, mixed" (0: none). A synthetic image counts 1 in the loss, a real one
-    `real_weight`. Each of `seeds` has its own real images, adapters, synthetic images and start.
+    `real_weight`. `clones` are backbones trained without classes on all images of the source
+    `clone_source`, whose features `probe` tells the classes by. Each of `seeds` has its own real
+    images, adapters, synthetic images and start. `resamples` are those of the intervals on the
+    page; `points_at_once` bounds how many points train together (0: all of a setting).
     """
 
     method: str = "scaling"
@@ -69,6 +82,8 @@ class Config:
     mixed_size: int = 0
     fractions: tuple[float, ...] = ()
     real_weight: float = 1.0
+    clones: dict[str, CloneConfig] = field(default_factory=dict)
+    clone_source: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     resamples: int = 1000
     points_at_once: int = aside(0)
@@ -76,6 +91,7 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     train: SupervisedConfig = field(default_factory=SupervisedConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -97,12 +113,23 @@ class Config:
                 f"generate.images_per_class: {self.generate.images_per_class}, but `sizes` asks "
                 f"for {max(self.sizes)}"
             )
+        if "start" in self.clones:
+            raise ValueError("clones: 'start' is the random backbone, expected another name")
         if not all(0 < fraction < 1 for fraction in self.fractions):
             raise ValueError(f"fractions: {self.fractions}, expected above 0 and below 1 each")
         if bool(self.fractions) != bool(self.mixed_size):
             raise ValueError(
                 f"mixed_size: {self.mixed_size} and fractions: {self.fractions}, expected both or "
                 "neither"
+            )
+        if bool(self.clones) != bool(self.clone_source):
+            raise ValueError(
+                f"clone_source: {self.clone_source!r} and {len(self.clones)} clones, expected both "
+                "or neither"
+            )
+        if self.clones and self.clone_source not in self.sources:
+            raise ValueError(
+                f"clone_source: {self.clone_source!r}, expected one of {', '.join(self.sources)}"
             )
         if self.mixed_size > self.generate.images_per_class:
             raise ValueError(f"mixed_size: {self.mixed_size}, more than are generated")

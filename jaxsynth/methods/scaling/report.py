@@ -19,7 +19,7 @@ from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.scaling import fit as laws
 from jaxsynth.methods.scaling.config import REAL, Config
 from jaxsynth.methods.scaling.points import settings, source_of
-from jaxsynth.methods.scaling.stages import Answers, answers_of
+from jaxsynth.methods.scaling.stages import FIGURES_FILE, Answers, answers_of
 from jaxsynth.report.figures import write_numbers
 from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
@@ -91,6 +91,8 @@ def write(workdir: Path) -> Path:
             "95 % interval; below 0 the first makes fewer errors.",
             tables=[_claims(claims)],
         ),
+        *_robustness(workdir, config, found),
+        *_clones(workdir, config, len(dataset.train)),
         *_pictures(workdir, config, found, dataset),
         *([] if not failed else [Section("What failed", _failures(failed))]),
         Section("How it was made", details=stage_details(workdir)),
@@ -327,6 +329,90 @@ def _mixing(workdir: Path, config: Config, found: Found) -> list[Section]:
         Section("Mixing real and synthetic images", text,
                 images=[Picture(path, "Error against the share of real images.")])
     ]  # fmt: skip
+
+
+def _robustness(workdir: Path, config: Config, found: Found) -> list[Section]:
+    """The suite's figures, a row for each setting and size."""
+    rows: list[dict[str, Any]] = []
+    for setting in found:
+        folder = workdir / safe_name(setting) / "robustness"
+        if (folder / MANIFEST).is_file():
+            rows += read_json(folder / FIGURES_FILE, list, finite=False)
+    if not rows:
+        return []
+    flat = [
+        {key: row[key] for key in ("setting", "seed", "real", "synthetic")} | row["figures"]
+        for row in rows
+    ]
+    write_numbers(workdir / "figures" / "robustness", flat)
+    names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    grouped: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        label = f"{row['setting']}: {row['synthetic'] or row['real']}"
+        grouped.setdefault(label, []).append(row["figures"])
+    body = []
+    for label, own in grouped.items():
+        values = [[one[name] for one in own if np.isfinite(one[name])] for name in names]
+        body.append([label, *(Measure(tuple(each)) if each else None for each in values)])
+    text = (
+        f"The robustness suite at {', '.join(map(str, config.judge.sizes))} images of each class: "
+        f"attacks of radius {255 * config.judge.eps:g}/255, "
+        f"{', '.join(config.judge.corruptions.asked) or 'no corruptions'} made of the test "
+        "images, drawn textures as images of no class. Means and standard deviations over seeds, "
+        "in %."
+    )
+    shown = Table(["Setting: images", *names], body, better=None, scale=100)
+    return [Section("Robustness", text, tables=[shown])]
+
+
+def _clones(workdir: Path, config: Config, images: int) -> list[Section]:
+    """What each clone's features tell, beside its random start's."""
+    scores: dict[str, dict[int, dict[str, float]]] = {}
+    for name in ("start", *config.clones):
+        for seed in config.seeds:
+            folder = workdir / "clones" / safe_name(name) / f"seed{seed}"
+            if (folder / "probe" / MANIFEST).is_file():
+                own = dict(load_artifact(folder / "probe").counts)
+                if name != "start":
+                    counts = load_artifact(folder / "backbone").counts
+                    own |= {key: counts[key] for key in ("feature_std", "effective_rank")}
+                scores.setdefault(name, {})[seed] = own
+    if len(scores) < 2:
+        return []
+    start, body, rows = scores.pop("start"), [], []
+    body.append(["random start", *(_measured(start, x, 100) for x in ("linear", "neighbors")),
+                 "–", None, None])  # fmt: skip
+    for name, own in scores.items():
+        seeds = sorted(own)
+        apart = None
+        if len(seeds) > 1:
+            apart = laws.difference(
+                [own[seed]["linear"] for seed in seeds], [start[seed]["linear"] for seed in seeds]
+            )
+        more = "–" if apart is None else (
+            f"{100 * apart.value:+.1f} [{100 * apart.low:.1f}, {100 * apart.high:.1f}]"
+        )  # fmt: skip
+        body.append(
+            [name, _measured(own, "linear", 100), _measured(own, "neighbors", 100), more,
+             _measured(own, "feature_std"), _measured(own, "effective_rank")]
+        )  # fmt: skip
+        rows += [{"clone": name, "seed": seed, **own[seed]} for seed in seeds]
+    rows += [{"clone": "random start", "seed": seed, **own} for seed, own in start.items()]
+    write_numbers(workdir / "figures" / "clones", rows)
+    text = (
+        f"Backbones trained without classes on the images of {config.clone_source!r}, whose "
+        f"prompts are their captions; then heads on their features of {images} real training "
+        "images, the rate chosen on a held-out part of these. Accuracies in %, on the test "
+        "images. Both measures of collapse are those at the end of training: the deviation of features (1 is "
+        "spread evenly, 0 collapsed) and their effective rank."
+    )
+    columns = ["Backbone", "linear probe", "nearest neighbors", "probe less its start's [95 %]",
+               "feature deviation", "effective rank"]  # fmt: skip
+    return [Section("Clones", text, tables=[Table(columns, body, better=None)])]
+
+
+def _measured(own: Mapping[int, Mapping[str, float]], name: str, scale: float = 1) -> Measure:
+    return Measure(tuple(scale * own[seed][name] for seed in sorted(own)))
 
 
 def _pictures(workdir: Path, config: Config, found: Found, dataset) -> list[Section]:

@@ -11,6 +11,9 @@ Below the run's folder:
     <source>/seed0/adapter       what the generator learned of them, for a source with shots
     <source>/seed0/images        the source's images
     <setting>/training           every point of a setting: networks, answers, ids of its images
+    <setting>/robustness         the robustness suite's figures of the points that are judged
+    clones/start/seed0/probe     what the features of a random backbone tell
+    clones/<name>/seed0/{backbone,probe}
 """
 
 from dataclasses import dataclass, replace
@@ -29,6 +32,7 @@ from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank, make_bank
 from jaxsynth.data.splits import few_shot
 from jaxsynth.methods.scaling import report as pages
+from jaxsynth.methods.scaling.clones import Cloning, Probing, probe_backbone, train_clone
 from jaxsynth.methods.scaling.config import REAL, Config
 from jaxsynth.methods.scaling.plan import plan
 from jaxsynth.methods.scaling.points import Point, settings, source_of
@@ -36,9 +40,11 @@ from jaxsynth.methods.scaling.stages import (
     Drawing,
     Finetuning,
     Generating,
+    Judging,
     Training,
     draw_real,
     generate_images,
+    judge_points,
     learn_shots,
     train_points,
 )
@@ -73,9 +79,17 @@ def run(config: Config, workdir: Path) -> Path:
         except (UserError, NonFiniteError) as error:
             failed[setting] = str(error)
             console.print(f"{setting}: failed: {error}", markup=False)
+    for name in config.clones:
+        try:
+            for seed in config.seeds:
+                images = run.generate(config.clone_source, seed, shots[seed])
+                run.clone(name, seed, images)
+        except (UserError, NonFiniteError) as error:
+            failed[f"clone {name}"] = str(error)
+            console.print(f"clone {name}: failed: {error}", markup=False)
     if jax.process_index() == 0:
         write_json(run.folder / FAILED_FILE, failed)
-    if len(failed) == len(settings(config)):
+    if all(setting in failed for setting in settings(config)):
         raise UserError(f"every setting failed, the first: {next(iter(failed.values()))}")
     return report(run.folder)
 
@@ -181,16 +195,52 @@ class _Run:
         points: list[Point],
         shots: dict[int, Artifact],
         images: dict[int, Artifact],
-    ) -> Artifact:
+    ) -> None:
+        """All points of a setting, and the robustness of those that are judged."""
         config = self.config
         inputs = {f"images{seed}": made for seed, made in images.items()}
         if any(point.real for point in points):
             inputs |= {f"shots{seed}": made for seed, made in shots.items()}
-        return train_points(
+        made = train_points(
             self.folder / safe_name(setting) / "training",
-            Training(tuple(points), config.network, config.train, config.real_weight),
+            Training(
+                tuple(points),
+                config.network,
+                config.train,
+                config.real_weight,
+                config.points_at_once,
+            ),
             label=f"training: {setting}",
             mesh=self.mesh,
             data=self.data,
             **inputs,
         )
+        if {point.size for point in points} & {*config.judge.sizes} and ", mixed" not in setting:
+            judge_points(
+                self.folder / safe_name(setting) / "robustness",
+                Judging(config.judge, config.network, config.seeds[0]),
+                label=f"robustness: {setting}",
+                data=self.data,
+                training=made,
+            )
+
+    def clone(self, name: str, seed: int, images: Artifact) -> None:
+        """A backbone trained on images, and the probes of it and of its random start."""
+        config, folder = self.config, self.folder / "clones"
+        made = train_clone(
+            folder / safe_name(name) / f"seed{seed}" / "backbone",
+            Cloning(config.clones[name], config.network, seed),
+            label=f"clone {name}: seed {seed}",
+            mesh=self.mesh,
+            base=self.base,
+            images=images,
+        )
+        for which, backbone in (("start", None), (name, made)):
+            probe_backbone(
+                folder / safe_name(which) / f"seed{seed}" / "probe",
+                Probing(config.probe, config.network, seed),
+                label=f"probe of {which}: seed {seed}",
+                mesh=self.mesh,
+                data=self.data,
+                clone=backbone,
+            )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,30 +21,37 @@ from jaxsynth.adapters.inject import (
 from jaxsynth.core.arrays import read_array, read_arrays
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import file_digest, write_json
-from jaxsynth.data.dataset import Dataset, SourceError
+from jaxsynth.data.dataset import DataConfig, Dataset, SourceError
 from jaxsynth.data.decode import square
+from jaxsynth.data.load import load_dataset
 from jaxsynth.data.prompt_banks import PromptBank
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.generation.sampler import image_keys
+from jaxsynth.methods.scaling.config import JudgeConfig
 from jaxsynth.methods.scaling.points import Point, pooled, views_of
+from jaxsynth.robustness import suite
+from jaxsynth.robustness.metrics import table
+from jaxsynth.robustness.metrics.bootstrap import evaluate
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.supervised import (
     NetworkConfig,
     SupervisedConfig,
     logits_of,
+    of_pixels,
     supervised_tasks,
 )
 from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune
+from jaxsynth.training.config import aside
 from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.trainer import train_stacked
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import StableDiffusion
 
 SHOTS_FILE, VIEWS_FILE, MODELS_FILE = "shots.json", "views.json", "models.npz"
-LOGITS_FILE, LABELS_FILE = "logits.npy", "labels.npy"
+LOGITS_FILE, LABELS_FILE, FIGURES_FILE = "logits.npy", "labels.npy", "figures.json"
 
 
 @dataclass(frozen=True)
@@ -140,12 +148,13 @@ def generate_images(
 
 @dataclass(frozen=True)
 class Training:
-    """The points of one setting, and how each is trained. `at_once` decides no result."""
+    """The points of one setting, and how each is trained."""
 
     points: tuple[Point, ...]
     network: NetworkConfig
     train: SupervisedConfig
     real_weight: float
+    at_once: int = aside(0)
 
 
 @stage(processes="all")
@@ -161,9 +170,13 @@ def train_points(work: Work, config: Training, *, data: Dataset, **inputs: Artif
         pool, rows, config.network, config.train, seeds=seeds, num_classes=data.num_classes
     )
     sized = config.train.sized(max(len(view.rows) for view in rows))
-    models = train_stacked(
-        tasks, sized, work.training, mesh=work.mesh, description=f"train {len(tasks)} points"
-    )
+    models, group = [], config.at_once or len(tasks)
+    for start in range(0, len(tasks), group):
+        some = tasks[start : start + group]
+        models += train_stacked(
+            some, sized, work.training / f"{start:04d}", mesh=work.mesh,
+            description=f"train {len(some)} points",
+        )  # fmt: skip
     if not work.writes:
         return {}
     states = stack([extract(model) for model in models])
@@ -196,6 +209,43 @@ def _views(points: Sequence[Point], data: Dataset, inputs: Mapping[str, Artifact
                 )
             stores[int(name.removeprefix("images"))] = store
     return views_of(points, data, shots, stores)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What trained points are asked besides the clean test images."""
+
+    judge: JudgeConfig
+    network: NetworkConfig
+    seed: int
+
+
+@stage()
+def judge_points(work: Work, config: Judging, *, data: Dataset, training: Artifact) -> dict:
+    """Every figure of the robustness suite for the points of the sizes that are judged.
+
+    Images of no class are drawn textures. The figures' spread is that of the seeds: no bootstrap.
+    """
+    judge, key = config.judge, jax.random.key(config.seed)
+    size = config.network.image_size
+    strange = load_dataset(
+        DataConfig(source="builtin", name="textures", image_size=size, images_per_class=100)
+    )
+    sets = suite.Sets(clean=data.test, ood={"textures": strange.train})
+    models = load_models(training.path, config.network, data.num_classes)
+    attacks = {name: suite.gradient_attacks()[name] for name in judge.attacks}
+    found = []
+    for answers, model in zip(answers_of(training.path), models, strict=True):
+        if answers.point.size not in judge.sizes:
+            continue
+        answered = suite.answer(
+            of_pixels(model), sets, key, preprocess=partial(square, size=size), attacks=attacks,
+            eps=judge.eps, corruptions=judge.corruptions, batch_size=judge.batch_size,
+        )  # fmt: skip
+        values = {name: evaluate(*one[:2]) for name, one in table.figures(answered).items()}
+        found.append(asdict(answers.point) | {"figures": values})
+    write_json(work.folder / FIGURES_FILE, found)
+    return {"points": len(found)}
 
 
 def load_models(folder: Path, network: NetworkConfig, num_classes: int) -> list[nnx.Module]:
