@@ -116,7 +116,7 @@ def _smoke() -> ConfigDict:
     config.clones.synclr.heads = ConfigDict({"hidden": 16, "outputs": 8, "prototypes": 16})
     config.probe.update({"epochs": 2, "head_rates": (0.1, 0.2)})
     config.judge.sizes = (4,)
-    config.judge.corruptions = ConfigDict({"names": ("contrast",), "severities": (1,)})
+    config.judge.corruptions = ConfigDict({"names": ("contrast", "pixelate"), "severities": (1,)})
     config.finetune.steps = 2
     config.finetune.warmup_steps = 1
     config.finetune.batch_size = 4

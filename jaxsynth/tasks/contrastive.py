@@ -240,17 +240,50 @@ def clone_task(
 ) -> Task:
     """Training of a backbone on the pool; `captions` numbers each image's, whose `tokens` are."""
     members, counts = caption_members(captions)
+    return _task(
+        clone_network(network, config, tokens, seed),
+        {"members": members, "counts": counts, "key": jax.random.key(seed)},
+        {"images": jnp.asarray(pool.images), "tokens": jnp.asarray(tokens)},
+        network,
+        config,
+        jax.random.fold_in(jax.random.key(seed), 1),
+    )
+
+
+def planned_task(
+    network: NetworkConfig,
+    config: CloneConfig,
+    *,
+    images: int,
+    captions: int,
+    tokens: Int[np.ndarray, "c t"],
+) -> Task:
+    """The task of `clone_task` of shapes alone: a pool of `images`, as many of each caption."""
+    shape, side = jax.ShapeDtypeStruct, network.image_size
+    key = jax.random.key(0)
+    data = {
+        "members": shape((captions, -(-images // captions)), np.int32),
+        "counts": shape((captions,), np.int32),
+        "key": key,
+    }
+    constants = {
+        "images": shape((images, side, side, 3), np.uint8),
+        "tokens": shape(tokens.shape, np.int32),
+    }
+    model = nnx.eval_shape(lambda: clone_network(network, config, tokens, 0))
+    return _task(model, data, constants, network, config, key)
+
+
+def _task(model, data, constants, network, config, key) -> Task:
+    known = data["counts"].shape[0]
     return Task(
-        model=clone_network(network, config, tokens, seed),
+        model=model,
         loss=Contrastive(config, network.image_size),
-        batches=Resident(
-            {"members": members, "counts": counts, "key": jax.random.key(seed)},
-            CaptionRows(len(counts), min(config.captions, len(counts)), config.per_caption),
-        ),
+        batches=Resident(data, CaptionRows(known, min(config.captions, known), config.per_caption)),
         table=TABLE,
         learns="table",
-        key=jax.random.fold_in(jax.random.key(seed), 1),
-        constants={"images": jnp.asarray(pool.images), "tokens": jnp.asarray(tokens)},
+        key=key,
+        constants=constants,
         teacher=config.method == "synclr",
     )
 

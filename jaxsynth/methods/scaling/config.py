@@ -85,7 +85,7 @@ class Config:
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
-    resamples: int = 1000
+    resamples: int = aside(1000)
     points_at_once: int = aside(0)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

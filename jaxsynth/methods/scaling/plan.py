@@ -1,8 +1,10 @@
 """What each program of a scaling study needs on a mesh, from its config alone."""
 
+import math
 from dataclasses import replace
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxsynth.adapters import registry
@@ -11,6 +13,7 @@ from jaxsynth.methods.scaling.config import REAL, Config
 from jaxsynth.methods.scaling.points import settings
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.sources import count_data
+from jaxsynth.tasks.contrastive import planned_task as planned_clone
 from jaxsynth.tasks.supervised import planned_task
 from jaxsynth.tasks.text_to_image import planned_task as planned_finetuning
 from jaxsynth.training import trainer
@@ -19,7 +22,9 @@ from jaxsynth.weights.hf import StableDiffusion, describe_pipeline
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
-    """The largest adapter, the images of a source, and the points of each setting.
+    """The largest adapter, a source's images, a setting's points, and each clone.
+
+    Of captions as many are assumed as there are classes.
 
     UserError as `trainer.train`, and where the base's config is not at hand.
     """
@@ -35,6 +40,7 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     for setting in [REAL, *config.sources][:2]:  # all sources have as many points
         name = REAL if setting == REAL else "synthetic"
         programs.append(_training(config, name, len(counted[setting]), classes, mesh, note))
+    programs += [_clone(config, name, classes, mesh, note) for name in config.clones]
     return programs
 
 
@@ -88,3 +94,18 @@ def _training(
 
     batch = config.train.batch_size
     return Program(f"training, {name}", build, "train.batch_size", batch, config.train.accumulate)
+
+
+def _clone(config: Config, name: str, classes: int, mesh: Mesh, note: str) -> Program:
+    train, tokenizer = config.clones[name], describe_pipeline(config.base).tokenizer
+    tokens = np.asarray(tokenizer(["a photo"] * classes))
+    images = classes * config.generate.images_per_class
+
+    def build(batch: int) -> Plan:
+        sized = replace(train, batch_size=batch, captions=batch // train.per_caption)
+        task = planned_clone(config.network, sized, images=images, captions=classes, tokens=tokens)
+        return trainer.plan(f"clone {name}", task, sized.sized(images), mesh, note=note)
+
+    unit = math.lcm(rows_of(mesh), train.per_caption)
+    title = f"clones.{name}.batch_size"
+    return Program(f"clone {name}", build, title, train.batch_size, unit)

@@ -403,8 +403,8 @@ def _clones(workdir: Path, config: Config, images: int) -> list[Section]:
         f"Backbones trained without classes on the images of {config.clone_source!r}, whose "
         f"prompts are their captions; then heads on their features of {images} real training "
         "images, the rate chosen on a held-out part of these. Accuracies in %, on the test "
-        "images. Both measures of collapse are those at the end of training: the deviation of features (1 is "
-        "spread evenly, 0 collapsed) and their effective rank."
+        "images. Both measures of collapse are those at the end of training: the deviation of "
+        "features (1 is spread evenly, 0 collapsed) and their effective rank."
     )
     columns = ["Backbone", "linear probe", "nearest neighbors", "probe less its start's [95 %]",
                "feature deviation", "effective rank"]  # fmt: skip
