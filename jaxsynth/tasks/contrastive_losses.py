@@ -65,13 +65,14 @@ def sinkhorn(
     Rows of weight 0 take no part. In logarithms, so that nothing overflows.
     """
     logs = scores.astype(jnp.float32) / temperature
-    rows = jnp.ones(len(scores)) if weights is None else weights
-    logs = jnp.where(rows[:, None] > 0, logs, _OUT)
-    count = rows.sum()
+    taken = jnp.ones(len(scores), bool) if weights is None else weights > 0
+    count = jnp.maximum(taken.sum(), 1)
     for _ in range(iterations):
+        # Also between: normalizing a row that takes no part would bring it back.
+        logs = jnp.where(taken[:, None], logs, _OUT)
         logs = logs - jax.nn.logsumexp(logs, 0, keepdims=True) - jnp.log(scores.shape[1])
-        logs = logs - jax.nn.logsumexp(logs, 1, keepdims=True) - jnp.log(jnp.maximum(count, 1))
-    return jnp.exp(logs) * count * (rows[:, None] > 0)
+        logs = logs - jax.nn.logsumexp(logs, 1, keepdims=True) - jnp.log(count)
+    return jnp.exp(logs) * count * taken[:, None]
 
 
 def patch_loss(
