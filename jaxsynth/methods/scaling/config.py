@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.tasks.contrastive import CloneConfig
 from jaxsynth.tasks.probe import ProbeConfig
@@ -22,12 +23,14 @@ class SourceConfig:
 
     `prompts` are what they are drawn from. With `shots` the generator first learns so many real
     images of each class (DataDream's adapter for the data set), with 0 it draws from prompts alone.
-    `guidance_scale` takes the place of `generate`'s.
+    `guidance_scale` takes the place of `generate`'s. `keep` says which images sizes are taken from,
+    as the study's `clip` judges them.
     """
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
     shots: int = 0
     guidance_scale: float | None = None
+    keep: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self):
         if self.shots < 0:
@@ -73,6 +76,7 @@ class Config:
 
     method: str = "scaling"
     base: str = "tiny"
+    clip: str = "tiny/clip"
     dtype: str = "float32"
     data: DataConfig = field(default_factory=DataConfig)
     sources: dict[str, SourceConfig] = field(default_factory=dict)

@@ -10,6 +10,7 @@ Below the run's folder:
     seed0/shots                  the real images of a seed, as lists of ids
     <source>/seed0/adapter       what the generator learned of them, for a source with shots
     <source>/seed0/images        the source's images
+    <source>/seed0/kept          those that its filters keep, as places in the store
     <setting>/training           every point of a setting: networks, answers, ids of its images
     <setting>/robustness         the robustness suite's figures of the points that are judged
     clones/start/seed0/probe     what the features of a random backbone tell
@@ -30,6 +31,7 @@ from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank, make_bank
+from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
 from jaxsynth.methods.scaling import report as pages
 from jaxsynth.methods.scaling.clones import Cloning, Probing, probe_backbone, train_clone
@@ -38,11 +40,13 @@ from jaxsynth.methods.scaling.plan import plan
 from jaxsynth.methods.scaling.points import Point, settings, source_of
 from jaxsynth.methods.scaling.stages import (
     Drawing,
+    Filtering,
     Finetuning,
     Generating,
     Judging,
     Training,
     draw_real,
+    filter_images,
     generate_images,
     judge_points,
     learn_shots,
@@ -52,7 +56,7 @@ from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.training.loop import NonFiniteError
-from jaxsynth.weights.hf import StableDiffusion, load_pipeline
+from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
 
 __all__ = ["Config", "plan", "report", "run"]
 
@@ -117,6 +121,10 @@ class _Run:
         )
 
     @cached_property
+    def clip(self) -> Source[Clip]:
+        return Source(lambda: load_clip(self.config.clip), lambda found: found.digest)
+
+    @cached_property
     def data(self) -> Source[Dataset]:
         return Source(
             lambda: load_dataset(self.config.data),
@@ -142,6 +150,8 @@ class _Run:
         few_shot(data, config.most_real, config.seeds[0])
         if config.sources:
             tokenizer = self.base.value.tokenizer
+            if any(source.keep.takes_any for source in config.sources.values()):
+                self.clip.value.tokenizer(list(class_prompts(data)))
             for bank in self.banks.values():
                 tokenizer(list(bank.value.texts))
         if self.mesh is not None and any(source.shots for source in config.sources.values()):
@@ -189,6 +199,21 @@ class _Run:
             adapter=adapter,
         )
 
+    def filter(self, name: str, seed: int, images: Artifact) -> dict[str, Artifact]:
+        """Which of a source's images are kept, where it filters any."""
+        keep = self.config.sources[name].keep
+        if not keep.takes_any:
+            return {}
+        made = filter_images(
+            self.folder / safe_name(name) / f"seed{seed}" / "kept",
+            Filtering(keep),
+            label=f"kept images {name}: seed {seed}",
+            data=self.data,
+            clip=self.clip,
+            images=images,
+        )
+        return {f"kept{seed}": made}
+
     def train(
         self,
         setting: str,
@@ -199,6 +224,8 @@ class _Run:
         """All points of a setting, and the robustness of those that are judged."""
         config = self.config
         inputs = {f"images{seed}": made for seed, made in images.items()}
+        for seed, made in images.items():
+            inputs |= self.filter(source_of(setting), seed, made)
         if any(point.real for point in points):
             inputs |= {f"shots{seed}": made for seed, made in shots.items()}
         made = train_points(

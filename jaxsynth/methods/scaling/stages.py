@@ -21,21 +21,25 @@ from jaxsynth.adapters.inject import (
 from jaxsynth.core.arrays import read_array, read_arrays
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import file_digest, write_json
-from jaxsynth.data.dataset import DataConfig, Dataset, SourceError
+from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource, SourceError
 from jaxsynth.data.decode import square
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.prompt_banks import PromptBank
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
+from jaxsynth.data.views import Subset
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.generation.sampler import image_keys
 from jaxsynth.methods.scaling.config import JudgeConfig
 from jaxsynth.methods.scaling.points import Point, pooled, views_of
+from jaxsynth.quality.features import clip_features
+from jaxsynth.quality.filters import FilterConfig, kept
 from jaxsynth.robustness import suite
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.bootstrap import evaluate
 from jaxsynth.runs.stage import Artifact, Work, stage
+from jaxsynth.tasks.clip_classifier import predict
 from jaxsynth.tasks.supervised import (
     NetworkConfig,
     SupervisedConfig,
@@ -48,8 +52,9 @@ from jaxsynth.training.config import aside
 from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.trainer import train_stacked
 from jaxsynth.weights.adapters import io as adapter_io
-from jaxsynth.weights.hf import StableDiffusion
+from jaxsynth.weights.hf import Clip, StableDiffusion
 
+KEPT_FILE = "kept.json"
 SHOTS_FILE, VIEWS_FILE, MODELS_FILE = "shots.json", "views.json", "models.npz"
 LOGITS_FILE, LABELS_FILE, FIGURES_FILE = "logits.npy", "labels.npy", "figures.json"
 
@@ -147,6 +152,27 @@ def generate_images(
 
 
 @dataclass(frozen=True)
+class Filtering:
+    """Which of a source's images are kept."""
+
+    keep: FilterConfig
+
+
+@stage()
+def filter_images(
+    work: Work, config: Filtering, *, data: Dataset, clip: Clip, images: Artifact
+) -> dict:
+    """The places of the images that stay in their store."""
+    store = ImageStore(images.path)
+    logits = predict(clip, clip.model, class_prompts(data), store, mesh=local_mesh())
+    shares = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
+    features = clip_features(clip).of_source(store)
+    places, counts = kept(shares, features, store.labels, config.keep)
+    write_json(work.folder / KEPT_FILE, places.tolist())
+    return {"kept": len(places), **counts}
+
+
+@dataclass(frozen=True)
 class Training:
     """The points of one setting, and how each is trained."""
 
@@ -161,7 +187,7 @@ class Training:
 def train_points(work: Work, config: Training, *, data: Dataset, **inputs: Artifact) -> dict:
     """Every point of a setting trained, in one program, and its answers to the test images.
 
-    Inputs: "shots<seed>" and "images<seed>".
+    Inputs: "shots<seed>", "images<seed>" and "kept<seed>" of images that were filtered.
     """
     views = _views(config.points, data, inputs)
     pool, rows, ids = pooled(views, config.network.image_size, config.real_weight)
@@ -198,7 +224,7 @@ def _views(points: Sequence[Point], data: Dataset, inputs: Mapping[str, Artifact
         for name, given in inputs.items()
         if name.startswith("shots")
     }
-    stores = {}
+    stores: dict[int, ImageSource] = {}
     for name, given in inputs.items():
         if name.startswith("images"):
             store = ImageStore(given.path)
@@ -207,7 +233,10 @@ def _views(points: Sequence[Point], data: Dataset, inputs: Mapping[str, Artifact
                     f"{given.path}: images of classes {list(store.class_names)}, the data set has "
                     f"{list(data.class_names)}"
                 )
-            stores[int(name.removeprefix("images"))] = store
+            seed = int(name.removeprefix("images"))
+            stores[seed] = store
+            if filtered := inputs.get(f"kept{seed}"):
+                stores[seed] = Subset(store, read_json(filtered.path / KEPT_FILE, list[int]))
     return views_of(points, data, shots, stores)
 
 
