@@ -9,7 +9,7 @@ worth in real images, and which of the studies' claims hold here.
 
 Variants:
 - `tiny`: scikit-learn's handwritten digits and the shipped base, images from prompts alone and from
-  an adapter that learned 16 shots, five sizes, three seeds.
+  an adapter that learned 8 shots, five sizes, three seeds.
 - `smoke`: every stage in a few steps, for the tests.
 """
 
@@ -31,17 +31,17 @@ def _tiny() -> ConfigDict:
             "data": {},  # digits
             "sources": {
                 "prompts": {"prompts": {"weights": {"template": 1.0}}},
-                "adapted": {"prompts": {"weights": {"template": 1.0}}, "shots": 16},
+                "adapted": {"prompts": {"weights": {"template": 1.0}}, "shots": 8},
             },
-            "sizes": (4, 8, 16, 32, 64),
-            "real_sizes": (4, 8, 16, 32, 64),
-            "added_real": 16,
-            "mixed_size": 32,
+            "sizes": (2, 4, 8, 16, 32),
+            "real_sizes": (2, 4, 8, 16, 32),
+            "added_real": 8,
+            "mixed_size": 16,
             "fractions": (0.25, 0.5, 0.75),
             "real_weight": 1.0,
             "seeds": (0, 1, 2),
             "clones": {
-                name: {"method": name, "augment": _augment(0.3)} | more
+                name: {"method": name, "steps": 300, "augment": _augment(0.3)} | more
                 for name, more in (
                     ("simclr", {"temperature": 0.2}),
                     ("stablerep", {}),
@@ -52,7 +52,7 @@ def _tiny() -> ConfigDict:
             "clone_source": "adapted",
             "probe": {"batch_size": 256},
             "judge": {
-                "sizes": (64,),
+                "sizes": (32,),
                 "attacks": ("FGSM",),
                 "corruptions": {
                     "names": ("gaussian_noise", "motion_blur", "contrast", "pixelate"),
@@ -60,21 +60,21 @@ def _tiny() -> ConfigDict:
                 },
             },
             "finetune": {
-                "steps": 400,
+                "steps": 300,
                 "warmup_steps": 20,
                 "learning_rate": 2e-3,
                 "clip_norm": 1.0,
             },
             "generate": {
-                "images_per_class": 64,
+                "images_per_class": 32,
                 "guidance_scale": 2.0,
                 "num_inference_steps": 10,
                 "batch_size": 64,
-                "batches_per_shard": 10,
+                "batches_per_shard": 5,
             },
             "network": {"width": 48, "layers": 3, "heads": 4, "patch_size": 8},
             "train": {
-                "steps": 400,
+                "steps": 300,
                 "batch_size": 32,
                 "learning_rate": 2e-3,
                 "warmup_steps": 30,

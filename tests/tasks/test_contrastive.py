@@ -45,7 +45,7 @@ def of(method: str, **more) -> CloneConfig:
     return replace(CONFIG, method=method, ema_decay=0.9 if method == "synclr" else 0.0, **more)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["synclr", "synclip"])
 def test_eight_devices_train_as_one_does_and_measure_collapse(method, pool, tmp_path):
     config = of(method)
     task = clone_task(pool, CAPTIONS, TOKENS, NETWORK, config, seed=0)
@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_finite_in_bfloat16(method, pool):
         constants = {**task.constants, "teacher": task.model}
         return task.loss(nnx.merge(graphdef, state), constants, batch, jax.random.key(0))[0]
 
-    loss, gradients = jax.value_and_grad(value)(state)
+    loss, gradients = jax.jit(jax.value_and_grad(value))(state)
     assert np.isfinite(loss)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(gradients))
 

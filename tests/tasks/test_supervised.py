@@ -27,7 +27,7 @@ from jaxsynth.training.trainer import train, train_stacked
 
 NETWORK = NetworkConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2)
 CONFIG = SupervisedConfig(
-    steps=6, batch_size=8, learning_rate=1e-2, augment=RECIPES["none"], log_every=6
+    steps=4, batch_size=8, learning_rate=1e-2, augment=RECIPES["none"], log_every=4
 )
 
 
@@ -58,12 +58,10 @@ def test_points_of_several_sizes_train_together_as_they_do_alone(pool, tmp_path)
     views = [view(range(4)), view(range(24)), view(range(0, 24, 2), 2.0)]
     tasks = supervised_tasks(pool, views, NETWORK, CONFIG, seeds=(0, 0, 1), num_classes=2)
     together = train_stacked(tasks, CONFIG, tmp_path / "together")
-    meshed = train_stacked(tasks, CONFIG, tmp_path / "mesh", mesh=make_mesh())
     for i, task in enumerate(tasks):
         alone = train(task, CONFIG, tmp_path / str(i))
         wanted = logits_of(alone, pool.images)
-        for found in (together[i], meshed[i]):
-            np.testing.assert_allclose(logits_of(found, pool.images), wanted, atol=2e-4)
+        np.testing.assert_allclose(logits_of(together[i], pool.images), wanted, atol=2e-4)
     # Equal seeds have equal starts, other images other ends.
     first = [jax.tree.leaves(nnx.state(task.model)) for task in tasks]
     assert all(map(np.array_equal, first[0], first[1]))
