@@ -17,9 +17,11 @@ Below the run's folder:
     clones/<name>/seed0/{backbone,probe}
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -54,13 +56,15 @@ from jaxsynth.methods.scaling.stages import (
 )
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
-from jaxsynth.runs.stage import Artifact, Source
+from jaxsynth.runs.stage import Artifact, Source, StageError
 from jaxsynth.training.loop import NonFiniteError
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
 
 __all__ = ["Config", "plan", "report", "run"]
 
 FAILED_FILE = "failed.json"
+
+T = TypeVar("T")
 
 
 def run(config: Config, workdir: Path) -> Path:
@@ -73,24 +77,40 @@ def run(config: Config, workdir: Path) -> Path:
     keep_record(run.folder, config)
     shots = {seed: run.draw(seed) for seed in config.seeds}
     failed: dict[str, str] = {}
+
+    def attempt(what: str, *needed: str, work: Callable[[], T]) -> T | None:
+        """What `work` makes; where it or what it needs failed, that is written down."""
+        try:
+            if broken := next((failed[name] for name in needed if name in failed), ""):
+                raise UserError(broken)
+            return work()
+        except StageError:  # a changed setting or a damaged file is no failed point
+            raise
+        except (UserError, NonFiniteError) as error:
+            failed[what] = str(error)
+            console.print(f"{what}: failed: {error}", markup=False)
+            return None
+
+    images: dict[str, dict[int, Artifact] | None] = {REAL: {}}
+    for name in config.sources:
+        images[name] = attempt(
+            f"images of {name}",
+            work=lambda name=name: {s: run.generate(name, s, shots[s]) for s in config.seeds},
+        )
     for setting, points in settings(config).items():
-        try:
-            images = {}
-            if setting != REAL:
-                name = source_of(setting)
-                images = {seed: run.generate(name, seed, shots[seed]) for seed in config.seeds}
-            run.train(setting, points, shots, images)
-        except (UserError, NonFiniteError) as error:
-            failed[setting] = str(error)
-            console.print(f"{setting}: failed: {error}", markup=False)
+        name = source_of(setting)
+        attempt(
+            setting, f"images of {name}",
+            work=lambda own=(setting, points), name=name: run.train(*own, shots, images[name]),
+        )  # fmt: skip
     for name in config.clones:
-        try:
-            for seed in config.seeds:
-                images = run.generate(config.clone_source, seed, shots[seed])
-                run.clone(name, seed, images)
-        except (UserError, NonFiniteError) as error:
-            failed[f"clone {name}"] = str(error)
-            console.print(f"clone {name}: failed: {error}", markup=False)
+        attempt(
+            f"clone {name}", f"images of {config.clone_source}",
+            work=lambda name=name: [
+                run.clone(name, seed, made)
+                for seed, made in (images[config.clone_source] or {}).items()
+            ],
+        )  # fmt: skip
     if jax.process_index() == 0:
         write_json(run.folder / FAILED_FILE, failed)
     if all(setting in failed for setting in settings(config)):

@@ -43,7 +43,7 @@ def test_a_study_trains_every_point_on_growing_views_and_goes_on_past_a_failure(
     )  # fmt: skip
     page = scaling.run(config, tmp_path)
     failed = rows(tmp_path / "failed.json")
-    assert set(failed) == {"adapted", "adapted + real", "adapted, mixed"}
+    assert set(failed) == {"images of adapted", "adapted", "adapted + real", "adapted, mixed"}
     assert "not finite" in failed["adapted"]
     text = page.read_text()
     assert "What failed" in text and "not finite" in text
