@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from jaxsynth.core.console import console
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.preemption import Preempted
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.load import load_dataset
@@ -84,7 +85,7 @@ def run(config: Config, workdir: Path) -> Path:
             if broken := next((failed[name] for name in needed if name in failed), ""):
                 raise UserError(broken)
             return work()
-        except StageError:  # a changed setting or a damaged file is no failed point
+        except (Preempted, StageError):  # a changed setting or a damaged file is no failed point
             raise
         except (UserError, NonFiniteError) as error:
             failed[what] = str(error)
