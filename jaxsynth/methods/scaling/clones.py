@@ -10,9 +10,9 @@ from flax import nnx
 from jaxsynth.adapters.inject import AdapterState, extract, load_state, mark_trainable
 from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.io import write_json
-from jaxsynth.data.dataset import Dataset, ImageSource
-from jaxsynth.data.decode import square
+from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.store import ImageStore
+from jaxsynth.methods.scaling.points import pixels_of
 from jaxsynth.methods.scaling.stages import LABELS_FILE, LOGITS_FILE
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.contrastive import (
@@ -46,7 +46,7 @@ def train_clone(work: Work, config: Cloning, *, base: StableDiffusion, images: A
     """A backbone trained on a store's images, whose prompts are its captions."""
     store = ImageStore(images.path)
     captions, numbers = np.unique([entry.prompt for entry in store.entries], return_inverse=True)
-    pool = Pool(_pixels(store, config.network.image_size), store.labels)
+    pool = Pool(pixels_of(store, config.network.image_size), store.labels)
     tokens = np.asarray(base.tokenizer(captions.tolist()))
     task = clone_task(pool, numbers, tokens, config.network, config.clone, seed=config.seed)
     sized = config.clone.sized(len(store))
@@ -83,9 +83,9 @@ def probe_backbone(
     if clone is not None:
         backbone = load_backbone(clone.path, backbone)
     size = config.network.image_size
-    features = features_of(backbone, _pixels(data.train, size))
+    features = features_of(backbone, pixels_of(data.train, size))
     found = probe(
-        features, np.asarray(data.train.labels), features_of(backbone, _pixels(data.test, size)),
+        features, np.asarray(data.train.labels), features_of(backbone, pixels_of(data.test, size)),
         config.probe, work.training, num_classes=data.num_classes, seed=config.seed,
         mesh=work.mesh,
     )  # fmt: skip
@@ -109,7 +109,3 @@ def load_backbone(folder: Path, start: nnx.Module) -> nnx.Module:
     """The backbone of a finished `train_clone`, of the structure of `start`."""
     arrays = {k: jnp.asarray(x) for k, x in read_arrays(folder / BACKBONE_FILE).items()}
     return load_state(mark_trainable(start), AdapterState(arrays, None))
-
-
-def _pixels(source: ImageSource, size: int) -> np.ndarray:
-    return np.stack([square(source[i].image, size) for i in range(len(source))])

@@ -109,13 +109,15 @@ def worth(
     is that of the resamples of both.
 
     Raises:
-        ValueError: no two real sizes, or an error of 0.
+        ValueError: no two real sizes, an error of 0, or one seed.
     """
     sizes = np.array(sorted(real), float)
     seeds = [np.asarray(real[size], float) for size in sizes]
     own = np.asarray(error, float)
     if len(sizes) < 2 or min(min(map(np.min, seeds)), own.min()) <= 0:
         raise ValueError("worth: expected errors above 0 of two real sizes or more")
+    if min(map(len, [own, *seeds])) < 2:
+        raise ValueError("worth: one seed, which tells nothing of the spread")
     rng = np.random.default_rng(seed)
     means = np.array([each.mean() for each in seeds])
     curves = np.concatenate([means[None], means * (1 + _noise(seeds, resamples, rng))])

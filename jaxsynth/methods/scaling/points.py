@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.decode import square
@@ -119,6 +120,11 @@ def pooled(
             }
         )
     return Pool(np.stack(images), np.asarray(labels, np.int32)), out, ids
+
+
+def pixels_of(source: ImageSource, size: int) -> UInt8[np.ndarray, "n size size 3"]:
+    """Every image, cut and resized to a square."""
+    return np.stack([square(source[i].image, size) for i in range(len(source))])
 
 
 def _root(view: ImageSource) -> tuple[ImageSource, np.ndarray]:

@@ -134,7 +134,7 @@ def equivalents(config: Config, found: Found) -> list[dict[str, Any]]:
     measured = curves(found)
     real = measured.get(REAL, {})
     rows = []
-    if len(real) < 2 or min(map(min, real.values())) <= 0:
+    if len(real) < 2 or len(config.seeds) < 2 or min(map(min, real.values())) <= 0:
         return rows
     for setting, curve in measured.items():
         if setting == REAL:

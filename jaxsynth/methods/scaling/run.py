@@ -28,8 +28,8 @@ from jax.sharding import Mesh
 
 from jaxsynth.core.console import console
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.preemption import Preempted
 from jaxsynth.core.io import write_json
+from jaxsynth.core.preemption import Preempted
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.names import safe_name

@@ -32,7 +32,7 @@ from jaxsynth.data.views import Subset
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.generation.sampler import image_keys
 from jaxsynth.methods.scaling.config import JudgeConfig
-from jaxsynth.methods.scaling.points import Point, pooled, views_of
+from jaxsynth.methods.scaling.points import Point, pixels_of, pooled, views_of
 from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.filters import FilterConfig, kept
 from jaxsynth.robustness import suite
@@ -207,7 +207,7 @@ def train_points(work: Work, config: Training, *, data: Dataset, **inputs: Artif
         return {}
     states = stack([extract(model) for model in models])
     np.savez(work.folder / MODELS_FILE, **{k: np.asarray(x) for k, x in states.arrays.items()})
-    test = np.stack([square(record.image, config.network.image_size) for record in data.test])
+    test = pixels_of(data.test, config.network.image_size)
     labels = np.asarray(data.test.labels)
     logits = np.stack([logits_of(model, test) for model in models])
     np.save(work.folder / LOGITS_FILE, logits)

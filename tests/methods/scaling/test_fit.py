@@ -65,6 +65,8 @@ def test_equivalent_real_images_are_read_off_the_real_curve():
     assert laws.worth([0.01, 0.011, 0.012], real)[1] == "more than"
     with pytest.raises(ValueError, match="two real sizes"):
         laws.worth([0.1, 0.2], {10.0: [0.1, 0.2]})
+    with pytest.raises(ValueError, match="one seed"):
+        laws.worth([0.1], real)
 
 
 def test_a_difference_is_paired_by_seed():
