@@ -116,7 +116,7 @@ def pooled(
         ids.append(
             {
                 name: [] if view is None else list(view.ids)
-                for name, view in (("real", real), ("synthetic", drawn))
+                for name, view in (("real_ids", real), ("synthetic_ids", drawn))
             }
         )
     return Pool(np.stack(images), np.asarray(labels, np.int32)), out, ids
