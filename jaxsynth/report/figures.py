@@ -14,6 +14,7 @@ def write_numbers(path: Path, rows: Sequence[Mapping[str, Any]], **more: Any) ->
 
     Columns are the keys of all rows in the order in which they first appear.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     write_json(path.with_suffix(".json"), {"rows": [dict(row) for row in rows], **more})
     text = io.StringIO()

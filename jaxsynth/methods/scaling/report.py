@@ -337,7 +337,7 @@ def _robustness(workdir: Path, config: Config, found: Found) -> list[Section]:
     for setting in found:
         folder = workdir / safe_name(setting) / "robustness"
         if (folder / MANIFEST).is_file():
-            rows += read_json(folder / FIGURES_FILE, list, finite=False)
+            rows += read_json(folder / FIGURES_FILE, list)
     if not rows:
         return []
     flat = [
@@ -352,7 +352,7 @@ def _robustness(workdir: Path, config: Config, found: Found) -> list[Section]:
         grouped.setdefault(label, []).append(row["figures"])
     body = []
     for label, own in grouped.items():
-        values = [[one[name] for one in own if np.isfinite(one[name])] for name in names]
+        values = [[one[name] for one in own if one[name] is not None] for name in names]
         body.append([label, *(Measure(tuple(each)) if each else None for each in values)])
     text = (
         f"The robustness suite at {', '.join(map(str, config.judge.sizes))} images of each class: "

@@ -272,6 +272,8 @@ def judge_points(work: Work, config: Judging, *, data: Dataset, training: Artifa
             eps=judge.eps, corruptions=judge.corruptions, batch_size=judge.batch_size,
         )  # fmt: skip
         values = {name: evaluate(*one[:2]) for name, one in table.figures(answered).items()}
+        # R_adv of a model that is never right is no number.
+        values = {name: value if np.isfinite(value) else None for name, value in values.items()}
         found.append(asdict(answers.point) | {"figures": values})
     write_json(work.folder / FIGURES_FILE, found)
     return {"points": len(found)}
