@@ -88,7 +88,8 @@ def write(workdir: Path) -> Path:
         Section(
             "Claims",
             "Differences of error between settings at one size, paired by seed, with Student's "
-            "95 % interval; below 0 the first makes fewer errors.",
+            "95 % interval; below 0 the first makes fewer errors. Intervals are not widened for the "
+            f"number of claims, {len(claims)}.",
             tables=[_claims(claims)],
         ),
         *_robustness(workdir, config, found),
@@ -181,6 +182,7 @@ def tested(config: Config, found: Found) -> list[dict[str, Any]]:
             add(f"{name}, {last} images + {config.added_real} real err less than "
                 f"{config.added_real} real alone", both[last], real[config.added_real])  # fmt: skip
     names = [name for name in config.sources if name in measured]
+    names.sort(key=lambda name: config.sources[name].shots)
     for one, other in ((a, b) for i, a in enumerate(names) for b in names[:i]):
         for size in measured[one]:
             add(f"{one} err less than {other}, {size} images", measured[one][size],
