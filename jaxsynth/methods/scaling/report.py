@@ -88,8 +88,8 @@ def write(workdir: Path) -> Path:
         Section(
             "Claims",
             "Differences of error between settings at one size, paired by seed, with Student's "
-            "95 % interval; below 0 the first makes fewer errors. Intervals are not widened for the "
-            f"number of claims, {len(claims)}.",
+            "95 % interval; below 0 the first makes fewer errors. Intervals are not widened for "
+            f"the number of claims, {len(claims)}.",
             tables=[_claims(claims)],
         ),
         *_robustness(workdir, config, found),
