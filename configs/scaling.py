@@ -41,7 +41,7 @@ def _tiny() -> ConfigDict:
             "real_weight": 1.0,
             "seeds": (0, 1, 2),
             "clones": {
-                name: {"method": name, "steps": 300, "augment": _augment(0.3)} | more
+                name: {"method": name, "steps": 200, "augment": _augment(0.3)} | more
                 for name, more in (
                     ("simclr", {"temperature": 0.2}),
                     ("stablerep", {}),
@@ -60,7 +60,7 @@ def _tiny() -> ConfigDict:
                 },
             },
             "finetune": {
-                "steps": 300,
+                "steps": 200,
                 "warmup_steps": 20,
                 "learning_rate": 2e-3,
                 "clip_norm": 1.0,
@@ -74,7 +74,7 @@ def _tiny() -> ConfigDict:
             },
             "network": {"width": 48, "layers": 3, "heads": 4, "patch_size": 8},
             "train": {
-                "steps": 300,
+                "steps": 250,
                 "batch_size": 32,
                 "learning_rate": 2e-3,
                 "warmup_steps": 30,
