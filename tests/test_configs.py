@@ -27,6 +27,7 @@ VARIANTS = {
         "xl2,path=photos",
     ),
     "robustness": ("", "tiny", "full", "smoke", "imagenet"),
+    "scaling": ("", "tiny", "smoke"),
     "tiny_base": ("", "smoke"),
     "weightgen": ("", "tiny", "study", "factors", "full", "smoke"),
 }

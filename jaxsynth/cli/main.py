@@ -39,9 +39,17 @@ from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 # REPORTS also have `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
 METHODS = {
     name: f"jaxsynth.methods.{name}.run"
-    for name in ("controlled", "datadream", "diffscaler", "robustness", "tiny_base", "weightgen")
+    for name in (
+        "controlled",
+        "datadream",
+        "diffscaler",
+        "robustness",
+        "scaling",
+        "tiny_base",
+        "weightgen",
+    )
 }
-REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "weightgen")
+REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "scaling", "weightgen")
 
 
 def method_module(name: str) -> ModuleType:

@@ -92,6 +92,31 @@ def held_out(
     return Subset(source, sorted(train)), Subset(source, sorted(test))
 
 
+def first_of_each(
+    source: ImageSource, class_names: Sequence[str], count: int, what: str = "the set"
+) -> Subset:
+    """The first `count` images of each class, classes one after the other.
+
+    A larger count adds images and swaps none. SourceError where a class has fewer.
+    """
+    labels, rows = np.asarray(source.labels), []
+    for label, name in enumerate(class_names):
+        members = np.flatnonzero(labels == label)
+        if len(members) < count:
+            raise SourceError(
+                f"{what}: class {name!r} has {len(members)} images, {count} are asked for"
+            )
+        rows.append(members[:count])
+    return Subset(source, np.concatenate(rows) if rows else [])
+
+
+def real_share(total: int, fraction: float) -> int:
+    """Real images among `total`; SourceError for a fraction that is none."""
+    if not 0 <= fraction <= 1:
+        raise SourceError(f"fractions: {fraction} of {total} images, expected 0 to 1")
+    return round(total * fraction)
+
+
 def select_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     """The data set with these classes only; labels follow the order given."""
     names = tuple(class_names)

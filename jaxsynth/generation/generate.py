@@ -203,7 +203,7 @@ def fill_store(
     generator: Callable[[np.ndarray, np.ndarray], np.ndarray],
     folder: Path,
     class_names: Sequence[str],
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Callable[[int, int], str],
     config: GenerateConfig,
     *,
     seed: int,
@@ -214,8 +214,10 @@ def fill_store(
     """Write `images_per_class` images of every class to a store; returns how many it holds.
 
     Classes take turns, so that a batch mixes them. Of several processes each writes every n-th
-    shard. `adapter_digests` (one, or one per class) go into the manifest, as do `datasets`: whose
-    class each is, where the classes are those of several data sets.
+    shard. `prompts` are one for each class, or a function of class and image number, for the
+    manifest: `generator` knows what it draws. `adapter_digests` (one, or one per class) go into
+    the manifest, as do `datasets`: whose class each is, where the classes are those of several
+    data sets.
     """
     classes = len(class_names)
     total = classes * config.images_per_class
@@ -227,6 +229,7 @@ def fill_store(
     own = sum(len(writer.span(shard)) for shard in share)
     done = own - sum(len(writer.span(shard)) for shard in mine)
     digests = adapter_digests or [""]
+    prompt_of = prompts if callable(prompts) else lambda label, _: prompts[label]
     with progress(description, own, start=done) as bar:
         for shard in mine:
             preemption.stop_if_requested(f"with {done} of {own} images drawn")
@@ -246,7 +249,7 @@ def fill_store(
                     label=int(label),
                     class_name=class_names[label],
                     index=int(index),
-                    prompt=prompts[label],
+                    prompt=prompt_of(int(label), int(index)),
                     seed=seed,
                     guidance=config.guidance_scale,
                     adapter=digests[label % len(digests)],

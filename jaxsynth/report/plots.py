@@ -6,6 +6,7 @@ well on a light and on a dark page. Nothing here touches pyplot's global state.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,56 @@ def plot_scores(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     return _save(figure, axes, path)
+
+
+def plot_scaling(
+    path: Path,
+    series: Sequence[Series],
+    laws: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Path:
+    """Errors against numbers of images, both logarithmic, with fitted laws `{label: (x, y)}`.
+
+    A law has the color of the series of its label, whose points it does not join.
+    """
+    figure, axes = _figure(xlabel, ylabel, title)
+    axes.set_xscale("log"), axes.set_yscale("log")
+    for index, line in enumerate(series):
+        colour = COLOURS[index % len(COLOURS)]
+        law = laws.get(line.label)
+        axes.errorbar(
+            line.x,
+            line.y,
+            yerr=line.reach,
+            label=line.label,
+            color=colour,
+            linestyle="none" if law else "--" if line.dashed else "-",
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            capsize=3,
+            linewidth=1.2,
+        )
+        if law:
+            axes.plot(*law, color=colour, linewidth=1.8)
+    sizes = [x for line in series for x in line.x]
+    errors = _round_ticks([y for line in series for y in line.y])
+    for axis, values in ((axes.xaxis, sizes), (axes.yaxis, errors)):
+        ticks = sorted({float(value) for value in values})
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    return _save(figure, axes, path)
+
+
+def _round_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten around values above 0."""
+    low, high = min(values) / 1.5, max(values) * 1.5
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def plot_curves(

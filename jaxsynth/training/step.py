@@ -105,6 +105,7 @@ def make_train_step(
     schedule: str = "constant",
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    teacher: bool = False,
 ) -> StepFn:
     """Build `step(state, frozen, batch) -> (state, metrics)`.
 
@@ -118,6 +119,7 @@ def make_train_step(
             one update, for batches whose activations do not fit. Every leaf's leading axis must be
             divisible by it, and the dict's scalars must be means too.
         ema_decay: decay of the averaged parameters, for states made with `ema=True`.
+        teacher: the loss gets `(frozen, averaged parameters)` in the place of `frozen`.
 
     The metrics are float32 scalars: "loss", "grad_norm" (before clipping, of the last phase),
     "learning_rate" at the step that used it, and the losses' own.
@@ -130,6 +132,8 @@ def make_train_step(
             raise ValueError(
                 f"ema_decay is {ema_decay} but the state was made with ema={state.ema is not None}"
             )
+        if teacher:
+            frozen = (frozen, averaged(state, ema_decay))
         rate = rate_at(schedule, state.rate, state.step)
         trainable, opt_state = state.trainable, state.opt_state
         metrics: dict[str, Array] = {"learning_rate": rate}

@@ -60,6 +60,8 @@ class Task:
         constants: arrays that the loss needs besides: text states, a noise schedule.
         identity: JSON that checkpoints must agree on, such as the base's digest.
         learns: where what learns lies on a mesh.
+        teacher: the loss's constants are then a dict, to which "teacher" is added: the model with
+            the average of the parameters so far (`TrainingConfig.ema_decay` is its decay).
         evaluate: `(model, step) -> scalars`, every `evaluate_every` steps (by default each epoch's
             `evaluate_steps`), logged as "eval/<name>".
         sample: `model -> images`, every `sample_every` steps, written beside the metrics.
@@ -73,5 +75,6 @@ class Task:
     constants: PyTree = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     learns: Learns | Mapping[str, Learns] = "replicate"
+    teacher: bool = False
     evaluate: Callable[[nnx.Module, int], Mapping[str, Any]] | None = None
     sample: Callable[[nnx.Module], UInt8[np.ndarray, "n h w 3"]] | None = None

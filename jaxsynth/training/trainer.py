@@ -225,6 +225,8 @@ def _assemble(
     task = tasks[0]
     adapter = config_of(task.model)
     graphdef, trainable, buffers, base = nnx.split(task.model, Trainable, Constant, ...)
+    if task.teacher and not config.ema_decay:
+        raise UserError("ema_decay: 0, but this training has a teacher, which is the average")
     for name in ("rates", "decays"):
         if unused := unused_patterns(getattr(config, name), trainable):
             raise UserError(f"{name}: {unused[0]!r} matches no parameter that learns")
@@ -240,6 +242,7 @@ def _assemble(
         adapter,
         None if together or mesh is None else NamedSharding(mesh, batch_rows(task)),
         together,
+        task.teacher,
     )
     tx = optim_hooks.optimiser(adapter, make_optimizer(config), config.steps)
     ema, parts = bool(config.ema_decay), tuple(task.loss) if isinstance(task.loss, Mapping) else ()
@@ -296,12 +299,17 @@ def _step(
     adapter: Any,
     rows: NamedSharding | None,
     together: bool,
+    teacher: bool,
 ) -> StepFn:
     """The step function; equal arguments give the same one, whose compiled program `fit` keeps."""
 
     def of(one: Loss):
         def value(trainable, frozen, batch, key):
-            buffers, base, constants = frozen
+            if teacher:
+                (buffers, base, constants), average = frozen
+                constants = {**constants, "teacher": nnx.merge(graphdef, average, buffers, base)}
+            else:
+                buffers, base, constants = frozen
             if rows is not None:
                 batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
             return one(nnx.merge(graphdef, trainable, buffers, base), constants, batch, key)
@@ -316,6 +324,7 @@ def _step(
         schedule=config.schedule,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
+        teacher=teacher,
     )
     if next_batch is not None:
         step = scan_steps(step, next_batch, config.steps_per_call)

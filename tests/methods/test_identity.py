@@ -78,6 +78,9 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "shifted": ({"x": {"source": "drawn"}},),
     "ood": ({"x": {"source": "drawn"}},),
     "corrupted": ({"x": {"source": "drawn"}},),
+    "weights": ({"name": 1.0},),
+    "clone_source": ("prompts",),
+    "attacks": (("PGD",),),
 }
 # Fields that no stage of these runs reads, and why that is right.
 EXEMPT = {
@@ -109,6 +112,11 @@ UNTRIED = {
     "diffscaler": {
         "mirror", "study", "recipes", "sets_recipe", "sets_steps", "draw", "conditions",
         "condition_folders",
+    },
+    "scaling": {  # files of prompts
+        f"sources.{name}.prompts.{file}"
+        for name in ("prompts", "adapted")
+        for file in ("templates", "hypernyms", "places", "captions", "contexts")
     },
     "weightgen": {
         "edits.how.guidance_scale", "edits.how.image_guidance_scale",

@@ -29,6 +29,10 @@ PROGRAMS = {
     ),
     "diffscaler": ((), ()),
     "robustness": ((), ()),
+    "scaling": (
+        (),
+        ("adapter", "images", "training, real", "training, synthetic", "clone synclr"),
+    ),
     "tiny_base": ((), ("clip", "vae", "unet")),
     "weightgen": (
         (),

@@ -1,0 +1,111 @@
+"""A study's clones: backbones trained without classes, and what their features tell."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsynth.adapters.inject import AdapterState, extract, load_state, mark_trainable
+from jaxsynth.core.arrays import read_arrays
+from jaxsynth.core.io import write_json
+from jaxsynth.data.dataset import Dataset
+from jaxsynth.data.store import ImageStore
+from jaxsynth.methods.scaling.points import pixels_of
+from jaxsynth.methods.scaling.stages import LABELS_FILE, LOGITS_FILE
+from jaxsynth.runs.stage import Artifact, Work, stage
+from jaxsynth.tasks.contrastive import (
+    CloneConfig,
+    backbone_of,
+    backbone_start,
+    clone_task,
+)
+from jaxsynth.tasks.probe import ProbeConfig, features_of, probe
+from jaxsynth.tasks.supervised import NetworkConfig, Pool
+from jaxsynth.training.metrics import read_metrics
+from jaxsynth.training.trainer import train
+from jaxsynth.weights.hf import StableDiffusion
+
+BACKBONE_FILE, SCORES_FILE, NEIGHBORS_FILE = "backbone.npz", "scores.json", "neighbors.npy"
+# Of a training's last measures, the mean of so many lines.
+_LAST = 3
+
+
+@dataclass(frozen=True)
+class Cloning:
+    """How a backbone is trained."""
+
+    clone: CloneConfig
+    network: NetworkConfig
+    seed: int
+
+
+@stage(processes="all")
+def train_clone(work: Work, config: Cloning, *, base: StableDiffusion, images: Artifact) -> dict:
+    """A backbone trained on a store's images, whose prompts are its captions."""
+    store = ImageStore(images.path)
+    captions, numbers = np.unique([entry.prompt for entry in store.entries], return_inverse=True)
+    pool = Pool(pixels_of(store, config.network.image_size), store.labels)
+    tokens = np.asarray(base.tokenizer(captions.tolist()))
+    task = clone_task(pool, numbers, tokens, config.network, config.clone, seed=config.seed)
+    sized = config.clone.sized(len(store))
+    model = train(
+        task, sized, work.training, mesh=work.mesh, description=f"train {config.clone.method}"
+    )
+    if not work.writes:
+        return {}
+    state = extract(mark_trainable(backbone_of(model)))
+    np.savez(work.folder / BACKBONE_FILE, **{k: np.asarray(x) for k, x in state.arrays.items()})
+    lines = [line for line in read_metrics(work.training / "metrics.jsonl") if "loss" in line]
+    measures = {
+        name: float(np.mean([line[name] for line in lines[-_LAST:]]))
+        for name in ("loss", "feature_std", "effective_rank")
+    }
+    return {"captions": len(captions), "steps": sized.steps, **measures}
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How a backbone's features are asked about; `seed` is that of its start, too."""
+
+    probe: ProbeConfig
+    network: NetworkConfig
+    seed: int
+
+
+@stage(processes="all")
+def probe_backbone(
+    work: Work, config: Probing, *, data: Dataset, clone: Artifact | None = None
+) -> dict:
+    """Heads on a clone's features of the real training images, or on those of its random start."""
+    backbone = backbone_start(config.network, config.seed)
+    if clone is not None:
+        backbone = load_backbone(clone.path, backbone)
+    size = config.network.image_size
+    features = features_of(backbone, pixels_of(data.train, size))
+    found = probe(
+        features, np.asarray(data.train.labels), features_of(backbone, pixels_of(data.test, size)),
+        config.probe, work.training, num_classes=data.num_classes, seed=config.seed,
+        mesh=work.mesh,
+    )  # fmt: skip
+    if not work.writes:
+        return {}
+    labels = np.asarray(data.test.labels)
+    np.save(work.folder / LOGITS_FILE, found.logits)
+    np.save(work.folder / NEIGHBORS_FILE, found.neighbors)
+    np.save(work.folder / LABELS_FILE, labels)
+    scores = {
+        "linear": float((found.logits.argmax(-1) == labels).mean()),
+        "neighbors": float((found.neighbors.argmax(-1) == labels).mean()),
+        "rate": found.rate,
+        "held_out": found.held_out,
+    }
+    write_json(work.folder / SCORES_FILE, scores)
+    return scores
+
+
+def load_backbone(folder: Path, start: nnx.Module) -> nnx.Module:
+    """The backbone of a finished `train_clone`, of the structure of `start`."""
+    arrays = {k: jnp.asarray(x) for k, x in read_arrays(folder / BACKBONE_FILE).items()}
+    return load_state(mark_trainable(start), AdapterState(arrays, None))

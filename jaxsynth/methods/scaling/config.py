@@ -1,0 +1,154 @@
+"""What a scaling study is told."""
+
+from dataclasses import dataclass, field
+
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.prompt_banks import PromptConfig
+from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.quality.filters import FilterConfig
+from jaxsynth.robustness.corruptions.predictions import Corruptions
+from jaxsynth.tasks.contrastive import CloneConfig
+from jaxsynth.tasks.probe import ProbeConfig
+from jaxsynth.tasks.supervised import NetworkConfig, SupervisedConfig
+from jaxsynth.tasks.text_to_image import FinetuneConfig
+from jaxsynth.training.config import aside
+from jaxsynth.training.sharding import MeshConfig
+
+REAL = "real"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where a set of synthetic images comes from.
+
+    `prompts` are what they are drawn from. With `shots` the generator first learns so many real
+    images of each class (DataDream's adapter for the data set), with 0 it draws from prompts alone.
+    `guidance_scale` takes the place of `generate`'s. `keep` says which images sizes are taken from,
+    as the study's `clip` judges them.
+    """
+
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    shots: int = 0
+    guidance_scale: float | None = None
+    keep: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self):
+        if self.shots < 0:
+            raise ValueError(f"shots: {self.shots}, expected 0 or more")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Which points go through the robustness suite, and how.
+
+    `sizes` are those of the curves whose points do, in images a class; () leaves the suite out.
+    `attacks` are some of FGSM and PGD, of radius `eps`; `corruptions` those made of test images.
+    """
+
+    sizes: tuple[int, ...] = ()
+    attacks: tuple[str, ...] = ("FGSM", "PGD")
+    eps: float = 1 / 255
+    corruptions: Corruptions = field(default_factory=Corruptions)
+    batch_size: int = 256
+
+    def __post_init__(self):
+        if unknown := sorted({*self.attacks} - {"FGSM", "PGD"}):
+            raise ValueError(f"attacks: {unknown}, expected some of FGSM and PGD")
+        if self.eps <= 0 or self.batch_size < 1:
+            raise ValueError(
+                f"eps: {self.eps}, batch_size: {self.batch_size}, expected above 0 each"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A study: every source at every size, alone and with real images, with every seed.
+
+    All counts are images of each class. `real_sizes` are those of the curve of real images alone,
+    `sizes` those of each source. `added_real` real images stand beside every size of a source in
+    the curve "NAME + real" (0: no such curve). At the size `mixed_size`, `fractions` of the images
+    are real in "NAME, mixed" (0: none). A synthetic image counts 1 in the loss, a real one
+    `real_weight`. `clones` are backbones trained without classes on all images of the source
+    `clone_source`, whose features `probe` tells the classes by. Each of `seeds` has its own real
+    images, adapters, synthetic images and start. `resamples` are those of the intervals on the
+    page; `points_at_once` bounds how many points train together (0: all of a setting).
+    """
+
+    method: str = "scaling"
+    base: str = "tiny"
+    clip: str = "tiny/clip"
+    dtype: str = "float32"
+    data: DataConfig = field(default_factory=DataConfig)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    sizes: tuple[int, ...] = (4, 8, 16, 32, 64)
+    real_sizes: tuple[int, ...] = (4, 8, 16, 32, 64)
+    added_real: int = 0
+    mixed_size: int = 0
+    fractions: tuple[float, ...] = ()
+    real_weight: float = 1.0
+    clones: dict[str, CloneConfig] = field(default_factory=dict)
+    clone_source: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    resamples: int = aside(1000)
+    points_at_once: int = aside(0)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    train: SupervisedConfig = field(default_factory=SupervisedConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        for name in ("sizes", "real_sizes", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name}: {values}, expected one value or more, each once")
+        for name in ("sizes", "real_sizes"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected 1 or more each")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: {self.dtype!r}, expected float32 or bfloat16")
+        for name in self.sources:
+            if name == REAL or not name or any(x in name for x in "/,+"):
+                raise ValueError(f"sources: {name!r}: expected another name, without / , and +")
+        if self.generate.images_per_class < max(self.sizes):
+            raise ValueError(
+                f"generate.images_per_class: {self.generate.images_per_class}, but `sizes` asks "
+                f"for {max(self.sizes)}"
+            )
+        if "start" in self.clones:
+            raise ValueError("clones: 'start' is the random backbone, expected another name")
+        if not all(0 < fraction < 1 for fraction in self.fractions):
+            raise ValueError(f"fractions: {self.fractions}, expected above 0 and below 1 each")
+        if bool(self.fractions) != bool(self.mixed_size):
+            raise ValueError(
+                f"mixed_size: {self.mixed_size} and fractions: {self.fractions}, expected both or "
+                "neither"
+            )
+        if bool(self.clones) != bool(self.clone_source):
+            raise ValueError(
+                f"clone_source: {self.clone_source!r} and {len(self.clones)} clones, expected both "
+                "or neither"
+            )
+        if self.clones and self.clone_source not in self.sources:
+            raise ValueError(
+                f"clone_source: {self.clone_source!r}, expected one of {', '.join(self.sources)}"
+            )
+        if self.mixed_size > self.generate.images_per_class:
+            raise ValueError(f"mixed_size: {self.mixed_size}, more than are generated")
+        if self.added_real < 0 or self.real_weight <= 0:
+            raise ValueError(
+                f"added_real: {self.added_real}, real_weight: {self.real_weight}, expected 0 or "
+                "more and above 0"
+            )
+        strange = set(self.judge.sizes) - {*self.sizes, *self.real_sizes}
+        if strange:
+            raise ValueError(f"judge.sizes: {sorted(strange)} are neither sizes nor real_sizes")
+
+    @property
+    def most_real(self) -> int:
+        """The real images of each class that a seed needs."""
+        mixed = [round(self.mixed_size * fraction) for fraction in self.fractions]
+        shots = [source.shots for source in self.sources.values()]
+        return max(*self.real_sizes, self.added_real, *mixed, *shots)

@@ -1,0 +1,46 @@
+"""Each filter takes out the images that it is for, and names how many."""
+
+import numpy as np
+import pytest
+
+from jaxsynth.quality.filters import FilterConfig, kept
+
+LABELS = np.array([0, 0, 0, 1, 1, 1])
+SHARES = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.45, 0.55], [0.1, 0.9], [0.3, 0.7]])
+# Images 0 and 1 are alike, 4 and 5 too; 0 and 4 would be, but for their classes.
+FEATURES = np.array([[1, 0, 0], [2, 0.01, 0], [0, 1, 0], [0, 0, 1], [5, 0, 0], [1, 0.02, 0]], float)
+
+
+@pytest.mark.parametrize(
+    ("config", "places", "counts"),
+    [
+        (FilterConfig(), [0, 1, 2, 3, 4, 5], {"least_share": 0}),
+        (FilterConfig(least_share=0.57), [0, 1, 4, 5], {"least_share": 2}),
+        (FilterConfig(agreement=True), [0, 1, 3, 4, 5], {"least_share": 0, "agreement": 1}),
+        (FilterConfig(duplicates=0.99), [0, 2, 3, 4], {"least_share": 0, "duplicates": 2}),
+        (FilterConfig(most=1), [0, 4], {"least_share": 0, "most": 4}),
+        (
+            FilterConfig(agreement=True, duplicates=0.99, most=1),
+            [0, 4],
+            {"least_share": 0, "agreement": 1, "duplicates": 2, "most": 1},
+        ),
+    ],
+)
+def test_each_filter_takes_out_its_own(config, places, counts):
+    found, taken = kept(SHARES, FEATURES, LABELS, config)
+    assert found.tolist() == places and taken == counts
+
+
+def test_a_repeat_of_a_repeat_that_is_gone_stays():
+    """Only images that stay make later ones repeats."""
+    angles = np.deg2rad([0, 8, 16])
+    features = np.stack([np.cos(angles), np.sin(angles)], 1)
+    config = FilterConfig(duplicates=float(np.cos(np.deg2rad(10))))
+    found, _ = kept(np.ones((3, 1)), features, np.zeros(3, int), config)
+    assert found.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("fields", [{"least_share": 1.0}, {"duplicates": 0.0}, {"most": -1}])
+def test_settings_that_cannot_be_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        FilterConfig(**fields)
