@@ -37,9 +37,12 @@ from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 # REPORTS also have `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
 METHODS = {
     name: f"jaxsynth.methods.{name}.run"
-    for name in ("controlled", "datadream", "diffscaler", "robustness", "tiny_base", "weightgen")
-}
-REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "weightgen")
+    for name in (
+        "controlled", "customize", "datadream", "diffscaler", "robustness", "tiny_base",
+        "weightgen",
+    )
+}  # fmt: skip
+REPORTS = ("controlled", "customize", "datadream", "diffscaler", "robustness", "weightgen")
 
 
 def method_module(name: str) -> ModuleType:

@@ -28,7 +28,7 @@ from jaxsynth.data.pipeline.batches import eval_batches
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.models.classifiers import inception
 from jaxsynth.quality.metrics import Statistics
-from jaxsynth.weights.hf import load_clip
+from jaxsynth.weights.hf import Clip, load_clip
 from jaxsynth.weights.networks.inception import load_inception
 
 # How an image comes to Inception's 299 x 299 (see `inception_transform`).
@@ -94,9 +94,13 @@ def clip_extractor(
 
     Images are prepared as for the classifier: short side (bicubic), centre, CLIP's mean and std.
     """
-    clip = load_clip(name_or_path)
     path = Path(name_or_path).expanduser()
     name = path.resolve().name if path.is_dir() else os.fspath(name_or_path)
+    return image_features(load_clip(name_or_path), name, batch_size=batch_size)
+
+
+def image_features(clip: Clip, name: str, *, batch_size: int = 64) -> FeatureExtractor:
+    """`clip_extractor` of a loaded CLIP, which its label calls `name`."""
     size = clip.image_size
     return FeatureExtractor(
         name=f"CLIP {name}",

@@ -9,7 +9,7 @@
 What learns is for the model to say: the new word's rows, an adapter of any kind, or all of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,10 +194,13 @@ def customize_task(
     seed: int,
     others: Told | None = None,
     identity: Mapping[str, Any] | None = None,
+    evaluate: Callable[[TextToImage, int], Mapping[str, Any]] | None = None,
+    sample: Callable[[TextToImage], np.ndarray] | None = None,
 ) -> Task:
     """The training of what is `Trainable` in `model` on images and their texts; all may be shapes.
 
-    `others` are images of the subject's class, for a `DreamBoothConfig` that keeps the prior.
+    `others` are images of the subject's class, for a `DreamBoothConfig` that keeps the prior;
+    `evaluate` and `sample` are the task's.
     """
     order_key, key = jax.random.split(jax.random.key(seed))
     data: dict[str, Any] = dict(vars(images) if others is None else _joined(images, others))
@@ -220,6 +223,8 @@ def customize_task(
         key=key,
         constants=NoiseSchedule.from_config(pipeline.scheduler_config),
         identity={"seed": seed, **(identity or {})},
+        evaluate=evaluate,
+        sample=sample,
     )
 
 
@@ -236,10 +241,10 @@ def planned_images(pipeline: StableDiffusion, count: int, texts: int, *, size: i
 def _joined(images: Told, others: Told) -> dict[str, Any]:
     """The arrays of both, whose images may have another number of crops."""
     if isinstance(images.first, jax.ShapeDtypeStruct):
-        count = len(images) + len(others)
+        pairs = {name: (getattr(images, name), getattr(others, name)) for name in vars(images)}
         return {
-            name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) if name != "ids" else x
-            for name, x in vars(images).items()
+            name: jax.ShapeDtypeStruct((x.shape[0] + y.shape[0], *x.shape[1:]), x.dtype)
+            for name, (x, y) in pairs.items()
         }
     crops = max(images.mean.shape[1], others.mean.shape[1])
 

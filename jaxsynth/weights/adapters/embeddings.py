@@ -26,6 +26,7 @@ from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import tensor_files
 from jaxsynth.weights.hf import StableDiffusion
+from jaxsynth.weights.tokenizer import Tokenizer
 from jaxsynth.weights.torch_files.writer import write_pickled
 
 FORMATS = ("diffusers", "a1111", "kohya")
@@ -128,7 +129,10 @@ def with_embedding(
             f"{source}: vectors of width {_family(found)}, and the base's text encoder has width "
             f"{_family(width)}: the embedding is for another base"
         )
-    tokenizer = _with_word(pipeline, embedding.word, len(embedding.vectors), source)
+    try:
+        tokenizer = _with_word(pipeline, embedding.word, len(embedding.vectors))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     encoder = with_rows(pipeline.text_encoder, jnp.asarray(embedding.vectors))
     encoder.config = dataclasses.replace(encoder.config, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
@@ -142,23 +146,20 @@ def with_new_word(
     UserError for a word that is known already, and an initializer that is not one token.
     """
     start = pipeline.tokenizer.single(initializer)
-    tokenizer = _with_word(pipeline, word, vectors, "token")
+    tokenizer = _with_word(pipeline, word, vectors)
     encoder = add_rows(pipeline.text_encoder, vectors, start=start)
     return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
 
 
-def _with_word(pipeline: StableDiffusion, word: str, vectors: int, source: Any):
+def _with_word(pipeline: StableDiffusion, word: str, vectors: int) -> Tokenizer:
     """The tokenizer with a word, whose ids are those of the rows after the text encoder's."""
     known, rows = pipeline.tokenizer.vocab_size, pipeline.text_encoder.config.vocab_size
     if known != rows:
         raise UserError(
-            f"{source}: the base's tokenizer has {known} tokens and its text encoder {rows} rows, "
-            "so that a new word has no row of its own"
+            f"the base's tokenizer has {known} tokens and its text encoder {rows} rows, so that a "
+            "new word has no row of its own"
         )
-    try:
-        return pipeline.tokenizer.with_word(word, vectors)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+    return pipeline.tokenizer.with_word(word, vectors)
 
 
 def _file_of(source: Path) -> Path:

@@ -1,0 +1,83 @@
+"""What a customisation run needs on a mesh, from its config alone: no weights are read."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+from jax.sharding import Mesh
+
+from jaxsynth.data.prompts import default_template
+from jaxsynth.generation.planning import plan_images
+from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.techniques import class_prompt, prepared, templates_of
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.shapes import transform
+from jaxsynth.runs.sources import count_data
+from jaxsynth.tasks.customize import CaptionConfig, customize_task, planned_images
+from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
+from jaxsynth.training import trainer
+from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.weights.hf import StableDiffusion, describe_pipeline
+
+
+def plan(config: Config, mesh: Mesh) -> list[Program]:
+    """The training of the technique, and the drawing of the base's images and of the customised.
+
+    UserError as `trainer.train`, and where the base's configs are not at hand.
+    """
+    base = describe_pipeline(config.base, dtype=config.dtype, compute_dtype=config.dtype)
+    classes, images, note = count_data(config.data)
+    training, prompts = config.training, len(config.prompts)
+    if config.shots:
+        images = config.shots * (1 if config.has_subject else classes)
+    # As many texts as there may be: what the images are told by, and the class's prompt.
+    template = config.data.template or default_template(config.data.name)
+    texts = images if isinstance(training, CaptionConfig) else 1
+    texts *= len(templates_of(training, template))
+    prior = class_prompt(training, config.word, template)
+
+    def train(batch: int) -> Plan:
+        sized = replace(training, batch_size=batch)
+        others = planned_images(base, training.class_images, 1) if prior else None
+        task = customize_task(
+            base, _model(config, base), planned_images(base, images, texts), sized,
+            seed=config.seeds[0], others=others,
+        )  # fmt: skip
+        rows = batch * (2 if prior else 1)
+        return trainer.plan(
+            config.technique, task, sized.sized(images), mesh, images=rows, note=note
+        )
+
+    def draw(name: str, count: int, learned: bool, batch: int) -> Plan:
+        adapt = None
+        if learned and isinstance(training, FinetuneConfig):
+            adapt = partial(_adapted, base, training)
+        own = replace(config.generate, batch_size=batch)
+        return plan_images(name, base, own, mesh, prompts=count, adapt=adapt, note=note)
+
+    unit, batch = rows_of(mesh), config.generate.batch_size
+    names = [("draw, class", 1, False)] if prior else []
+    names += [("draw, base", prompts, False), ("draw, customised", prompts, True)]
+    field = f"{config.technique}.batch_size"
+    programs = [
+        Program(config.technique, train, field, training.batch_size, unit * training.accumulate)
+    ]
+    for name, count, learned in names:
+        build = partial(draw, name, count, learned)
+        programs.append(Program(name, build, "generate.batch_size", batch, unit))
+    return programs
+
+
+def _adapted(base: StableDiffusion, training: FinetuneConfig, model: TextToImage) -> TextToImage:
+    own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
+    return adapted(own, training, jax.random.key(0))
+
+
+def _model(config: Config, base: StableDiffusion) -> TextToImage:
+    """The networks with what learns in them, of shapes."""
+
+    def prepare(model: TextToImage) -> TextToImage:
+        own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
+        return prepared(config.training, config.word, own, jax.random.key(0))[1]
+
+    return transform(prepare, TextToImage(base.unet, base.text_encoder))
