@@ -45,7 +45,6 @@ class InversionConfig(TrainingConfig):
     batch_size: int = 16
     learning_rate: float = 1e-4
     weight_decay: float = 1e-2
-    clip_norm: float = 1.0
     token: str = "<subject>"
     vectors: int = 1
     initializer: str = ""

@@ -198,10 +198,11 @@ class Tokenizer:
                 f"{self.max_length} tokens with its start and its end"
             )
         words = [word, *(f"{word}_{i}" for i in range(1, vectors))]
+        # Words are found in lower case.
+        known = {x.lower() for x in self._backend.get_vocab(with_added_tokens=True)}
         # A companion of the new word that is there already would be taken for one of its own.
         for text in (*words, f"{word}_{vectors}"):
-            plain = (text, text.lower(), text.lower() + _SUFFIX)
-            if any(self._backend.token_to_id(one) is not None for one in plain):
+            if known & {text.lower(), text.lower() + _SUFFIX}:
                 raise UserError(
                     f"token {quoted(text)} is in the tokenizer already; give the new word another "
                     "name"

@@ -24,7 +24,7 @@ PROGRAMS = {
         ("controlnet", "draw, controlnet", "affiner", "draw, affiner"),
     ),
     "customize": (
-        ("textual_inversion.batch_size=4",),
+        (),
         ("textual_inversion", "draw, base", "draw, customised"),
     ),
     "datadream": (

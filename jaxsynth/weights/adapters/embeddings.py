@@ -52,7 +52,10 @@ def embedding_file(source: str | Path) -> Path | None:
     UserError for a file that cannot be read.
     """
     file = _file_of(Path(source))
-    return file if file.is_file() and _kind(_content(file))[0] == recognize.EMBEDDING else None
+    if not file.is_file():
+        return None
+    names = list(tensor_files.nested(file)) or tensor_files.keys(file)
+    return file if _kind(names)[0] == recognize.EMBEDDING else None
 
 
 def read_embedding(source: str | Path, word: str = "") -> Embedding:
@@ -70,7 +73,7 @@ def read_embedding(source: str | Path, word: str = "") -> Embedding:
             f"{file}: holds vectors for the two text encoders of SDXL ({', '.join(names)}), "
             "expected those of one"
         )
-    kind, key = _kind(content)
+    kind, key = _kind(list(content))
     # A word may have any signs in it, so that a lone key without a meaning is one.
     if kind != recognize.EMBEDDING and (kind or len(content) != 1):
         what = recognize.said(kind) if kind else "holds no embedding of a kind known here"
@@ -170,10 +173,11 @@ def _content(file: Path) -> dict[Any, Any]:
     return tensor_files.nested(file) or dict(tensor_files.load(file)[0])
 
 
-def _kind(content: dict[Any, Any]) -> tuple[str, str]:
-    if any(type(key) is int for key in content):
-        return "a hypernetwork", str(next(iter(content)))
-    return recognize.kind_of([str(key) for key in content])
+def _kind(names: list[Any]) -> tuple[str, str]:
+    """What a file with these keys is, and one of them that says so."""
+    if number := next((name for name in names if type(name) is int), None):
+        return "a hypernetwork", str(number)
+    return recognize.kind_of([str(name) for name in names])
 
 
 def _of_params(content: dict[Any, Any], file: Path) -> tuple[str, Any]:
