@@ -176,13 +176,18 @@ class Tokenizer:
         return ids.reshape(len(texts), self.max_length)
 
     def expand(self, text: str) -> str:
-        """The text with every word of several vectors followed by its companions."""
-        known = {token.content for token in self._added}
+        """The text with every word of several vectors followed by its companions.
+
+        As diffusers' `maybe_convert_prompt`, which misses words with capitals: they are found in
+        lower case, and looked for as they were given.
+        """
+        known = {token.content.lower(): token.content for token in self._added}
         if not any(f"{word}_1" in known for word in known):
             return text
-        for word in dict.fromkeys(self._backend.encode(text).tokens):
-            if word in known:
-                text = text.replace(word, " ".join(_companions(word, known)))
+        for word in dict.fromkeys(x.lower() for x in self._backend.encode(text).tokens):
+            if f"{word}_1" in known:
+                whole = " ".join(_companions(known[word], set(known.values())))
+                text = re.sub(re.escape(word), lambda _, whole=whole: whole, text, flags=re.I)
         return text
 
     def with_word(self, word: str, vectors: int = 1) -> Self:
@@ -398,7 +403,7 @@ def _legacy_token(text: str, index: int, special: bool) -> _Token:
     return _Token(text, (("normalized", not special), ("special", special)), index)
 
 
-def _companions(word: str, known: Iterable[str]) -> list[str]:
+def _companions(word: str, known: set[str]) -> list[str]:
     """A word and those of `known` that go on with its vectors."""
     found = [word]
     while f"{word}_{len(found)}" in known:

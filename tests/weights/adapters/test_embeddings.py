@@ -20,7 +20,7 @@ from jaxsynth.weights.adapters.embeddings import (
 )
 from jaxsynth.weights.hf import load_pipeline
 
-WORD, WIDTH = "<Dahlia>", 16
+WORD, WIDTH = "<dahlia>", 16
 VECTORS = np.random.default_rng(0).standard_normal((3, WIDTH)).astype("f4")
 TEXTS = [
     f"a photo of the digit {WORD}",
@@ -59,7 +59,10 @@ def pipeline(base_folder):
 
 def agree(pipeline, peer, word=WORD):
     texts = [text.replace(WORD, word) for text in TEXTS]
-    assert [pipeline.tokenizer.expand(text) for text in texts] == [peer.prompt(t) for t in texts]
+    expanded = [pipeline.tokenizer.expand(text) for text in texts]
+    assert expanded == [peer.prompt(text) for text in texts]
+    if f"{word}_1" in peer.tokenizer.get_vocab():
+        assert expanded[0] == f"a photo of the digit {word} {word}_1 {word}_2"
     ids, states = peer.states(texts)
     np.testing.assert_array_equal(pipeline.tokenizer(texts), ids)
     found = pipeline.text_encoder(jnp.asarray(ids)).last_hidden_state
@@ -121,7 +124,7 @@ def test_the_command_converts_them(tmp_path, capfd):
     save_file({WORD: VECTORS}, tmp_path / "learned_embeds.safetensors")
     target = tmp_path / "dahlia.pt"
     assert cli.main(["convert", str(tmp_path), str(target), "--to=a1111"]) == 0
-    assert "'<Dahlia>' of 3 vectors" in capfd.readouterr().out
+    assert "'<dahlia>' of 3 vectors" in capfd.readouterr().out
     back = read_embedding(target)
     assert back.word == WORD and np.array_equal(back.vectors, VECTORS)
     assert cli.main(["convert", str(target), str(tmp_path / "x"), "--to=peft"]) != 0
@@ -172,10 +175,12 @@ def test_words_that_cannot_be_are_refused(pipeline, word, vectors, initializer, 
 
 def test_a_word_is_given_once(pipeline):
     once = with_embedding(pipeline, Embedding(WORD, VECTORS))
-    for word in (WORD, "<dahlia>", "<Dahlia>_2"):
+    for word in (WORD, "<DAHLIA>", "<Dahlia>_2"):
         with pytest.raises(UserError, match=r"b.pt: token .* is in the tokenizer already"):
             with_embedding(once, Embedding(word, VECTORS[:1]), "b.pt")
-    two = with_embedding(once, Embedding("<other>", VECTORS[:2] + 1))
-    ids = two.tokenizer([f"{WORD} <other>"])
+    two = with_embedding(once, Embedding("<Other>", VECTORS[:2] + 1))
     table = two.text_encoder.text_model.embeddings.token_embedding.embedding[...]
-    np.testing.assert_array_equal(table[ids[0, 1:6]], np.concatenate([VECTORS, VECTORS[:2] + 1]))
+    # Capitals do not matter, neither in the word nor in the text.
+    for text in ("<dahlia> <Other>", "<Dahlia> <other>"):
+        ids, rows = two.tokenizer([text]), np.concatenate([VECTORS, VECTORS[:2] + 1])
+        np.testing.assert_array_equal(table[ids[0, 1:6]], rows)
