@@ -119,7 +119,7 @@ def _smoke() -> ConfigDict:
     config.judge.corruptions = ConfigDict({"names": ("contrast", "pixelate"), "severities": (1,)})
     config.finetune.steps = 2
     config.finetune.warmup_steps = 1
-    config.finetune.batch_size = 4
+    config.finetune.batch_size = 8
     config.generate.images_per_class = 4
     config.generate.num_inference_steps = 2
     config.generate.batch_size = 12

@@ -13,6 +13,14 @@ FILES = sorted(FOLDER.glob("*.py"))
 # A config file that is not listed here fails, so that none goes untested.
 VARIANTS = {
     "controlled": ("", "tiny", "edges", "sd21", "smoke"),
+    "customize": (
+        "",
+        *(
+            f"{variant},technique={technique}"
+            for variant in ("tiny", "sd21", "smoke")
+            for technique in ("textual_inversion", "dreambooth", "lora")
+        ),
+    ),
     "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),
     "diffscaler": (
         "",

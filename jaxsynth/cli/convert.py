@@ -1,10 +1,11 @@
 """`jaxsynth convert`: anything the tool reads, in the formats that other tools read.
 
 Adapters go between the files of peft, diffusers, kohya, LyCORIS, ComfyUI and A1111 and this
-package's own, whole Stable Diffusions between diffusers' folders and checkpoints in one file, image
-stores to ImageFolder, WebDataset and Parquet. What the source is, is seen from
-its files, so only the target is asked for; what its files leave open (alpha, the axis of DoRA's
-magnitudes) is read from shapes and metadata and said in the answer.
+package's own, embeddings (Textual Inversion) between those of diffusers, A1111 and kohya, whole
+Stable Diffusions between diffusers' folders and checkpoints in one file, image stores to
+ImageFolder, WebDataset and Parquet. What the source is, is seen from its files, so only the target
+is asked for; what its files leave open (alpha, the axis of DoRA's magnitudes) is read from shapes
+and metadata and said in the answer.
 
 Files that name layers by flattened paths, and kinds that only a network can tell apart, need the
 base that they are for.
@@ -15,7 +16,8 @@ from pathlib import Path
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.export import export
 from jaxsynth.data.store import ImageStore
-from jaxsynth.weights import bases
+from jaxsynth.weights import bases, recognize
+from jaxsynth.weights.adapters import embeddings
 from jaxsynth.weights.adapters.io import FORMATS, Networks, read, write
 
 STORES = ("imagefolder", "webdataset", "parquet")
@@ -49,6 +51,11 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         _expect(source, "a whole Stable Diffusion (a checkpoint)", to, bases.FOLDERS + bases.FILES)
         notes = bases.convert(source, target, to, base)
         return "\n".join([f"Stable Diffusion of {source} to {target} ({to})", *notes])
+    if embeddings.embedding_file(source):
+        _expect(source, recognize.EMBEDDING, to, embeddings.FORMATS)
+        embedding = embeddings.read_embedding(source)
+        file = embeddings.write_embedding(target, embedding, to)
+        return f"{embedding.word!r} of {len(embedding.vectors)} vectors to {file} ({to})"
     networks = Networks.of(base)
     states, notes = read(source, networks)
     _expect(source, "an adapter", to, FORMATS)

@@ -19,6 +19,8 @@ the same folder are refused.
   --base      a folder in diffusers' layout, a hub id, or tiny (which comes with the package)
   --adapter   a file or folder of peft, diffusers, kohya, LyCORIS, ComfyUI or this package, and its
               strength (default 1); several are mixed
+  --embedding a file of Textual Inversion (diffusers, A1111, kohya), and the word that stands for it
+              in prompts (default: the file's own); several add a word each
   --prompts   a text file with one prompt a line, or .jsonl with {"prompt": ..., "negative_prompt":
               ..., "seed": ...}
   --sampler   ddim, pndm, dpmsolver++, euler, euler_ancestral, ddpm or lcm (default: the base's own)
@@ -30,6 +32,8 @@ examples:
   jaxsynth generate --base=tiny --prompt="a photo of the digit three" --out=images
   jaxsynth generate --base=org/base --adapter=style.safetensors:0.7 --adapter=face.safetensors \\
       --prompts=prompts.txt --count=8 --steps=25 --sampler=dpmsolver++ --out=images
+  jaxsynth generate --base=org/base --embedding=dog.pt:'<dog>' --adapter=style.safetensors \\
+      --prompt="a photo of a <dog> in the snow" --out=images
 """
 
 
@@ -46,6 +50,7 @@ def add_parser(verbs) -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where images go")
     for flag, metavar, text in (
         ("--adapter", "FILE[:WEIGHT]", "an adapter and its strength; may be repeated"),
+        ("--embedding", "FILE[:WORD]", "a new word for prompts; may be repeated"),
         ("--prompt", "TEXT", "what to draw; may be repeated"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
@@ -74,6 +79,7 @@ def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
     """
     size = _size(args.size)
     adapters = [_adapter(text) for text in args.adapter]
+    embeddings = [_embedding(text) for text in args.embedding]
     _check_numbers(args)
     if not args.prompt and not args.prompts:
         raise UsageError("nothing to draw: give --prompt=TEXT or --prompts=FILE")
@@ -96,10 +102,16 @@ def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
     if args.store:
         _check_store(requests)
     _check_out(args.out)
-    return _generate(args, requests, adapters, size)
+    return _generate(args, requests, adapters, embeddings, size)
 
 
-def _generate(args, requests, adapters: Sequence[tuple[Path, float]], size) -> str:
+def _generate(
+    args,
+    requests,
+    adapters: Sequence[tuple[Path, float]],
+    embeddings: Sequence[tuple[Path, str]],
+    size,
+) -> str:
     from jax import device_count
 
     from jaxsynth.core.console import console
@@ -108,9 +120,15 @@ def _generate(args, requests, adapters: Sequence[tuple[Path, float]], size) -> s
     from jaxsynth.generation.mixing import mix
     from jaxsynth.generation.sampler import image_keys, latent_shape, sampler_of
     from jaxsynth.training.sharding import make_mesh
+    from jaxsynth.weights.adapters.embeddings import read_embedding, with_embedding
     from jaxsynth.weights.hf import load_pipeline
 
     pipeline = load_pipeline(args.base)
+    words = []
+    for path, word in embeddings:
+        embedding = read_embedding(path, word)
+        pipeline = with_embedding(pipeline, embedding, path)
+        words.append({"file": str(path), "digest": _digest(path), "word": embedding.word})
     height, width, _ = latent_shape(pipeline, size)
     down = pipeline.vae.config.downscale
     sampler_of(pipeline, args.sampler, args.steps)
@@ -129,6 +147,8 @@ def _generate(args, requests, adapters: Sequence[tuple[Path, float]], size) -> s
         "width": width * down,
         "height": height * down,
     }
+    if words:
+        settings["embeddings"] = words
     folder.begin(args.out, requests, args.count, {**settings, "store": args.store})
     config = GenerateConfig(
         images_per_class=args.count,
@@ -158,7 +178,8 @@ def _generate(args, requests, adapters: Sequence[tuple[Path, float]], size) -> s
     def numbered(labels, indices):
         return generator.draw(image_keys(args.seed, 0 * labels, indices), labels, indices)
 
-    digests = [json.dumps(settings["adapters"], sort_keys=True)] if adapters else []
+    used = [*settings["adapters"], *words]
+    digests = [json.dumps(used, sort_keys=True)] if used else []
     fill_store(
         numbered, args.out, prompts, prompts, config, seed=args.seed, adapter_digests=digests
     )
@@ -198,6 +219,14 @@ def _adapter(text: str) -> tuple[Path, float]:
     if not math.isfinite(strength):
         raise UsageError(f"--adapter={text}: weight {weight}, expected a number")
     return Path(path), strength
+
+
+def _embedding(text: str) -> tuple[Path, str]:
+    """The file and the word that is given to it, "" for the file's own."""
+    path, _, word = (text, "", "") if Path(text).exists() else text.rpartition(":")
+    if not path or not Path(path).exists():
+        raise UsageError(f"--embedding={text}: {path or text} does not exist")
+    return Path(path), word
 
 
 def _size(text: str) -> tuple[int, int] | None:

@@ -40,16 +40,13 @@ from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 METHODS = {
     name: f"jaxsynth.methods.{name}.run"
     for name in (
-        "controlled",
-        "datadream",
-        "diffscaler",
-        "robustness",
-        "scaling",
-        "tiny_base",
+        "controlled", "customize", "datadream", "diffscaler", "robustness", "scaling", "tiny_base",
         "weightgen",
     )
-}
-REPORTS = ("controlled", "datadream", "diffscaler", "robustness", "scaling", "weightgen")
+}  # fmt: skip
+REPORTS = (
+    "controlled", "customize", "datadream", "diffscaler", "robustness", "scaling", "weightgen",
+)  # fmt: skip
 
 
 def method_module(name: str) -> ModuleType:

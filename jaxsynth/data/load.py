@@ -1,8 +1,8 @@
 """The data set that a config names.
 
-Four kinds of sources stand behind `load_dataset`: scikit-learn's digits and procedural pictures (so
-that everything runs without a download), folders of photos, and TensorFlow Datasets. All give the
-same `Dataset`; labels are known without decoding a single image.
+Five kinds of sources stand behind `load_dataset`: scikit-learn's digits and procedural pictures (so
+that everything runs without a download), folders of photos in classes or with captions, and
+TensorFlow Datasets. All give the same `Dataset`; labels are known without decoding a single image.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from pathlib import Path
 from jaxsynth.data import prompts
 from jaxsynth.data.dataset import SOURCES, DataConfig, Dataset, SourceError
 from jaxsynth.data.sources import builtin
+from jaxsynth.data.sources.captioned import load_captioned
 from jaxsynth.data.sources.digits import load_digits
 from jaxsynth.data.sources.folder import Loaded, load_folder
 from jaxsynth.data.sources.tfds import load_tfds
 from jaxsynth.data.views import select_classes
 
 LOADERS: dict[str, Callable[[DataConfig], Loaded]] = dict(
-    zip(SOURCES, (load_digits, builtin.load_builtin, load_folder, load_tfds), strict=True)
+    zip(
+        SOURCES,
+        (load_digits, builtin.load_builtin, load_folder, load_captioned, load_tfds),
+        strict=True,
+    )
 )
 # The settings that each source reads, beside those that are about classes and prompts.
 READ = {
@@ -29,6 +34,7 @@ READ = {
     "builtin": {"name", "image_size", "test_fraction", "split_seed", "images_per_class"},
     "folder": {"name", "path", "image_size", "test_fraction", "split_seed", "train_split",
                "test_split", "test_path", "labels"},
+    "captions": {"name", "path", "image_size", "test_fraction", "split_seed"},
     "tfds": {"name", "path", "image_size", "test_fraction", "split_seed", "train_split",
              "test_split"},
 }  # fmt: skip
@@ -67,7 +73,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         name = name or "digits"
         if not config.raw_names:
             given = dict(zip(class_names, prompts.DIGIT_NAMES, strict=True)) | given
-    elif source == "folder":
+    elif source in ("folder", "captions"):
         name = name or Path(os.path.abspath(Path(config.path).expanduser())).name
     dataset = Dataset(
         name=name,

@@ -61,6 +61,61 @@ IMAGENET_TEMPLATES = (
     "a photo of the small {}.",
 )
 
+# Those of Textual Inversion for an object and for a style (arXiv 2208.01618).
+OBJECT_TEMPLATES = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of the {}",
+    "the photo of a {}",
+    "a photo of a clean {}",
+    "a photo of a dirty {}",
+    "a dark photo of the {}",
+    "a photo of my {}",
+    "a photo of the cool {}",
+    "a close-up photo of a {}",
+    "a bright photo of the {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a good photo of the {}",
+    "a photo of one {}",
+    "a close-up photo of the {}",
+    "a rendition of the {}",
+    "a photo of the clean {}",
+    "a rendition of a {}",
+    "a photo of a nice {}",
+    "a good photo of a {}",
+    "a photo of the nice {}",
+    "a photo of the small {}",
+    "a photo of the weird {}",
+    "a photo of the large {}",
+    "a photo of a cool {}",
+    "a photo of a small {}",
+)
+STYLE_TEMPLATES = (
+    "a painting in the style of {}",
+    "a rendering in the style of {}",
+    "a cropped painting in the style of {}",
+    "the painting in the style of {}",
+    "a clean painting in the style of {}",
+    "a dirty painting in the style of {}",
+    "a dark painting in the style of {}",
+    "a picture in the style of {}",
+    "a cool painting in the style of {}",
+    "a close-up painting in the style of {}",
+    "a bright painting in the style of {}",
+    "a good painting in the style of {}",
+    "a rendition in the style of {}",
+    "a nice painting in the style of {}",
+    "a small painting in the style of {}",
+    "a weird painting in the style of {}",
+    "a large painting in the style of {}",
+)
+_NAMED_TEMPLATES = {
+    "imagenet7": IMAGENET_TEMPLATES,
+    "object": OBJECT_TEMPLATES,
+    "style": STYLE_TEMPLATES,
+}
+
 # Two words or more run together, each of three letters or more: "AnnualCrop" but not "McLaren".
 _CAMEL = re.compile(r"(?:[A-Z][a-z]{2,}){2,}")
 
@@ -84,12 +139,15 @@ def check_template(template: str) -> str:
 
 
 def read_templates(name: str) -> tuple[str, ...]:
-    """ "imagenet7", or the templates of a text file, one a line; UserError naming file and line."""
-    if name == "imagenet7":
-        return IMAGENET_TEMPLATES
-    path = Path(name).expanduser()
+    """Those of a name, or of a text file, one a line; UserError naming file and line.
+
+    The names are "imagenet7", and "object" and "style" of Textual Inversion.
+    """
+    if name in _NAMED_TEMPLATES:
+        return _NAMED_TEMPLATES[name]
+    path, names = Path(name).expanduser(), ", ".join(_NAMED_TEMPLATES)
     if not path.is_file():
-        raise UserError(f"templates {name!r}: no such file, and not 'imagenet7'")
+        raise UserError(f"templates {name!r}: no such file, and none of {names}")
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: holds no template")

@@ -61,7 +61,7 @@ def count_data(config: DataConfig) -> tuple[int, int, str]:
 
     The last value says so in words, and is "" where they were counted.
     """
-    if config.source == "tfds" or (config.source == "folder" and not config.path):
+    if config.source == "tfds" or (config.source in ("folder", "captions") and not config.path):
         named = config.name or "no data set named"
         note = f"{named}: {ASSUMED_CLASSES} classes and {ASSUMED_IMAGES} images are assumed"
         return ASSUMED_CLASSES, ASSUMED_IMAGES, note

@@ -119,6 +119,19 @@ def encode_examples(
     batch_size: int = 8,
 ) -> Examples:
     """The images of `source` as latents, with the tokens of their classes' prompts."""
+    mean, std = encode_source(pipeline, source, crops=crops, seed=seed, batch_size=batch_size)
+    return Examples(mean, std, pipeline.tokenizer(list(prompts))[np.asarray(source.labels)])
+
+
+def encode_source(
+    pipeline: StableDiffusion,
+    source: ImageSource,
+    *,
+    crops: int,
+    seed: int,
+    batch_size: int = 8,
+) -> tuple[Float[np.ndarray, "n k h w c"], Float[np.ndarray, "n k h w c"]]:
+    """Mean and standard deviation of the latents of every image's crops (one of square images)."""
     size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
     square = all(record.image.shape[0] == record.image.shape[1] for record in source)
     crops = 1 if square else crops
@@ -134,8 +147,7 @@ def encode_examples(
             (means, stds), encode_images(pipeline.vae, np.stack(pixels), batch_size), strict=True
         ):
             found.append(values.reshape(-1, crops, *values.shape[1:]))
-    ids = pipeline.tokenizer(list(prompts))[np.asarray(source.labels)]
-    return Examples(np.concatenate(means), np.concatenate(stds), ids)
+    return np.concatenate(means), np.concatenate(stds)
 
 
 def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
@@ -148,20 +160,27 @@ def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> Te
 class Denoising:
     """The loss over a batch {"mean", "std", "ids"} of examples; its constant is the schedule.
 
-    "text", the states that a frozen text encoder makes of the ids, may stand in their place.
+    "text", the states that a frozen text encoder makes of the ids, may stand in their place. With
+    "weight" each example's loss counts so many times in the mean. `noise_offset` as `sample_noise`.
     """
 
     snr_gamma: float | None = None
     remat: str | None = None
+    noise_offset: float = 0.0
 
     def __call__(self, model: TextToImage, schedule: NoiseSchedule, batch: dict, key: Array):
         model = seed_dropout(model, jax.random.fold_in(key, 4))
-        x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
+        x0, noise, t = sample_noise(
+            batch["mean"], batch["std"], key, schedule, offset=self.noise_offset
+        )
         text = batch.get("text")
         if text is None:
             text = model.text_encoder(batch["ids"]).last_hidden_state
         output = model.unet(add_noise(schedule, x0, noise, t), t, text, remat=self.remat)
-        return diffusion_loss(schedule, output, x0, noise, t, snr_gamma=self.snr_gamma), {}
+        losses = diffusion_loss(
+            schedule, output, x0, noise, t, snr_gamma=self.snr_gamma, per_sample=True
+        )
+        return (losses * batch.get("weight", 1.0)).mean(), {}
 
 
 @dataclass(frozen=True)

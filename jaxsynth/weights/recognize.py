@@ -27,11 +27,13 @@ _COMFYUI = ("diffusion_model.", "text_encoders.")
 _BUNDLE = "bundle_emb."
 _CHECKPOINT = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "conditioner.")
 _CONTROL = ("control_model.", "controlnet_cond_embedding.", "input_hint_block.")
+EMBEDDING = "an embedding (textual inversion)"
 _HINTS = {
+    EMBEDDING: "; a prompt's new word is given by --embedding=FILE",
     "a checkpoint": "; an adapter's file holds factors such as lora_up and lora_down",
     "the weights": "; a network is loaded from a folder with its config.json",
 }
-_EMBEDDING = {"emb_params", "string_to_param", "string_to_token", "clip_l", "clip_g", "t5"}
+_EMBEDDING_KEYS = {"emb_params", "string_to_param", "string_to_token", "clip_l", "clip_g", "t5"}
 # Layers that only other models than Stable Diffusion 1 and 2 have.
 _FAMILIES = {
     "FLUX": r"double_blocks|single_transformer_blocks|single_blocks",
@@ -92,8 +94,8 @@ def kind_of(keys: Sequence[str]) -> tuple[str, str]:
         return f"a ControlNet{of}", next(key for key in others if key.startswith(_CONTROL))
     if found := next((key for key in others if key.startswith(_CHECKPOINT)), ""):
         return f"a checkpoint of whole networks in one file{of}", found
-    if all(key.split(".")[0] in _EMBEDDING or "." not in key for key in others):
-        return "an embedding (textual inversion)", others[0]
+    if all(key.split(".")[0] in _EMBEDDING_KEYS or "." not in key for key in others):
+        return EMBEDDING, others[0]
     if family or all(key.endswith((".weight", ".bias")) for key in others):
         return f"the weights of a network{of}", others[0]
     return "", others[0]

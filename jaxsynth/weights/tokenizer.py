@@ -6,9 +6,11 @@ case, words by a regular expression, byte-level BPE with "</w>" closing each wor
 that transformers' CLIPTokenizer gives for the same folder, special and added tokens included.
 """
 
+import copy
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -75,6 +77,9 @@ class _Token:
 
 class Tokenizer:
     """Text to token ids, padded and cut to `max_length`.
+
+    An added token whose companions ("<dog>_1", "<dog>_2", ...) are added tokens too stands for all
+    of them, as diffusers' pipelines read the words of several vectors of Textual Inversion.
 
     Attributes: `max_length`, `vocab_size` (added tokens included), `bos_token_id`, `eos_token_id`,
     `pad_token_id`.
@@ -166,9 +171,67 @@ class Tokenizer:
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"tokenizer: expected texts, got {type(text).__name__}: {text!r}")
-        encoded = self._backend.encode_batch(texts)
+        encoded = self._backend.encode_batch([self.expand(text) for text in texts])
         ids = np.asarray([item.ids for item in encoded], np.int32)
         return ids.reshape(len(texts), self.max_length)
+
+    def expand(self, text: str) -> str:
+        """The text with every word of several vectors followed by its companions.
+
+        As diffusers' `maybe_convert_prompt`, which misses words with capitals: they are found in
+        lower case, and looked for as they were given.
+        """
+        known = {token.content.lower(): token.content for token in self._added}
+        if not any(f"{word}_1" in known for word in known):
+            return text
+        for word in dict.fromkeys(x.lower() for x in self._backend.encode(text).tokens):
+            if f"{word}_1" in known:
+                whole = " ".join(_companions(known[word], set(known.values())))
+                text = re.sub(re.escape(word), lambda _, whole=whole: whole, text, flags=re.I)
+        return text
+
+    def with_word(self, word: str, vectors: int = 1) -> Self:
+        """A copy with a new word, whose tokens are `word`, "`word`_1", ... with the next ids.
+
+        UserError for a word that is there already or is none, and more tokens than a text has.
+        """
+        if not word or re.search(r"\s", word):
+            raise UserError(f"token {quoted(word)}: expected one word, such as '<dog>'")
+        if not 1 <= vectors <= self.max_length - 2:
+            raise UserError(
+                f"vectors: {vectors}, expected 1 to {self.max_length - 2}, because a text has "
+                f"{self.max_length} tokens with its start and its end"
+            )
+        words = [word, *(f"{word}_{i}" for i in range(1, vectors))]
+        # Words are found in lower case.
+        known = {x.lower() for x in self._backend.get_vocab(with_added_tokens=True)}
+        # A companion of the new word that is there already would be taken for one of its own.
+        for text in (*words, f"{word}_{vectors}"):
+            if known & {text.lower(), text.lower() + _SUFFIX}:
+                raise UserError(
+                    f"token {quoted(text)} is in the tokenizer already; give the new word another "
+                    "name"
+                )
+        own = copy.copy(self)
+        first = self._backend.get_vocab_size()
+        own._added = (
+            *self._added,
+            *(_legacy_token(x, first + i, False) for i, x in enumerate(words)),
+        )
+        own._backend = own._build(Path(word))
+        return own
+
+    def single(self, word: str) -> int:
+        """The id of a word that is one token; UserError naming its tokens where it is more."""
+        tokens = self._backend.encode(word, add_special_tokens=False)
+        found = [x for x, own in zip(tokens.tokens, tokens.attention_mask, strict=True) if own]
+        if len(found) != 1:
+            parts = ", ".join(x.removesuffix(_SUFFIX) for x in found) or "nothing"
+            raise UserError(
+                f"initializer {quoted(word)}: is {len(found)} tokens ({parts}), expected a word "
+                "that is one, such as a plainer name of the subject"
+            )
+        return int(tokens.ids[0])
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the four files of a Stable Diffusion tokenizer folder, which transformers loads."""
@@ -338,6 +401,14 @@ def _pair(parts: Any, path: Path) -> tuple[str, str]:
 def _legacy_token(text: str, index: int, special: bool) -> _Token:
     """An entry of added_tokens.json, with the flags that transformers gives it."""
     return _Token(text, (("normalized", not special), ("special", special)), index)
+
+
+def _companions(word: str, known: set[str]) -> list[str]:
+    """A word and those of `known` that go on with its vectors."""
+    found = [word]
+    while f"{word}_{len(found)}" in known:
+        found.append(f"{word}_{len(found)}")
+    return found
 
 
 def _flagged(token: _Token) -> dict[str, Any]:

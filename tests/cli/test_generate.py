@@ -14,6 +14,7 @@ from jaxsynth.adapters.kinds.prefix import PrefixConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.data.store import ImageStore
 from jaxsynth.weights.adapters.diffusers import write_diffusers
+from jaxsynth.weights.adapters.embeddings import Embedding, write_embedding
 from jaxsynth.weights.adapters.native import write_state
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
@@ -111,6 +112,36 @@ def test_adapters_are_mixed(base_folder, adapter, tmp_path, capfd):
     assert generate(base_folder, tmp_path / "x", *given, f"--adapter={adapter}", prefix) == 1
     error = capfd.readouterr().err
     assert "prefix.safetensors: an adapter of this kind cannot be merged" in error
+
+
+def test_a_new_word_and_an_adapter_combine(base_folder, adapter, tmp_path, capfd):
+    """A word of two known words' vectors draws what these draw, an adapter or none beside it."""
+    pipeline = load_pipeline(base_folder)
+    table = pipeline.text_encoder.text_model.embeddings.token_embedding.embedding[...]
+    vectors = np.asarray(table[pipeline.tokenizer(["one digit"])[0, 1:3]])
+    word = write_embedding(tmp_path / "new.pt", Embedding("<new>", vectors), "a1111")
+    for name, more in (("plain", ()), ("style", (f"--adapter={adapter}",))):
+        own = (f"--embedding={word}:<x>", "--prompt=a photo of <x>")
+        assert generate(base_folder, tmp_path / f"{name}-x", *own, *more, *SETTINGS) == 0
+        known = "--prompt=a photo of one digit"
+        assert generate(base_folder, tmp_path / name, known, *more, *SETTINGS) == 0
+    found = {x: np.stack(list(pictures(tmp_path / x).values())) for x in
+             ("plain", "plain-x", "style", "style-x")}  # fmt: skip
+    same_images(found["plain-x"], found["plain"])
+    same_images(found["style-x"], found["style"])
+    assert np.abs(found["plain"].astype(int) - found["style"]).mean() > 1
+    line = json.loads((tmp_path / "style-x" / "metadata.jsonl").read_text().splitlines()[0])
+    assert line["embeddings"][0]["word"] == "<x>" and line["adapters"][0]["weight"] == 1
+    capfd.readouterr()
+    for given, status, message in (
+        (f"--embedding={word}:photo", 1, "token 'photo' is in the tokenizer already"),
+        (f"--embedding={adapter}", 1, "style.safetensors: is an adapter"),
+        ("--embedding=gone.pt:<x>", 2, "--embedding=gone.pt:<x>: gone.pt does not exist"),
+    ):
+        assert generate(base_folder, tmp_path / "no", "--prompt=zero", given, *SETTINGS) == status
+        assert message in capfd.readouterr().err
+    assert generate(base_folder, tmp_path / "no", "--prompt=zero", f"--adapter={word}") == 1
+    assert "is given by --embedding=FILE" in capfd.readouterr().err
 
 
 def test_mistakes_are_told_in_one_line(base_folder, adapter, tmp_path, capfd):

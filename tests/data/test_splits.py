@@ -117,7 +117,7 @@ def test_templates_come_by_name_or_from_a_file(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             prompts.read_templates(str(path))
-    with pytest.raises(UserError, match="no such file, and not 'imagenet7'"):
+    with pytest.raises(UserError, match="no such file, and none of imagenet7"):
         prompts.read_templates("other")
 
 

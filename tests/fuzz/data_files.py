@@ -21,6 +21,7 @@ from jaxsynth.data.robustness_sets import (
     read_images,
     read_label_space,
 )
+from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.sources.shards import read_shards
 from jaxsynth.data.store import Entry, ImageStore, StoreWriter
 from jaxsynth.generation.folder import read_requests
@@ -57,6 +58,11 @@ def _read_folder(path: Path) -> None:
             source[index]
 
 
+def _read_captions(path: Path) -> None:
+    dataset = load_dataset(DataConfig(source="captions", path=str(path), image_size=8))
+    captions(dataset, dataset.train)
+
+
 def folders(folder: Path) -> list[Case]:
     cases = []
     tables = {
@@ -78,6 +84,13 @@ def folders(folder: Path) -> list[Case]:
             (root / table).write_text("\n".join(rows) + "\n")
             names = [*names[:1], *[table] * 4]
         cases.append(Case(table or "classes", root, _read_folder, names))
+    root = folder / "captions"
+    root.mkdir()
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"a {n}"}) for n in range(4)]
+    (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    for number in range(4):
+        _picture(number).save(root / f"{number}.png")
+    cases.append(Case("captions", root, _read_captions, ["0.png", *["metadata.jsonl"] * 4]))
     return cases
 
 

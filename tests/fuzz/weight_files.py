@@ -22,6 +22,12 @@ from jaxsynth.models.diffusion import controlnet, dit, unet, vae
 from jaxsynth.models.gan import e2gan, patchgan, pix2pix
 from jaxsynth.weights import hf, hub, preprocessing
 from jaxsynth.weights.adapters import io
+from jaxsynth.weights.adapters.embeddings import (
+    FORMATS,
+    Embedding,
+    read_embedding,
+    write_embedding,
+)
 from jaxsynth.weights.networks import classifiers
 from jaxsynth.weights.networks.heads import LinearHead
 from jaxsynth.weights.safetensors import opened
@@ -110,7 +116,12 @@ def adapters(folder: Path) -> list[Case]:
     def read(path: Path) -> None:
         io.read(path, networks)
 
-    return [Case(path.name, path, read, below(path) if path.is_dir() else [""]) for path in files]
+    words = [write_embedding(folder / to, Embedding("<a>", np.ones((2, 4), "f4")), to)
+             for to in FORMATS]  # fmt: skip
+    return [
+        *(Case(path.name, path, read, below(path) if path.is_dir() else [""]) for path in files),
+        *(Case(f"embedding {path.parent.name}", path, read_embedding) for path in words),
+    ]
 
 
 def tokenizers(folder: Path) -> list[Case]:

@@ -18,6 +18,7 @@ from jaxsynth.cli.main import METHODS
 from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import is_identity, to_json
+from jaxsynth.methods.customize.config import TECHNIQUES
 from jaxsynth.runs import stage as stages
 from jaxsynth.runs.stage import Artifact
 
@@ -75,6 +76,13 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "templates": ("imagenet7",),
     "preprocessing": ("imagenet",),
     "adapter": ("dora", "lokr"),
+    "technique": ("lora", "dreambooth"),
+    "word": ("plant",),
+    "token": ("<other>",),
+    "initializer": ("red",),
+    "identifier": ("zwx",),
+    "unet_targets": (("to_q",),),
+    "text_targets": (("q_proj",),),
     "shifted": ({"x": {"source": "drawn"}},),
     "ood": ({"x": {"source": "drawn"}},),
     "corrupted": ({"x": {"source": "drawn"}},),
@@ -246,9 +254,9 @@ def cached_by_arguments(function):
 
 
 @cache
-def smoke(method: str) -> Any:
+def smoke(method: str, variant: str = "") -> Any:
     module = importlib.import_module(METHODS[method])
-    values = load_config(f"{CONFIGS / method}.py:smoke")
+    values = load_config(f"{CONFIGS / method}.py:smoke{variant}")
     given = [tuple(text.split("=", 1)) for text in GIVEN.get(method, ())]
     values = override(values, given)
     if "method" not in module.Config.__dataclass_fields__:
@@ -256,11 +264,18 @@ def smoke(method: str) -> Any:
     return to_dataclass(module.Config, values)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_field_decides_a_stage_or_says_why_not(method, identities, monkeypatch):
+# Methods whose config has other fields in each variant.
+VARIANTS = {"customize": tuple(f",technique={x}" for x in TECHNIQUES)}
+
+
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [(name, variant) for name in sorted(METHODS) for variant in VARIANTS.get(name, ("",))],
+)
+def test_every_field_decides_a_stage_or_says_why_not(method, variant, identities, monkeypatch):
     module = importlib.import_module(METHODS[method])
     loaded_once(monkeypatch, module)
-    config = smoke(method)
+    config = smoke(method, variant)
     before = identities(module, config)
     assert before, "no stage was recorded"
     forgotten, untried = [], {}

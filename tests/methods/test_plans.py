@@ -23,6 +23,10 @@ PROGRAMS = {
         ("ways=controlnet,affiner",),
         ("controlnet", "draw, controlnet", "affiner", "draw, affiner"),
     ),
+    "customize": (
+        (),
+        ("textual_inversion", "draw, base", "draw, customised"),
+    ),
     "datadream": (
         ("modes=dset,cls",),
         ("fine-tune dset", "fine-tune 10 classes", "generate, dset", "generate, cls", "classify"),

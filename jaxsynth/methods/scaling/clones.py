@@ -19,11 +19,13 @@ from jaxsynth.tasks.contrastive import (
     CloneConfig,
     backbone_of,
     backbone_start,
+    clone_network,
     clone_task,
 )
 from jaxsynth.tasks.probe import ProbeConfig, features_of, probe
 from jaxsynth.tasks.supervised import NetworkConfig, Pool
 from jaxsynth.training.metrics import read_metrics
+from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -41,7 +43,14 @@ class Cloning:
     seed: int
 
 
-@stage(processes="all")
+def _clone_bytes(config: Cloning, *, base: StableDiffusion, images: Artifact) -> int:
+    # A batch's captions, of the longest text: what tokens do to the size is the vocabulary's.
+    tokens = np.full((1, base.tokenizer.max_length), base.text_encoder.config.vocab_size - 1)
+    network = nnx.eval_shape(lambda: clone_network(config.network, config.clone, tokens, 0))
+    return training_bytes(network, config.clone)
+
+
+@stage(processes="all", space=_clone_bytes)
 def train_clone(work: Work, config: Cloning, *, base: StableDiffusion, images: Artifact) -> dict:
     """A backbone trained on a store's images, whose prompts are its captions."""
     store = ImageStore(images.path)

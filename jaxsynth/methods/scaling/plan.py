@@ -54,8 +54,15 @@ def _finetuning(
         task = planned_finetuning(base, sized, images=images)
         return trainer.plan(name, task, sized.sized(images), mesh, note=note)
 
+    def updates(batch: int) -> int:
+        """Of every source with shots, with every seed."""
+        sized = replace(train, batch_size=batch)
+        each = [source.shots * images // most for source in config.sources.values() if source.shots]
+        return len(config.seeds) * sum(sized.sized(own).steps for own in each)
+
+    most = max(source.shots for source in config.sources.values())
     unit = train.accumulate * rows_of(mesh)
-    return Program(name, build, "finetune.batch_size", train.batch_size, unit)
+    return Program(name, build, "finetune.batch_size", train.batch_size, unit, updates)
 
 
 def _generating(
@@ -72,8 +79,12 @@ def _generating(
             adapt=adapt, adapters=1, note=note,
         )  # fmt: skip
 
+    def updates(batch: int) -> int:
+        each = math.ceil(classes * config.generate.images_per_class / batch)
+        return len(config.seeds) * len(config.sources) * each
+
     batch = config.generate.batch_size
-    return Program("images", build, "generate.batch_size", batch, rows_of(mesh))
+    return Program("images", build, "generate.batch_size", batch, rows_of(mesh), updates)
 
 
 def _training(
@@ -107,5 +118,9 @@ def _clone(config: Config, name: str, classes: int, mesh: Mesh, note: str) -> Pr
         return trainer.plan(f"clone {name}", task, sized.sized(images), mesh, note=note)
 
     unit = math.lcm(rows_of(mesh), train.per_caption)
+
+    def updates(batch: int) -> int:
+        return len(config.seeds) * replace(train, batch_size=batch).sized(images).steps
+
     title = f"clones.{name}.batch_size"
-    return Program(f"clone {name}", build, title, train.batch_size, unit)
+    return Program(f"clone {name}", build, title, train.batch_size, unit, updates)

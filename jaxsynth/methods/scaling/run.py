@@ -55,13 +55,14 @@ from jaxsynth.methods.scaling.stages import (
     learn_shots,
     train_points,
 )
+from jaxsynth.runs.rehearsal import NotMade, rehearsing
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.stage import Artifact, Source, StageError
 from jaxsynth.training.loop import NonFiniteError
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
 
-__all__ = ["Config", "plan", "report", "run"]
+__all__ = ["Config", "make", "plan", "report", "run"]
 
 FAILED_FILE = "failed.json"
 
@@ -69,7 +70,13 @@ T = TypeVar("T")
 
 
 def run(config: Config, workdir: Path) -> Path:
-    """Every stage of the study, then its page; returns the page's path.
+    """Every stage of the study, then its page; returns the page's path."""
+    make(config, workdir)
+    return report(Path(workdir))
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every stage of the study.
 
     A setting that fails is named at the end and on the page, and the others go on.
     """
@@ -85,7 +92,8 @@ def run(config: Config, workdir: Path) -> Path:
             if broken := next((failed[name] for name in needed if name in failed), ""):
                 raise UserError(broken)
             return work()
-        except (Preempted, StageError):  # a changed setting or a damaged file is no failed point
+        except (Preempted, StageError, NotMade):
+            # A changed setting or a damaged file is no failed point, and a rehearsal makes none.
             raise
         except (UserError, NonFiniteError) as error:
             failed[what] = str(error)
@@ -112,11 +120,10 @@ def run(config: Config, workdir: Path) -> Path:
                 for seed, made in (images[config.clone_source] or {}).items()
             ],
         )  # fmt: skip
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and rehearsing() is None:
         write_json(run.folder / FAILED_FILE, failed)
     if all(setting in failed for setting in settings(config)):
         raise UserError(f"every setting failed, the first: {next(iter(failed.values()))}")
-    return report(run.folder)
 
 
 def report(workdir: Path) -> Path:

@@ -29,7 +29,7 @@ from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
-from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
+from jaxsynth.generation.generate import GenerateConfig, Generator, drawn_bytes, fill_store
 from jaxsynth.generation.sampler import image_keys
 from jaxsynth.methods.scaling.config import JudgeConfig
 from jaxsynth.methods.scaling.points import Point, pixels_of, pooled, views_of
@@ -47,9 +47,16 @@ from jaxsynth.tasks.supervised import (
     of_pixels,
     supervised_tasks,
 )
-from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune
+from jaxsynth.tasks.supervised import planned_task as planned_points
+from jaxsynth.tasks.text_to_image import (
+    FinetuneConfig,
+    encode_examples,
+    finetune,
+    planned_task,
+)
 from jaxsynth.training.config import aside
 from jaxsynth.training.sharding import local_mesh
+from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train_stacked
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import Clip, StableDiffusion
@@ -85,7 +92,14 @@ class Finetuning:
     dtype: str
 
 
-@stage(processes="all")
+def _adapter_bytes(
+    config: Finetuning, *, shots: Artifact, data: Dataset, base: StableDiffusion
+) -> int:
+    train = config.finetune
+    return training_bytes(planned_task(base, train, images=1).model, train)
+
+
+@stage(processes="all", space=_adapter_bytes)
 def learn_shots(
     work: Work, config: Finetuning, *, shots: Artifact, data: Dataset, base: StableDiffusion
 ) -> dict:
@@ -115,7 +129,19 @@ class Generating:
     dtype: str
 
 
-@stage(processes="all")
+def _image_bytes(
+    config: Generating,
+    *,
+    data: Dataset,
+    base: StableDiffusion,
+    bank: PromptBank,
+    adapter: Artifact | None = None,
+) -> int:
+    size = base.unet.config.sample_size * base.vae.config.downscale
+    return drawn_bytes(data.num_classes, config.generate, size)
+
+
+@stage(processes="all", space=_image_bytes)
 def generate_images(
     work: Work,
     config: Generating,
@@ -183,7 +209,14 @@ class Training:
     at_once: int = aside(0)
 
 
-@stage(processes="all")
+def _points_bytes(config: Training, *, data: Dataset, **_: Artifact) -> int:
+    classes, points = data.num_classes, len(config.points)
+    task = planned_points(config.network, config.train, images=1, longest=1, num_classes=classes)
+    logits = 4 * len(data.test) * classes
+    return training_bytes(task.model, config.train, count=points) + points * logits
+
+
+@stage(processes="all", space=_points_bytes)
 def train_points(work: Work, config: Training, *, data: Dataset, **inputs: Artifact) -> dict:
     """Every point of a setting trained, in one program, and its answers to the test images.
 

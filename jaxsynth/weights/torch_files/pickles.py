@@ -73,10 +73,17 @@ class _Name(NamedTuple):
 
 
 _REBUILD = _Name("torch._utils _rebuild_tensor_v2")
+_PARAMETER = _Name("torch._utils _rebuild_parameter")
 _ORDERED = _Name("collections OrderedDict")
+# The first files of Textual Inversion keep their vectors in one; its attributes may hold a set.
+_PARAMETERS = _Name("torch.nn.modules.container ParameterDict")
+_SETS = tuple(_Name(f"{module} set") for module in ("__builtin__", "builtins"))
 _NAMESPACE = _Name("argparse Namespace")
 _KNOWN: dict[str, Any] = {
-    **{known.name: known for known in (_REBUILD, _ORDERED, _NAMESPACE)},
+    **{
+        known.name: known
+        for known in (_REBUILD, _PARAMETER, _ORDERED, _PARAMETERS, _NAMESPACE, *_SETS)
+    },
     **{f"torch {name}": _Kind(dtype) for name, dtype in DTYPES.items()},
 }
 
@@ -106,6 +113,8 @@ class Machine:
         self._outer: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._copied = 0
+        # The ParameterDict that was made last.
+        self._module: dict[Any, Any] | None = None
         # The storages that the pickle named, by key.
         self.storages: dict[str, Storage] = {}
 
@@ -219,8 +228,15 @@ class Machine:
             self._stack.append(_tensor(*arguments[:4]) if len(arguments) >= 4 else _tensor())
         elif function is _ORDERED:
             self._stack.append(self._ordered(arguments))
+        elif function is _PARAMETER and arguments and type(arguments[0]) is Tensor:
+            self._stack.append(arguments[0])
+        elif function is _PARAMETERS and not arguments:
+            self._module = {}
+            self._stack.append(self._module)
         elif function is _NAMESPACE and not arguments:
             self._stack.append(Namespace())
+        elif function in _SETS:
+            self._stack.append(())  # what it held is of no interest here
         else:
             raise _Damage("calls what is no function")
 
@@ -231,19 +247,28 @@ class Machine:
         items = arguments[0]
         if len(arguments) != 1 or type(items) is not list:
             raise _Damage("an OrderedDict of other than pairs")
-        # A list may be given many times.
-        self._copied += len(items)
-        if self._copied > MOST_INSTRUCTIONS:
-            raise _Damage(f"more than {MOST_INSTRUCTIONS} items")
+        self._count(items)
         if not all(type(item) in (list, tuple) and len(item) == 2 for item in items):
             raise _Damage("an OrderedDict of other than pairs")
         return _pairs([part for item in items for part in item])
 
+    def _count(self, items: list[Any] | dict[Any, Any]) -> None:
+        """Counts items that are copied, because a container may be given many times."""
+        self._copied += len(items)
+        if self._copied > MOST_INSTRUCTIONS:
+            raise _Damage(f"more than {MOST_INSTRUCTIONS} items")
+
     def _build(self, _: None) -> None:
-        """The state of an object: a module's versions or a command's arguments, left out."""
-        self._stack.pop()
-        if type(self._stack[-1]) not in (dict, Namespace):
-            raise _Damage(f"sets attributes of a {type(self._stack[-1]).__name__}")
+        """The state of an object: a ParameterDict's parameters; a module's versions or a command's
+        arguments are left out.
+        """
+        state, target = self._stack.pop(), self._stack[-1]
+        if type(target) not in (dict, Namespace):
+            raise _Damage(f"sets attributes of a {type(target).__name__}")
+        held = state.get("_parameters") if type(state) is dict else None
+        if type(held) is dict and target is self._module:
+            self._count(held)
+            target.update(held)
 
     def _storage(self, _: None) -> None:
         pid = self._stack.pop()

@@ -1,0 +1,93 @@
+"""What a customisation run is told."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.dataset import DataConfig, Dataset
+from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.tasks.customize import CaptionConfig, DreamBoothConfig, InversionConfig, Training
+from jaxsynth.training.sharding import MeshConfig
+
+TECHNIQUES: dict[str, type] = {
+    "textual_inversion": InversionConfig,
+    "dreambooth": DreamBoothConfig,
+    "lora": CaptionConfig,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: one technique with every seed.
+
+    `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip"; `dtype` is the
+    type of the frozen networks. `shots` training images of each class of `data` are learned from
+    (0: all of them). `word` says what the subject is ("dog"): "textual_inversion" and "dreambooth"
+    learn one subject, so that the data have one class; "lora" learns images by their captions and
+    has no word. `prompts` are held out from training, with {} for the subject where there is one;
+    `generate.images_per_class` images of each are drawn by the untouched base and by the customised
+    one. The settings of the technique are those under its own name.
+    """
+
+    method: str = "customize"
+    technique: str = "textual_inversion"
+    base: str = "tiny"
+    clip: str = "tiny/clip"
+    dtype: str = "float32"
+    data: DataConfig = field(default_factory=DataConfig)
+    shots: int = 0
+    word: str = ""
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    textual_inversion: InversionConfig | None = None
+    dreambooth: DreamBoothConfig | None = None
+    lora: CaptionConfig | None = None
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if self.technique not in TECHNIQUES:
+            raise ValueError(
+                f"technique: {self.technique!r} is not implemented, expected one of "
+                f"{', '.join(TECHNIQUES)}"
+            )
+        for name in TECHNIQUES:
+            if name != self.technique and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: settings of another technique than {self.technique!r}; leave them "
+                    f"out, or choose technique={name}"
+                )
+        if getattr(self, self.technique) is None:
+            object.__setattr__(self, self.technique, TECHNIQUES[self.technique]())
+        if self.shots < 0:
+            raise ValueError(f"shots: {self.shots}, expected at least 0 (all images)")
+        if not self.seeds or not self.prompts:
+            raise ValueError("seeds and prompts: expected at least one of each")
+        if len(set(self.prompts)) < len(self.prompts):
+            raise ValueError("prompts: the same is given twice")
+        if self.has_subject != bool(self.word):
+            why = "needs the class of its subject" if self.has_subject else "learns no subject"
+            raise ValueError(f"word: {self.word!r}, but {self.technique} {why}")
+        for prompt in self.prompts:
+            if prompt.count("{}") != int(self.has_subject):
+                wanted = "one {} for the subject" if self.has_subject else "no {}"
+                raise ValueError(f"prompts: {prompt!r}, expected {wanted} for {self.technique}")
+
+    @property
+    def has_subject(self) -> bool:
+        """Whether one subject is learned, which prompts name."""
+        return self.technique != "lora"
+
+    @property
+    def training(self) -> Training:
+        """The settings of the technique."""
+        found: Any = getattr(self, self.technique)
+        return found
+
+    def check(self, data: Dataset) -> None:
+        """UserError for data that the technique cannot learn from."""
+        if self.has_subject and data.num_classes != 1:
+            raise UserError(
+                f"data: {data.num_classes} classes, and {self.technique} learns one subject; "
+                f"choose one, as by --config.data.class_names={data.class_names[0]}"
+            )

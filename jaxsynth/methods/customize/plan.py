@@ -1,0 +1,85 @@
+"""What a customisation run needs on a mesh, from its config alone: no weights are read."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import jax
+from jax.sharding import Mesh
+
+from jaxsynth.data.prompts import default_template
+from jaxsynth.generation.planning import plan_images
+from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.techniques import class_prompt, shapes_of, templates_of
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.runs.sources import count_data
+from jaxsynth.tasks.customize import CaptionConfig, customize_task, planned_images
+from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
+from jaxsynth.training import trainer
+from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.weights.hf import StableDiffusion, describe_pipeline
+
+
+def plan(config: Config, mesh: Mesh) -> list[Program]:
+    """The training of the technique, and the drawing of the base's images and of the customised.
+
+    UserError as `trainer.train`, and where the base's configs are not at hand.
+    """
+    base = describe_pipeline(config.base, dtype=config.dtype, compute_dtype=config.dtype)
+    classes, images, note = count_data(config.data)
+    training, prompts = config.training, len(config.prompts)
+    if config.shots:
+        images = config.shots * (1 if config.has_subject else classes)
+    # As many texts as there may be: what the images are told by, and the class's prompt.
+    template = config.data.template or default_template(config.data.name)
+    texts = images if isinstance(training, CaptionConfig) else 1
+    texts *= len(templates_of(training, template))
+    prior = class_prompt(training, config.word, template)
+
+    def train(batch: int) -> Plan:
+        sized = replace(training, batch_size=batch)
+        others = planned_images(base, training.class_images, 1) if prior else None
+        task = customize_task(
+            base, shapes_of(training, config.word, base), planned_images(base, images, texts),
+            sized, seed=config.seeds[0], others=others,
+        )  # fmt: skip
+        rows = batch * (2 if prior else 1)
+        return trainer.plan(
+            config.technique, task, sized.sized(images), mesh, images=rows, note=note
+        )
+
+    def draw(name: str, count: int, learned: bool, batch: int) -> Plan:
+        adapt = None
+        if learned and isinstance(training, FinetuneConfig):
+            adapt = partial(_adapted, base, training)
+        own = replace(config.generate, batch_size=batch)
+        return plan_images(name, base, own, mesh, prompts=count, adapt=adapt, note=note)
+
+    def updates(batch: int) -> int:
+        return len(config.seeds) * replace(training, batch_size=batch).sized(images).steps
+
+    def batches(count: int, batch: int) -> int:
+        return len(config.seeds) * math.ceil(count / batch)
+
+    unit, batch = rows_of(mesh), config.generate.batch_size
+    names = [("draw, class", 1, False)] if prior else []
+    names += [("draw, base", prompts, False), ("draw, customised", prompts, True)]
+    field = f"{config.technique}.batch_size"
+    programs = [
+        Program(
+            config.technique, train, field, training.batch_size, unit * training.accumulate, updates
+        )
+    ]  # fmt: skip
+    for name, count, learned in names:
+        build = partial(draw, name, count, learned)
+        each = config.generate.images_per_class
+        if name == "draw, class":
+            each = training.class_images
+        calls = partial(batches, count * each)
+        programs.append(Program(name, build, "generate.batch_size", batch, unit, calls))
+    return programs
+
+
+def _adapted(base: StableDiffusion, training: FinetuneConfig, model: TextToImage) -> TextToImage:
+    own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
+    return adapted(own, training, jax.random.key(0))

@@ -1,0 +1,111 @@
+"""What a customisation run found: results.json, a table and one HTML page."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxsynth.core.arrays import read_arrays
+from jaxsynth.core.console import console
+from jaxsynth.core.io import write_json
+from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.stages import FIGURES
+from jaxsynth.report.page import Picture, Section, write_page
+from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
+from jaxsynth.robustness.metrics.bootstrap import difference, interval, mean
+from jaxsynth.runs.results import check_stages, stage_details
+from jaxsynth.runs.run import read_config
+from jaxsynth.runs.stage import MANIFEST, load_artifact
+
+TITLES = {
+    "textual_inversion": "Textual Inversion",
+    "dreambooth": "DreamBooth",
+    "lora": "LoRA on captions",
+}
+_KEYS = ("photos", "base", "base_prompt", "custom", "custom_prompt")
+
+
+def report(workdir: Path) -> Path:
+    """Writes results.json, the table and report.html from the finished stages."""
+    workdir, page = Path(workdir), Path(workdir) / "report.html"
+    check_stages(workdir)
+    found = sorted(workdir.glob(f"measured-seed*/{MANIFEST}"))
+    if not found:
+        raise FileNotFoundError(f"{workdir}: no finished seed (measured-seed<n>)")
+    if jax.process_index():
+        return page
+    stages = {path.parent: load_artifact(path.parent) for path in found}
+    stages = dict(sorted(stages.items(), key=lambda item: item[1].manifest["config"]["seed"]))
+    config = read_config(workdir, Config)
+    title = TITLES[config.technique]
+    results = [
+        {"seed": x.manifest["config"]["seed"], "technique": config.technique, **x.counts}
+        for x in stages.values()
+    ]
+    gains = {name: _gain(list(stages), name) for name in ("similarity", "prompt")}
+    write_json(workdir / "results.json", {"seeds": results, "gains": gains})
+    table = compared(results, title)
+    console.print(to_rich(table))
+    lines = [f"{name}: {text}" for name, text in gains.items()]
+    console.print("\n".join(lines), markup=False)
+    (workdir / "table.md").write_text(
+        "\n".join([to_markdown(table), *(f"- {line}" for line in lines)]) + "\n", "utf-8"
+    )
+    first = next(iter(stages))
+    return write_page(
+        page,
+        title,
+        [
+            Section(
+                "Alike to photos that were not learned from",
+                "Cosines of CLIP's features. Similarity: of each image with every held-out photo, "
+                "averaged; prompt: of each image with its prompt, the subject called by its class. "
+                "The base and the customised model draw the same prompts, none of which was "
+                "trained on, from the same noise.\n\n"
+                "Difference of the customised model from the base, over the images of all seeds, "
+                "with the 95 % interval of a bootstrap:\n\n"
+                + "\n".join(f"- {line}" for line in lines),
+                tables=[table],
+                images=[
+                    Picture(
+                        first / "images.png",
+                        "The photos that were learned from, held-out ones, and of each prompt the "
+                        "images of the base and of the customised model, from the same noise.",
+                        pixelated=True,
+                    )
+                ],
+            ),
+            Section("How it was made", details=stage_details(workdir)),
+        ],
+        subtitle="A text-to-image model learns from a few images.",
+        facts=[("technique", title), ("seeds", str(len(results)))],
+    )
+
+
+def compared(results: list[dict], title: str) -> Table:
+    """The photos themselves, the untouched base and the customised model."""
+
+    def measure(key: str) -> Measure:
+        return Measure(tuple(result[key] for result in results))
+
+    return Table(
+        ["Images", "similarity", "prompt"],
+        [
+            ["photos learned from", measure("photos"), None],
+            ["untouched base", measure("base"), measure("base_prompt")],
+            [title, measure("custom"), measure("custom_prompt")],
+        ],
+        caption="CLIP's cosine, mean ± standard deviation of seeds",
+        better=None,
+        digits=3,
+        rules=(1,),
+    )
+
+
+def _gain(folders: list[Path], name: str) -> str:
+    """The mean difference from the base with its interval, images of all seeds paired by noise."""
+    end = "_prompt" if name == "prompt" else ""
+    arrays = [read_arrays(folder / FIGURES, _KEYS) for folder in folders]
+    before, after = (np.concatenate([x[key + end] for x in arrays]) for key in ("base", "custom"))
+    figure = difference(mean(after), mean(before))
+    return interval(figure, len(before), jax.random.key(0)).text(scale=1.0, digits=3)

@@ -1,0 +1,82 @@
+"""Customisation: a text-to-image model learns a subject or a style from a few images.
+
+One technique a run (`config.TECHNIQUES`), each with every seed: Textual Inversion (Gal et al. 2022,
+arXiv 2208.01618), DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), and LoRA on captioned images.
+The customised model and the untouched base draw the same prompts, which were not trained on, from
+the same noise; a CLIP says how alike their images are to photos that were not trained on.
+
+Below the run's folder:
+
+    base-seed<n>        images of the untouched base, whose prompts name the subject's class
+    class-seed<n>       images of the class, which DreamBooth keeps the prior by
+    learned-seed<n>     the embedding or the adapter
+    images-seed<n>      images of the customised model
+    measured-seed<n>    similarities and a grid
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsynth.methods.customize import stages
+from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.plan import plan
+from jaxsynth.methods.customize.report import report
+from jaxsynth.methods.customize.techniques import check, class_prompt, filled, name_of
+from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.sources import data_source
+from jaxsynth.runs.stage import Artifact, Source
+from jaxsynth.weights.hf import load_clip, load_pipeline
+
+__all__ = ["Config", "make", "plan", "report", "run"]
+
+
+def run(config: Config, workdir: Path) -> Path:
+    """Every stage with every seed, then the page; returns the page's path."""
+    make(config, workdir)
+    return report(Path(workdir))
+
+
+def make(config: Config, workdir: Path) -> None:
+    """Every stage with every seed.
+
+    What can be wrong with data, words and weights is found before the first long stage.
+    """
+    folder, mesh, dtype = Path(workdir), config.mesh.make(), config.dtype
+    base = Source(
+        lambda: load_pipeline(config.base, dtype, compute_dtype=dtype), lambda found: found.digest
+    )
+    clip = Source(lambda: load_clip(config.clip), lambda found: found.digest)
+    data, training = data_source(config.data), config.training
+    check(config, data.value, base.value)
+    keep_record(folder, config)
+
+    def draw(
+        name: str, seed: int, prompts: tuple[str, ...], learned: Artifact | None = None, count=0
+    ) -> Artifact:
+        images = config.generate
+        if count:
+            images = dataclasses.replace(images, images_per_class=count)
+        return stages.draw(
+            folder / f"{name}-seed{seed}", stages.Drawing(prompts, images, seed, dtype),
+            label=f"{name}, seed {seed}", base=base, learned=learned,
+        )  # fmt: skip
+
+    named = filled(config.prompts, name_of(training, config.word))
+    plain = filled(config.prompts, config.word)
+    for seed in config.seeds:
+        others = None
+        if text := class_prompt(training, config.word, data.value.template):
+            others = draw("class", seed, (text,), count=training.class_images)
+        learned = stages.learn(
+            folder / f"learned-seed{seed}",
+            stages.Learning(training, config.word, config.shots, seed, dtype),
+            label=f"{config.technique}, seed {seed}", mesh=mesh, data=data, base=base,
+            others=others,
+        )  # fmt: skip
+        untouched = draw("base", seed, plain)
+        drawn = draw("images", seed, named, learned)
+        stages.measure(
+            folder / f"measured-seed{seed}", stages.Measuring(plain, config.shots, seed),
+            label=f"similarity, seed {seed}", data=data, clip=clip, untouched=untouched,
+            drawn=drawn,
+        )  # fmt: skip

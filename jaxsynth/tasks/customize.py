@@ -1,0 +1,266 @@
+"""Teaching a text-to-image model a subject or a style: three trainings of one task.
+
+- Textual Inversion (Gal et al. 2022, arXiv 2208.01618) learns the embedding of a new word from
+  sentences about it;
+- DreamBooth (Ruiz et al. 2023, arXiv 2208.12242) learns a subject under a rare word, and goes on to
+  draw the class that it is of, by images which the model itself drew before (prior preservation);
+- fine-tuning on captioned images, each of which has a text of its own.
+
+What learns is for the model to say: the new word's rows, an adapter of any kind, or all of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsynth.adapters.inject import trainable_variables
+from jaxsynth.data.dataset import ImageSource
+from jaxsynth.data.pipeline.epochs import epoch_rows
+from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source
+from jaxsynth.training import sharding
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.trainer import Resident, Task
+from jaxsynth.weights.hf import StableDiffusion
+
+
+@dataclass(frozen=True)
+class InversionConfig(TrainingConfig):
+    """How a new word is learned; the defaults are those of diffusers' script.
+
+    `token` stands for the subject in prompts, in `vectors` embeddings that start as that of
+    `initializer` (a word that is one token; "" takes what the subject is). Each image is told by
+    one of `templates` at each step: "object", "style", "imagenet7", a text file with one a line, or
+    "" for the data's own. `noise_offset` adds noise to whole channels, `snr_gamma` weighs times
+    (min-SNR); of images that are not square so many crops are encoded (`crops_per_image`).
+    """
+
+    steps: int = 5000
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-2
+    token: str = "<subject>"
+    vectors: int = 1
+    initializer: str = ""
+    templates: str = "object"
+    noise_offset: float = 0.0
+    snr_gamma: float | None = None
+    crops_per_image: int = 4
+
+
+@dataclass(frozen=True)
+class DreamBoothConfig(FinetuneConfig):
+    """How a subject is learned under the rare word `identifier`, as "a photo of a sks dog".
+
+    `adapter` (LoRA unless given; "full" trains the layers themselves) goes on the UNet, and on the
+    text encoder where `text_targets` names layers of it. Each batch has as many images of the class
+    beside the subject's, whose loss counts `prior_weight` times: of `class_images` that the base
+    draws beforehand. At weight 0 none are drawn. `noise_offset` adds noise to whole channels.
+    """
+
+    epochs: int = 0
+    steps: int = 800
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    text_targets: tuple[str, ...] = ()
+    identifier: str = "sks"
+    prior_weight: float = 1.0
+    class_images: int = 100
+    noise_offset: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prior_weight < 0:
+            raise ValueError(f"prior_weight: {self.prior_weight}, expected at least 0")
+        if self.prior_weight and self.class_images < 1:
+            raise ValueError(
+                f"class_images: {self.class_images}, expected at least 1 to keep the prior by; "
+                "prior_weight=0 trains without it"
+            )
+
+
+@dataclass(frozen=True)
+class CaptionConfig(FinetuneConfig):
+    """How captioned images are learned, by LoRA unless `adapter` says otherwise.
+
+    A share `caption_dropout` of the captions is emptied, so that guidance away from no text goes on
+    to work. `noise_offset` adds noise to whole channels.
+    """
+
+    epochs: int = 0
+    steps: int = 2000
+    caption_dropout: float = 0.0
+    noise_offset: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout: {self.caption_dropout}, expected 0 to 1")
+
+
+Training = InversionConfig | DreamBoothConfig | CaptionConfig
+
+
+@dataclass(frozen=True)
+class Told:
+    """Encoded images, and the texts that each may be told by.
+
+    `mean` and `std` are the latents' posterior, scaled as the UNet wants it, one for each crop.
+    `ids` are the distinct texts, the empty one first; image i has the `choices[i]` texts from
+    `first[i]` on.
+    """
+
+    mean: Float[np.ndarray, "n k h w c"]
+    std: Float[np.ndarray, "n k h w c"]
+    ids: Int[np.ndarray, "m t"]
+    first: Int[np.ndarray, " n"]
+    choices: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return self.first.shape[0]  # also of shapes
+
+
+def encode_told(
+    pipeline: StableDiffusion,
+    source: ImageSource,
+    texts: Sequence[Sequence[str]],
+    *,
+    crops: int,
+    seed: int,
+) -> Told:
+    """The images of a source as latents, each with its texts (`texts[i]`, at least one)."""
+    mean, std = encode_source(pipeline, source, crops=crops, seed=seed)
+    distinct = {("",): 0}
+    rows = [""]
+    for own in map(tuple, texts):
+        if own not in distinct:
+            distinct[own] = len(rows)
+            rows += own
+    first = np.array([distinct[tuple(own)] for own in texts], np.int32)
+    choices = np.array([len(own) for own in texts], np.int32)
+    return Told(mean, std, pipeline.tokenizer(rows), first, choices)
+
+
+@dataclass(frozen=True)
+class ToldBatches:
+    """Batches of `count` images in the order of `epoch_rows`, each told by one of its texts.
+
+    A share `dropout` of the texts is emptied. With `others`, whose rows follow those of the images,
+    as many of them follow in the batch, and the mean of the examples' losses times their weights is
+    that of the images plus `prior_weight` times that of the others.
+    """
+
+    count: int
+    batch_size: int
+    dropout: float = 0.0
+    others: int = 0
+    prior_weight: float = 0.0
+
+    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
+        rows = epoch_rows(data["order"], step, self.count, self.batch_size)
+        keys = [jax.random.fold_in(jax.random.fold_in(data["order"], step), i) for i in (1, 2)]
+        batch = {}
+        if self.others:
+            order = jax.random.fold_in(data["order"], 3)
+            more = self.count + epoch_rows(order, step, self.others, self.batch_size)
+            rows = jnp.concatenate([rows, more])
+            # Twice each, because the mean is over both halves.
+            weights = jnp.asarray([2.0, 2.0 * self.prior_weight])
+            batch["weight"] = jnp.repeat(weights, self.batch_size)
+        chosen = jax.random.uniform(keys[0], rows.shape) * data["choices"][rows]
+        text = data["first"][rows] + chosen.astype(jnp.int32)
+        if self.dropout:
+            empty = jax.random.bernoulli(keys[1], self.dropout, rows.shape)
+            text = jnp.where(empty, 0, text)
+        batch |= {name: data[name][rows] for name in ("mean", "std")}
+        if "states" in data:
+            return batch | {"text": data["states"][text]}
+        return batch | {"ids": data["ids"][text]}
+
+
+def customize_task(
+    pipeline: StableDiffusion,
+    model: TextToImage,
+    images: Told,
+    config: Training,
+    *,
+    seed: int,
+    others: Told | None = None,
+    identity: Mapping[str, Any] | None = None,
+    evaluate: Callable[[TextToImage, int], Mapping[str, Any]] | None = None,
+    sample: Callable[[TextToImage], np.ndarray] | None = None,
+) -> Task:
+    """The training of what is `Trainable` in `model` on images and their texts; all may be shapes.
+
+    `others` are images of the subject's class, for a `DreamBoothConfig` that keeps the prior;
+    `evaluate` and `sample` are the task's.
+    """
+    order_key, key = jax.random.split(jax.random.key(seed))
+    data: dict[str, Any] = dict(vars(images) if others is None else _joined(images, others))
+    data["order"] = order_key
+    frozen = not any(path.startswith("text_encoder.") for path in trainable_variables(model))
+    if frozen:
+        data["states"] = _states(model, data.pop("ids"))
+    batches = ToldBatches(
+        len(images),
+        config.batch_size,
+        getattr(config, "caption_dropout", 0.0),
+        0 if others is None else len(others),
+        getattr(config, "prior_weight", 0.0),
+    )
+    return Task(
+        model=model,
+        loss=Denoising(config.snr_gamma, config.remat, config.noise_offset),
+        batches=Resident(data, batches, sharded=("mean", "std", "first", "choices")),
+        table=(*sharding.UNET, *sharding.CLIP),
+        key=key,
+        constants=NoiseSchedule.from_config(pipeline.scheduler_config),
+        identity={"seed": seed, **(identity or {})},
+        evaluate=evaluate,
+        sample=sample,
+    )
+
+
+def planned_images(pipeline: StableDiffusion, count: int, texts: int, *, size: int = 0) -> Told:
+    """The shapes of so many square images with so many texts in all."""
+    unet = pipeline.unet.config
+    side = size // pipeline.vae.config.downscale or unet.sample_size
+    latents: Any = jax.ShapeDtypeStruct((count, 1, side, side, unet.in_channels), np.float32)
+    rows: Any = jax.ShapeDtypeStruct((count,), np.int32)
+    ids: Any = jax.ShapeDtypeStruct((texts + 1, pipeline.tokenizer.max_length), np.int32)
+    return Told(latents, latents, ids, rows, rows)
+
+
+def _joined(images: Told, others: Told) -> dict[str, Any]:
+    """The arrays of both, whose images may have another number of crops."""
+    if isinstance(images.first, jax.ShapeDtypeStruct):
+        pairs = {name: (getattr(images, name), getattr(others, name)) for name in vars(images)}
+        return {
+            name: jax.ShapeDtypeStruct((x.shape[0] + y.shape[0], *x.shape[1:]), x.dtype)
+            for name, (x, y) in pairs.items()
+        }
+    crops = max(images.mean.shape[1], others.mean.shape[1])
+
+    def cropped(values: np.ndarray) -> np.ndarray:
+        return np.take(values, np.arange(crops) % values.shape[1], axis=1)
+
+    # Texts of the others come after those of the images, and their own empty text is left over.
+    shifted = replace(others, first=others.first + len(images.ids))
+    pairs = {name: (getattr(images, name), getattr(shifted, name)) for name in vars(images)}
+    return {
+        name: np.concatenate([cropped(x) for x in pair] if name in ("mean", "std") else pair)
+        for name, pair in pairs.items()
+    }
+
+
+def _states(model: TextToImage, ids: Any) -> Any:
+    """The frozen text encoder's states of all texts."""
+    if isinstance(ids, jax.ShapeDtypeStruct):
+        return jax.eval_shape(encode_text, model.text_encoder, ids)
+    return encode_text(model.text_encoder, ids)

@@ -1,0 +1,214 @@
+"""Files of Textual Inversion: new words for a text encoder, in the forms of three tools.
+
+| written by | file | what is in it |
+|---|---|---|
+| diffusers | learned_embeds.safetensors, .bin | {word: (n, width) or (width,)} |
+| A1111 | .pt | string_to_token, string_to_param {"*": (n, width)}, name, step, sd_checkpoint |
+| the authors (rinongal) | .pt | string_to_token, string_to_param, which may be a ParameterDict |
+| kohya | .safetensors, .pt | {"emb_params": (n, width)} |
+
+The word is the name in the file, or the file's own where it has none. The files of SDXL, which hold
+vectors for each of its two text encoders, are named as such.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxsynth.adapters.surgery.token_rows import add_rows, with_rows
+from jaxsynth.core import io
+from jaxsynth.core.errors import UserError, quoted, shown
+from jaxsynth.weights import hub, recognize
+from jaxsynth.weights.adapters import tensor_files
+from jaxsynth.weights.hf import StableDiffusion
+from jaxsynth.weights.tokenizer import Tokenizer
+from jaxsynth.weights.torch_files.writer import write_pickled
+
+FORMATS = ("diffusers", "a1111", "kohya")
+DIFFUSERS_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
+_ENDINGS = {"diffusers": ".safetensors", "a1111": ".pt", "kohya": ".safetensors"}
+_KOHYA, _PARAMS, _ANY = "emb_params", "string_to_param", "*"
+_SDXL = {"clip_l", "clip_g"}
+# The families whose text encoders have these widths.
+_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A word and the vectors that stand for it, float32."""
+
+    word: str
+    vectors: Float[np.ndarray, "n d"]
+
+
+def embedding_file(source: str | Path) -> Path | None:
+    """The file of an embedding: `source` itself or the one in that folder; None for anything else.
+
+    UserError for a file that cannot be read.
+    """
+    file = _file_of(Path(source))
+    if not file.is_file():
+        return None
+    names = list(tensor_files.nested(file)) or tensor_files.keys(file)
+    return file if _kind(names)[0] == recognize.EMBEDDING else None
+
+
+def read_embedding(source: str | Path, word: str = "") -> Embedding:
+    """The word of a file, under another name if one is given.
+
+    UserError naming the file, and what it holds instead.
+    """
+    file = _file_of(Path(source))
+    if not file.is_file():
+        raise UserError(f"{source}: no embedding here, expected a file or {DIFFUSERS_FILES[0]}")
+    content = _content(file)
+    names = [str(key) for key in content]
+    if _SDXL & set(names):
+        raise UserError(
+            f"{file}: holds vectors for the two text encoders of SDXL ({', '.join(names)}), "
+            "expected those of one"
+        )
+    kind, key = _kind(list(content))
+    # A word may have any signs in it, so that a lone key without a meaning is one.
+    if kind != recognize.EMBEDDING and (kind or len(content) != 1):
+        what = recognize.said(kind) if kind else "holds no embedding of a kind known here"
+        raise UserError(f"{file}: {what} (keys such as {quoted(key)}), expected an embedding")
+    if _PARAMS in content:
+        name, values = _of_params(content, file)
+    elif len(content) == 1:
+        ((name, values),) = content.items()
+        name = "" if name == _KOHYA else str(name)
+    else:
+        raise UserError(f"{file}: holds {len(content)} words ({shown(names)}), expected 1")
+    return Embedding(word or name or file.stem, _vectors(values, file))
+
+
+def write_embedding(target: str | Path, embedding: Embedding, to: str = "diffusers") -> Path:
+    """Writes one of `FORMATS` to `target`, or into it if its name has not the format's ending.
+
+    Returns the file.
+
+    kohya's has no place for the word, so that the file is to be called like it.
+    """
+    target, ending = Path(target), _ENDINGS[to]
+    if target.suffix != ending:
+        name = DIFFUSERS_FILES[0] if to == "diffusers" else f"{_file_name(embedding.word)}{ending}"
+        target = target / name
+    vectors = np.asarray(embedding.vectors, np.float32)
+    if to == "a1111":
+        content = {
+            "string_to_token": {_ANY: 265},  # what A1111 writes: the id of "*"
+            _PARAMS: {_ANY: vectors},
+            "name": embedding.word,
+            "step": 0,
+            "sd_checkpoint": None,
+            "sd_checkpoint_name": None,
+        }
+        write_pickled(target, content)
+        return target
+    name = embedding.word if to == "diffusers" else _KOHYA
+    target.parent.mkdir(parents=True, exist_ok=True)
+    io.write_bytes(target, hub.to_bytes({name: vectors}, {"format": "pt"}))
+    return target
+
+
+def with_embedding(
+    pipeline: StableDiffusion, embedding: Embedding, source: str | Path = "the embedding"
+) -> StableDiffusion:
+    """The pipeline with a new word, whose prompts may use it.
+
+    UserError naming `source` for vectors of another base's width (naming both), or a word that the
+    pipeline knows already.
+    """
+    width = pipeline.text_encoder.config.hidden_size
+    found = embedding.vectors.shape[-1]
+    if found != width:
+        raise UserError(
+            f"{source}: vectors of width {_family(found)}, and the base's text encoder has width "
+            f"{_family(width)}: the embedding is for another base"
+        )
+    try:
+        tokenizer = _with_word(pipeline, embedding.word, len(embedding.vectors))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    encoder = with_rows(pipeline.text_encoder, jnp.asarray(embedding.vectors))
+    encoder.config = dataclasses.replace(encoder.config, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
+
+
+def with_new_word(
+    pipeline: StableDiffusion, word: str, vectors: int, initializer: str
+) -> StableDiffusion:
+    """The pipeline with a word to be learned: trainable rows that start as that of `initializer`.
+
+    UserError for a word that is known already, and an initializer that is not one token.
+    """
+    start = pipeline.tokenizer.single(initializer)
+    tokenizer = _with_word(pipeline, word, vectors)
+    encoder = add_rows(pipeline.text_encoder, vectors, start=start)
+    return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
+
+
+def _with_word(pipeline: StableDiffusion, word: str, vectors: int) -> Tokenizer:
+    """The tokenizer with a word, whose ids are those of the rows after the text encoder's."""
+    known, rows = pipeline.tokenizer.vocab_size, pipeline.text_encoder.config.vocab_size
+    if known != rows:
+        raise UserError(
+            f"the base's tokenizer has {known} tokens and its text encoder {rows} rows, so that a "
+            "new word has no row of its own"
+        )
+    return pipeline.tokenizer.with_word(word, vectors)
+
+
+def _file_of(source: Path) -> Path:
+    return next((source / name for name in DIFFUSERS_FILES if (source / name).is_file()), source)
+
+
+def _content(file: Path) -> dict[Any, Any]:
+    return tensor_files.nested(file) or dict(tensor_files.load(file)[0])
+
+
+def _kind(names: list[Any]) -> tuple[str, str]:
+    """What a file with these keys is, and one of them that says so."""
+    if number := next((name for name in names if type(name) is int), None):
+        return "a hypernetwork", str(number)
+    return recognize.kind_of([str(name) for name in names])
+
+
+def _of_params(content: dict[Any, Any], file: Path) -> tuple[str, Any]:
+    """The word, "" where the file has none, and the values of A1111's and the authors' files."""
+    params = content[_PARAMS]
+    if not isinstance(params, dict) or len(params) != 1:
+        raise UserError(
+            f"{file}: {_PARAMS}: expected one word with its vectors, found {shown(params)}"
+        )
+    ((key, values),) = params.items()
+    name = content.get("name")
+    if isinstance(name, str) and name:
+        return name, values
+    return "" if key == _ANY else str(key), values
+
+
+def _vectors(values: Any, file: Path) -> Float[np.ndarray, "n d"]:
+    array = np.asarray(values) if isinstance(values, np.ndarray) else None
+    if array is None or array.ndim not in (1, 2) or not jnp.issubdtype(array.dtype, jnp.floating):
+        what = f"{array.dtype} {array.shape}" if array is not None else shown(values)
+        raise UserError(f"{file}: {what}, expected float vectors (n, width)")
+    array = np.atleast_2d(array).astype(np.float32)
+    if not array.size or not np.isfinite(array).all():
+        raise UserError(f"{file}: the vectors {array.shape} are empty or not finite")
+    return array
+
+
+def _family(width: int) -> str:
+    return f"{width} ({_WIDTHS[width]})" if width in _WIDTHS else str(width)
+
+
+def _file_name(word: str) -> str:
+    """A word as a file's name: its letters, digits and signs that files may have."""
+    return "".join(x for x in word if x.isalnum() or x in "-_.") or "embedding"

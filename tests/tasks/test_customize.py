@@ -1,0 +1,190 @@
+"""Customisation: what learns, the loss of two terms, texts and captions, restarts, devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsynth.adapters.inject import Trainable, extract
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.diffusion.noising import sample_noise
+from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise, snr
+from jaxsynth.methods.customize.techniques import prepared
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.tasks.customize import (
+    CaptionConfig,
+    DreamBoothConfig,
+    InversionConfig,
+    ToldBatches,
+    customize_task,
+    encode_told,
+    planned_images,
+)
+from jaxsynth.tasks.text_to_image import Denoising
+from jaxsynth.training import sharding, trainer
+from jaxsynth.training.checkpoint import Checkpoints
+from jaxsynth.training.sharding import make_mesh
+from jaxsynth.training.trainer import train
+from jaxsynth.weights.hf import describe_pipeline, load_pipeline
+
+# A large eps: Adam would divide the smallest gradients, which are rounding, by themselves.
+COMMON = {
+    "steps": 4, "batch_size": 2, "learning_rate": 1e-2, "eps": 1e-2, "weight_decay": 0.1,
+    "steps_per_call": 2, "checkpoint_every": 2, "snr_gamma": 5.0,
+}  # fmt: skip
+ADAPTER = {"rank": 2, "unet_targets": ("to_q", "to_v"), "warmup_steps": 0}
+TECHNIQUES = {
+    "textual_inversion": InversionConfig(**COMMON, token="<x>", vectors=2, initializer="three"),
+    "dreambooth": DreamBoothConfig(**COMMON, **ADAPTER, prior_weight=0.5),
+    "lora": CaptionConfig(
+        **COMMON, **ADAPTER, text_targets=("q_proj",), caption_dropout=0.5, noise_offset=0.1,
+        ema_decay=0.5,
+    ),
+}  # fmt: skip
+PARTS = {"textual_inversion": {"text_encoder"}, "dreambooth": {"unet"}}
+
+
+@pytest.fixture(scope="module")
+def pipeline(base_folder):
+    return load_pipeline(base_folder)
+
+
+def told(pipeline, count, texts, seed):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    source = ArraySource(images, np.zeros(count, np.int32), [str(i) for i in range(count)])
+    return encode_told(pipeline, source, texts, crops=1, seed=0)
+
+
+def task_of(base, name):
+    """The task of a technique, and the pipeline's networks before it."""
+    config = TECHNIQUES[name]
+    pipeline, model = prepared(config, "three", base, jax.random.key(1))
+    texts = [("a photo of a <x>", "one <x>")] * 3
+    others = None
+    if name == "dreambooth":
+        texts = [("a photo of a sks three",)] * 3
+        others = told(pipeline, 5, [("a photo of a three",)] * 5, 1)
+    elif name == "lora":
+        texts = [("one",), ("two",), ("a photo of one",)]
+    images = told(pipeline, 3, texts, 0)
+    return config, customize_task(pipeline, model, images, config, seed=3, others=others)
+
+
+def leaves(model, kind):
+    return jax.tree.map(np.asarray, nnx.state(model, kind))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_techniques_learn_resume_and_use_devices(pipeline, tmp_path, monkeypatch, name):
+    """Only what the technique learns changes; cut and on two devices it ends as in one go."""
+    config, task = task_of(pipeline, name)
+    start, frozen = extract(task.model).arrays, leaves(task.model, nnx.Not(Trainable))
+    assert {path.split(".")[0] for path in start} == PARTS.get(name, {"unet", "text_encoder"})
+    whole = train(task, config, tmp_path / "whole")
+    for one, other in zip(
+        jax.tree.leaves(frozen), jax.tree.leaves(leaves(whole, nnx.Not(Trainable))), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    learned = extract(whole).arrays
+    change = max(float(np.abs(learned[path] - start[path]).max()) for path in start)
+    assert change > 1e-3
+
+    save = Checkpoints.save
+
+    def save_and_die(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(Killed):
+            train(task, config, tmp_path / "cut")
+    resumed = extract(train(task, config, tmp_path / "cut")).arrays
+    # Weights this small would otherwise stay whole on every device.
+    monkeypatch.setattr(sharding.shardings_for, "__kwdefaults__", {"min_size": 16})
+    mesh = make_mesh(fsdp=2, data=1, devices=jax.devices()[:2])
+    many = extract(train(task, config, tmp_path / "many", mesh=mesh)).arrays
+    for path, value in learned.items():
+        np.testing.assert_array_equal(resumed[path], value, err_msg=path)
+        np.testing.assert_allclose(many[path], value, atol=2e-4 * change, err_msg=path)
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("weight", [0.7, 0.0])
+def test_dreambooth_loss_is_the_sum_of_two_terms(pipeline, gamma, weight):
+    """Each term a mean over its own two images, weighted by its own times (min-SNR)."""
+    model = TextToImage(pipeline.unet, pipeline.text_encoder)
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    images = told(pipeline, 2, [("sks",)] * 2, 0)
+    others = told(pipeline, 3, [("a photo",)] * 3, 1)
+    config = DreamBoothConfig(batch_size=2, prior_weight=weight, snr_gamma=gamma)
+    task = customize_task(pipeline, model, images, config, seed=0, others=others)
+    batch = task.batches.next_batch(jnp.asarray(1), task.batches.data)
+    key = jax.random.key(7)
+    found, _ = task.loss(model, schedule, batch, key)
+
+    x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
+    output = model.unet(add_noise(schedule, x0, noise, t), t, batch["text"])
+    errors = np.square(np.asarray(output, np.float64) - np.asarray(noise, np.float64))
+    losses = errors.reshape(4, -1).mean(1)
+    if gamma is not None:
+        ratio = np.asarray(snr(schedule, t), np.float64)
+        losses *= np.minimum(ratio, gamma) / ratio
+    assert float(found) == pytest.approx(losses[:2].mean() + weight * losses[2:].mean(), rel=1e-5)
+    # The images come first, the others after them, each told by its own text.
+    rows = [np.abs(np.asarray(images.mean) - x).sum((1, 2, 3, 4)).argmin() for x in batch["mean"]]
+    assert sorted(rows[:2]) == [0, 1]
+    texts = np.asarray(batch["text"])
+    assert np.array_equal(texts[0], texts[1]) and np.array_equal(texts[2], texts[3])
+    assert not np.array_equal(texts[0], texts[2])
+    if weight == 0:
+        alone = {name: batch[name][:2] for name in ("mean", "std", "text")}
+        without, _ = Denoising(gamma)(model, schedule, alone, key)
+        assert float(without) == pytest.approx(float(found), rel=1e-6)
+
+
+def test_images_are_told_by_their_own_texts_and_some_by_none():
+    """Of 3 images with 1, 2 and 4 texts, counted over many steps."""
+    data = {
+        "order": jax.random.key(0),
+        "mean": jnp.arange(3.0).reshape(3, 1, 1, 1, 1),
+        "std": jnp.zeros((3, 1, 1, 1, 1)),
+        "first": jnp.asarray([1, 2, 4]),
+        "choices": jnp.asarray([1, 2, 4]),
+        "ids": jnp.arange(8)[:, None],
+    }
+    batches = ToldBatches(count=3, batch_size=3, dropout=0.25)
+    drawn = jax.vmap(lambda step: batches(step, data))(jnp.arange(400))
+    image, text = (np.asarray(drawn[name]).reshape(-1).astype(int) for name in ("mean", "ids"))
+    assert np.mean(text == 0) == pytest.approx(0.25, abs=0.04)
+    for row, own in enumerate(([1], [2, 3], [4, 5, 6, 7])):
+        counts = np.bincount(text[(image == row) & (text > 0)], minlength=8)
+        assert set(np.flatnonzero(counts)) == set(own)
+        assert counts[own].min() > 0.7 * counts.sum() / len(own)
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_plan_is_the_program_that_runs(base_folder, pipeline, name):
+    config, task = task_of(pipeline, name)
+    base = describe_pipeline(base_folder)
+
+    def model(networks):
+        own = dataclasses.replace(base, unet=networks.unet, text_encoder=networks.text_encoder)
+        return prepared(config, "three", own, jax.random.key(1))[1]
+
+    shapes = nnx.eval_shape(model, TextToImage(base.unet, base.text_encoder))
+    texts = task.batches.data.get("ids", task.batches.data.get("states")).shape[0]
+    others = planned_images(base, 5, 1) if name == "dreambooth" else None
+    images = planned_images(base, 3, texts - (3 if others else 1))
+    planned = customize_task(base, shapes, images, config, seed=3, others=others)
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    plans = [trainer.plan(name, one, config, mesh) for one in (task, planned)]
+    assert plans[0] == plans[1]
