@@ -104,6 +104,10 @@ class CaptionConfig(FinetuneConfig):
             raise ValueError(f"caption_dropout: {self.caption_dropout}, expected 0 to 1")
 
 
+# Streams of an order's key beside those of its epochs, which it is folded with the numbers of: a
+# permutation splits its key, and the parts of a split are what folding with small numbers gives.
+_TEXTS, _OTHERS = 2**31 - 1, 2**31 - 2
+
 Training = InversionConfig | DreamBoothConfig | CaptionConfig
 
 
@@ -164,10 +168,11 @@ class ToldBatches:
 
     def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
         rows = epoch_rows(data["order"], step, self.count, self.batch_size)
-        keys = [jax.random.fold_in(jax.random.fold_in(data["order"], step), i) for i in (1, 2)]
+        own = jax.random.fold_in(jax.random.fold_in(data["order"], _TEXTS), step)
+        keys = [jax.random.fold_in(own, i) for i in (0, 1)]
         batch = {}
         if self.others:
-            order = jax.random.fold_in(data["order"], 3)
+            order = jax.random.fold_in(data["order"], _OTHERS)
             more = self.count + epoch_rows(order, step, self.others, self.batch_size)
             rows = jnp.concatenate([rows, more])
             # Twice each, because the mean is over both halves.
