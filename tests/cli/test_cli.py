@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    path: str = ""
+    file: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Config:
 
 def run(config, workdir):
     """A real method of one stage."""
-    if config.part.path == "bug":
+    if config.part.file == "bug":
         return {}["bug"]
-    if config.part.path == "full":
+    if config.part.file == "full":
         try:
             os.write(os.open("/dev/full", os.O_WRONLY), b"x")
         except OSError as error:  # as libraries in C++ pass it on
             raise RuntimeError(f"INTERNAL: write: {os.strerror(error.errno)}") from error
-    if config.part.path == "jax":
+    if config.part.file == "jax":
         return jax.numpy.zeros(2) + jax.numpy.zeros(3)
-    if config.part.path:
-        return Path(config.part.path).read_text()
+    if config.part.file:
+        return Path(config.part.file).read_text()
     if config.steps == 3:
         raise jaxsynth.core.errors.UserError("three is refused")
     make(config, workdir)
@@ -92,12 +92,12 @@ RUN = ("run", "--config=counting.py", "--workdir=w")
 
 
 def test_run_then_again_then_report(command):
-    code, out, err = command(*RUN, "--config.steps=1", "--config.part.path", "")
+    code, out, err = command(*RUN, "--config.steps=1", "--config.part.file", "")
     assert (code, err) == (0, "") and "count" in out and "steps 1" in out
     assert "Done in" in out and "w/count" in out
     record = json.loads(Path("w/run.json").read_text())
     assert record["method"] == "counting"
-    assert record["config"] == {"steps": 1, "part": {"path": ""}}
+    assert record["config"] == {"steps": 1, "part": {"file": ""}}
     code, out, _ = command(*RUN, "--config.steps=1")
     assert code == 0 and "unchanged, skipped" in out
     code, _, err = command(*RUN)
@@ -133,7 +133,7 @@ def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
         ((*RUN, "--wrokdir=x"), 2, "unknown argument --wrokdir=x; did you mean --workdir?"),
         (("run", "--config=counting.yp", "--workdir=w"), 2, "'counting.yp' does not exist"),
         ((*RUN, "--config.stesp=1"), 2, "config.stesp: no such field; did you mean steps?"),
-        ((*RUN, "--config.part.pth=1"), 2, "config.part.pth: no such field; did you mean path?"),
+        ((*RUN, "--config.part.fil=1"), 2, "config.part.fil: no such field; did you mean file?"),
         ((*RUN, "--config.steps=many"), 2, "config.steps='many': expected an integer"),
         ((*RUN, "--config.steps"), 2, "--config.steps needs a value"),
         ((*RUN, "--config.=1"), 2, "expected --config.FIELD=VALUE"),
@@ -143,7 +143,7 @@ def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
         (("report", "w"), 2, "w does not exist: run.json is missing"),
         (("report", "w", "--config.steps=1"), 2, "only `jaxsynth run` and `jaxsynth plan` have"),
         ((*RUN, "--config.steps=3"), 1, "three is refused"),
-        ((*RUN, "--config.part.path=gone.txt"), 1, "gone.txt: No such file or directory"),
+        ((*RUN, "--config.part.file=gone.txt"), 1, "gone.txt: No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_line(command, argv, code, message):
@@ -153,15 +153,15 @@ def test_a_mistake_is_one_line(command, argv, code, message):
 
 
 def test_a_full_disk_is_one_line(command):
-    code, _, err = command(*RUN, "--config.part.path=full")
+    code, _, err = command(*RUN, "--config.part.file=full")
     assert code == 1 and err.count("\n") == 1
     assert err.startswith("error: no space left on the disk") and "the same command goes on" in err
 
 
 def test_a_bug_keeps_its_traceback(command):
-    code, _, err = command(*RUN, "--config.part.path=bug")
+    code, _, err = command(*RUN, "--config.part.file=bug")
     assert code == 1 and "KeyError: 'bug'" in err and "Traceback" in err
-    code, _, err = command(*RUN, "--config.part.path=jax")
+    code, _, err = command(*RUN, "--config.part.file=jax")
     assert code == 1 and "Traceback" in err
     code, _, err = command("--debug", *RUN, "--config.steps=3")
     assert code == 1 and "UserError: three is refused" in err and "Traceback" in err
@@ -174,7 +174,7 @@ def test_a_workdir_of_another_method_is_refused(command):
     assert code == 2 and "w holds a run of method datadream, this config is for counting" in err
     Path("other.py").write_text("def get_config():\n    return {'method': 'datadraem'}\n")
     code, _, err = command("run", "--config=other.py", "--workdir=x")
-    assert code == 2 and "other.py: method='datadraem', expected one of controlled, data" in err
+    assert code == 2 and "other.py: method='datadraem', expected one of controlled, cust" in err
 
 
 def test_an_error_with_a_note_of_jax_is_no_users_error():

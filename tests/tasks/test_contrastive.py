@@ -30,6 +30,8 @@ NETWORK = NetworkConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2)
 CONFIG = CloneConfig(
     captions=4, per_caption=4, batch_size=16, local_crops=1, local_size=4, text_layers=1,
     heads=HeadsConfig(16, 8, 12), augment=RECIPES["none"], steps=2, log_every=1,
+    # A large eps: Adam would divide the smallest gradients, which are rounding, by themselves.
+    eps=0.1, learning_rate=0.1,
 )  # fmt: skip
 CAPTIONS = np.arange(40) % 5
 TOKENS = np.array([[1, i + 2, 9] for i in range(5)])
@@ -56,7 +58,7 @@ def test_eight_devices_train_as_one_does_and_measure_collapse(method, pool, tmp_
     one, eight = (jax.tree.leaves(nnx.state(backbone_of(model))) for model in models.values())
     start = jax.tree.leaves(nnx.state(backbone_start(NETWORK, 0)))
     for wanted, found in zip(one, eight, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=2e-4)
+        np.testing.assert_allclose(found, wanted, atol=5e-5)
     assert not all(map(np.allclose, one, start))
     for line in read_metrics(tmp_path / "one" / "metrics.jsonl"):
         assert np.isfinite(line["loss"])
