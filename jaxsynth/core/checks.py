@@ -24,7 +24,9 @@ def check_config(config: Any, workdir: Path) -> None:
         is_folder = name in FOLDERS and isinstance(value, str) and bool(value)
         if is_folder and getattr(holder, "source", "") != "tfds":
             photos = Path(value).expanduser()
-            if not photos.exists():
+            # A skeleton has None where a field is left out.
+            photos_alone = getattr(holder, "source", "none") in (None, "", "folder")
+            if photos_alone and not photos.exists():
                 raise UsageError(f"{where}: {photos}: no such folder")
             _check_apart(where, photos, workdir)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxsynth.core import signatures
 from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.data.rows import has_all_rows
 from jaxsynth.ops.resize import CropRounding, crop_start
@@ -31,13 +32,10 @@ IMAGE_SUFFIXES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM")
 # The brands of HEIF's family that hold HEVC pictures, as telephones write them.
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif")
-# How files begin that are not images whatever their names say, or images that Pillow gives up.
+# How files begin of which Pillow gives up some.
 _STARTS = {
     b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP",
     b"II*\0": "TIFF", b"MM\0*": "TIFF",
-    b"<": "a text such as the page of a download that failed",
-    b"%PDF": "a PDF", b"8BPS": "a Photoshop file", b"PK": "a ZIP archive",
-    b"version http": "the pointer of a file that git-lfs has not fetched",
 }  # fmt: skip
 # Where a file may hold further pictures (the second eye, bursts, thumbnails), the first one counts.
 _FIRST_OF_MANY = ("MPO", "HEIF")
@@ -82,10 +80,10 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
         found = f"none of {kinds} and HEIC"
         if heif:
             found = "a damaged HEIC photo"
-        elif begun in FORMATS:
-            found = f"a {begun} that is damaged, or whose pixels are of a kind that is not read"
         elif begun:
-            found = f"{begun}, none of {kinds} and HEIC"
+            found = f"a {begun} that is damaged, or whose pixels are of a kind that is not read"
+        elif other := signatures.named(head):
+            found = f"{other}, none of {kinds} and HEIC"
         raise ImageError(f"{name}: cannot be decoded as an image: it is {found}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name}: {_TOO_LARGE}") from None

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxsynth.core import signatures
 from jaxsynth.core.documents import parse_json
 from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.weights.checks import check_finite
@@ -86,11 +87,15 @@ def opened(path: Path) -> Iterator[Safetensors]:
     """A safetensors file, opened lazily; UserError if it is cut short or no safetensors at all."""
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
+            head = file.read(signatures.LONGEST)
+            size = int.from_bytes(head[:8], "little")
             if size > _MOST_HEADER:
+                if what := signatures.named(head):
+                    raise UserError(f"{path}: is {what}, not a safetensors file")
                 raise UserError(
                     f"{path}: a header of {size} bytes, expected {_MOST_HEADER} at most"
                 )
+            file.seek(8)
             text = file.read(size)
         # Before ours, whose words for a damaged header are about JSON alone.
         with safe_open(path, framework="numpy") as handle:

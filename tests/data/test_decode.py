@@ -88,7 +88,7 @@ def tiff_of_floats():
             b"<!DOCTYPE html><html>404",
             "cannot be decoded as an image: it is a text such as the page",
         ),
-        (b"PK\3\4", "it is a ZIP archive, none of JPEG"),
+        (b"PK\3\4", "it is a ZIP archive, as PyTorch's files are, none of JPEG"),
         (b"version https://git-lfs", "a file that git-lfs has not fetched"),
         (tiff_of_floats(), "it is a TIFF that is damaged, or whose pixels are of a kind"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is none of JPEG"),

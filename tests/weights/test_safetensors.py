@@ -75,6 +75,25 @@ def test_headers_are_bounded(tmp_path):
         adapter(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html><html>404</html>", "a text such as the page of a download that failed"),
+        (b'\xef\xbb\xbf\n{"error": "gone"}', "a JSON text"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "the pointer .* git-lfs has not fetched"),
+        (b"PK\3\4 and so on", "a ZIP archive, as PyTorch's files are"),
+        (b"\x80\2}q\0X\3\0\0", "a pickle"),
+        (b"GGUF\3\0\0\0\0\0\0\0", "a GGUF file"),
+    ],
+    ids=["page", "json", "git-lfs", "zip", "pickle", "gguf"],
+)
+def test_other_files_of_that_name_are_named(tmp_path, content, what):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"x\.safetensors: is {what}.*, not a safetensors file"):
+        adapter(path)
+
+
 def test_floats_of_all_widths_and_integer_scalars(tmp_path):
     values = {"a": np.arange(4, dtype="f4"), "b": np.ones((2, 2), "f2")}
     path = tmp_path / "x.safetensors"

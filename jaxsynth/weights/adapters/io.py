@@ -132,6 +132,9 @@ def read(source: str | Path, networks: Networks) -> tuple[dict[str, AdapterState
     it. Raises UserError naming the file, and what it is where it is no adapter.
     """
     source = Path(source)
+    beside = source.parent / PEFT_CONFIG
+    if source.is_file() and beside.is_file() and source == weights_of(source.parent):
+        source = source.parent  # peft's weights without their settings have no scale
     if (source / PEFT_CONFIG).is_file():
         network = _network(tensor_files.keys(weights_of(source)))
         states = {network: read_peft(source, networks.get(network))}

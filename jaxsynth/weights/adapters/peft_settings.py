@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # Settings that take some of the targets out again.
 _NARROWER = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# Targets that name no layer: peft finds them in the network.
+_ALL = "all-linear"
 # Settings that do not change what an adapter computes once it is trained.
 IRRELEVANT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type",
@@ -81,8 +83,9 @@ class Fields:
         narrower = [self.take(other) for other in _NARROWER]
         if not found or not isinstance(found, (str, list)):
             raise UserError(f"{self.source}: {name} is {shown(found)}, expected names or a pattern")
-        if self._paths and any(value not in (None, [], "") for value in narrower):
-            # Which of the targets are left, the weights tell.
+        unsaid = isinstance(found, str) and found.lower() == _ALL
+        if self._paths and (unsaid or any(value not in (None, [], "") for value in narrower)):
+            # Which layers these are, the weights tell.
             return tuple(self._paths)
         # A string is a pattern for the whole path, a listed name may be the end of one.
         return (f"^(?:{found})$",) if isinstance(found, str) else tuple(found)

@@ -16,6 +16,7 @@ from jaxsynth.adapters import inject, registry
 from jaxsynth.adapters.registry import attach
 from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.weights.adapters import diffusers
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters import peft as folders
 from jaxsynth.weights.hf import describe
 from jaxsynth.weights.layout import to_file
@@ -125,13 +126,16 @@ def test_settings_in_diffusers_files_are_for_both_names(text, tmp_path):
             assert config.rank_at(layer) == 1
 
 
-@pytest.mark.parametrize("setting", ["lora_bias", "modules_to_save", "exclude", "transform"])
+@pytest.mark.parametrize(
+    "setting", ["lora_bias", "modules_to_save", "exclude", "transform", "all-linear"]
+)
 def test_settings_of_peft_beside_lora(text, tmp_path, setting):
     more = {
         "lora_bias": {"lora_bias": True},
         "modules_to_save": {"modules_to_save": ["fc2"]},
         "exclude": {"exclude_modules": r".*layers\.0.*"},
         "transform": {"layers_to_transform": [1]},
+        "all-linear": {},
     }[setting]
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "fc1"], **more)
     model = peft.get_peft_model(tower(text, False), config)
@@ -141,7 +145,16 @@ def test_settings_of_peft_beside_lora(text, tmp_path, setting):
             value.data = 0.2 * torch.randn(value.shape, generator=generator)
     model.save_pretrained(tmp_path / "theirs")
     expected = model.merge_and_unload().state_dict()
+    if setting == "all-linear":  # as a file has it that was saved before a network was there
+        place = tmp_path / "theirs" / "adapter_config.json"
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"target_modules": setting}))
     state = folders.read_peft(tmp_path / "theirs", text)
+    # The file of the weights stands for its folder, whose settings have the scale.
+    found, notes = adapter_io.read(
+        tmp_path / "theirs" / "adapter_model.safetensors", adapter_io.Networks()
+    )
+    assert found["text_encoder"].config == folders.read_peft(tmp_path / "theirs").config
+    assert notes == []
     folders.write_peft(tmp_path / "ours", state, model=text)
     second = peft.PeftModel.from_pretrained(
         tower(text, False), tmp_path / "ours", key_mapping=TO_NEW

@@ -1,0 +1,24 @@
+"""What a file is that is not what its name says, by how it begins, in words for an error."""
+
+# Downloads that failed or were not finished, archives, and files that programs of their own read.
+_STARTS = {
+    b"version http": "the pointer of a file that git-lfs has not fetched",
+    b"<": "a text such as the page of a download that failed",
+    b"{": "a JSON text",
+    b"PK\3\4": "a ZIP archive, as PyTorch's files are",
+    b"\x80\2": "a pickle, as PyTorch's older files are",
+    b"GGUF": "a GGUF file",
+    b"%PDF": "a PDF",
+    b"8BPS": "a Photoshop file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf": "a 7z archive",
+}
+LONGEST = max(map(len, _STARTS))
+
+
+def named(head: bytes) -> str:
+    """What a file that begins so is, "" where it is none of these."""
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t")
+    return next((words for start, words in _STARTS.items() if head.startswith(start)), "")
