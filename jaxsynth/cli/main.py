@@ -48,6 +48,10 @@ REPORTS = (
     "controlled", "customize", "datadream", "diffscaler", "robustness", "scaling", "weightgen",
 )  # fmt: skip
 
+# Seconds that processes wait for the last to start, and after which a silent one counts as dead
+# and the others end.
+_SLOWEST_START, _LONGEST_SILENCE = 600, 40
+
 
 def method_module(name: str) -> ModuleType:
     """The module that runs a method."""
@@ -270,10 +274,19 @@ def _start_processes(args: argparse.Namespace) -> None:
     import jax
 
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=_SLOWEST_START,
+            heartbeat_timeout_seconds=_LONGEST_SILENCE,
+        )
     except (RuntimeError, ValueError) as error:
         where = given["coordinator_address"] or "this cluster"
         raise UserError(f"the processes of {where} did not come together: {error}") from error
+    from jax.experimental import multihost_utils
+
+    # Gloo gives a first collective 30 s for all to arrive. Here they are together; later one may
+    # load for longer than another.
+    multihost_utils.sync_global_devices("all processes are here")
 
 
 def _count(value: int | None, variable: str) -> int | None:
