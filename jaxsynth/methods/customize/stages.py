@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxsynth.core.io import file_digest, replacing
+from jaxsynth.core.io import file_digest, replacing, write_json
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
@@ -137,6 +137,7 @@ def learn(
     counts = {"images": len(images), "steps": sized.steps}
     if not work.writes:
         return counts
+    write_json(work.folder / "images.json", list(source.ids))
     return counts | {"file": save(work.folder, training, model).name}
 
 
