@@ -8,9 +8,12 @@
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from jaxsynth.core.limits import BelowOne, Natural, Range, check_limits
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,13 @@ class FilterConfig:
     the cosine above which an image of a class repeats an earlier one. most: images of each class.
     """
 
-    least_share: float = 0.0
+    least_share: BelowOne = 0.0
     agreement: bool = False
-    duplicates: float = 1.0
-    most: int = 0
+    duplicates: Annotated[float, Range(0, 1, above=True)] = 1.0
+    most: Natural = 0
 
     def __post_init__(self):
-        if not 0 <= self.least_share < 1:
-            raise ValueError(f"least_share: {self.least_share}, expected 0 to below 1")
-        if not 0 < self.duplicates <= 1:
-            raise ValueError(f"duplicates: {self.duplicates}, expected above 0 to 1")
-        if self.most < 0:
-            raise ValueError(f"most: {self.most}, expected 0 or more")
+        check_limits(self)
 
     @property
     def takes_any(self) -> bool:

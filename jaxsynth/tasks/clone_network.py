@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxsynth.core.limits import Count
 from jaxsynth.models import layers
 from jaxsynth.models.classifiers.vit import ViTForImageClassification, prepend, token
 
@@ -55,9 +56,9 @@ class Head(nnx.Module):
 class HeadsConfig:
     """Sizes of the heads: `hidden` and `outputs`, and iBOT's `prototypes`."""
 
-    hidden: int = 4096
-    outputs: int = 256
-    prototypes: int = 65_536
+    hidden: Count = 4096
+    outputs: Count = 256
+    prototypes: Count = 65_536
 
 
 class CloneNetwork(nnx.Module):

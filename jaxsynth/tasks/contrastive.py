@@ -12,7 +12,7 @@ drop path of the backbone is left out.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxsynth.adapters.inject import mark_trainable
+from jaxsynth.core.limits import Count, Natural, NotNegative, OneOf, Positive, Share
 from jaxsynth.data.pipeline.augment import Augment
 from jaxsynth.data.pipeline.on_device import ON_DEVICE, augmented, check_on_device
 from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
@@ -28,7 +29,7 @@ from jaxsynth.models.layers import Linear
 from jaxsynth.tasks import contrastive_losses as losses
 from jaxsynth.tasks.clone_network import CloneNetwork, HeadsConfig
 from jaxsynth.tasks.supervised import MEAN, STD, TABLE, NetworkConfig, Pool
-from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.config import SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
 
 METHODS = ("simclr", "stablerep", "synclr", "synclip")
@@ -47,24 +48,24 @@ class CloneConfig(TrainingConfig):
     """
 
     method: str = "stablerep"
-    captions: int = 10
-    per_caption: int = 6
-    batch_size: int = 60
-    temperature: float = 0.1
-    local_crops: int = 2
-    local_size: int = 16
+    captions: Count = 10
+    per_caption: Count = 6
+    batch_size: Count = 60
+    temperature: Positive = 0.1
+    local_crops: Natural = 2
+    local_size: Count = 16
     local_scale: tuple[float, float] = (0.08, 0.32)
-    masked_images: float = 0.5
-    masked_patches: float = 0.5
-    patch_weight: float = 1.0
-    teacher_temperature: float = 0.04
-    student_temperature: float = 0.1
+    masked_images: Share = 0.5
+    masked_patches: Share = 0.5
+    patch_weight: NotNegative = 1.0
+    teacher_temperature: Positive = 0.04
+    student_temperature: Positive = 0.1
     sigmoid: bool = False
-    text_layers: int = 2
-    steps: int = 500
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    weight_decay: float = 0.05
+    text_layers: Count = 2
+    steps: Natural = 500
+    learning_rate: NotNegative = 1e-3
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
+    weight_decay: NotNegative = 0.05
     decay_on: str = "matrices"
     heads: HeadsConfig = field(default_factory=lambda: HeadsConfig(256, 64, 512))
     augment: Augment = field(default_factory=lambda: ON_DEVICE)
@@ -85,9 +86,6 @@ class CloneConfig(TrainingConfig):
             raise ValueError("ema_decay: 0, but SynCLR's keys are an averaged teacher's")
         if self.accumulate > 1:
             raise ValueError("accumulate: a contrastive loss is over whole batches, expected 1")
-        for name in ("temperature", "teacher_temperature", "student_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected above 0")
 
 
 @dataclass(frozen=True)

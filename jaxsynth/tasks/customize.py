@@ -11,7 +11,7 @@ What learns is for the model to say: the new word's rows, an adapter of any kind
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters.inject import trainable_variables
+from jaxsynth.core.limits import Count, Natural, NotNegative, OneOf, Positive, Share
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
 from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source
 from jaxsynth.training import sharding
-from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.config import SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -41,17 +42,17 @@ class InversionConfig(TrainingConfig):
     (min-SNR); of images that are not square so many crops are encoded (`crops_per_image`).
     """
 
-    steps: int = 5000
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-2
+    steps: Natural = 5000
+    batch_size: Count = 16
+    learning_rate: NotNegative = 1e-4
+    weight_decay: NotNegative = 1e-2
     token: str = "<subject>"
-    vectors: int = 1
+    vectors: Count = 1
     initializer: str = ""
     templates: str = "object"
-    noise_offset: float = 0.0
-    snr_gamma: float | None = None
-    crops_per_image: int = 4
+    noise_offset: NotNegative = 0.0
+    snr_gamma: Positive | None = None
+    crops_per_image: Count = 4
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,18 @@ class DreamBoothConfig(FinetuneConfig):
     draws beforehand. At weight 0 none are drawn. `noise_offset` adds noise to whole channels.
     """
 
-    epochs: int = 0
-    steps: int = 800
-    schedule: str = "constant"
-    warmup_steps: int = 0
+    epochs: Natural = 0
+    steps: Natural = 800
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "constant"
+    warmup_steps: Natural = 0
     text_targets: tuple[str, ...] = ()
     identifier: str = "sks"
-    prior_weight: float = 1.0
-    class_images: int = 100
-    noise_offset: float = 0.0
+    prior_weight: NotNegative = 1.0
+    class_images: Natural = 100
+    noise_offset: NotNegative = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prior_weight < 0:
-            raise ValueError(f"prior_weight: {self.prior_weight}, expected at least 0")
         if self.prior_weight and self.class_images < 1:
             raise ValueError(
                 f"class_images: {self.class_images}, expected at least 1 to keep the prior by; "
@@ -93,15 +92,10 @@ class CaptionConfig(FinetuneConfig):
     to work. `noise_offset` adds noise to whole channels.
     """
 
-    epochs: int = 0
-    steps: int = 2000
-    caption_dropout: float = 0.0
-    noise_offset: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout: {self.caption_dropout}, expected 0 to 1")
+    epochs: Natural = 0
+    steps: Natural = 2000
+    caption_dropout: Share = 0.0
+    noise_offset: NotNegative = 0.0
 
 
 # Streams of an order's key beside those of its epochs, which it is folded with the numbers of: a

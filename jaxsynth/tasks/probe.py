@@ -9,6 +9,7 @@ choose it. Features are computed once: images are not augmented.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf, Positive, Range, Some
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.models.layers import Linear
 from jaxsynth.tasks.supervised import MEAN, STD, TABLE, by_batches, cross_entropy
-from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.config import OPTIMIZERS, SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task, train
 
 # A head's rate is that for 256 images of a batch.
@@ -37,29 +39,23 @@ class ProbeConfig(TrainingConfig):
     statistics. A share `held_out` of each class chooses the head. `neighbors` vote in kNN.
     """
 
-    head_rates: tuple[float, ...] = (
+    head_rates: Annotated[tuple[Positive, ...], Some()] = (
         0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5,
     )  # fmt: skip
     normalize: bool = True
-    held_out: float = 0.2
-    neighbors: int = 20
-    optimizer: str = "sgd"
-    b1: float = 0.9
-    learning_rate: float = 1.0
-    schedule: str = "cosine"
-    epochs: int = 90
-    batch_size: int = 1024
+    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
+    neighbors: Count = 20
+    optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "sgd"
+    b1: BelowOne = 0.9
+    learning_rate: NotNegative = 1.0
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
+    epochs: Natural = 90
+    batch_size: Count = 1024
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.head_rates or min(self.head_rates) <= 0:
-            raise ValueError(f"head_rates: {self.head_rates}, expected one or more above 0")
         if len(set(self.head_rates)) != len(self.head_rates):
             raise ValueError(f"head_rates: {self.head_rates}, some are given twice")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out: {self.held_out}, expected above 0 and below 1")
-        if self.neighbors < 1:
-            raise ValueError(f"neighbors: {self.neighbors}, expected 1 or more")
         if self.rates:
             raise ValueError(f"rates: {self.rates}, but `head_rates` are a probe's")
 

@@ -12,6 +12,7 @@ over a batch drawn with replacement, w_i being the weight of the image's origin.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
+from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf, check_limits
 from jaxsynth.data.pipeline.augment import Augment
 from jaxsynth.data.pipeline.mixing import one_hot
 from jaxsynth.data.pipeline.on_device import ON_DEVICE, augmented, check_on_device
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.training import sharding
-from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.config import SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
 
 # Pixels are normalized by these whatever the data: a network from scratch knows no other ones.
@@ -40,13 +42,14 @@ TABLE: sharding.Table = ((r"", jax.sharding.PartitionSpec()),)
 class NetworkConfig:
     """A vision transformer for square images of `image_size` pixels, cut into `patch_size`."""
 
-    image_size: int = 32
-    patch_size: int = 8
-    width: int = 64
-    layers: int = 4
-    heads: int = 4
+    image_size: Count = 32
+    patch_size: Count = 8
+    width: Count = 64
+    layers: Count = 4
+    heads: Count = 4
 
     def __post_init__(self):
+        check_limits(self)
         self.vit(0)
 
     def vit(self, num_labels: int) -> ViTConfig:
@@ -71,20 +74,18 @@ class NetworkConfig:
 class SupervisedConfig(TrainingConfig):
     """How a classifier is trained; `augment` as far as it is done on the device."""
 
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    weight_decay: float = 0.05
+    steps: Natural = 1000
+    batch_size: Count = 64
+    learning_rate: NotNegative = 1e-3
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
+    weight_decay: NotNegative = 0.05
     decay_on: str = "matrices"
-    label_smoothing: float = 0.1
+    label_smoothing: BelowOne = 0.1
     augment: Augment = field(default_factory=lambda: ON_DEVICE)
 
     def __post_init__(self):
         super().__post_init__()
         check_on_device(self.augment)
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: {self.label_smoothing}, expected 0 to below 1")
 
 
 @dataclass(frozen=True)

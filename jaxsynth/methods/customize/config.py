@@ -1,9 +1,10 @@
 """What a customisation run is told."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.limits import Natural, OneOf, Some, check_limits
 from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.tasks.customize import CaptionConfig, DreamBoothConfig, InversionConfig, Training
@@ -33,12 +34,12 @@ class Config:
     technique: str = "textual_inversion"
     base: str = "tiny"
     clip: str = "tiny/clip"
-    dtype: str = "float32"
+    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
-    shots: int = 0
+    shots: Natural = 0
     word: str = ""
     prompts: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[Natural, ...], Some()] = (0, 1, 2)
     textual_inversion: InversionConfig | None = None
     dreambooth: DreamBoothConfig | None = None
     lora: CaptionConfig | None = None
@@ -59,10 +60,9 @@ class Config:
                 )
         if getattr(self, self.technique) is None:
             object.__setattr__(self, self.technique, TECHNIQUES[self.technique]())
-        if self.shots < 0:
-            raise ValueError(f"shots: {self.shots}, expected at least 0 (all images)")
-        if not self.seeds or not self.prompts:
-            raise ValueError("seeds and prompts: expected at least one of each")
+        check_limits(self)
+        if not self.prompts:
+            raise ValueError("prompts: expected at least one")
         if len(set(self.prompts)) < len(self.prompts):
             raise ValueError("prompts: the same is given twice")
         if self.has_subject != bool(self.word):

@@ -1,7 +1,9 @@
 """What a scaling study is told."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from jaxsynth.core.limits import Count, Finite, Natural, OneOf, Positive, Range, Some, check_limits
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -28,13 +30,12 @@ class SourceConfig:
     """
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
-    shots: int = 0
-    guidance_scale: float | None = None
+    shots: Natural = 0
+    guidance_scale: Finite | None = None
     keep: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self):
-        if self.shots < 0:
-            raise ValueError(f"shots: {self.shots}, expected 0 or more")
+        check_limits(self)
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,16 @@ class JudgeConfig:
     `attacks` are some of FGSM and PGD, of radius `eps`; `corruptions` those made of test images.
     """
 
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[Count, ...] = ()
     attacks: tuple[str, ...] = ("FGSM", "PGD")
-    eps: float = 1 / 255
+    eps: Annotated[float, Range(0, 1, above=True)] = 1 / 255
     corruptions: Corruptions = field(default_factory=Corruptions)
-    batch_size: int = 256
+    batch_size: Count = 256
 
     def __post_init__(self):
+        check_limits(self)
         if unknown := sorted({*self.attacks} - {"FGSM", "PGD"}):
             raise ValueError(f"attacks: {unknown}, expected some of FGSM and PGD")
-        if self.eps <= 0 or self.batch_size < 1:
-            raise ValueError(
-                f"eps: {self.eps}, batch_size: {self.batch_size}, expected above 0 each"
-            )
 
 
 @dataclass(frozen=True)
@@ -77,20 +75,20 @@ class Config:
     method: str = "scaling"
     base: str = "tiny"
     clip: str = "tiny/clip"
-    dtype: str = "float32"
+    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    sizes: tuple[int, ...] = (4, 8, 16, 32, 64)
-    real_sizes: tuple[int, ...] = (4, 8, 16, 32, 64)
-    added_real: int = 0
-    mixed_size: int = 0
-    fractions: tuple[float, ...] = ()
-    real_weight: float = 1.0
+    sizes: Annotated[tuple[Count, ...], Some()] = (4, 8, 16, 32, 64)
+    real_sizes: Annotated[tuple[Count, ...], Some()] = (4, 8, 16, 32, 64)
+    added_real: Natural = 0
+    mixed_size: Natural = 0
+    fractions: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = ()
+    real_weight: Positive = 1.0
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    resamples: int = aside(1000)
-    points_at_once: int = aside(0)
+    seeds: Annotated[tuple[Natural, ...], Some()] = (0, 1, 2)
+    resamples: Count = aside(1000)
+    points_at_once: Natural = aside(0)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -100,15 +98,11 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        check_limits(self)
         for name in ("sizes", "real_sizes", "seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name}: {values}, expected one value or more, each once")
-        for name in ("sizes", "real_sizes"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected 1 or more each")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype: {self.dtype!r}, expected float32 or bfloat16")
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name}: {values}, expected each once")
         for name in self.sources:
             if name == REAL or not name or any(x in name for x in "/,+"):
                 raise ValueError(f"sources: {name!r}: expected another name, without / , and +")
@@ -119,8 +113,6 @@ class Config:
             )
         if "start" in self.clones:
             raise ValueError("clones: 'start' is the random backbone, expected another name")
-        if not all(0 < fraction < 1 for fraction in self.fractions):
-            raise ValueError(f"fractions: {self.fractions}, expected above 0 and below 1 each")
         if bool(self.fractions) != bool(self.mixed_size):
             raise ValueError(
                 f"mixed_size: {self.mixed_size} and fractions: {self.fractions}, expected both or "
@@ -137,11 +129,6 @@ class Config:
             )
         if self.mixed_size > self.generate.images_per_class:
             raise ValueError(f"mixed_size: {self.mixed_size}, more than are generated")
-        if self.added_real < 0 or self.real_weight <= 0:
-            raise ValueError(
-                f"added_real: {self.added_real}, real_weight: {self.real_weight}, expected 0 or "
-                "more and above 0"
-            )
         strange = set(self.judge.sizes) - {*self.sizes, *self.real_sizes}
         if strange:
             raise ValueError(f"judge.sizes: {sorted(strange)} are neither sizes nor real_sizes")
