@@ -356,7 +356,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list
                 raise UserError(f"{whole}: added_tokens: id {quoted(index)}, expected a number")
             added.append(_Token.read(token, str(whole), index=index))
         vocab = _checked_ids(take(model, "vocab", dict, whole), whole)
-        return vocab, [_pair(pair, whole) for pair in merges], added
+        return vocab, _merges_of(merges, vocab, whole), added
     if not vocab_path.exists() and not merges_path.exists():
         raise UserError(f"{folder}: no tokenizer here (vocab.json + merges.txt, or tokenizer.json)")
     vocab = _ids(vocab_path)
@@ -364,15 +364,21 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list
         raise UserError(f"{merges_path}: missing, and there is no tokenizer.json instead")
     lines = read_text(merges_path).split("\n")
     lines = [line for line in lines if line and not line.startswith("#version")]
-    merges = [_pair(line.rstrip("\r").split(" "), merges_path) for line in lines]
+    pairs = [line.rstrip("\r").split(" ") for line in lines]
+    return vocab, _merges_of(pairs, vocab, merges_path), []
+
+
+def _merges_of(pairs: list[Any], vocab: dict[str, int], path: Path) -> list[tuple[str, str]]:
+    """Merges, each of two tokens and to one that the vocabulary has."""
+    merges = [_pair(pair, path) for pair in pairs]
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in vocab:
                 raise UserError(
-                    f"{merges_path}: merge {quoted(left)} {quoted(right)}: {quoted(token)} is not "
-                    "in vocab.json"
+                    f"{path}: merge {quoted(left)} {quoted(right)}: {quoted(token)} is not in the "
+                    "vocabulary"
                 )
-    return vocab, merges, []
+    return merges
 
 
 def _ids(path: Path, *, optional: bool = False) -> dict[str, int]:

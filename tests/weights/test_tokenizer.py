@@ -174,7 +174,7 @@ def test_broken_folders_are_named(copy, tmp_path):
     with pytest.raises(UserError, match=r"merges\.txt: a merge joins two tokens, got 'a b c'"):
         Tokenizer(copy)
     (copy / "merges.txt").write_text(merges + "q zzz\n")
-    with pytest.raises(UserError, match=r"merges\.txt: merge 'q' 'zzz': 'zzz' is not in vocab"):
+    with pytest.raises(UserError, match=r"merges\.txt: merge 'q' 'zzz': 'zzz' is not in the vocab"):
         Tokenizer(copy)
     (copy / "merges.txt").unlink()
     with pytest.raises(UserError, match=r"merges\.txt: missing"):
@@ -185,6 +185,10 @@ def test_broken_folders_are_named(copy, tmp_path):
         Tokenizer(copy)
     (copy / "vocab.json").unlink()
     with pytest.raises(UserError, match=r"vocab\.json: missing"):
+        Tokenizer(copy)
+    model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {"a": 0}, "merges": ["a t</w>"]}
+    (copy / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: merge 'a' 't</w>': 't</w>' is not in"):
         Tokenizer(copy)
     (copy / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
     with pytest.raises(UserError, match=r"tokenizer\.json: not a CLIP tokenizer"):
