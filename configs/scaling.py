@@ -99,7 +99,7 @@ def _augment(smallest: float) -> dict:
 
 def _smoke() -> ConfigDict:
     config = _tiny()
-    config.data = ConfigDict({"class_names": ("1", "4", "7")})
+    config.data = ConfigDict({"class_names": ("1", "4", "7", "8")})
     config.sources.adapted.shots = 2
     config.sizes = (1, 2, 3, 4)
     config.real_sizes = (1, 2, 3, 4)
@@ -111,7 +111,7 @@ def _smoke() -> ConfigDict:
     for name in ("simclr", "stablerep", "synclip"):
         del config.clones[name]
     config.clones.synclr.update(
-        {"steps": 2, "captions": 3, "per_caption": 2, "batch_size": 6, "local_crops": 1}
+        {"steps": 2, "captions": 4, "per_caption": 2, "batch_size": 8, "local_crops": 1}
     )
     config.clones.synclr.heads = ConfigDict({"hidden": 16, "outputs": 8, "prototypes": 16})
     config.probe.update({"epochs": 2, "head_rates": (0.1, 0.2)})

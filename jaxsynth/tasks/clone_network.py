@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxsynth.core.limits import Count
+from jaxsynth.core.limits import Count, check_limits
 from jaxsynth.models import layers
 from jaxsynth.models.classifiers.vit import ViTForImageClassification, prepend, token
 
@@ -59,6 +59,9 @@ class HeadsConfig:
     hidden: Count = 4096
     outputs: Count = 256
     prototypes: Count = 65_536
+
+    def __post_init__(self):
+        check_limits(self)
 
 
 class CloneNetwork(nnx.Module):

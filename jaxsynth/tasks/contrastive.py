@@ -29,7 +29,7 @@ from jaxsynth.models.layers import Linear
 from jaxsynth.tasks import contrastive_losses as losses
 from jaxsynth.tasks.clone_network import CloneNetwork, HeadsConfig
 from jaxsynth.tasks.supervised import MEAN, STD, TABLE, NetworkConfig, Pool
-from jaxsynth.training.config import SCHEDULES, TrainingConfig
+from jaxsynth.training.config import DECAYED, SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
 
 METHODS = ("simclr", "stablerep", "synclr", "synclip")
@@ -47,7 +47,7 @@ class CloneConfig(TrainingConfig):
     the softmax, and a text tower of `text_layers` layers.
     """
 
-    method: str = "stablerep"
+    method: Annotated[str, OneOf(*METHODS)] = "stablerep"
     captions: Count = 10
     per_caption: Count = 6
     batch_size: Count = 60
@@ -66,15 +66,13 @@ class CloneConfig(TrainingConfig):
     learning_rate: NotNegative = 1e-3
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
     weight_decay: NotNegative = 0.05
-    decay_on: str = "matrices"
+    decay_on: Annotated[str, OneOf(*DECAYED)] = "matrices"
     heads: HeadsConfig = field(default_factory=lambda: HeadsConfig(256, 64, 512))
     augment: Augment = field(default_factory=lambda: ON_DEVICE)
 
     def __post_init__(self):
         super().__post_init__()
         check_on_device(self.augment)
-        if self.method not in METHODS:
-            raise ValueError(f"method: {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.batch_size != self.captions * self.per_caption:
             raise ValueError(
                 f"batch_size: {self.batch_size}, expected captions x per_caption = "
@@ -86,6 +84,9 @@ class CloneConfig(TrainingConfig):
             raise ValueError("ema_decay: 0, but SynCLR's keys are an averaged teacher's")
         if self.accumulate > 1:
             raise ValueError("accumulate: a contrastive loss is over whole batches, expected 1")
+        low, high = self.local_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"local_scale: {self.local_scale}, expected 0 < low <= high <= 1")
 
 
 @dataclass(frozen=True)

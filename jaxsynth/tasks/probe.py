@@ -20,7 +20,16 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf, Positive, Range, Some
+from jaxsynth.core.limits import (
+    BelowOne,
+    Count,
+    Natural,
+    NotNegative,
+    OneOf,
+    Positive,
+    Range,
+    Some,
+)
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.models.layers import Linear
 from jaxsynth.tasks.supervised import MEAN, STD, TABLE, by_batches, cross_entropy

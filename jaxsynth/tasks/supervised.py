@@ -29,7 +29,7 @@ from jaxsynth.data.pipeline.mixing import one_hot
 from jaxsynth.data.pipeline.on_device import ON_DEVICE, augmented, check_on_device
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.training import sharding
-from jaxsynth.training.config import SCHEDULES, TrainingConfig
+from jaxsynth.training.config import DECAYED, SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
 
 # Pixels are normalized by these whatever the data: a network from scratch knows no other ones.
@@ -79,7 +79,7 @@ class SupervisedConfig(TrainingConfig):
     learning_rate: NotNegative = 1e-3
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
     weight_decay: NotNegative = 0.05
-    decay_on: str = "matrices"
+    decay_on: Annotated[str, OneOf(*DECAYED)] = "matrices"
     label_smoothing: BelowOne = 0.1
     augment: Augment = field(default_factory=lambda: ON_DEVICE)
 

@@ -27,6 +27,10 @@ SMALLER = {
         "data.class_names=1,4,7", "finetune.rank=2", "classify.rank=2",
     ),
     "diffscaler": ("recipes=affiner_zero", "draw=affiner_zero", "together=False"),
+    "scaling": (
+        "base={base}", "finetune.rank=2", "seeds=0", "fractions=()", "mixed_size=0",
+        "judge.sizes=()",
+    ),
     "tiny_base": (
         *GIVEN["tiny_base"], "unet_channels=16,32", "vae_channels=8,8,8", "width=32",
         "text_layers=1", "vision_layers=1",

@@ -3,7 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from jaxsynth.core.limits import Count, Finite, Natural, OneOf, Positive, Range, Some, check_limits
+from jaxsynth.core.limits import (
+    Count,
+    Finite,
+    Natural,
+    OneOf,
+    Positive,
+    Range,
+    Some,
+    check_limits,
+)
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -47,15 +56,13 @@ class JudgeConfig:
     """
 
     sizes: tuple[Count, ...] = ()
-    attacks: tuple[str, ...] = ("FGSM", "PGD")
-    eps: Annotated[float, Range(0, 1, above=True)] = 1 / 255
+    attacks: tuple[Annotated[str, OneOf("FGSM", "PGD")], ...] = ("FGSM", "PGD")
+    eps: Positive = 1 / 255
     corruptions: Corruptions = field(default_factory=Corruptions)
     batch_size: Count = 256
 
     def __post_init__(self):
         check_limits(self)
-        if unknown := sorted({*self.attacks} - {"FGSM", "PGD"}):
-            raise ValueError(f"attacks: {unknown}, expected some of FGSM and PGD")
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Config:
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
     seeds: Annotated[tuple[Natural, ...], Some()] = (0, 1, 2)
-    resamples: Count = aside(1000)
+    resamples: Annotated[int, Range(100)] = aside(1000)
     points_at_once: Natural = aside(0)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -102,7 +109,7 @@ class Config:
         for name in ("sizes", "real_sizes", "seeds"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
-                raise ValueError(f"{name}: {values}, expected each once")
+                raise ValueError(f"{name}: {values}, expected each value once")
         for name in self.sources:
             if name == REAL or not name or any(x in name for x in "/,+"):
                 raise ValueError(f"sources: {name!r}: expected another name, without / , and +")

@@ -112,7 +112,7 @@ def make(config: Config, workdir: Path) -> None:
             setting, f"images of {name}",
             work=lambda own=(setting, points), name=name: run.train(*own, shots, images[name]),
         )  # fmt: skip
-    for name in config.clones:
+    for name in ("start", *config.clones) if config.clones else ():
         attempt(
             f"clone {name}", f"images of {config.clone_source}",
             work=lambda name=name: [
@@ -280,22 +280,23 @@ class _Run:
             )
 
     def clone(self, name: str, seed: int, images: Artifact) -> None:
-        """A backbone trained on images, and the probes of it and of its random start."""
-        config, folder = self.config, self.folder / "clones"
-        made = train_clone(
-            folder / safe_name(name) / f"seed{seed}" / "backbone",
-            Cloning(config.clones[name], config.network, seed),
-            label=f"clone {name}: seed {seed}",
-            mesh=self.mesh,
-            base=self.base,
-            images=images,
-        )
-        for which, backbone in (("start", None), (name, made)):
-            probe_backbone(
-                folder / safe_name(which) / f"seed{seed}" / "probe",
-                Probing(config.probe, config.network, seed),
-                label=f"probe of {which}: seed {seed}",
+        """A backbone trained on images, and its probe; for "start" that of its random start."""
+        config, folder = self.config, self.folder / "clones" / safe_name(name) / f"seed{seed}"
+        made = None
+        if name != "start":
+            made = train_clone(
+                folder / "backbone",
+                Cloning(config.clones[name], config.network, seed),
+                label=f"clone {name}: seed {seed}",
                 mesh=self.mesh,
-                data=self.data,
-                clone=backbone,
+                base=self.base,
+                images=images,
             )
+        probe_backbone(
+            folder / "probe",
+            Probing(config.probe, config.network, seed),
+            label=f"probe of {name}: seed {seed}",
+            mesh=self.mesh,
+            data=self.data,
+            clone=made,
+        )

@@ -58,9 +58,9 @@ def test_a_study_trains_every_point_on_growing_views_and_goes_on_past_a_failure(
     own = [view for view in views if view["seed"] == 0]
     for smaller, larger in itertools.pairwise(own):
         assert set(smaller["synthetic_ids"]) < set(larger["synthetic_ids"]) <= set(store.ids)
-        assert smaller["real_ids"] == larger["real_ids"] and len(smaller["real_ids"]) == 2 * 3
+        assert smaller["real_ids"] == larger["real_ids"] and len(smaller["real_ids"]) == 2 * 4
     assert {entry.prompt for entry in store.entries} == {
-        f"a photo of the digit {name}" for name in ("one", "four", "seven")
+        f"a photo of the digit {name}" for name in ("one", "four", "seven", "eight")
     }
     with open(tmp_path / "figures" / "error.csv") as file:
         numbers = list(csv.DictReader(file))
