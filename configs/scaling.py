@@ -74,7 +74,7 @@ def _tiny() -> ConfigDict:
             },
             "network": {"width": 48, "layers": 3, "heads": 4, "patch_size": 8},
             "train": {
-                "steps": 250,
+                "steps": 120,
                 "batch_size": 32,
                 "learning_rate": 2e-3,
                 "warmup_steps": 30,
