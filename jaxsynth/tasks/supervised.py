@@ -36,6 +36,9 @@ from jaxsynth.training.trainer import Resident, Task
 MEAN, STD = 0.5, 0.25
 # Every parameter is a training's own; on a mesh the trainings of a stack lie along "data".
 TABLE: sharding.Table = ((r"", jax.sharding.PartitionSpec()),)
+# Pools are filled up to a multiple of so many images, so that settings share a compiled program. No
+# view has a row of the filling.
+_POOL = 1024
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,11 @@ def supervised_tasks(
     make = lambda key: mark_trainable(network.make(num_classes, key))  # noqa: E731
     graphdef, _, rest = nnx.split(make(keys[0, 0]), Trainable, ...)
     starts = jax.jit(jax.vmap(lambda key: nnx.state(make(key), Trainable)))(keys[:, 0])
-    constants = {"images": jnp.asarray(pool.images), "labels": jnp.asarray(pool.labels)}
+    short = -len(pool.images) % _POOL
+    constants = {
+        "images": jnp.asarray(np.pad(pool.images, ((0, short), (0, 0), (0, 0), (0, 0)))),
+        "labels": jnp.asarray(np.pad(pool.labels, (0, short))),
+    }
     tasks = []
     for i, view in enumerate(views):
         data = {
