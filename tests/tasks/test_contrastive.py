@@ -47,9 +47,11 @@ def of(method: str, **more) -> CloneConfig:
     return replace(CONFIG, method=method, ema_decay=0.9 if method == "synclr" else 0.0, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["synclr", "synclip"])
 def test_eight_devices_train_as_one_does_and_measure_collapse(method, pool, tmp_path):
-    config = of(method)
+    # Adam would make steps of the rounding of gradients that are 0, such as those of keys' biases.
+    config = of(method, optimizer="sgd", learning_rate=0.1)
     task = clone_task(pool, CAPTIONS, TOKENS, NETWORK, config, seed=0)
     models = {
         name: train(task, config, tmp_path / name, mesh=mesh)
