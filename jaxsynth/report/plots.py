@@ -138,10 +138,10 @@ def plot_scaling(
 
 
 def _round_ticks(values: Sequence[float]) -> list[float]:
-    """1, 2 and 5 times powers of ten around values above 0."""
+    """1, 2, 3, 5 and 7 times powers of ten around values above 0."""
     low, high = min(values) / 1.5, max(values) * 1.5
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 3, 5, 7)]
     return [tick for tick in ticks if low <= tick <= high]
 
 
