@@ -3,8 +3,8 @@
     jaxsynth run --config=configs/customize.py:tiny,technique=dreambooth --workdir=runs/dreambooth
 
 Variants, each of which takes `,technique=` textual_inversion (the default), dreambooth or lora:
-- `tiny`: the shipped 32x32 base, which knows printed digits and no handwriting, three seeds, minutes
-  on two CPU cores. Textual Inversion and DreamBooth learn twelve handwritten threes; LoRA learns
+- `tiny`: the shipped 32x32 base, which knows printed digits and no handwriting, three seeds, on two
+  CPU cores. Textual Inversion and DreamBooth learn twelve handwritten threes; LoRA learns
   handwriting from captioned digits, zero to six, and draws seven, eight and nine.
 - `sd21`: Stable Diffusion 2.1 at 512 pixels on a few photos of your own in a folder of one class
   folder (`--config.data.path=photos/ --config.word=dog`), or for lora on a folder of captioned
