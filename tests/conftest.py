@@ -11,6 +11,7 @@ which are calls into libraries, stay as fast as they are.
 import gc
 import importlib.metadata
 import os
+import signal
 from pathlib import Path
 
 _FLAGS = ["--xla_backend_optimization_level=0"]
@@ -97,6 +98,14 @@ def key() -> jax.Array:
 def rngs() -> nnx.Rngs:
     """NNX random streams, the same in every test."""
     return nnx.Rngs(0)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal's programs have it: those of a background job ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from jaxsynth.core.preemption import uninterrupted
 
 
-def test_an_interrupt_waits_for_the_end_of_a_save():
+def test_an_interrupt_waits_for_the_end_of_a_save(interruptible):
     done = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
@@ -17,7 +17,7 @@ def test_an_interrupt_waits_for_the_end_of_a_save():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_does_not_wait():
+def test_a_second_interrupt_does_not_wait(interruptible):
     done = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)

@@ -241,7 +241,7 @@ def test_metrics_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path, key,
     assert files[0] == files[1] and files[0].count("\n") == 3
 
 
-def test_an_interrupt_leaves_a_whole_checkpoint(tmp_path, key, monkeypatch):
+def test_an_interrupt_leaves_a_whole_checkpoint(tmp_path, key, monkeypatch, interruptible):
     state = _state(key)
     with (
         pytest.raises(KeyboardInterrupt),
