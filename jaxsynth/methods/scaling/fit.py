@@ -26,6 +26,8 @@ LEVEL = 0.95
 # The exponents that are searched. Laws of published curves have 0.05 to 1.
 EXPONENTS = np.geomspace(0.01, 5.0, 160)
 FEWEST_SIZES = 4
+# An interval of the exponent whose ends are so many times apart tells none.
+WIDEST = 10.0
 # An error this much above the offset is called saturated.
 NEAR = 0.1
 
@@ -73,7 +75,8 @@ def fit(curve: Curve, *, resamples: int = 1000, seed: int = 0) -> Law:
     """The power law of `{images: errors of the seeds}`, errors being fractions above 0.
 
     Refused, with the reason: fewer than `FEWEST_SIZES` sizes or two seeds, an error of 0, a curve
-    that does not fall by more than its seeds vary, or an exponent at an end of what is searched.
+    that does not fall by more than its seeds vary, or an exponent whose interval is wider than
+    `WIDEST` or reaches an end of what is searched.
     """
     sizes = np.array(sorted(curve), float)
     seeds = [np.asarray(curve[size], float) for size in sizes]
@@ -89,7 +92,8 @@ def fit(curve: Curve, *, resamples: int = 1000, seed: int = 0) -> Law:
     if offset.low <= 0:
         plain = map(_estimate, _least_squares(sizes, curves, weights, offset=False))
         scale, exponent = (_wider(*both) for both in zip((scale, exponent), plain, strict=False))
-    if exponent.low <= EXPONENTS[0] or exponent.high >= EXPONENTS[-1]:
+    ends = exponent.low <= EXPONENTS[0] or exponent.high >= EXPONENTS[-1]
+    if ends or exponent.high > WIDEST * exponent.low:
         return Law(
             refused=f"exponents from {exponent.low:.2g} to {exponent.high:.2g} fit as well as any"
         )

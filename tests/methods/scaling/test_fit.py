@@ -48,6 +48,17 @@ def test_a_clear_law_is_found_with_its_offset_and_where_it_saturates():
         ({float(n): [0.1] for n in SIZES}, "one seed"),
         ({float(n): [0.2, 0.0] for n in SIZES}, "error of 0"),
         ({float(n): [0.30, 0.32, 0.28] for n in SIZES}, "does not fall"),
+        # Falls once and then no more: steep with an offset, or slow without.
+        (
+            dict(
+                zip(
+                    map(float, SIZES),
+                    [[0.72, 0.68], [0.6, 0.68], [0.62, 0.66], [0.6, 0.62], [0.54, 0.56]],
+                    strict=True,
+                )
+            ),
+            "fit as well as any",
+        ),
     ],
 )
 def test_what_the_data_cannot_tell_is_refused(errors, reason):
