@@ -54,7 +54,8 @@ def _tiny(technique: str) -> ConfigDict:
             "data": {"source": "digits", "class_names": ("3",)},
             "shots": 12,
             "word": "three",
-            "prompts": ("a photo of a {}", "a small {}", "a {} on a black background"),
+            # In the words that the base knows digits by; training says "a photo of the digit".
+            "prompts": ("the digit {}", "a white digit {} on a black background"),
             "seeds": (0, 1, 2),
             technique: {**common, **training},
             "generate": {
@@ -107,7 +108,7 @@ def _sd21(technique: str) -> ConfigDict:
 
 def _smoke(technique: str) -> ConfigDict:
     config = _tiny(technique)
-    config.shots, config.seeds, config.prompts = 4, (0,), config.prompts[:2]
+    config.shots, config.seeds = 4, (0,)
     training = config[technique]
     training.steps, training.batch_size, training.steps_per_call = 4, 4, 2
     training.checkpoint_every = 2

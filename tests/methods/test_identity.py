@@ -35,7 +35,7 @@ GIVEN = {
 OTHERS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adam", "sgd"),
     "schedule": ("linear", "constant", "cosine"),
-    "decay_on": ("matrices",),
+    "decay_on": ("matrices", "all"),
     "remat": ("block",),
     "precision": ("highest",),
     "dtype": ("bfloat16",),
@@ -121,10 +121,14 @@ UNTRIED = {
         "mirror", "study", "recipes", "sets_recipe", "sets_steps", "draw", "conditions",
         "condition_folders",
     },
-    "scaling": {  # files of prompts
-        f"sources.{name}.prompts.{file}"
-        for name in ("prompts", "adapted")
-        for file in ("templates", "hypernyms", "places", "captions", "contexts")
+    "scaling": {
+        # Files of prompts; and colors, which want a jitter without hue beside them.
+        *(
+            f"sources.{name}.prompts.{file}"
+            for name in ("prompts", "adapted")
+            for file in ("templates", "hypernyms", "places", "captions", "contexts")
+        ),
+        "train.augment.jitter_p", "clones.synclr.augment.jitter_p",
     },
     "weightgen": {
         "edits.how.guidance_scale", "edits.how.image_guidance_scale",
