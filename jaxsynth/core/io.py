@@ -118,10 +118,14 @@ def _cache() -> sqlite3.Connection:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(folder / "digests.sqlite", timeout=10)
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS digests "
-        "(path TEXT PRIMARY KEY, size INT, inode TEXT, mtime INT, ctime INT, digest TEXT)"
-    )
+    try:
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS digests "
+            "(path TEXT PRIMARY KEY, size INT, inode TEXT, mtime INT, ctime INT, digest TEXT)"
+        )
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
