@@ -15,6 +15,7 @@ from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.runs.stage import Source
+from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
 
 # Of a data set that is not here: about that of the sets that networks are usually transferred to.
 ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 10_000
@@ -23,6 +24,18 @@ ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 10_000
 def data_source(config: DataConfig) -> Source[Dataset]:
     """The data set that a config names."""
     return Source(lambda: load_dataset(config), lambda data: data.digest, lambda data: data.listing)
+
+
+def pipeline_source(name: str, dtype: str = "float32") -> Source[StableDiffusion]:
+    """The Stable Diffusion that a config names, kept and computed in `dtype`."""
+    return Source(
+        lambda: load_pipeline(name, dtype, compute_dtype=dtype), lambda found: found.digest
+    )
+
+
+def clip_source(name: str, dtype: str = "float32") -> Source[Clip]:
+    """The CLIP that a config names, kept and computed in `dtype`."""
+    return Source(lambda: load_clip(name, dtype, compute_dtype=dtype), lambda found: found.digest)
 
 
 def joined_source(configs: Mapping[str, DataConfig]) -> Source[Dataset]:

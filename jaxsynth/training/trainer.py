@@ -423,6 +423,19 @@ def _write_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
         Image.fromarray(np.concatenate(list(images), axis=1)).save(path)
 
 
+def check_batches(trainings: Mapping[str, TrainingConfig], mesh: Mesh | None) -> None:
+    """UserError naming a training whose batches do not divide over the mesh, before any begins."""
+    if mesh is None:
+        return
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, training in trainings.items():
+        if training.batch_size // training.accumulate % parts:
+            raise UserError(
+                f"{name}.batch_size {training.batch_size} (in {training.accumulate} parts) is not "
+                f"divisible over data x fsdp = {parts} devices"
+            )
+
+
 def _check_rows(config: TrainingConfig, mesh: Mesh, batches: Resident | Streamed) -> None:
     """UserError unless every part of a batch divides over the devices of `mesh`."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -19,6 +19,7 @@ from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import is_identity, to_json
 from jaxsynth.methods.customize.config import TECHNIQUES
+from jaxsynth.runs import sources
 from jaxsynth.runs import stage as stages
 from jaxsynth.runs.stage import Artifact
 
@@ -235,6 +236,7 @@ def loaded_once(monkeypatch, module) -> None:
     """Networks are loaded once for all runs of the test, and no page is made."""
     seen = [
         module,
+        sources,
         *(getattr(module, x) for x in ("stages", "inputs", "runs") if hasattr(module, x)),
     ]
     for one in seen:

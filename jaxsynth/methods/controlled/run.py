@@ -23,10 +23,9 @@ from jaxsynth.methods.controlled.config import Config
 from jaxsynth.methods.controlled.plan import plan
 from jaxsynth.methods.controlled.report import report
 from jaxsynth.runs.run import keep_record
-from jaxsynth.runs.sources import condition_files, data_source
-from jaxsynth.runs.stage import Artifact, Source
+from jaxsynth.runs.sources import condition_files, data_source, pipeline_source
+from jaxsynth.runs.stage import Artifact
 from jaxsynth.runs.sweep import sweep
-from jaxsynth.weights.hf import load_pipeline
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -40,7 +39,7 @@ def run(config: Config, workdir: Path) -> Path:
 def make(config: Config, workdir: Path) -> None:
     """Every way at every rate, then every seed."""
     folder, mesh = Path(workdir), config.mesh.make()
-    base = Source(lambda: load_pipeline(config.base), lambda pipeline: pipeline.digest)
+    base = pipeline_source(config.base)
     data = data_source(config.data)
     triples = stages.encode(
         folder / "triples", stages.Encoding(config.kind), label="triples", base=base, data=data,

@@ -23,9 +23,8 @@ from jaxsynth.methods.customize.plan import plan
 from jaxsynth.methods.customize.report import report
 from jaxsynth.methods.customize.techniques import check, class_prompt, filled, name_of
 from jaxsynth.runs.run import keep_record
-from jaxsynth.runs.sources import data_source
-from jaxsynth.runs.stage import Artifact, Source
-from jaxsynth.weights.hf import load_clip, load_pipeline
+from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
+from jaxsynth.runs.stage import Artifact
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -42,10 +41,7 @@ def make(config: Config, workdir: Path) -> None:
     What can be wrong with data, words and weights is found before the first long stage.
     """
     folder, mesh, dtype = Path(workdir), config.mesh.make(), config.dtype
-    base = Source(
-        lambda: load_pipeline(config.base, dtype, compute_dtype=dtype), lambda found: found.digest
-    )
-    clip = Source(lambda: load_clip(config.clip), lambda found: found.digest)
+    base, clip = pipeline_source(config.base, dtype), clip_source(config.clip)
     data, training = data_source(config.data), config.training
     check(config, data.value, base.value)
     keep_record(folder, config)

@@ -21,9 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsynth.core.console import console
-from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import Dataset
-from jaxsynth.data.load import load_dataset
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
 from jaxsynth.methods.datadream import report as pages
@@ -41,8 +39,11 @@ from jaxsynth.methods.datadream.stages import (
 )
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source
-from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+from jaxsynth.training.config import TrainingConfig
+from jaxsynth.training.trainer import check_batches
+from jaxsynth.weights.hf import Clip, StableDiffusion
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -86,25 +87,15 @@ class _Run:
 
     @cached_property
     def base(self) -> Source[StableDiffusion]:
-        name, dtype = self.config.base, self.config.dtype
-        return Source(
-            lambda: load_pipeline(name, dtype, compute_dtype=dtype), lambda found: found.digest
-        )
+        return pipeline_source(self.config.base, self.config.dtype)
 
     @cached_property
     def clip(self) -> Source[Clip]:
-        name, dtype = self.config.clip, self.config.dtype
-        return Source(
-            lambda: load_clip(name, dtype, compute_dtype=dtype), lambda found: found.digest
-        )
+        return clip_source(self.config.clip, self.config.dtype)
 
     @cached_property
     def data(self) -> Source[Dataset]:
-        return Source(
-            lambda: load_dataset(self.config.data),
-            lambda found: found.digest,
-            lambda found: found.listing,
-        )
+        return data_source(self.config.data)
 
     @cached_property
     def mesh(self) -> Mesh | None:
@@ -127,7 +118,10 @@ class _Run:
             )
         for network in (self.base.value, self.clip.value):
             network.tokenizer(list(class_prompts(data)))
-        check_batches(self.config, self.mesh)
+        trainings: dict[str, TrainingConfig] = {"classify": self.config.classify}
+        if "dset" in self.config.modes:
+            trainings["finetune"] = self.config.finetune
+        check_batches(trainings, self.mesh)
 
     def prompt_only(self, seed: int) -> None:
         """The baselines that see no shots: zero-shot CLIP, and images from prompts alone."""
@@ -211,23 +205,6 @@ class _Run:
 
     def below(self, shots: int, seed: int) -> Path:
         return self.folder / f"shots{shots}-seed{seed}"
-
-
-def check_batches(config: Config, mesh: Mesh | None) -> None:
-    """UserError naming a batch size that does not divide over the mesh."""
-    if mesh is None:
-        return
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    trainings = {"classify": config.classify}
-    if "dset" in config.modes:
-        trainings["finetune"] = config.finetune
-    for name, training in trainings.items():
-        rows = training.batch_size // training.accumulate
-        if rows % parts:
-            raise UserError(
-                f"{name}.batch_size {training.batch_size} (in {training.accumulate} parts) is not "
-                f"divisible over data x fsdp = {parts} devices"
-            )
 
 
 def _name(shots: int, seed: int) -> str:

@@ -37,13 +37,13 @@ from jaxsynth.methods.robustness.stages import (
     train_model,
 )
 from jaxsynth.runs.run import keep_record
-from jaxsynth.runs.sources import content_digest, files_digest
+from jaxsynth.runs.sources import clip_source, content_digest, files_digest
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.tasks.clip_classifier import classifier_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.weights.adapters.peft import read_peft
-from jaxsynth.weights.hf import Clip, describe_clip, load_clip
+from jaxsynth.weights.hf import Clip, describe_clip
 from jaxsynth.weights.networks.classifiers import Classifier, load_classifier
 from jaxsynth.weights.preprocessing import named_preprocessing
 
@@ -124,7 +124,7 @@ class _Run:
     @cached_property
     def _clips(self) -> dict[str, Source[Clip]]:
         paths = {model.clip for model in self.config.models.values() if not model.checkpoint}
-        return {path: _clip_source(path) for path in paths}
+        return {path: clip_source(path) for path in paths}
 
     @cached_property
     def _checkpoints(self) -> dict[ModelConfig, Source[Classifier]]:
@@ -189,10 +189,6 @@ class _Run:
             mesh=self.mesh,
             clip=self._clips[model.clip],
         )
-
-
-def _clip_source(path: str) -> Source[Clip]:
-    return Source(lambda: load_clip(path), lambda clip: clip.digest)
 
 
 def _checkpoint_source(model: ModelConfig) -> Source[Classifier]:

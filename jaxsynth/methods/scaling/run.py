@@ -31,7 +31,6 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
 from jaxsynth.core.preemption import Preempted
 from jaxsynth.data.dataset import Dataset
-from jaxsynth.data.load import load_dataset
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank, make_bank
 from jaxsynth.data.prompts import prompts as class_prompts
@@ -58,9 +57,11 @@ from jaxsynth.methods.scaling.stages import (
 from jaxsynth.runs.rehearsal import NotMade, rehearsing
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source, StageError
 from jaxsynth.training.loop import NonFiniteError
-from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+from jaxsynth.training.trainer import check_batches
+from jaxsynth.weights.hf import Clip, StableDiffusion
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -143,22 +144,15 @@ class _Run:
 
     @cached_property
     def base(self) -> Source[StableDiffusion]:
-        name, dtype = self.config.base, self.config.dtype
-        return Source(
-            lambda: load_pipeline(name, dtype, compute_dtype=dtype), lambda found: found.digest
-        )
+        return pipeline_source(self.config.base, self.config.dtype)
 
     @cached_property
     def clip(self) -> Source[Clip]:
-        return Source(lambda: load_clip(self.config.clip), lambda found: found.digest)
+        return clip_source(self.config.clip)
 
     @cached_property
     def data(self) -> Source[Dataset]:
-        return Source(
-            lambda: load_dataset(self.config.data),
-            lambda found: found.digest,
-            lambda found: found.listing,
-        )
+        return data_source(self.config.data)
 
     @cached_property
     def banks(self) -> dict[str, Source[PromptBank]]:
@@ -182,15 +176,8 @@ class _Run:
                 self.clip.value.tokenizer(list(class_prompts(data)))
             for bank in self.banks.values():
                 tokenizer(list(bank.value.texts))
-        if self.mesh is not None and any(source.shots for source in config.sources.values()):
-            parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-            rows = config.finetune.batch_size // config.finetune.accumulate
-            if rows % parts:
-                raise UserError(
-                    f"finetune.batch_size {config.finetune.batch_size} (in "
-                    f"{config.finetune.accumulate} parts) is not divisible over data x fsdp = "
-                    f"{parts} devices"
-                )
+        if any(source.shots for source in config.sources.values()):
+            check_batches({"finetune": config.finetune}, self.mesh)
 
     def draw(self, seed: int) -> Artifact:
         return draw_real(

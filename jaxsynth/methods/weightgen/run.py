@@ -50,7 +50,7 @@ from jaxsynth.methods.weightgen.stages import (
 )
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
-from jaxsynth.runs.sources import data_source
+from jaxsynth.runs.sources import data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import StableDiffusion, load_pipeline
@@ -95,7 +95,7 @@ class _Sources:
 
     @cached_property
     def text(self) -> Source[StableDiffusion]:
-        return Source(lambda: load_pipeline(self.config.text), lambda found: found.digest)
+        return pipeline_source(self.config.text)
 
     @cached_property
     def editing(self) -> Source[StableDiffusion]:
