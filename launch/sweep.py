@@ -30,9 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from jaxsynth.cli.main import METHODS
-from jaxsynth.core import schema
-from jaxsynth.core.config import load_config, override, to_dict
+from jaxsynth.cli.main import checked_values
+from jaxsynth.core.config import load_config, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import json_digest, write_json
 
@@ -75,8 +74,8 @@ class Sweep:
     def check(self) -> None:
         """UserError for a field that the config does not have, or a value that it cannot take."""
         for point in self.points:
-            values = override(load_config(self.config), [*self.common, *point.settings])
-            schema.check(METHODS[values["method"]], values)
+            settings = [*self.common, *point.settings]
+            checked_values(self.config, settings, self.workdir / point.name)
 
     def identity(self, point: Point) -> str:
         """The digest of what decides a point: the config file's values and those set."""
@@ -164,7 +163,8 @@ def run_here(sweep: Sweep, points: Sequence[Point] | None) -> int:
 def submit(sweep: Sweep, argv: Sequence[str], more: Sequence[str]) -> int:
     """Hand all points to SLURM as one array."""
     sweep.workdir.mkdir(parents=True, exist_ok=True)
-    one = f"{shlex.join([sys.executable, *own(argv)])} --only=$SLURM_ARRAY_TASK_ID"
+    script = str(Path(__file__).resolve())
+    one = f"{shlex.join([sys.executable, script, *own(argv)])} --only=$SLURM_ARRAY_TASK_ID"
     return subprocess.run(
         [
             "sbatch", f"--array=0-{len(sweep.points) - 1}", "--requeue", "--job-name=sweep",
@@ -176,7 +176,8 @@ def submit(sweep: Sweep, argv: Sequence[str], more: Sequence[str]) -> int:
 
 def indexed_job(sweep: Sweep, argv: Sequence[str], image: str) -> dict:
     """The Job of all points, as `kubectl` reads it; its volume is kubernetes.yaml's."""
-    one = f"{shlex.join(['.venv/bin/python', *own(argv)])} --only=$JOB_COMPLETION_INDEX"
+    words = [".venv/bin/python", "launch/sweep.py", *own(argv)]
+    one = f"{shlex.join(words)} --only=$JOB_COMPLETION_INDEX"
     volume = {"name": "runs", "persistentVolumeClaim": {"claimName": "jaxsynth-runs"}}
     container = {
         "name": "point",
@@ -211,11 +212,10 @@ def own(argv: Sequence[str]) -> list[str]:
     before = list(argv[: argv.index("--")] if "--" in argv else argv)
     left = ("--start", "--image")
     return [
-        "launch/sweep.py",
-        *(word for i, word in enumerate(before) if not word.startswith(left) and not (
-            i and before[i - 1] in left
-        )),
-    ]  # fmt: skip
+        word
+        for i, word in enumerate(before)
+        if not word.startswith(left) and not (i and before[i - 1] in left)
+    ]
 
 
 def parse(argv: Sequence[str]) -> tuple[Sweep, argparse.Namespace]:

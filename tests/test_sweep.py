@@ -30,6 +30,7 @@ WRONG = {
     "--grid seed 1 --grid seed 2": "--grid seed: the field is set twice",
     "--grid seed 1 --config.seed=2": "--grid seed: the field is set twice",
     "--grid seed 1 --config.seed": "--config.seed: expected --config.FIELD=VALUE",
+    "--grid method datadream": "--config.method: the config file decides the method",
     "--grid seed 1 --only=1": "--only=1: the points are 0 to 0",
     "--grid seed 1 --start=kubernetes": "--start=kubernetes needs --image=IMAGE",
     "--grid seed 1 -- --partition=x": "only --start=slurm takes arguments of sbatch",
@@ -42,6 +43,12 @@ def test_a_mistake_is_told_before_any_point_starts(sweep, tmp_path, capsys, give
     error = capsys.readouterr().err
     assert error.startswith("error: ") and WRONG[given] in error and error.count("\n") == 1
     assert not (tmp_path / "all").exists()
+
+
+def test_a_config_without_a_method_is_named(sweep, tmp_path, capsys):
+    (tmp_path / "none.py").write_text("def get_config():\n    return {'seed': 1}\n")
+    assert sweep.main([f"--config={tmp_path}/none.py", "--workdir=w", "--grid", "seed", "1"]) == 2
+    assert "none.py: no field `method`, expected one of" in capsys.readouterr().err
 
 
 def test_points_have_folders_of_their_own(sweep):
@@ -78,6 +85,7 @@ def test_an_array_of_every_point(sweep, tmp_path, monkeypatch):
     assert sweep.main([SMOKE, f"--workdir={tmp_path / 'all'}", *grid.split()]) == 0
     given = (tmp_path / "given").read_text().splitlines()
     assert {"--array=0-1", "--partition=gpu", "--time=1:00:00"} <= {*given}
+    assert str(ROOT / "launch" / "sweep.py") in given[-1]
     assert given[-1].startswith("--wrap=") and given[-1].endswith("--only=$SLURM_ARRAY_TASK_ID")
     assert "slurm" not in given[-1].split("--wrap=")[1].split("--only")[0]
 
