@@ -30,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from jaxsynth.cli.main import checked_values
+from jaxsynth.cli.main import METHODS, named_values
+from jaxsynth.core import schema
+from jaxsynth.core.checks import check_config
 from jaxsynth.core.config import load_config, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import json_digest, write_json
@@ -74,8 +76,8 @@ class Sweep:
     def check(self) -> None:
         """UserError for a field that the config does not have, or a value that it cannot take."""
         for point in self.points:
-            settings = [*self.common, *point.settings]
-            checked_values(self.config, settings, self.workdir / point.name)
+            name, values = named_values(self.config, [*self.common, *point.settings])
+            check_config(schema.check(METHODS[name], values), self.workdir / point.name)
 
     def identity(self, point: Point) -> str:
         """The digest of what decides a point: the config file's values and those set."""

@@ -195,7 +195,7 @@ def fields(args: argparse.Namespace) -> None:
     from jaxsynth.core import schema
     from jaxsynth.core.console import console
 
-    name, values = checked_values(args.config, args.assignments)
+    name, values = _values(args)
     console.print(
         f"fields of method {name}, with their values in {args.config}; "
         "jaxsynth run sets one by --config.FIELD=VALUE",
@@ -208,15 +208,8 @@ def fields(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def checked_values(
-    spec: str, assignments: Sequence[tuple[str, str]], workdir: Path | None = None
-) -> tuple[str, dict[str, Any]]:
-    """The method that a config file (FILE[:VARIANT]) names, and its values with those assigned.
-
-    A field that is not there, a value that it does not take and, for a run in `workdir`, photos
-    that are not there are told here, where the method, and JAX with it, is still to be imported.
-    """
-    from jaxsynth.core import schema
+def named_values(spec: str, assignments: Sequence[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
+    """The method that a config file (FILE[:VARIANT]) names, and its values with those assigned."""
     from jaxsynth.core.config import load_config, override
 
     values = load_config(spec)
@@ -226,11 +219,22 @@ def checked_values(
         raise UsageError(f"{spec}: {found}, expected one of {', '.join(METHODS)}")
     if any(field == "method" for field, _ in assignments):
         raise UsageError(f"--config.method: the config file decides the method ({name})")
-    values = override(values, assignments)
+    return name, override(values, assignments)
+
+
+def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """`named_values` of a command.
+
+    A field that is not there, a value that it does not take and photos that are not there are told
+    here, where the method, and JAX with it, is still to be imported.
+    """
+    from jaxsynth.core import schema
+
+    name, values = named_values(args.config, args.assignments)
     if METHODS[name] not in sys.modules:
         told = schema.check(METHODS[name], values)
-        if workdir is not None:
-            check_config(told, workdir)
+        if args.verb == "run":
+            check_config(told, args.workdir)
     return name, values
 
 
@@ -238,8 +242,7 @@ def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
     """The method that a config file names, its module, and the config with what was assigned."""
     from jaxsynth.core.config import to_dataclass
 
-    workdir = args.workdir if args.verb == "run" else None
-    name, values = checked_values(args.config, args.assignments, workdir)
+    name, values = _values(args)
     method = method_module(name)
     if "method" not in method.Config.__dataclass_fields__:
         del values["method"]
