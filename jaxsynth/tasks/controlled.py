@@ -152,7 +152,7 @@ def encode_triples(
     Conditions are of the base's size already, as `data.conditions.source_conditions` makes them.
     Raises ValueError where counts or sizes do not agree.
     """
-    size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
+    size = pipeline.image_size
     if not len(images) == len(prompts) == len(condition):
         raise ValueError(
             f"encode_triples: {len(images)} images, {len(prompts)} prompts, "

@@ -132,7 +132,7 @@ def encode_source(
     batch_size: int = 8,
 ) -> tuple[Float[np.ndarray, "n k h w c"], Float[np.ndarray, "n k h w c"]]:
     """Mean and standard deviation of the latents of every image's crops (one of square images)."""
-    size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
+    size = pipeline.image_size
     square = all(record.image.shape[0] == record.image.shape[1] for record in source)
     crops = 1 if square else crops
     cut = DiffusionTransform(size, random_crop=not square)

@@ -92,6 +92,11 @@ class StableDiffusion:
     folder: Path | None = None
     digest: str = ""
 
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the images that the denoiser was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:

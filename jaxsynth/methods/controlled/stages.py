@@ -70,7 +70,7 @@ def encode(
 
     Conditions of kinds that images do not tell are read from the folder `files`, if any.
     """
-    size = base.unet.config.sample_size * base.vae.config.downscale
+    size = base.image_size
     counts = {}
     for part, source in (("train", data.train), ("test", data.test)):
         condition = source_conditions(source, config.kind, size, folder=files)

@@ -60,8 +60,7 @@ class Drawing:
 
 
 def _image_bytes(config: Drawing, *, base: StableDiffusion, learned: Artifact | None = None) -> int:
-    size = base.unet.config.sample_size * base.vae.config.downscale
-    return drawn_bytes(len(config.prompts), config.generate, size)
+    return drawn_bytes(len(config.prompts), config.generate, base.image_size)
 
 
 @stage(processes="all", space=_image_bytes)

@@ -137,8 +137,7 @@ def _image_bytes(
     bank: PromptBank,
     adapter: Artifact | None = None,
 ) -> int:
-    size = base.unet.config.sample_size * base.vae.config.downscale
-    return drawn_bytes(data.num_classes, config.generate, size)
+    return drawn_bytes(data.num_classes, config.generate, base.image_size)
 
 
 @stage(processes="all", space=_image_bytes)
