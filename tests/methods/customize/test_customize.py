@@ -58,11 +58,13 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     learned = load_artifact(workdir / "learned-seed0")
     assert learned.counts["file"] == FILES[technique] and learned.counts["steps"] == 4
     stores = {name: ImageStore(workdir / f"{name}-seed0") for name in ("base", "images")}
-    assert {len(store) for store in stores.values()} == {6}
+    prompts = 3 if technique == "lora" else 2
+    assert {len(store) for store in stores.values()} == {3 * prompts}
     name = {"textual_inversion": "<subject>", "dreambooth": "sks three"}.get(technique, "seven")
-    assert all(name in entry.prompt for entry in stores["images"].entries[::2])
+    assert all(name in entry.prompt for entry in stores["images"].entries[::prompts])
     changed = [
-        not np.array_equal(stores["base"][i].image, stores["images"][i].image) for i in range(6)
+        not np.array_equal(base.image, drawn.image)
+        for base, drawn in zip(stores["base"], stores["images"], strict=True)
     ]
     assert all(changed)
     if technique == "dreambooth":
