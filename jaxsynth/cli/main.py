@@ -6,9 +6,6 @@ error that a user can act on is one line; any other keeps its traceback, because
 """
 
 import argparse
-import contextlib
-import difflib
-import errno
 import importlib
 import os
 import shlex
@@ -19,16 +16,17 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text as RichText
 
 import jaxsynth
 from jaxsynth.cli import generate as generate_verb
-from jaxsynth.cli import help
 from jaxsynth.cli import plan as plan_verb
 from jaxsynth.cli import rehearsal as rehearsal_verb
+from jaxsynth.cli.failures import is_for_users, message
+from jaxsynth.cli.parser import parse, take_assignments
 from jaxsynth.core.checks import check_config
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
@@ -64,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     debug = "--debug" in argv
     try:
-        rest, assignments = _take_assignments([arg for arg in argv if arg != "--debug"])
-        args = _parse(rest)
+        rest, assignments = take_assignments([arg for arg in argv if arg != "--debug"])
+        args = parse(rest)
         if assignments and args.verb not in ("run", "plan", "fields"):
             raise UsageError(
                 f"--config.{assignments[0][0]}: only `jaxsynth run` and `jaxsynth plan` have "
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         args.assignments, args.argv = assignments, argv
         _prepare_libraries()
-        args.call(args)
+        VERBS[args.verb](args)
     except KeyboardInterrupt:
         errors.print(
             "Interrupted. The same command goes on where this one stopped.", style="yellow"
@@ -83,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(RichText(str(error), "yellow"))
         return EXIT_CODE
     except Exception as error:
-        if debug or not _is_for_users(error):
+        if debug or not is_for_users(error):
             traceback.print_exc()
             if not debug:
                 errors.print(RichText("The error above is a bug in jaxsynth or below it.", "red"))
         else:
-            errors.print(RichText(f"error: {_message(error)}", "red"))
+            errors.print(RichText(f"error: {message(error)}", "red"))
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
@@ -208,6 +206,12 @@ def fields(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
+VERBS = {
+    "run": run, "report": report, "plan": plan, "convert": convert, "generate": generate,
+    "bench": bench, "fields": fields,
+}  # fmt: skip
+
+
 def named_values(spec: str, assignments: Sequence[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
     """The method that a config file (FILE[:VARIANT]) names, and its values with those assigned."""
     from jaxsynth.core.config import load_config, override
@@ -313,240 +317,6 @@ def _prepare_libraries() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-def _take_assignments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Splits `--config.a.b=value` (or `--config.a.b value`) from the other arguments."""
-    rest, assignments = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            rest.append(argument)
-            continue
-        name, sign, value = argument.removeprefix("--config.").partition("=")
-        if not all(name.split(".")):
-            raise UsageError(f"{argument}: expected --config.FIELD=VALUE")
-        if not sign:
-            value = next(arguments, None)
-            if value is None or value.startswith("--"):
-                raise UsageError(f"{argument} needs a value: {argument}=VALUE")
-        assignments.append((name, value))
-    return rest, assignments
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake raises the error that `main` prints, and help keeps its lines."""
-
-    def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="jaxsynth", description=help.DESCRIPTION, epilog=help.EPILOG)
-    version = f"jaxsynth {jaxsynth.__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
-    subparsers = {
-        "run": _run_parser(verbs),
-        "report": _report_parser(verbs),
-        "plan": _plan_parser(verbs),
-        "convert": _convert_parser(verbs),
-        "generate": _generate_parser(verbs),
-        "bench": _bench_parser(verbs),
-        "fields": _fields_parser(verbs),
-    }
-    config = [word for word in argv if word.startswith("--config")]
-    if argv[:1] in (["run"], ["plan"]) and {"-h", "--help"} & {*argv} and config:
-        after = argv[argv.index(config[0]) + 1 :]
-        spec = config[0].partition("=")[2] or (after[0] if after else "")
-        argv = ["fields", spec]
-
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = [o for action in subparsers[args.verb]._actions for o in action.option_strings]
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, [*options, "--config."], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"unknown argument {unknown[0]}{hint} (see jaxsynth {args.verb} --help)")
-    return args
-
-
-def _run_parser(verbs) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        "run",
-        help="start a run, or go on where it stopped",
-        description="Start a run, or go on where it stopped.",
-        usage="jaxsynth run --config=FILE[:VARIANT] --workdir=DIR [--dry-run] "
-        "[--config.FIELD=VALUE ...]",
-        epilog=help.RUN_EPILOG,
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
-    )
-    parser.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="where the run's files go"
-    )
-    parser.add_argument(
-        "--reuse", type=Path, action="append", default=[], metavar="DIR",
-        help="take finished stages of other runs below this folder where they are the same",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only list the stages: which are finished, and the disk that the others need",
-    )
-    parser.add_argument(
-        "--distributed", action="store_true", help="find the other processes from the cluster"
-    )
-    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--process_id", type=int, metavar="I", help="which this one is, from 0")
-    parser.set_defaults(call=run)
-    return parser
-
-
-def _plan_parser(verbs) -> argparse.ArgumentParser:
-    parser = plan_verb.add_parser(verbs)
-    parser.set_defaults(call=plan)
-    return parser
-
-
-def _report_parser(verbs) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        "report",
-        help="write a run's tables and pictures into one HTML page",
-        description="Write the tables and pictures of finished runs into one HTML page each.",
-    )
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
-    parser.set_defaults(call=report)
-    return parser
-
-
-def _convert_parser(verbs) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        "convert",
-        help="write an adapter, a base or an image store in another tool's format",
-        description="Write an adapter, a base or an image store in another tool's format. What SRC "
-        "is, is seen from its files.",
-        usage="jaxsynth convert SRC DST --to=FORMAT [--base=FOLDER]",
-        epilog=help.CONVERT_EPILOG,
-    )
-    parser.add_argument("source", type=Path, metavar="SRC", help="what to read")
-    parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
-    parser.add_argument(
-        "--base",
-        default="",
-        metavar="FOLDER",
-        help="an adapter's base, or the tokenizer of a checkpoint",
-    )
-    parser.set_defaults(call=convert)
-    return parser
-
-
-def _fields_parser(verbs) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        "fields",
-        help="list the fields of a config file",
-        description="List every field of a config file: type, value and what it is for.",
-        usage="jaxsynth fields FILE[:VARIANT]",
-    )
-    parser.add_argument("config", metavar="FILE[:VARIANT]", help="a Python file with get_config")
-    parser.set_defaults(call=fields)
-    return parser
-
-
-def _generate_parser(verbs) -> argparse.ArgumentParser:
-    parser = generate_verb.add_parser(verbs)
-    parser.set_defaults(call=generate)
-    return parser
-
-
-def _bench_parser(verbs) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        "bench",
-        help="time what the library does, side by side with others",
-        description="Time training, sampling, attacks or corruptions, side by side with others.",
-        usage="jaxsynth bench BENCHMARK [CASE ...] [--peer=PEER]",
-        epilog=help.BENCH_EPILOG,
-    )
-    names = (
-        "train-step",
-        "generate",
-        "dit-train-step",
-        "routing",
-        "adapters",
-        "attacks",
-        "corruptions",
-    )
-    peers = ("torch", "foolbox", "torchattacks", "imagecorruptions")
-    parser.add_argument("name", metavar="BENCHMARK", choices=names, help="what is timed, see below")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
-    parser.add_argument("--peer", choices=peers, default="", help="whom to compare with")
-    parser.add_argument("--reps", type=int, default=5, metavar="N", help="measurements (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.set_defaults(call=bench)
-    return parser
-
-
-def _is_for_users(error: Exception) -> bool:
-    """Whether the error is one that this package raises to be read by a user.
-
-    That is every exception class of its own, every failure to open a file, and a ValueError or a
-    FloatingPointError whose last frame lies in the package. JAX shortens its tracebacks so that
-    its errors seem to come from the caller, but marks those with a note.
-    """
-    if isinstance(error, UserError) or type(error).__module__.startswith("jaxsynth."):
-        return True
-    if _is_out_of_space(error):
-        return True
-    if isinstance(error, OSError) and error.filename is not None:
-        return True
-    if not isinstance(error, (ValueError, FloatingPointError, FileNotFoundError)):
-        return False
-    if any("JAX" in note for note in getattr(error, "__notes__", ())):
-        return False
-    frames = traceback.extract_tb(error.__traceback__)
-    package = str(Path(jaxsynth.__file__).parent) + os.sep
-    return bool(frames) and frames[-1].filename.startswith(package)
-
-
-def _is_out_of_space(error: BaseException) -> bool:
-    """Whether a full disk is at the bottom of an error, whichever library was writing."""
-    seen: list[BaseException] = []
-    pending: list[BaseException | None] = [error]
-    while pending:
-        one = pending.pop()
-        if one is None or one in seen:
-            continue
-        seen.append(one)
-        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(code) in str(one) for code in (errno.ENOSPC, errno.EDQUOT)):
-            return True
-        pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-    return False
-
-
-def _message(error: Exception) -> str:
-    if _is_out_of_space(error):
-        named = getattr(error, "filename", None)
-        where = f"{named}: " if named else ""
-        return (
-            f"{where}no space left on the disk (or in a quota). Free some, or choose another "
-            "--workdir; the same command goes on where this one stopped"
-        )
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    text = str(error)
-    with contextlib.suppress(IndexError):
-        text = text or f"{type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-1]}"
-    return text
 
 
 if __name__ == "__main__":

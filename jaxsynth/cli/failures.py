@@ -1,0 +1,66 @@
+"""Which errors are for the user to read, and in which words; the others are bugs."""
+
+import contextlib
+import errno
+import os
+import traceback
+from pathlib import Path
+
+import jaxsynth
+from jaxsynth.core.errors import UserError
+
+
+def is_for_users(error: Exception) -> bool:
+    """Whether the error is one that this package raises to be read by a user.
+
+    That is every exception class of its own, every failure to open a file, and a ValueError or a
+    FloatingPointError whose last frame lies in the package. JAX shortens its tracebacks so that
+    its errors seem to come from the caller, but marks those with a note.
+    """
+    if isinstance(error, UserError) or type(error).__module__.startswith("jaxsynth."):
+        return True
+    if _is_out_of_space(error):
+        return True
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    if not isinstance(error, (ValueError, FloatingPointError, FileNotFoundError)):
+        return False
+    if any("JAX" in note for note in getattr(error, "__notes__", ())):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(jaxsynth.__file__).parent) + os.sep
+    return bool(frames) and frames[-1].filename.startswith(package)
+
+
+def _is_out_of_space(error: BaseException) -> bool:
+    """Whether a full disk is at the bottom of an error, whichever library was writing."""
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(code) in str(one) for code in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    return False
+
+
+def message(error: Exception) -> str:
+    """The one line that the user reads of an error that `is_for_users`."""
+    if _is_out_of_space(error):
+        named = getattr(error, "filename", None)
+        where = f"{named}: " if named else ""
+        return (
+            f"{where}no space left on the disk (or in a quota). Free some, or choose another "
+            "--workdir; the same command goes on where this one stopped"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error)
+    with contextlib.suppress(IndexError):
+        text = text or f"{type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-1]}"
+    return text

@@ -1,0 +1,173 @@
+"""The command line's grammar: verbs, options and `--config.FIELD=VALUE`."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jaxsynth
+from jaxsynth.cli import generate, help, plan
+from jaxsynth.core.errors import UsageError
+
+
+def take_assignments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits `--config.a.b=value` (or `--config.a.b value`) from the other arguments."""
+    rest, assignments = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        name, sign, value = argument.removeprefix("--config.").partition("=")
+        if not all(name.split(".")):
+            raise UsageError(f"{argument}: expected --config.FIELD=VALUE")
+        if not sign:
+            value = next(arguments, None)
+            if value is None or value.startswith("--"):
+                raise UsageError(f"{argument} needs a value: {argument}=VALUE")
+        assignments.append((name, value))
+    return rest, assignments
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake raises the error that `main` prints, and help keeps its lines."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="jaxsynth", description=help.DESCRIPTION, epilog=help.EPILOG)
+    version = f"jaxsynth {jaxsynth.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
+    subparsers = {
+        "run": _run_parser(verbs),
+        "report": _report_parser(verbs),
+        "plan": plan.add_parser(verbs),
+        "convert": _convert_parser(verbs),
+        "generate": generate.add_parser(verbs),
+        "bench": _bench_parser(verbs),
+        "fields": _fields_parser(verbs),
+    }
+    config = [word for word in argv if word.startswith("--config")]
+    if argv[:1] in (["run"], ["plan"]) and {"-h", "--help"} & {*argv} and config:
+        after = argv[argv.index(config[0]) + 1 :]
+        spec = config[0].partition("=")[2] or (after[0] if after else "")
+        argv = ["fields", spec]
+
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [o for action in subparsers[args.verb]._actions for o in action.option_strings]
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, [*options, "--config."], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown argument {unknown[0]}{hint} (see jaxsynth {args.verb} --help)")
+    return args
+
+
+def _run_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "run",
+        help="start a run, or go on where it stopped",
+        description="Start a run, or go on where it stopped.",
+        usage="jaxsynth run --config=FILE[:VARIANT] --workdir=DIR [--dry-run] "
+        "[--config.FIELD=VALUE ...]",
+        epilog=help.RUN_EPILOG,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="where the run's files go"
+    )
+    parser.add_argument(
+        "--reuse", type=Path, action="append", default=[], metavar="DIR",
+        help="take finished stages of other runs below this folder where they are the same",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only list the stages: which are finished, and the disk that the others need",
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="find the other processes from the cluster"
+    )
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which this one is, from 0")
+    return parser
+
+
+def _report_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "report",
+        help="write a run's tables and pictures into one HTML page",
+        description="Write the tables and pictures of finished runs into one HTML page each.",
+    )
+    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
+    return parser
+
+
+def _convert_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "convert",
+        help="write an adapter, a base or an image store in another tool's format",
+        description="Write an adapter, a base or an image store in another tool's format. What SRC "
+        "is, is seen from its files.",
+        usage="jaxsynth convert SRC DST --to=FORMAT [--base=FOLDER]",
+        epilog=help.CONVERT_EPILOG,
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="what to read")
+    parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
+    parser.add_argument(
+        "--base",
+        default="",
+        metavar="FOLDER",
+        help="an adapter's base, or the tokenizer of a checkpoint",
+    )
+    return parser
+
+
+def _fields_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "fields",
+        help="list the fields of a config file",
+        description="List every field of a config file: type, value and what it is for.",
+        usage="jaxsynth fields FILE[:VARIANT]",
+    )
+    parser.add_argument("config", metavar="FILE[:VARIANT]", help="a Python file with get_config")
+    return parser
+
+
+def _bench_parser(verbs) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        "bench",
+        help="time what the library does, side by side with others",
+        description="Time training, sampling, attacks or corruptions, side by side with others.",
+        usage="jaxsynth bench BENCHMARK [CASE ...] [--peer=PEER]",
+        epilog=help.BENCH_EPILOG,
+    )
+    names = (
+        "train-step",
+        "generate",
+        "dit-train-step",
+        "routing",
+        "adapters",
+        "attacks",
+        "corruptions",
+    )
+    peers = ("torch", "foolbox", "torchattacks", "imagecorruptions")
+    parser.add_argument("name", metavar="BENCHMARK", choices=names, help="what is timed, see below")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
+    parser.add_argument("--peer", choices=peers, default="", help="whom to compare with")
+    parser.add_argument("--reps", type=int, default=5, metavar="N", help="measurements (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    return parser
