@@ -21,14 +21,19 @@ _NAMES = {
     "Task": "jaxsynth.training.trainer",
     "TrainingConfig": "jaxsynth.training.config",
     "add_adapter": "jaxsynth.adapters.registry:add",
+    "evaluate": "jaxsynth.robustness.facade",
     "inject": "jaxsynth.adapters.inject",
     "load_classifier": "jaxsynth.weights.networks.classifiers",
     "load_clip": "jaxsynth.weights.hf",
     "load_dataset": "jaxsynth.data.load",
     "load_pipeline": "jaxsynth.weights.hf",
     "merge": "jaxsynth.adapters.inject",
+    "save_classifier": "jaxsynth.weights.networks.classifiers",
+    "save_clip": "jaxsynth.weights.hf",
+    "save_pipeline": "jaxsynth.weights.hf",
     "train": "jaxsynth.training.trainer",
     "train_stacked": "jaxsynth.training.trainer",
+    "unmerge": "jaxsynth.adapters.inject",
 }
 __all__ = ["__version__", *_NAMES]
 

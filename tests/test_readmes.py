@@ -8,6 +8,7 @@ import pytest
 
 import jaxsynth
 from jaxsynth.cli import main as cli
+from jaxsynth.cli import parser
 from jaxsynth.core.config import load_config, override, to_dataclass
 
 ROOT = Path(__file__).parents[1]
@@ -46,9 +47,9 @@ def test_commands_are_ones_that_the_command_takes(name, line, monkeypatch):
     """Their flags exist, and their configs have the fields that they set."""
     words = shlex.split(line, comments=True)
     words = words[words.index("jaxsynth") + 1 :]
-    rest, assignments = cli._take_assignments(words)
+    rest, assignments = parser.take_assignments(words)
     monkeypatch.chdir(ROOT)
-    args = cli._parse(rest)
+    args = parser.parse(rest)
     if args.verb in ("run", "plan"):
         values = override(load_config(args.config), assignments)
         module = cli.method_module(values["method"])

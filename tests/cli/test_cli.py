@@ -17,6 +17,7 @@ import pytest
 
 import jaxsynth.core.errors
 from jaxsynth.cli import main as cli
+from jaxsynth.cli.failures import is_for_users
 from jaxsynth.core import preemption
 from jaxsynth.runs.stage import run_stage
 
@@ -180,7 +181,7 @@ def test_a_workdir_of_another_method_is_refused(command):
 def test_an_error_with_a_note_of_jax_is_no_users_error():
     error = ValueError("shapes")
     error.add_note("For simplicity, JAX has removed its internal frames from the traceback.")
-    assert not cli._is_for_users(error)
+    assert not is_for_users(error)
 
 
 def test_compile_cache_follows_the_environment(monkeypatch, tmp_path):
@@ -223,6 +224,7 @@ import dataclasses, sys, types
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 1)
 from jaxsynth.cli import main as cli
+from jaxsynth.cli.failures import is_for_users
 
 @dataclasses.dataclass(frozen=True)
 class Config:

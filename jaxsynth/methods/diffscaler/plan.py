@@ -36,6 +36,7 @@ from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt_tasks
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.hf import is_here
 from jaxsynth.weights.layout import stored
 from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, SCHEDULER, DiTPipeline
 
@@ -258,15 +259,11 @@ def _vae_config(config: Config) -> AutoencoderKLConfig:
     own = Path(config.base).expanduser() / "vae"
     if config.base and own.is_dir():
         folder = own
-    elif _is_here(config.vae):
+    elif is_here(config.vae):
         folder = vae_folder(config.vae)
     else:
         return ASSUMED_VAE
     return AutoencoderKLConfig.from_dict(read_json(folder / "config.json"))
-
-
-def _is_here(vae: str) -> bool:
-    return vae.split("/")[0] == "tiny" or Path(vae).expanduser().is_dir()
 
 
 def _network(kind: Callable[..., Any], config: Any, dtype: str) -> Any:
