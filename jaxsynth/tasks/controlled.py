@@ -27,6 +27,7 @@ from jaxsynth.adapters import inject
 from jaxsynth.adapters.inject import mark_trainable, seed_dropout
 from jaxsynth.adapters.surgery.input_channels import extend_input
 from jaxsynth.core.limits import Count, Natural, NotNegative, Positive, Share
+from jaxsynth.core.words import counted
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.losses import diffusion_loss
@@ -155,8 +156,8 @@ def encode_triples(
     size = pipeline.image_size
     if not len(images) == len(prompts) == len(condition):
         raise ValueError(
-            f"encode_triples: {len(images)} images, {len(prompts)} prompts, "
-            f"{len(condition)} conditions"
+            f"encode_triples: {counted(len(images), 'image')}, {counted(len(prompts), 'prompt')}, "
+            f"{counted(len(condition), 'condition')}"
         )
     if condition.shape[1:3] != (size, size):
         raise ValueError(
@@ -194,8 +195,9 @@ class ControlBatches:
     proportion_empty_prompts: float
 
     def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
-        rows = epoch_rows(data["order"], step, self.count, self.batch_size)
-        key = jax.random.fold_in(jax.random.fold_in(data["order"], step), 1)
+        order, emptied = jax.random.split(data["order"])
+        rows = epoch_rows(order, step, self.count, self.batch_size)
+        key = jax.random.fold_in(emptied, step)
         empty = jax.random.bernoulli(key, self.proportion_empty_prompts, rows.shape)
         batch = {name: data[name][rows] for name in ("mean", "std", "condition")}
         return batch | {"text": data["text"][jnp.where(empty, 0, data["prompt"][rows])]}

@@ -21,6 +21,7 @@ from jaxsynth.models.diffusion.controlnet import ControlNet, ControlNetConfig
 from jaxsynth.ops.space_to_depth import space_to_depth
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.tasks.controlled import (
+    ControlBatches,
     ControlConfig,
     Triples,
     control_task,
@@ -198,6 +199,20 @@ def test_both_ways_see_the_same_batches(pipeline, triples, schedule):
                 np.testing.assert_array_equal(text, triples.text[triples.prompt[row]])
             empties, prompted = empties + empty, prompted + (not empty)
     assert empties > 5 and prompted > 5
+
+
+def test_which_prompts_are_emptied_does_not_follow_from_the_order():
+    count = 8
+    rows = jax.numpy.arange(count)
+    data = dict.fromkeys(("mean", "std", "condition"), rows)
+    # Text 0 is the empty prompt.
+    data |= {"text": jax.numpy.arange(count + 1), "prompt": rows + 1, "order": jax.random.key(0)}
+    batches = ControlBatches(count, count, 0.5)
+    steps = jax.vmap(lambda step: batches(step, data))(jax.numpy.arange(200))
+    order, empty = np.asarray(steps["mean"]), np.asarray(steps["text"]) == 0
+    assert (np.sort(order) == np.arange(count)).all() and 0.45 < empty.mean() < 0.55
+    early = np.argsort(order) < count // 2
+    assert 0.45 < (early == empty).mean() < 0.55
 
 
 class Killed(Exception):
