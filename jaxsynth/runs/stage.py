@@ -69,7 +69,9 @@ from jaxsynth.runs.folder import (
 
 # Files that help a run along but are not what the stage is for: neither listed nor digested.
 TRAINING = ".training"
-UNLISTED = (f"{TRAINING}/*", "checkpoints/*", "*.jsonl", "events.out.*")
+# How long what took, where a stage measures it.
+TIMES = "times.json"
+UNLISTED = (f"{TRAINING}/*", "checkpoints/*", "*.jsonl", "events.out.*", TIMES)
 PACKAGES = ("jaxsynth", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FORMAT = 2
 

@@ -59,8 +59,12 @@ def compare(
     scratch: Scratch,
     few_steps: int,
     noise: float,
-) -> dict[str, Any]:
-    """What the comparison of one seed found; a grid of pictures goes to `folder`."""
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """What the comparison of one seed found, and the seconds that it took by kind of weights.
+
+    "prepare" is those of making one concept's initial weights, "step" those of a training step. A
+    grid of pictures goes to `folder`.
+    """
     texts, seed = editors.scene.prompts, editors.scene.seed
     made = initial_weights(
         generator, plain, ways(variant, few_steps), texts, noise=noise, seed=seed,
@@ -68,19 +72,23 @@ def compare(
     )  # fmt: skip
     rows = editors.scene.rows[:PICTURES]
     inits: dict[str, dict] = {}
-    pictures = {}
+    pictures, steps = {}, []
     for key, one in made.items():
         states = _states(layout, one.blocks)
         curves = editors.tune(tune, states, at, pairs=pairs, fd=True)
-        inits[key] = _record(curves, one.seconds, one.replaced)
+        inits[key] = _record(curves, one.replaced)
         pictures[key] = editors.draw(rows, states[:PICTURES])
-    # All LoRAs are trained by one program: what their steps' times differ by is the machine's.
-    step = float(np.median([one["step"] for one in inits.values()]))
-    inits = {key: one | {"step": step} for key, one in inits.items()}
-    inits["scratch"] = _record(editors.scratch(scratch, pairs=pairs, fd=True), 0.0, 0)
+        steps.append(curves.step)
+    alone = editors.scratch(scratch, pairs=pairs, fd=True)
+    inits["scratch"] = _record(alone, 0)
+    times = {
+        "prepare": {key: one.seconds for key, one in made.items()} | {"scratch": 0.0},
+        # All LoRAs are trained by one program: what their steps' times differ by is the machine's.
+        "step": dict.fromkeys(made, float(np.median(steps))) | {"scratch": alone.step},
+    }
     _write_grid(folder, editors, rows, pictures)
     own = (*GENERATED, *CONTROLS)
-    return {
+    found = {
         "seed": seed,
         "unseen": texts,
         "families": [concept.family for concept in editors.scene.concepts],
@@ -93,6 +101,7 @@ def compare(
         }
         | {"trained": trained(plain)},
     }
+    return found, times
 
 
 def initial_weights(
@@ -143,15 +152,8 @@ def _states(layout: Layout, blocks: Float[np.ndarray, "m n v"]) -> list[AdapterS
     return [layout.from_blocks(jnp.asarray(own)) for own in blocks]
 
 
-def _record(curves: Curves, seconds: float, replaced: int) -> dict[str, Any]:
-    return {
-        "steps": list(curves.steps),
-        "l1": curves.l1,
-        "fd": curves.fd,
-        "prepare": seconds,
-        "step": curves.step,
-        "replaced": replaced,
-    }
+def _record(curves: Curves, replaced: int) -> dict[str, Any]:
+    return {"steps": list(curves.steps), "l1": curves.l1, "fd": curves.fd, "replaced": replaced}
 
 
 def _seconds(make: Callable[[list[str]], Any], texts: list[str], repeats: int = 3) -> float:

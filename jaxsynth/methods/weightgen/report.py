@@ -29,7 +29,7 @@ from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import plot_curves
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.runs.results import stage_details
-from jaxsynth.runs.stage import MANIFEST
+from jaxsynth.runs.stage import MANIFEST, TIMES
 
 # What curves hold: its title, factor and digits.
 MEASURES = {
@@ -49,7 +49,15 @@ def collect(workdir: Path) -> list[dict[str, Any]]:
     paths = sorted(workdir.glob(f"seed*/comparison/{MANIFEST}"))
     if not paths:
         raise FileNotFoundError(f"{workdir}: no finished comparison (seed*/comparison)")
-    return [read_json(path.parent / "comparison.json", finite=False) for path in paths]
+    return [_with_times(path.parent) for path in paths]
+
+
+def _with_times(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / "comparison.json", finite=False)
+    times = read_json(folder / TIMES)
+    for name, one in found["inits"].items():
+        one |= {key: times[key][name] for key in ("prepare", "step")}
+    return found | {"costs": times["costs"]}
 
 
 def curves_of(result: dict[str, Any], name: str) -> Curves:

@@ -43,7 +43,7 @@ from jaxsynth.methods.weightgen.generator import (
 )
 from jaxsynth.methods.weightgen.scores import unexplained
 from jaxsynth.models.diffusion.weight_unet import WeightUNet
-from jaxsynth.runs.stage import Artifact, Work, stage
+from jaxsynth.runs.stage import TIMES, Artifact, Work, stage
 from jaxsynth.tasks.gan import GANConfig
 from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.hf import StableDiffusion
@@ -309,7 +309,7 @@ class Comparison:
     noise: float
 
 
-@stage()
+@stage(format=2)
 def compare_weights(
     work: Work,
     config: Comparison,
@@ -330,7 +330,7 @@ def compare_weights(
     table = read_json(ablation.path / ABLATION, finite=False)
     name = table["chosen"].rpartition(", ")[0]
     variant, chosen = config.variants[name], generators[GENERATOR + name]
-    result = compare(
+    result, times = compare(
         work.folder, editors, layout, _generator(chosen, variant, collection, layout, base, read),
         _baselines(collection, layout, base, read, "none"), variant, tune=config.tune, at=config.at,
         pairs=config.pairs, scratch=config.scratch, few_steps=config.few_steps, noise=config.noise,
@@ -338,10 +338,12 @@ def compare_weights(
     parts = {"base": base, "collection": collection, "generator": chosen}
     result |= {
         "ablation": table,
-        "costs": {key: one.manifest["seconds"] for key, one in parts.items()},
         "sizes": {**collection.counts, **chosen.counts},
     }
     write_json(work.folder / COMPARISON, to_json(result))
+    # Seconds differ between two runs of the same, so they are no part of the artifact.
+    costs = {key: one.manifest["seconds"] for key, one in parts.items()}
+    write_json(work.folder / TIMES, {**times, "costs": costs})
     return {key: float(one["l1"][:, 0].mean()) for key, one in result["inits"].items()}
 
 

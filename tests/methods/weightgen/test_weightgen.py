@@ -65,6 +65,11 @@ def test_a_run_leaves_a_page_and_its_figures(finished):
         assert (one["prepare"] > 0) == (name not in ("default", "scratch"))
     assert result["ablation"]["chosen"] in result["ablation"]["variants"]
     assert set(result["costs"]) == {"base", "collection", "generator"}
+    # Seconds, which differ from run to run, are in no file that the artifact's digest is of.
+    comparison = load_artifact(finished / "seed0" / "comparison")
+    assert set(comparison.manifest["files"]) == {"comparison.json", "samples.png"}
+    kept = json.loads((comparison.path / "comparison.json").read_text())
+    assert not {"prepare", "step"} & kept["inits"]["mean"].keys() and "costs" not in kept
     # The nearest concept's weights are those of the collection, and no two of that are the same.
     assert result["weights"]["nearest"]["nearest_train"] == pytest.approx(0, abs=1e-6)
     assert result["weights"]["trained"]["nearest_train"] > 0
