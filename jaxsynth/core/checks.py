@@ -11,6 +11,8 @@ from typing import Any
 from jaxsynth.core.errors import UsageError
 
 FOLDERS = ("path", "test_path")
+# The sources that read a folder, and nothing without it.
+OF_FOLDERS = ("folder", "captions")
 
 
 def check_config(config: Any, workdir: Path) -> None:
@@ -20,15 +22,18 @@ def check_config(config: Any, workdir: Path) -> None:
     Data directories of TFDS may be anywhere: they are read by their own index.
     """
     for where, holder, value in _leaves(config, "config"):
-        name = where.rpartition(".")[2]
-        is_folder = name in FOLDERS and isinstance(value, str) and bool(value)
-        if is_folder and getattr(holder, "source", "") != "tfds":
-            photos = Path(value).expanduser()
-            # A skeleton has None where a field is left out.
-            photos_alone = getattr(holder, "source", "none") in (None, "", "folder")
-            if photos_alone and not photos.exists():
-                raise UsageError(f"{where}: {photos}: no such folder")
-            _check_apart(where, photos, workdir)
+        name, source = where.rpartition(".")[2], getattr(holder, "source", "none")
+        if name not in FOLDERS or not isinstance(value, str) or source == "tfds":
+            continue
+        if not value:
+            if name == "path" and source in OF_FOLDERS:
+                raise UsageError(f"{where}: source {source!r} needs the folder of the images")
+            continue
+        photos = Path(value).expanduser()
+        if source in ("", *OF_FOLDERS) and not photos.is_dir():
+            found = "a file, expected the folder of the images" if photos.exists() else ""
+            raise UsageError(f"{where}: {photos}: {found or 'no such folder'}")
+        _check_apart(where, photos, workdir)
 
 
 def _check_apart(where: str, photos: Path, workdir: Path) -> None:

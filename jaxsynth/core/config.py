@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from jaxsynth.core.errors import UsageError, quoted
 from jaxsynth.core.limits import limits_of
+from jaxsynth.core.words import counted
 
 T = TypeVar("T")
 
@@ -187,8 +188,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if hint in (tuple, list) or origin in (tuple, list, Sequence):
         return _convert_sequence(hint, args, value, path)
     if hint is dict or origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise _mistyped(path, hint, value)
+        value = _mapping(value, path)
         value_hint = args[1] if args else Any
         return {
             key: convert(value_hint, item, f"{path}.{_shortened(key)}")
@@ -203,6 +203,17 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if hint in _SCALARS:
         return _convert_scalar(hint, value, path)
     raise TypeError(f"{path}: the config dataclass uses {hint!r}, which has no text form")
+
+
+def _mapping(value: Any, path: str) -> Mapping[Any, Any]:
+    """A mapping, also as it is typed: `--config.names="{'a': 'b'}"`, or each entry by itself."""
+    found = _guess(value.text.strip()) if isinstance(value, Text) else value
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(
+            f"{path}={_show(value)}: expected names with a value each; set one by "
+            f"--{path}.NAME=VALUE, or all by --{path}=\"{{'NAME': VALUE}}\""
+        )
+    return found
 
 
 def _may_be_chosen(hint: Any) -> bool:
@@ -302,7 +313,7 @@ def _convert_sequence(hint: Any, args: tuple, value: Any, path: str) -> Any:
     elif len(args) == len(value):
         item_hints = list(args)
     else:
-        raise ConfigError(f"{path}: expected {len(args)} values, found {len(value)}")
+        raise ConfigError(f"{path}: expected {counted(len(args), 'value')}, found {len(value)}")
     items = [
         convert(item_hint, item, f"{path}[{i}]")
         for i, (item_hint, item) in enumerate(zip(item_hints, value, strict=True))
@@ -316,7 +327,7 @@ def _split(text: str) -> list[Any]:
     if text[:1] in "([" and text[-1:] in ")]" and text:
         try:
             return list(ast.literal_eval(f"[{text[1:-1]}]"))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             text = text[1:-1]
     return [Text(part.strip()) for part in text.split(",") if part.strip()]
 
@@ -325,7 +336,7 @@ def _guess(text: str) -> Any:
     """The Python value a text spells, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -371,7 +382,7 @@ def _describe(hint: Any) -> str:
     if origin in (tuple, list, Sequence):
         if not args or args[-1] is Ellipsis or origin is not tuple:
             return f"a list, each {_describe(args[0])}" if args else "a list"
-        return f"{len(args)} values"
+        return f"{counted(len(args), 'value')}"
     if hint is None or hint is type(None):
         return "none"
     if dataclasses.is_dataclass(hint):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxsynth.core.errors import shown
+from jaxsynth.core.errors import quoted, shown
 from jaxsynth.diffusion.ancestral import (
     as_x0_eps,
     clip_of,
@@ -54,6 +54,8 @@ NAMES = {
     "ddpm": "DDPMScheduler",
     "lcm": "LCMScheduler",
 }
+# The steps of a model with a learned variance (`learned_range`), which `generation.classes` makes.
+ANCESTRAL = "ancestral"
 
 Denoise = Callable[[Array, Array], Array]
 
@@ -236,6 +238,15 @@ class Euler:
         _, next_x, next_m = _row(self.table, i)
         result = next_x * x.astype(jnp.float32) + next_m * model_output.astype(jnp.float32)
         return result.astype(x.dtype), carry
+
+
+def check_sampler(name: str) -> None:
+    """ValueError for a config's `sampler` that is no name of one; "" is the model's own."""
+    if name and name not in (*NAMES, ANCESTRAL, *NAMES.values()):
+        known = ", ".join((*NAMES, ANCESTRAL))
+        raise ValueError(
+            f"sampler: {quoted(name)}, expected one of {known}, or nothing for the model's own"
+        )
 
 
 def make_sampler(

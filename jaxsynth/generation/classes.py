@@ -13,15 +13,13 @@ from jaxtyping import Float, Int, UInt8
 
 from jaxsynth.adapters.surgery.class_rows import ExtendedTable
 from jaxsynth.diffusion.learned_range import make_learned_range
-from jaxsynth.diffusion.samplers import Sampler, make_sampler
+from jaxsynth.diffusion.samplers import ANCESTRAL, Sampler, make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.conditioners import ClassLabel
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.generation.sampler import ImageSampler, Networks, image_keys
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL
-
-ANCESTRAL = "ancestral"
 
 Rows = Int[np.ndarray, " b"]
 # (class numbers, image numbers) -> condition images, uint8 in 255ths or fractions.

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.limits import Count, Finite
+from jaxsynth.core.limits import Count, Finite, check_limits
+from jaxsynth.core.words import counted
+from jaxsynth.diffusion.samplers import check_sampler
 from jaxsynth.generation.conditioners import ImageEdit
 from jaxsynth.generation.sampler import ImageSampler, Networks, sample_numbered, sampler_of
 from jaxsynth.models.diffusion.text_to_image import encode_text
@@ -35,6 +37,10 @@ class EditConfig:
     sampler: str = ""
     negative_prompt: str = ""
     batch_size: Count = 8
+
+    def __post_init__(self):
+        check_limits(self)
+        check_sampler(self.sampler)
 
 
 def edit_images(
@@ -62,7 +68,9 @@ def edit_images(
             f"edit_images: expected uint8 images (n, h, w, 3), found {images.dtype} {images.shape}"
         )
     if len(prompts) != len(images):
-        raise UserError(f"edit_images: {len(prompts)} prompts for {len(images)} images")
+        raise UserError(
+            f"edit_images: {counted(len(prompts), 'prompt')} for {counted(len(images), 'image')}"
+        )
     downscale = pipeline.vae.config.downscale
     height, width = images.shape[1:3]
     if height % downscale or width % downscale:

@@ -22,7 +22,9 @@ from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
 from jaxsynth.core.limits import Count, Finite, check_limits
 from jaxsynth.core.space import check_space, size_of
+from jaxsynth.core.words import counted
 from jaxsynth.data.store import Entry, StoreWriter
+from jaxsynth.diffusion.samplers import check_sampler
 from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.sampler import (
     ImageSampler,
@@ -58,6 +60,7 @@ class GenerateConfig:
 
     def __post_init__(self):
         check_limits(self)
+        check_sampler(self.sampler)
 
 
 class Generator:
@@ -86,10 +89,14 @@ class Generator:
         negative = [config.negative_prompt] * len(prompts)
         negative = negative if negative_prompts is None else list(negative_prompts)
         if isinstance(adapters, Sequence) and len(adapters) != len(prompts):
-            raise ValueError(f"Generator: {len(adapters)} adapters for {len(prompts)} prompts")
+            raise ValueError(
+                f"Generator: {counted(len(adapters), 'adapter')} for "
+                f"{counted(len(prompts), 'prompt')}"
+            )
         if len(negative) != len(prompts):
             raise ValueError(
-                f"Generator: {len(negative)} negative prompts for {len(prompts)} prompts"
+                f"Generator: {counted(len(negative), 'negative prompt')} for "
+                f"{counted(len(prompts), 'prompt')}"
             )
         conditioner = Text(config.guidance_scale)
         models = _adapted(pipeline, adapters) if model is None else [model]
@@ -232,7 +239,7 @@ def fill_store(
     prompt_of = prompts if callable(prompts) else lambda label, _: prompts[label]
     with progress(description, own, start=done) as bar:
         for shard in mine:
-            preemption.stop_if_requested(f"with {done} of {own} images drawn")
+            preemption.stop_if_requested(f"with {done} of {counted(own, 'image')} drawn")
             positions = np.array(writer.span(shard))
             labels, indices = positions % classes, positions // classes
             images = []

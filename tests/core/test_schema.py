@@ -1,4 +1,4 @@
-"""The fields of every method's config from source: the classes' own, and told without JAX."""
+"""The fields and checks of every config from source: the classes' own, and told without JAX."""
 
 import dataclasses
 import subprocess
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxsynth.cli.main import METHODS, method_module
+from jaxsynth.cli.main import METHODS, method_module, named_values
 from jaxsynth.core import schema
+from jaxsynth.core.config import ConfigError, to_dataclass, to_dict
+from jaxsynth.core.source import is_part
+from tests.test_configs import FILES, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,26 +23,82 @@ def leaves(config, where=""):
     for field in dataclasses.fields(config):
         name, hint = where + field.name, hints[field.name]
         required = field.default is field.default_factory is dataclasses.MISSING
-        if dataclasses.is_dataclass(hint) and not hasattr(hint, "schema"):
+        if is_part(hint):
             yield from leaves(hint, f"{name}.")
         elif field.init:
             yield name, hint, required
+            for part in typing.get_args(hint):
+                if is_part(part):
+                    named = "NAME." if typing.get_origin(hint) is dict else ""
+                    yield from leaves(part, f"{name}.{named}")
+
+
+def as_text(hint):
+    """A type by its names: classes and those made of their source are others, of the same name."""
+    args = typing.get_args(hint)
+    return f"{getattr(hint, '__name__', hint) if not args else typing.get_origin(hint)}" + (
+        f"[{', '.join(map(as_text, args))}]" if args else ""
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_source_shows_the_class(method):
-    real = {name: rest for name, *rest in leaves(method_module(method).Config)}
-    shown = {name: rest for name, *rest in leaves(schema.config_of(METHODS[method]))}
-    assert list(shown) == list(real)
-    for name, (hint, required) in shown.items():
-        assert required == real[name][1], name
-        if hint is schema.Unknown:
-            assert "AdapterChoice" in str(real[name][0]) and "adapter" in name
-        elif not any(dataclasses.is_dataclass(part) for part in typing.get_args(hint)):
-            assert hint == real[name][0], name
+    real = [(name, as_text(hint), rest) for name, hint, rest in leaves(config_class(method))]
+    shown = leaves(schema.config_of(METHODS[method]))
+    assert [(name, as_text(hint), rest) for name, hint, rest in shown] == real
     described = schema.describe(METHODS[method], {"method": method})
-    assert [one.name for one in described] == list(real)
+    names = [name for name, *_ in real]
+    assert [one.name.replace(".NAME", "") for one in described] == [
+        name.replace(".NAME", "") for name in names
+    ]
     assert all(one.type and one.default and one.doc for one in described)
+
+
+def config_class(method):
+    return method_module(method).Config
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_source_gives_what_the_class_gives(path):
+    for variant in VARIANTS[path.stem]:
+        name, values = named_values(f"{path}:{variant}" if variant else str(path), ())
+        shown = schema.check(METHODS[name], values)
+        if "method" not in config_class(name).__dataclass_fields__:
+            del values["method"]
+        assert to_dict(shown) == to_dict(to_dataclass(config_class(name), values))
+
+
+# What only the checks of the classes refuse: fields against each other, and names of parts.
+CROSSED = (
+    ("controlled", "ways=magic", "ways: 'magic', expected some of controlnet"),
+    ("controlled", "adapter=lora2", "config.adapter: adapter 'lora2': expected one of lora, dora"),
+    ("customize", "technique=svd", "technique: 'svd' is not implemented, expected one of"),
+    ("customize", "generate.sampler=heun", "generate: sampler: 'heun', expected one of ddim"),
+    ("datadream", "finetune.accumulate=3", "config.finetune: batch_size: 8 is not divisible by"),
+    ("datadream", "classify.adapter.heads=2", "classify.adapter.heads: no such field of lora"),
+    ("datadream", "finetune.rates=((,1)", "config.finetune.rates"),
+    ("diffscaler", "recipes=all", "config: recipes: 'all', expected some of"),
+    ("diffscaler", "pretrain.heads=7", "is not divisible by heads 7"),
+    ("robustness", "corruptions.names=haze", "config.corruptions: names: 'haze': expected all"),
+    ("robustness", "baseline=vgg", "baseline: expected alexnet or one of"),
+    ("scaling", "sizes=4,4", "sizes: (4, 4), expected each value once"),
+    ("tiny_base", "unet.steps_per_call=7", "is not divisible by steps_per_call = 7"),
+    ("weightgen", "photos=1", "of 1 photos"),
+)
+
+
+@pytest.mark.parametrize(("method", "field", "words"), CROSSED)
+def test_the_source_refuses_what_the_class_refuses(method, field, words):
+    spec, assigned = str(ROOT / "configs" / f"{method}.py"), [tuple(field.split("=", 1))]
+    told = []
+    for build in (schema.check, lambda name, v: to_dataclass(config_class(method), v)):
+        _, values = named_values(spec, assigned)
+        if "method" not in config_class(method).__dataclass_fields__:
+            del values["method"]
+        with pytest.raises(ConfigError) as error:
+            build(METHODS[method], values)
+        told.append(str(error.value))
+    assert words in told[0] and told[0] == told[1]
 
 
 CONFIG = f"{ROOT / 'configs' / 'datadream.py'}:tiny"
@@ -59,7 +118,11 @@ MISTAKES = (
     ("--config.classify.dropout=1", "expected a number, 0 or more and below 1"),
     ("--config.data.test_fraction=20", "expected a number, above 0 and below 1"),
     ("--config.data.source=folders", "data.source='folders': expected one of nothing, digits"),
+    ("--config.data.source=captions", "config.data.path: source 'captions' needs the folder of"),
+    ("--config.data.path=LICENSE", "data.path: LICENSE: a file, expected the folder of the images"),
     ("--config.data.path=nowhere", "config.data.path: nowhere: no such folder"),
+    ("--config.data.display_names=cat", "by --config.data.display_names.NAME=VALUE, or all by"),
+    ("--config.data.display_names={'a':1}", "config.data.display_names.a=1 (int): expected a str"),
     ("--config.data.labels.a=1", "config.data.labels=a value of type dict: expected a string"),
     ("--config.data=photos", "config.data: holds several fields, set one of them"),
 )
@@ -71,8 +134,14 @@ def test_fields_and_mistakes_are_told_without_jax(tmp_path):
         ["run", "--help", f"--config={CONFIG}"],
         ["plan", "-h", "--config", CONFIG],
     ]
+    mistakes = [(CONFIG, field, words) for field, words in MISTAKES]
+    mistakes += [
+        (str(ROOT / "configs" / f"{method}.py"), f"--config.{field}", words)
+        for method, field, words in CROSSED
+    ]
     commands += [
-        ["run", f"--config={CONFIG}", f"--workdir={tmp_path / 'w'}", field] for field, _ in MISTAKES
+        ["run", f"--config={spec}", f"--workdir={tmp_path / 'w'}", field]
+        for spec, field, _ in mistakes
     ]
     code = (
         "import sys; sys.modules['jax'] = None; from jaxsynth.cli.main import main\n"
@@ -85,7 +154,7 @@ def test_fields_and_mistakes_are_told_without_jax(tmp_path):
     assert done.stdout.count("finetune.adapter: registry.AdapterChoice | None = ") == 3
     assert done.stdout.count("generate.sampler: str = ddim\n") == 1
     told = done.stderr.strip().splitlines()
-    assert len(told) == len(MISTAKES)
-    for line, (_, words) in zip(told, MISTAKES, strict=True):
+    assert len(told) == len(mistakes)
+    for line, (_, _, words) in zip(told, mistakes, strict=True):
         assert words in line
     assert not (tmp_path / "w").exists()

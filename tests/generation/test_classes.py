@@ -196,7 +196,7 @@ def test_mistakes_are_refused(make, base, models, mixed):
     prompted = dataclasses.replace(CONFIG, negative_prompt="blurred")
     with pytest.raises(ValueError, match="negative_prompt: a class-conditional model has no"):
         make(models, prompted)
-    with pytest.raises(ValueError, match="no sampler 'dddim'"):
+    with pytest.raises(ValueError, match="sampler: 'dddim', expected one of ddim"):
         make(models, dataclasses.replace(CONFIG, sampler="dddim"))
     without = random_network(DiT, dataclasses.replace(DIT, out_channels=4), 0)
     ancestral = dataclasses.replace(CONFIG, sampler="ancestral")
