@@ -14,6 +14,7 @@ base that they are for.
 from pathlib import Path
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.words import counted
 from jaxsynth.data.export import export
 from jaxsynth.data.store import ImageStore
 from jaxsynth.weights import bases, recognize
@@ -46,7 +47,7 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         _expect(source, "an image store", to, STORES)
         store = ImageStore(source)
         export(store, target, to)
-        return f"{len(store)} images to {target} ({to})"
+        return f"{counted(len(store), 'image')} to {target} ({to})"
     if bases.is_base(source):
         _expect(source, "a whole Stable Diffusion (a checkpoint)", to, bases.FOLDERS + bases.FILES)
         notes = bases.convert(source, target, to, base)
@@ -55,7 +56,7 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         _expect(source, recognize.EMBEDDING, to, embeddings.FORMATS)
         embedding = embeddings.read_embedding(source)
         file = embeddings.write_embedding(target, embedding, to)
-        return f"{embedding.word!r} of {len(embedding.vectors)} vectors to {file} ({to})"
+        return f"{embedding.word!r} of {counted(len(embedding.vectors), 'vector')} to {file} ({to})"
     networks = Networks.of(base)
     states, notes = read(source, networks)
     _expect(source, "an adapter", to, FORMATS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsynth.core.errors import UsageError, UserError
+from jaxsynth.core.words import counted
 
 EPILOG = """\
 A picture depends on its prompt, its seed, its number and the settings below, and not on the prompts
@@ -169,11 +170,13 @@ def _generate(
         mesh=make_mesh() if device_count() > 1 else None,
     )
     total = args.count * len(requests)
-    console.print(f"{total} images of {width * down}x{height * down}: compiling, then drawing")
+    console.print(
+        f"{counted(total, 'image')} of {width * down}x{height * down}: compiling, then drawing"
+    )
     if not args.store:
         drawn = folder.fill_folder(generator, args.out, requests, args.count, settings)
         kept = f", {total - drawn} of them there already" if drawn < total else ""
-        return f"{total} images to {args.out}{kept}"
+        return f"{counted(total, 'image')} to {args.out}{kept}"
 
     def numbered(labels, indices):
         return generator.draw(image_keys(args.seed, 0 * labels, indices), labels, indices)
@@ -183,7 +186,7 @@ def _generate(
     fill_store(
         numbered, args.out, prompts, prompts, config, seed=args.seed, adapter_digests=digests
     )
-    return f"an image store of {total} images at {args.out}"
+    return f"an image store of {counted(total, 'image')} at {args.out}"
 
 
 def _read(path: Path, pipeline: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jaxsynth.core.words import counted
+
 console = Console(highlight=False, soft_wrap=True)
 
 PLAIN_INTERVAL = 10.0  # seconds between two lines where the output is no terminal
@@ -116,7 +118,7 @@ def file_size(count: int) -> str:
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
+    return counted(count, "byte")
 
 
 def _rate(rate: float) -> str:

@@ -26,6 +26,7 @@ from jaxtyping import Int
 from jaxsynth.core.arrays import read_array
 from jaxsynth.core.documents import read_json, read_text
 from jaxsynth.core.errors import shown
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES
 from jaxsynth.data.names import natural_key
@@ -53,8 +54,8 @@ class LabelSpace:
     def __post_init__(self):
         if len(set(self.names)) < len(self.names) or len(self.names) != len(self.words):
             raise SourceError(
-                f"label space: {len(self.names)} names, {len(set(self.names))} of them different, "
-                f"and {len(self.words)} in words; expected as many of each"
+                f"label space: {counted(len(self.names), 'name')}, {len(set(self.names))} of them "
+                f"different, and {len(self.words)} in words; expected as many of each"
             )
 
     def places(self, names: Sequence[str], where: Path | str) -> Int[np.ndarray, " k"]:
@@ -153,15 +154,18 @@ def read_flat(root: Path, labels: Path, space: LabelSpace, image_size: int = 0) 
         rows = rows[1:]
     if all(len(row) == 1 for row in rows):
         if len(rows) != len(names):
-            raise SourceError(f"{labels}: {len(rows)} labels for {len(names)} images in {root}")
+            raise SourceError(
+                f"{labels}: {counted(len(rows), 'label')} for {counted(len(names), 'image')} in "
+                f"{root}"
+            )
         found = [row[0] for row in rows]
     else:
         by_stem = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
         missing = [name for name in names if Path(name).stem not in by_stem]
         if missing or len(by_stem) != len(names) or len(rows) != len(names):
             raise SourceError(
-                f"{labels}: {len(rows)} labels for {len(names)} images in {root}, "
-                f"{len(missing)} of them without one {missing[:1]}"
+                f"{labels}: {counted(len(rows), 'label')} for {counted(len(names), 'image')} in "
+                f"{root}, {len(missing)} of them without one {missing[:1]}"
             )
         found = [by_stem[Path(name).stem] for name in names]
     kinds = sorted(set(found))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsynth.core.io import read_json, write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
 from jaxsynth.data.names import natural_key
 from jaxsynth.data.views import Subset
@@ -36,7 +37,7 @@ class Shots:
         if not len(self.train) == len(self.val) == len(self.class_names):
             raise SourceError(
                 f"Shots: train and val have {len(self.train)} and {len(self.val)} lists of ids, "
-                f"expected one for each of {len(self.class_names)} classes"
+                f"expected one for each of {counted(len(self.class_names), 'class')}"
             )
 
     @property
@@ -95,7 +96,9 @@ def few_shot(
         raise SourceError(f"val_fraction: expected 0 or more and below 1, found {val_fraction}")
     kept_out = int(shots * val_fraction) if val_shots is None else val_shots
     if not 0 <= kept_out < shots:
-        raise SourceError(f"val_shots: expected 0 to {shots - 1} of {shots} shots, got {kept_out}")
+        raise SourceError(
+            f"val_shots: expected 0 to {shots - 1} of {counted(shots, 'shot')}, got {kept_out}"
+        )
     labels, ids = np.asarray(dataset.train.labels), dataset.train.ids
     members: list[list[str]] = [[] for _ in dataset.class_names]
     for label, id_ in zip(labels, ids, strict=True):
@@ -107,7 +110,9 @@ def few_shot(
     }
     if short:
         counts = ", ".join(f"{name!r} has {count}" for name, count in list(short.items())[:10])
-        raise SourceError(f"{dataset.name}: {shots} shots asked for, but {counts} train images")
+        raise SourceError(
+            f"{dataset.name}: {counted(shots, 'shot')} asked for, but {counts} train images"
+        )
     train, val = [], []
     for name, own in zip(dataset.class_names, members, strict=True):
         own = sorted(own, key=natural_key)

@@ -37,6 +37,7 @@ from jaxsynth.core.io import (
     write_json,
     write_text,
 )
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Indices, Record
 from jaxsynth.data.decode import decode_image, decoded_digest, encode_png
 from jaxsynth.data.names import safe_name
@@ -138,7 +139,9 @@ class StoreWriter:
         self.folder, self.count, self.shard_size = Path(folder), count, shard_size
         self.class_names, self.datasets = tuple(class_names), tuple(datasets)
         if datasets and len(datasets) != len(class_names):
-            raise StoreError(f"{len(datasets)} data sets for {len(class_names)} classes")
+            raise StoreError(
+                f"{counted(len(datasets), 'data set')} for {counted(len(class_names), 'class')}"
+            )
         head: dict[str, object] = {
             "format": FORMAT,
             "count": count,
@@ -201,8 +204,8 @@ class StoreWriter:
         expected = len(self.span(shard))
         if not len(pngs) == len(entries) == expected:
             raise StoreError(
-                f"shard {shard}: {len(pngs)} images and {len(entries)} entries, "
-                f"expected {expected} of each"
+                f"shard {shard}: {counted(len(pngs), 'image')} and "
+                f"{counted(len(entries), 'entry')}, expected {expected} of each"
             )
         for entry in entries:
             known = 0 <= entry.label < len(self.class_names)
@@ -259,7 +262,8 @@ class ImageStore:
         if first is not None:
             there = sum(name.isdecimal() and int(name) in shards for name in sealed)
             raise StoreError(
-                f"{self.folder}: incomplete, {len(shards) - there} of {len(shards)} shards are "
+                f"{self.folder}: incomplete, {len(shards) - there} of "
+                f"{counted(len(shards), 'shard')} are "
                 f"missing, the first is {_shard(self.folder, first).name}"
             )
         bases = [_shard(self.folder, number) for number in shards]
@@ -293,8 +297,8 @@ class ImageStore:
             raise StoreError(f"{self.folder}: damaged: a file of records cannot be read") from None
         if not len(self._records) == len(entries) == count:
             raise StoreError(
-                f"{self.folder}: {len(self._records)} images, {len(entries)} manifest lines, "
-                f"expected {count}"
+                f"{self.folder}: {counted(len(self._records), 'image')}, {len(entries)} manifest "
+                f"lines, expected {count}"
             )
         if len(set(self.ids)) != len(self.ids):
             twice = next(id_ for id_ in self.ids if self.ids.count(id_) > 1)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Int
 
+from jaxsynth.core.words import counted
 from jaxsynth.data import prompts
 from jaxsynth.data.dataset import Dataset, ImageSource, Indices, Record, SourceError
 from jaxsynth.data.names import natural_key
@@ -82,8 +83,8 @@ def held_out(
         members = sorted(np.flatnonzero(labels == label), key=lambda i: natural_key(ids[i]))
         if len(members) < 2:
             raise SourceError(
-                f"class {name!r} has {len(members)} images: two or more are needed to hold out "
-                "a test part"
+                f"class {name!r} has {counted(len(members), 'image')}: two or more are needed to "
+                "hold out a test part"
             )
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         order = np.random.default_rng([seed, label]).permutation(len(members))
@@ -104,7 +105,8 @@ def first_of_each(
         members = np.flatnonzero(labels == label)
         if len(members) < count:
             raise SourceError(
-                f"{what}: class {name!r} has {len(members)} images, {count} are asked for"
+                f"{what}: class {name!r} has {counted(len(members), 'image')}, {count} are asked "
+                "for"
             )
         rows.append(members[:count])
     return Subset(source, np.concatenate(rows) if rows else [])
@@ -113,7 +115,7 @@ def first_of_each(
 def real_share(total: int, fraction: float) -> int:
     """Real images among `total`; SourceError for a fraction that is none."""
     if not 0 <= fraction <= 1:
-        raise SourceError(f"fractions: {fraction} of {total} images, expected 0 to 1")
+        raise SourceError(f"fractions: {fraction} of {counted(total, 'image')}, expected 0 to 1")
     return round(total * fraction)
 
 

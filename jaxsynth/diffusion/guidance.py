@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from jaxsynth.core.words import counted
+
 
 def classifier_free(
     denoise: Callable[[Array, Array, PyTree], Array],
@@ -93,7 +95,9 @@ def nested(
     have batch 1. ValueError unless there is one condition more than scales.
     """
     if len(conditions) != len(scales) + 1 or not scales:
-        raise ValueError(f"nested: {len(conditions)} conditions for {len(scales)} scales")
+        raise ValueError(
+            f"nested: {counted(len(conditions), 'condition')} for {len(scales)} scales"
+        )
     if all(isinstance(scale, int | float) and scale == 1 for scale in scales):
         return lambda x, t: denoise(x, t, conditions[-1])
     joined = conditions[-1]

@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from jaxsynth.core.words import counted
 from jaxsynth.generation.conditioners import ConditionImage
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.generation.sampler import (
@@ -36,7 +37,10 @@ def draw_controlled(
     counts differ.
     """
     if len(prompts) != len(condition):
-        raise ValueError(f"draw_controlled: {len(prompts)} prompts, {len(condition)} conditions")
+        raise ValueError(
+            f"draw_controlled: {counted(len(prompts), 'prompt')}, "
+            f"{counted(len(condition), 'condition')}"
+        )
     sampler = ImageSampler(
         Networks.of([model], mesh=mesh, table=ConditionImage.table),
         pipeline.vae,

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from jaxsynth.adapters.inject import Constant, Trainable, route, stack, with_scale
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.words import counted
 from jaxsynth.diffusion.guidance import guide
 from jaxsynth.diffusion.samplers import NAMES, Sampler, initial_noise, make_sampler, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
@@ -202,7 +203,7 @@ class ImageSampler:
     def _batch(self, keys, rows, which) -> tuple:
         count = len(keys)
         if count > self.batch_size:
-            raise ValueError(f"{count} images, but batch_size is {self.batch_size}")
+            raise ValueError(f"{counted(count, 'image')}, but batch_size is {self.batch_size}")
         filled = np.resize(np.arange(count), self._rows)
         batch = jax.tree.map(lambda x: x[filled], (jax.random.key_data(keys), rows, which))
         if self._mesh is None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.names import natural_key
 from jaxsynth.data.sources.files import FileSource, is_image, refuse, visible
@@ -119,6 +120,6 @@ def _agreed(given, real_names, generated_names, labels) -> tuple[str, ...]:
             )
     if len(names) < count:
         raise UserError(
-            f"per_class: labels up to {count - 1}, but {first} has {len(names)} classes"
+            f"per_class: labels up to {count - 1}, but {first} has {counted(len(names), 'class')}"
         )
     return names

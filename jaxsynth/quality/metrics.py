@@ -25,6 +25,7 @@ from jaxtyping import Float
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Count, Natural
+from jaxsynth.core.words import counted
 from jaxsynth.quality.distances import neighbour_radii, neighbourhoods
 
 Features = Float[np.ndarray, "n d"]
@@ -185,12 +186,12 @@ def check_features(features: Any, name: str, *, least: int = 1) -> Features:
             f"{name}: expected float features (n, d), found {features.dtype} {features.shape}"
         )
     if len(features) < least:
-        raise UserError(f"{name}: {len(features)} samples, expected {least} or more")
+        raise UserError(f"{name}: {counted(len(features), 'sample')}, expected {least} or more")
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise UserError(
-            f"{name}: {np.count_nonzero(~finite)} of {len(features)} samples are not finite, "
-            f"the first is row {int(np.argmin(finite))}"
+            f"{name}: {np.count_nonzero(~finite)} of {counted(len(features), 'sample')} are not "
+            f"finite, the first is row {int(np.argmin(finite))}"
         )
     return features.astype(np.float32) if features.dtype.itemsize < 4 else features
 

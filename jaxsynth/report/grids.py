@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxsynth.core.words import counted
 from jaxsynth.report.fonts import drawable, font_file
 
 # Contrast 4:1 or better against both #ffffff and #16181d.
@@ -55,10 +56,12 @@ def image_grid(
     image that is not uint8 RGB or grey.
     """
     if labels and len(labels) != len(rows):
-        raise ValueError(f"image grid: {len(labels)} labels for {len(rows)} rows")
+        raise ValueError(
+            f"image grid: {counted(len(labels), 'label')} for {counted(len(rows), 'row')}"
+        )
     names = list(labels) or [""] * len(rows)
     if not any(image is not None for row in rows for image in row):
-        raise ValueError(f"image grid: no images in {len(rows)} rows")
+        raise ValueError(f"image grid: no images in {counted(len(rows), 'row')}")
     tiles = [
         [None if x is None else _tile(x, tile, name or str(number)) for x in row]
         for number, (name, row) in enumerate(zip(names, rows, strict=True))

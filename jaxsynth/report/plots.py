@@ -20,6 +20,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from jaxsynth.core.words import counted
 from jaxsynth.report.fonts import drawable, families
 
 _INK, _GRID = "#787e86", "#787e8638"
@@ -199,7 +200,8 @@ def plot_bars(
     for index, bars in enumerate(groups):
         if not len(bars.value) == len(bars.low) == len(bars.high) == len(labels):
             raise ValueError(
-                f"bars {bars.label!r}: {len(bars.value)} values for {len(labels)} labels"
+                f"bars {bars.label!r}: {counted(len(bars.value), 'value')} for "
+                f"{counted(len(labels), 'label')}"
             )
         value, low, high = (np.asarray(x, float) for x in (bars.value, bars.low, bars.high))
         axes.barh(

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int
 
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import quoted, shown
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import ImageSource, SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES
 from jaxsynth.data.procedural.cues import (
@@ -277,7 +278,7 @@ def _annotations(path: Path) -> list[tuple[str, str, str, str, str]]:
                 cursor = database.execute(f'SELECT * FROM "{table}"')
                 names = [column[0] for column in cursor.description]
                 rows = cursor.fetchall()
-                seen.append(f"{table} ({', '.join(names)}; {len(rows)} rows)")
+                seen.append(f"{table} ({', '.join(names)}; {counted(len(rows), 'row')})")
                 places = [_column(rows, test) for test in holds]
                 if rows and None not in places:
                     return [tuple(row[place] for place in places) for row in rows]

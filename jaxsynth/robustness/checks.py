@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxsynth.core.words import counted
+
 # What float32 arithmetic leaves outside of [0, 1] in images that were normalised and back.
 _TOLERANCE = 1e-5
 
@@ -99,7 +101,7 @@ def check_logits(logits: Any, name: str = "logits") -> Float[Array, "n c"]:
     if np.ndim(logits) != 2 or not len(logits):
         raise ValueError(f"{name}: expected (images, classes), found shape {np.shape(logits)}")
     if logits.shape[1] < 2:
-        raise ValueError(f"{name}: {logits.shape[1]} classes, expected 2 or more")
+        raise ValueError(f"{name}: {counted(logits.shape[1], 'class')}, expected 2 or more")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"{name}: expected floating point numbers, found {logits.dtype}")
     _finite(logits, name)
@@ -188,8 +190,8 @@ def _finite(values: Any, name: str) -> None:
     finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
     if not finite.all():
         raise ValueError(
-            f"{name}: {np.count_nonzero(~finite)} of {len(values)} rows hold NaN or infinity, "
-            f"the first is row {int(np.argmin(finite))}"
+            f"{name}: {np.count_nonzero(~finite)} of {counted(len(values), 'row')} hold NaN or "
+            f"infinity, the first is row {int(np.argmin(finite))}"
         )
 
 

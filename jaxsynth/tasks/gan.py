@@ -28,6 +28,7 @@ from jaxsynth.adapters.inject import Trainable, mark_trainable, with_values
 from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf
+from jaxsynth.core.words import counted
 from jaxsynth.models.clip import CLIPTextModel, CLIPTextTransformer
 from jaxsynth.models.gan.e2gan import E2GAN
 from jaxsynth.models.gan.patchgan import PatchGAN
@@ -110,8 +111,8 @@ class Pairs:
             raise ValueError(f"Pairs: targets {self.target.shape} of photos {self.source.shape}")
         if not len(self.target) == len(self.states) == len(self.pooled):
             raise ValueError(
-                f"Pairs: {len(self.target)} concepts, but texts of {len(self.states)} and "
-                f"{len(self.pooled)}"
+                f"Pairs: {counted(len(self.target), 'concept')}, but texts of {len(self.states)} "
+                f"and {len(self.pooled)}"
             )
 
     def __len__(self) -> int:

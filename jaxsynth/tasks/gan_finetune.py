@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxsynth.adapters.inject import AdapterState, extract
+from jaxsynth.core.words import counted
 from jaxsynth.models.gan.patchgan import PatchGAN
 from jaxsynth.quality.metrics import fid
 from jaxsynth.tasks.gan import (
@@ -77,7 +78,9 @@ def fine_tune(
         ValueError: more than one concept, or steps that do not increase from 0 on.
     """
     if len(pairs) != 1 or len(held_out) != 1:
-        raise ValueError(f"fine_tune: {len(pairs)} and {len(held_out)} concepts, expected one")
+        raise ValueError(
+            f"fine_tune: {len(pairs)} and {counted(len(held_out), 'concept')}, expected one"
+        )
     if not at or at[0] < 0 or list(at) != sorted(set(at)):
         raise ValueError(f"fine_tune: steps {list(at)}, expected them to increase from 0 on")
     data = training_data(pairs)

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxsynth.adapters.inject import AdapterState, Trainable, extract, stack, unstack
+from jaxsynth.core.words import counted
 from jaxsynth.models.gan.e2gan import E2GAN
 from jaxsynth.models.gan.patchgan import PatchGAN
 from jaxsynth.tasks.gan import GAN, GANConfig, Pairs, gan_task, mixed, training_data
@@ -86,7 +87,8 @@ def train_together(
     kept = [config.steps - k * every for k in reversed(range(checkpoints))]
     if kept[0] < 1 or (checkpoints > 1 and every < 1):
         raise ValueError(
-            f"{checkpoints} checkpoints every {every} steps, of a training of {config.steps} steps"
+            f"{checkpoints} checkpoints every {every} steps, of a training of "
+            f"{counted(config.steps, 'step')}"
         )
     mix = None
     if shared is not None:

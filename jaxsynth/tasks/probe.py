@@ -30,6 +30,7 @@ from jaxsynth.core.limits import (
     Range,
     Some,
 )
+from jaxsynth.core.words import counted
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.models.layers import Linear
 from jaxsynth.tasks.supervised import MEAN, STD, TABLE, by_batches, cross_entropy
@@ -216,8 +217,8 @@ def _held_out(
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             raise UserError(
-                f"probe: class {label} has {len(members)} images, expected 2 or more: one of them "
-                "chooses the head"
+                f"probe: class {label} has {counted(len(members), 'image')}, expected 2 or more: "
+                "one of them chooses the head"
             )
         order = np.random.default_rng([seed, label]).permutation(members)
         count = min(max(round(len(members) * share), 1), len(members) - 1)

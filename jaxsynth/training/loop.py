@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
+from jaxsynth.core.words import counted
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.step import StepFn, TrainState
@@ -94,7 +95,9 @@ def fit(
     # Of stacked adapters that lie on several processes, each reads its own, all being equal.
     start = int(np.max(np.asarray(state.step.addressable_shards[0].data)))
     if (steps - start) % steps_per_call:
-        raise ValueError(f"{steps - start} steps are left, not divisible by {steps_per_call=}")
+        raise ValueError(
+            f"{counted(steps - start, 'step')} left, not divisible by {steps_per_call=}"
+        )
     if metrics is not None:
         metrics.resume(start)
     if start >= steps:

@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Count, Range
+from jaxsynth.core.words import counted
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -152,7 +153,8 @@ def make_mesh(
     if min(shape) < 1 or math.prod(shape) != len(devices):
         divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise ValueError(
-            f"data={data}, fsdp={fsdp}, tensor={tensor} do not make {len(devices)} devices; "
+            f"data={data}, fsdp={fsdp}, tensor={tensor} do not make "
+            f"{counted(len(devices), 'device')}; "
             f"expected sizes that do, each of {', '.join(map(str, divisors))}"
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -214,8 +216,8 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, spec: PartitionSpec = BATCH) -> Py
         rows = np.shape(leaf)[0] * jax.process_count()
         if rows % parts:
             raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} has {rows} rows in all processes, not "
-                f"divisible over {names} = {parts} devices"
+                f"batch{jax.tree_util.keystr(path)} has {counted(rows, 'row')} in all processes, "
+                f"not divisible over {names} = {parts} devices"
             )
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)

@@ -43,6 +43,7 @@ from jaxsynth.adapters.inject import Constant, Trainable, config_of, stack, unst
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import to_json
 from jaxsynth.core.space import check_space, size_of
+from jaxsynth.core.words import counted
 from jaxsynth.training import loop, sharding
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.config import TrainingConfig
@@ -152,7 +153,7 @@ class Steps:
         calls, rest = divmod(steps, self._config.steps_per_call)
         if calls < 0 or rest:
             raise ValueError(
-                f"advance: {steps} steps, expected a multiple of steps_per_call = "
+                f"advance: {counted(steps, 'step')}, expected a multiple of steps_per_call = "
                 f"{self._config.steps_per_call}"
             )
         if not calls:

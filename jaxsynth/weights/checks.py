@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.words import counted
 
 # Of the types of 16 bits: all ones in the exponent is an infinity or no number. numpy's own test is
 # slow for them.
@@ -56,8 +57,8 @@ def check_counts(path: Path, config: Any, tensors: int, numbers: int) -> None:
         modules = any(word in name for word in _MODULES)
         if value > (tensors if modules else max(numbers, _FREE)):
             raise UserError(
-                f"{path}: {name} is {quoted(value)}, but the weights have {tensors} tensors of "
-                f"{numbers} numbers"
+                f"{path}: {name} is {quoted(value)}, but the weights have "
+                f"{counted(tensors, 'tensor')} of {numbers} numbers"
             )
 
 

@@ -30,6 +30,7 @@ from tokenizers import (
 
 from jaxsynth.core.documents import read_json, read_text, take
 from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.words import counted
 from jaxsynth.weights.hub import write_json
 
 _SUFFIX = "</w>"
@@ -228,8 +229,8 @@ class Tokenizer:
         if len(found) != 1:
             parts = ", ".join(x.removesuffix(_SUFFIX) for x in found) or "nothing"
             raise UserError(
-                f"initializer {quoted(word)}: is {len(found)} tokens ({parts}), expected a word "
-                "that is one, such as a plainer name of the subject"
+                f"initializer {quoted(word)}: is {counted(len(found), 'token')} ({parts}), "
+                "expected a word that is one, such as a plainer name of the subject"
             )
         return int(tokens.ids[0])
 

@@ -102,7 +102,7 @@ class TestLabelled:
             source, _ = sets.read_labelled(root, SPACE, labels=labels)
             assert source.labels.tolist() == [1, 2, 10]
         for text, message in (
-            (WNIDS[0], "1 labels for 3 images"),
+            (WNIDS[0], "1 label for 3 images"),
             ("\n".join(rows[:2]), r"2 labels for 3 images in .*, 1 of them without one"),
             ("\n".join(["n09999999"] * 3), "1 of 1 classes are none of the model's 12"),
         ):

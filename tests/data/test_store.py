@@ -111,7 +111,7 @@ def test_writer_refuses_what_does_not_belong(tmp_path):
     with pytest.raises(StoreError, match="begun with count 11, now 12"):
         StoreWriter(tmp_path, CLASSES, 12, shard_size=4)
     image, entry = make(0)
-    with pytest.raises(StoreError, match="1 images and 1 entries, expected 4"):
+    with pytest.raises(StoreError, match="1 image and 1 entry, expected 4"):
         writer.write_shard(0, [image], [entry])
     with pytest.raises(StoreError, match="label 1 and class 'dog'"):
         writer.write_shard(0, [image] * 4, [Entry(label=1, class_name="dog", index=0)] * 4)

@@ -81,9 +81,9 @@ def test_grid_enlarges_by_whole_factors_and_labels_rows(tmp_path, rng_images):
 def test_grid_names_the_row_of_a_wrong_image(rng_images):
     with pytest.raises(ValueError, match=r"row 'cat': expected uint8.*float64 \(8, 8, 3\)"):
         image_grid([rng_images(1, 8, 8) / 255.0], ["cat"])
-    with pytest.raises(ValueError, match="no images in 1 rows"):
+    with pytest.raises(ValueError, match="no images in 1 row"):
         image_grid([[]])
-    with pytest.raises(ValueError, match="1 labels for 2 rows"):
+    with pytest.raises(ValueError, match="1 label for 2 rows"):
         image_grid([[], rng_images(1, 8, 8)], ["cat"])
 
 
@@ -116,7 +116,7 @@ def test_plots_write_pictures(tmp_path):
             assert image.width > 1000 and np.asarray(image).std() > 0
     with pytest.raises(ValueError, match="series 'x'"):
         Series("x", [1, 2], [1])
-    with pytest.raises(ValueError, match="bars 'real': 1 values for 2 labels"):
+    with pytest.raises(ValueError, match="bars 'real': 1 value for 2 labels"):
         plot_bars(tmp_path / "b.png", ["a", "b"], [Bars("real", [1], [0], [2])], xlabel="%")
 
 
@@ -191,7 +191,7 @@ def test_a_place_of_a_grid_may_stay_empty_and_a_heading_spans_its_group(rng_imag
     headings = image[:-36, :, 3]
     middle = np.flatnonzero(headings[:, :68].any(0)).mean()
     assert abs(middle - 34) < 4  # over the middle of its two columns
-    with pytest.raises(ValueError, match="no images in 1 rows"):
+    with pytest.raises(ValueError, match="no images in 1 row"):
         image_grid([[None]])
 
 

@@ -56,7 +56,7 @@ def test_neighbors_vote_by_their_cosines():
 
 def test_a_class_of_one_image_cannot_choose_a_head(tmp_path):
     features, labels = clusters(4, 3)
-    with pytest.raises(UserError, match="class 1 has 1 images"):
+    with pytest.raises(UserError, match="class 1 has 1 image,"):
         probe(features, labels, features, CONFIG, tmp_path, num_classes=3, seed=0)
 
 

@@ -170,7 +170,7 @@ def test_scanned_steps_in_the_loop(tmp_path, key):
     assert [x["step"] for x in read_metrics(tmp_path / "metrics.jsonl")] == [8, 12]
     with pytest.raises(NonFiniteError, match="one of the steps 1 to 4"):
         fit(_state(key), FROZEN, Constant(data * jnp.nan), scanned, **options)
-    with pytest.raises(ValueError, match="12 steps are left, not divisible by steps_per_call=5"):
+    with pytest.raises(ValueError, match="12 steps left, not divisible by steps_per_call=5"):
         fit(_state(key), FROZEN, Constant(data), scanned, **{**options, "steps_per_call": 5})
 
 

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import ImageSource, Record, SourceError
 from jaxsynth.data.sources.arrays import cached
 
@@ -122,7 +123,8 @@ def train_batches(
     )
     if not len(batches):
         raise SourceError(
-            f"batch_size {batch_size}: {len(source)} images in {epochs} epochs do not fill a batch"
+            f"batch_size {batch_size}: {counted(len(source), 'image')} in {epochs} epochs do not "
+            "fill a batch"
         )
     return _iterator(batches, num_workers, num_threads)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import ImageSource, Indices, Record, SourceError
 from jaxsynth.data.views import Subset
 
@@ -29,7 +30,8 @@ class ArraySource:
     def __post_init__(self):
         if not len(self.images) == len(self.labels) == len(self.ids):
             raise SourceError(
-                f"{len(self.images)} images, {len(self.labels)} labels, {len(self.ids)} ids"
+                f"{counted(len(self.images), 'image')}, {counted(len(self.labels), 'label')}, "
+                f"{len(self.ids)} ids"
             )
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
             raise SourceError(

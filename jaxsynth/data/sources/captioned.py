@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsynth.core.documents import parse_json, read_text
 from jaxsynth.core.errors import shown
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource, Indices, SourceError
 from jaxsynth.data.names import class_of_folder, natural_key
 from jaxsynth.data.prompts import prompts
@@ -66,7 +67,7 @@ def load_captioned(config: DataConfig) -> Loaded:
     missing = [id_ for id_ in ids if not texts.get(id_)]
     if missing:
         raise SourceError(
-            f"{root}: {len(missing)} of {len(ids)} images have no text, the first is "
+            f"{root}: {len(missing)} of {counted(len(ids), 'image')} have no text, the first is "
             f"{shown(missing[0])}; write it into {TABLE} (file_name, text) or into "
             f"{Path(missing[0]).stem}.txt beside it"
         )

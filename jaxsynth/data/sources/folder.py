@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
 from jaxsynth.data.names import class_of_folder, natural_key
 from jaxsynth.data.sources.files import (
@@ -78,7 +79,8 @@ def _no_classes(root: Path) -> str:
     if not images:
         return f"{root}: no class folders found; expected a folder of images for each class"
     return (
-        f"{root}: {images} images side by side and no class folders. Move them into a folder for "
+        f"{root}: {counted(images, 'image')} side by side and no class folders. Move them into a "
+        "folder for "
         "each class, or say what they are in labels.csv (file,label) or metadata.jsonl beside them "
         "(another place: --config.data.labels=). A folder of one class: give its parent as path"
     )

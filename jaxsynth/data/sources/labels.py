@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxsynth.core.documents import parse_json, read_text
 from jaxsynth.core.errors import shown
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import SourceError
 from jaxsynth.data.decode import IMAGE_SUFFIXES as _SUFFIXES
 from jaxsynth.data.sources.files import is_image, nearest_stems, visible
@@ -85,7 +86,7 @@ def read_table(path: Path, root: Path) -> tuple[dict[str, str], dict[str, str]]:
                 )
     if missing := sorted(set(files.values()) - set(found)):
         raise SourceError(
-            f"{path}: {len(missing)} images of {root} are in no row, the first is "
+            f"{path}: {counted(len(missing), 'image')} of {root} in no row, the first is "
             f"{shown(missing[0])}; add them, or move them away"
         )
     return found, splits

@@ -22,6 +22,7 @@ from jaxtyping import Int
 from jaxsynth.core.documents import parse_json, read_text, take
 from jaxsynth.core.errors import quoted, shown
 from jaxsynth.core.io import file_digests_cached
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Indices, Record, SourceError
 from jaxsynth.data.decode import decode_image, decoded_digest, square
 from jaxsynth.data.sources.files import is_image, visible
@@ -147,7 +148,7 @@ def _read_tars(root: Path, files: list[Path]) -> _Part:
             pictures = [suffix for suffix in parts if is_image(Path(f"x.{suffix}"))]
             if len(pictures) != 1:
                 raise SourceError(
-                    f"{file}: sample {shown(key)} has {len(pictures)} images, expected 1"
+                    f"{file}: sample {shown(key)} has {counted(len(pictures), 'image')}, expected 1"
                 )
             labels.append(_tar_label(file, key, parts, names))
             places.append((file, parts[pictures[0]]))

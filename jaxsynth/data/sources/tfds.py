@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsynth.core.io import cache_folder, write_bytes
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, ImageSource, Indices, Record, SourceError
 from jaxsynth.data.decode import decode_image, decoded_digest, square
 from jaxsynth.data.views import held_out
@@ -181,7 +182,8 @@ def _check(builder) -> tuple[str, ...]:
     found = getattr(builder.info.file_format, "value", builder.info.file_format)
     if found != "array_record":
         raise SourceError(
-            f"{builder.info.name}: {builder.data_dir} holds {found} files, which need TensorFlow; "
+            f"{builder.info.name}: {builder.data_dir} holds {counted(found, 'file')}, which need "
+            "TensorFlow; "
             'prepare it again with download_and_prepare(file_format="array_record")'
         )
     return tuple(names)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Natural, OneOf, Some, check_limits
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.tasks.customize import CaptionConfig, DreamBoothConfig, InversionConfig, Training
@@ -88,6 +89,6 @@ class Config:
         """UserError for data that the technique cannot learn from."""
         if self.has_subject and data.num_classes != 1:
             raise UserError(
-                f"data: {data.num_classes} classes, and {self.technique} learns one subject; "
-                f"choose one, as by --config.data.class_names={data.class_names[0]}"
+                f"data: {counted(data.num_classes, 'class')}, and {self.technique} learns one "
+                f"subject; choose one, as by --config.data.class_names={data.class_names[0]}"
             )

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsynth.adapters import registry
+from jaxsynth.core.words import counted
 from jaxsynth.generation.planning import plan_images
 from jaxsynth.methods.datadream.config import Config
 from jaxsynth.models.diffusion.text_to_image import TextToImage
@@ -59,7 +60,7 @@ def _finetuning(
     train, shots = config.finetuning, max(config.shots)
     count = (config.classes_at_once or classes) if mode == "cls" else 0
     images = shots if count else shots * classes
-    name = f"fine-tune {count} classes" if count else "fine-tune dset"
+    name = f"fine-tune {counted(count, 'class')}" if count else "fine-tune dset"
 
     def build(batch: int) -> Plan:
         sized = replace(train, batch_size=batch)

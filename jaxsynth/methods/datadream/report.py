@@ -12,6 +12,7 @@ import numpy as np
 from jaxsynth.core.console import console
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.splits import load_shots
@@ -99,7 +100,8 @@ def write(workdir: Path) -> Path:
         Section(
             "What the generator drew",
             f"From left to right: real shots, images from the prompt alone, and images of the "
-            f"fine-tuned generator ({shots[-1]} shots, seed {seeds[0]}), one class per row. "
+            f"fine-tuned generator ({counted(shots[-1], 'shot')}, seed {seeds[0]}), one class per "
+            "row. "
             "Images at the same place of the two generated groups started from the same noise.",
             images=[Picture(grid, _grid_caption(dataset), pixelated=True)],
         ),
@@ -211,7 +213,7 @@ def _modes_note(modes: list[str]) -> str:
 
 def _grid_caption(dataset: Dataset) -> str:
     shown, count = min(dataset.num_classes, MAX_CLASSES), dataset.num_classes
-    hidden = f" {shown} of the {count} classes, evenly spread." if shown < count else ""
+    hidden = f" {shown} of the {counted(count, 'class')}, evenly spread." if shown < count else ""
     return f"Real, prompt-only and DataDream images.{hidden}"
 
 

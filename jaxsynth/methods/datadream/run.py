@@ -21,6 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsynth.core.console import console
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
@@ -208,4 +209,4 @@ class _Run:
 
 
 def _name(shots: int, seed: int) -> str:
-    return f"{shots} shots, seed {seed}"
+    return f"{counted(shots, 'shot')}, seed {seed}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxsynth.core.io import file_digest, write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, SourceError
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
@@ -109,7 +110,7 @@ def finetune_generator(
         own = each[start : start + group]
         states = finetune_each(
             base, own, finetuning, work.training / f"{start:04d}", seed=config.seed, first=start,
-            mesh=work.mesh, description=f"fine-tune {len(own)} classes",
+            mesh=work.mesh, description=f"fine-tune {counted(len(own), 'class')}",
         )  # fmt: skip
         for label, state in enumerate(states, start):
             if work.writes:

@@ -26,6 +26,7 @@ from jaxsynth.adapters.inject import (
 from jaxsynth.core.arrays import read_array
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing, write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
@@ -279,7 +280,7 @@ def train_sets(
         "kept": read_kept(kept),
         "identity": {"base": base.digest},
         "mesh": work.mesh,
-        "description": f"{len(sets)} sets",
+        "description": f"{counted(len(sets), 'set')}",
     }
     if len(sets) == 1:  # on a mesh its batch is cut, where those of several lie side by side
         trained = [adapt(model, data[0], schedule, config.train, work.training, **options)]

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxsynth.core.console import console
 from jaxsynth.core.documents import read_json
+from jaxsynth.core.words import counted
 from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Bars, Series, plot_bars, plot_reliability, plot_scores
@@ -188,7 +189,7 @@ def _attacks(workdir: Path, details: dict) -> list[Section]:
     table = Table(
         ["model", *(f"{255 * eps:g}/255" for eps in first["epsilons"])],
         [[name, *(each["text"] for each in sweep["accuracy"])] for name, sweep in swept.items()],
-        caption=f"Accuracy in per cent under PGD at each eps, of {images} images",
+        caption=f"Accuracy in per cent under PGD at each eps, of {counted(images, 'image')}",
         better=None,
     )
     caption = "What each attack made of one image, and below how it changed each pixel (enlarged)."

@@ -12,6 +12,7 @@ from jaxsynth.adapters.inject import AdapterState, extract
 from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.decode import square
 from jaxsynth.methods.robustness.sets import Loaded
 from jaxsynth.models.clip import CLIPModel
@@ -148,7 +149,7 @@ def check_classes(where: str, classifier: Classifier, words: Sequence[str]) -> N
     if count != len(words):
         own = f" ({', '.join(names[:3])}, ...)" if names else ""
         raise UserError(
-            f"{where} tells {count} classes apart{own}, but the sets have {len(words)} "
+            f"{where} tells {counted(count, 'class')} apart{own}, but the sets have {len(words)} "
             f"({', '.join(words[:3])}, ...): labels are places among the model's classes"
         )
     mine, theirs = ([name.casefold() for name in each] for each in (names, words))

@@ -22,6 +22,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from jaxsynth.core.words import counted
+
 LEVEL = 0.95
 # The exponents that are searched. Laws of published curves have 0.05 to 1.
 EXPONENTS = np.geomspace(0.01, 5.0, 160)
@@ -149,7 +151,7 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Estimate:
     """The mean of `one - other`, paired by seed, with Student's interval; needs two seeds."""
     apart = np.asarray(one, float) - np.asarray(other, float)
     if len(apart) < 2:
-        raise ValueError(f"difference: {len(apart)} seeds, expected two or more")
+        raise ValueError(f"difference: {counted(len(apart), 'seed')}, expected two or more")
     reach = stats.t.ppf((1 + LEVEL) / 2, len(apart) - 1) * apart.std(ddof=1) / np.sqrt(len(apart))
     return Estimate(float(apart.mean()), float(apart.mean() - reach), float(apart.mean() + reach))
 

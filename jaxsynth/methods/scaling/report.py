@@ -13,6 +13,7 @@ import numpy as np
 from jaxsynth.core.console import console
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.store import ImageStore
@@ -442,7 +443,8 @@ def _pictures(workdir: Path, config: Config, found: Found, dataset) -> list[Sect
     )  # fmt: skip
     drawn = [load_artifact(path).counts["images"] for path in stores.values()]
     text = (
-        f"Seed {config.seeds[0]}; {sum(drawn)} images in all, which every size takes its first of."
+        f"Seed {config.seeds[0]}; {counted(sum(drawn), 'image')} in all, which every size takes "
+        "its first of."
     )
     return [Section("What was drawn", text, images=[Picture(path, pixelated=True)])]
 

@@ -21,6 +21,7 @@ from jaxsynth.adapters.inject import (
 from jaxsynth.core.arrays import read_array, read_arrays
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import file_digest, write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource, SourceError
 from jaxsynth.data.decode import square
 from jaxsynth.data.load import load_dataset
@@ -113,7 +114,7 @@ def learn_shots(
     )
     state = finetune(
         base, examples, config.finetune, work.training, seed=config.seed, mesh=work.mesh,
-        description=f"learn {config.shots} shots",
+        description=f"learn {counted(config.shots, 'shot')}",
     )  # fmt: skip
     if work.writes:
         adapter_io.save(state, work.folder)
@@ -233,7 +234,7 @@ def train_points(work: Work, config: Training, *, data: Dataset, **inputs: Artif
         some = tasks[start : start + group]
         models += train_stacked(
             some, sized, work.training / f"{start:04d}", mesh=work.mesh,
-            description=f"train {len(some)} points",
+            description=f"train {counted(len(some), 'point')}",
         )  # fmt: skip
     if not work.writes:
         return {}

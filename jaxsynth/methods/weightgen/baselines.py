@@ -17,6 +17,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics.pairwise import cosine_similarity
 
+from jaxsynth.core.words import counted
+
 # Strengths relative to the features' mean square.
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 7))
 
@@ -57,8 +59,8 @@ def fit_ridge(
     features, weights = (np.asarray(x, np.float64) for x in (features, weights))
     if len(features) != len(weights) or len(features) < 3:
         raise ValueError(
-            f"fit_ridge: {len(features)} rows of features and {len(weights)} of weights, expected "
-            "as many, and at least 3"
+            f"fit_ridge: {counted(len(features), 'row')} of features and {len(weights)} of "
+            "weights, expected as many, and at least 3"
         )
     mean = weights.mean(0)
     left, sizes, directions = np.linalg.svd(weights - mean, full_matrices=False)

@@ -21,6 +21,7 @@ from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.documents import parse_json, take
 from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.core.io import replacing
+from jaxsynth.core.words import counted
 from jaxsynth.weights import hub
 from jaxsynth.weights.safetensors import opened
 
@@ -92,7 +93,9 @@ class WeightCollection:
                 f"{expected[1]} blocks, {expected[2]} values)"
             )
         if len(self.families) != len(self.texts):
-            raise ValueError(f"{len(self.families)} families for {len(self.texts)} concepts")
+            raise ValueError(
+                f"{counted(len(self.families), 'family')} for {counted(len(self.texts), 'concept')}"
+            )
         for number, texts in enumerate(self.texts):
             if not texts:
                 raise ValueError(f"concept {number} has no text")

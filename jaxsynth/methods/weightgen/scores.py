@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from jaxsynth.core.words import counted
 from jaxsynth.methods.weightgen.generator import Baselines, group_norms
 
 # Initial weights in the order of the tables.
@@ -49,7 +50,9 @@ class Curves:
         fd = None if self.fd is None else np.asarray(self.fd, float)
         object.__setattr__(self, "fd", fd if fd is not None and fd.size else None)
         if self.l1.ndim != 2 or self.l1.shape[1] != len(self.steps):
-            raise ValueError(f"Curves: {self.l1.shape} errors at {len(self.steps)} steps")
+            raise ValueError(
+                f"Curves: {self.l1.shape} errors at {counted(len(self.steps), 'step')}"
+            )
 
     def seconds(self, steps: float) -> float:
         """Until so many steps are done."""

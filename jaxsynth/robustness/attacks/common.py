@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxsynth.core.words import counted
 from jaxsynth.robustness.checks import (
     check_eps,
     check_function,
@@ -137,7 +138,7 @@ def image_keys(key: Key[Array, "..."], count: int) -> Key[Array, " n"]:
     check_key(key)
     if key.ndim:
         if key.shape != (count,):
-            raise ValueError(f"key: {key.shape} keys for {count} images")
+            raise ValueError(f"key: {key.shape} keys for {counted(count, 'image')}")
         return key
     return fold_each(key, jnp.arange(count))
 

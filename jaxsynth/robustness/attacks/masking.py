@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsynth.core.words import counted
 from jaxsynth.robustness.attacks.common import (
     Images,
     Labels,
@@ -63,8 +64,8 @@ def check_model(predict: Predict, images: Images, labels: Labels) -> list[Warned
         warned.append(
             Warned(
                 "few classes",
-                f"{logits.shape[1]} classes: the targeted difference of logits ratio needs 4; the "
-                "plain difference of two logits takes its place",
+                f"{counted(logits.shape[1], 'class')}: the targeted difference of logits ratio "
+                "needs 4; the plain difference of two logits takes its place",
             )
         )
     if zero.mean() > _ZERO_SHARE:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxsynth.core.limits import Range, Some
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.robustness.attacks.evaluate import batches
 from jaxsynth.robustness.checks import check_whole
@@ -160,7 +161,9 @@ def answer_corrupted(
         if name not in _NAMES:
             raise ValueError(f"corrupted: {name!r}: expected one of {', '.join(_NAMES)}")
         if len(sources) != len(SEVERITIES):
-            raise ValueError(f"corrupted: {name}: {len(sources)} sets, expected one a severity")
+            raise ValueError(
+                f"corrupted: {name}: {counted(len(sources), 'set')}, expected one a severity"
+            )
         right = np.empty((len(sources), len(clean)), bool)
         for place, source in enumerate(sources):
             if not np.array_equal(labels_of(source), labels):

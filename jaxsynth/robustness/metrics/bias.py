@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxsynth.core.words import counted
 from jaxsynth.robustness.checks import check_classes, check_labels, check_logits
 from jaxsynth.robustness.metrics.bootstrap import (
     Figure,
@@ -272,8 +273,8 @@ def background_gap(
     if paired:
         if len(mixed_same) != len(mixed_rand):
             raise ValueError(
-                f"mixed_rand: {len(mixed_rand)} images, expected the {len(mixed_same)} of "
-                "mixed_same"
+                f"mixed_rand: {counted(len(mixed_rand), 'image')}, expected the {len(mixed_same)} "
+                "of mixed_same"
             )
         return Measured(difference(mean(mixed_same), mean(mixed_rand)), len(mixed_same))
     groups = np.repeat([0, 1], [len(mixed_same), len(mixed_rand)])

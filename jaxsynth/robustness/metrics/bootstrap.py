@@ -31,6 +31,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 from scipy import stats
 
+from jaxsynth.core.words import counted
 from jaxsynth.robustness.checks import check_key, check_whole
 from jaxsynth.robustness.metrics.limits import (
     Limits,
@@ -140,7 +141,9 @@ def interval(
     value, influences = _value_and_influences(jnp.ones(count), figure)
     value = float(value)
     if not np.isfinite(value):
-        raise ValueError(f"interval: the figure of all {count} images is {value}, not a number")
+        raise ValueError(
+            f"interval: the figure of all {counted(count, 'image')} is {value}, not a number"
+        )
     drawn = np.asarray(_resample(figure, key, first, sizes, members, resamples), np.float64)
     defined = drawn[np.isfinite(drawn)]
     if len(defined) < resamples / 2:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsynth.core.words import counted
 from jaxsynth.robustness.checks import check_classes, check_labels, check_logits, check_whole
 
 # The synthetic-clone study's (arXiv 2405.20469); 15 are Guo et al.'s and most libraries'.
@@ -63,7 +64,7 @@ def restrict(
         first = labels[np.argmax(places < 0)]
         raise ValueError(
             f"labels: {np.count_nonzero(places < 0)} of {len(labels)} are none of the "
-            f"{len(classes)} classes, the first is class {first}"
+            f"{counted(len(classes), 'class')}, the first is class {first}"
         )
     return logits[:, classes], jnp.asarray(places)
 

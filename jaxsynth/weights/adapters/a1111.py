@@ -23,6 +23,7 @@ from jaxsynth.adapters.kinds.hypernetwork import HypernetworkConfig
 from jaxsynth.core.config import to_dataclass
 from jaxsynth.core.documents import checked
 from jaxsynth.core.errors import UserError, quoted, shown
+from jaxsynth.core.words import counted
 from jaxsynth.weights.torch_files.reader import read_nested
 from jaxsynth.weights.torch_files.writer import write_pickled
 
@@ -151,7 +152,8 @@ def _network(state: Any, config: HypernetworkConfig, source: Path) -> dict[str, 
     norms = [n for n in numbers if axes[n] == 1]
     if len(linear) != depth or len(norms) != (depth if config.layer_norm else 0):
         raise UserError(
-            f"{source}: a network of {len(linear)} layers and {len(norms)} norms, expected {depth} "
+            f"{source}: a network of {counted(len(linear), 'layer')} and {len(norms)} norms, "
+            f"expected {depth} "
             f"and {depth if config.layer_norm else 0} of layer_structure {config.structure}"
         )
     found = {}

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from jaxsynth.adapters.surgery.token_rows import add_rows, with_rows
 from jaxsynth.core import io
 from jaxsynth.core.errors import UserError, quoted, shown
+from jaxsynth.core.words import counted
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import tensor_files
 from jaxsynth.weights.hf import StableDiffusion
@@ -84,7 +85,9 @@ def read_embedding(source: str | Path, word: str = "") -> Embedding:
         ((name, values),) = content.items()
         name = "" if name == _KOHYA else str(name)
     else:
-        raise UserError(f"{file}: holds {len(content)} words ({shown(names)}), expected 1")
+        raise UserError(
+            f"{file}: holds {counted(len(content), 'word')} ({shown(names)}), expected 1"
+        )
     return Embedding(word or name or file.stem, _vectors(values, file))
 
 
@@ -159,8 +162,8 @@ def _with_word(pipeline: StableDiffusion, word: str, vectors: int) -> Tokenizer:
     known, rows = pipeline.tokenizer.vocab_size, pipeline.text_encoder.config.vocab_size
     if known != rows:
         raise UserError(
-            f"the base's tokenizer has {known} tokens and its text encoder {rows} rows, so that a "
-            "new word has no row of its own"
+            f"the base's tokenizer has {counted(known, 'token')} and its text encoder "
+            f"{counted(rows, 'row')}, so that a new word has no row of its own"
         )
     return pipeline.tokenizer.with_word(word, vectors)
 

@@ -20,6 +20,7 @@ from jaxsynth.adapters.inject import AdapterState, configs_of, extract, trainabl
 from jaxsynth.adapters.registry import add, attach
 from jaxsynth.adapters.to_lora import as_lora
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.words import counted
 from jaxsynth.weights import recognize
 from jaxsynth.weights.adapters import (
     comfyui,
@@ -120,7 +121,7 @@ def find(folder: str | Path, names: Sequence[str] = ()) -> list[Path]:
     places = [folder, *(folder / name for name in names)]
     found = [place / file for place in places for file in FILES if (place / file).is_file()]
     if len(found) not in (1, len(names)):
-        raise UserError(f"{folder}: {len(found)} adapters, expected 1 or {len(names)}")
+        raise UserError(f"{folder}: {counted(len(found), 'adapter')}, expected 1 or {len(names)}")
     return found
 
 

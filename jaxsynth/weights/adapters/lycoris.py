@@ -28,6 +28,7 @@ from jaxsynth.adapters.kinds.place import Place
 from jaxsynth.adapters.kinds.update import UpdateLayer
 from jaxsynth.core import io
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.words import counted
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import factors, layer_configs
 from jaxsynth.weights.adapters.layer_configs import NUMBERS, SIGNS
@@ -242,7 +243,9 @@ def conventions(tensors: Mapping[str, np.ndarray]) -> list[str]:
     }
     notes = []
     if lacking := len(ranked - alphas):
-        notes.append(f"{lacking} of {len(ranked)} layers have no alpha: read as alpha = rank")
+        notes.append(
+            f"{lacking} of {counted(len(ranked), 'layer')} have no alpha: read as alpha = rank"
+        )
     if {"lokr_w1", "lokr_w2"} <= ends:
         notes.append("LoKr of two whole factors: alpha does not count, as in LyCORIS")
     scales = [value for key, value in tensors.items() if key.endswith(".dora_scale")]

@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.words import counted
 from jaxsynth.models.classifiers.convnext import ConvNextConfig, ConvNextForImageClassification
 from jaxsynth.models.classifiers.dinov2 import (
     HEAD_LAYERS,
@@ -426,7 +427,10 @@ def _made(
     if head is not None:
         names = ()
     if names and len(names) != config.num_labels:
-        raise UserError(f"{folder}: {len(names)} class names for {config.num_labels} classes")
+        raise UserError(
+            f"{folder}: {counted(len(names), 'class name')} for "
+            f"{counted(config.num_labels, 'class')}"
+        )
     paths = [*weights.paths, *([head.path] if head else [])]
     return Classifier(model, preprocess, names, folder, hub.digest(paths))
 

@@ -166,7 +166,7 @@ def test_images_side_by_side_with_a_table(tmp_path, name, below):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,label\n0.png,robin\n", r"1 images of .* are in no row, the first is '1\.png'"),
+        ("file,label\n0.png,robin\n", r"1 image of .* in no row, the first is '1\.png'"),
         ("file,label\n0.png,robin\n9.png,wren\n", r"line 3: no image '9\.png'"),
         ("file,label\n0.png,robin\n1.png,\n", r"line 3: '1\.png' has no label"),
         ("file,label\n0.png,robin\n0.png,wren\n", r"line 3: '0\.png' is 'wren' here and 'robin'"),

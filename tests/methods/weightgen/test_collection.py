@@ -137,7 +137,7 @@ def note(**changes) -> dict[str, str]:
         ({"collection": "{"}, {}, "collection: not valid JSON"),
         (note(base=None), {}, "collection: base is missing"),
         (note(layout={"block": 4}), {}, "collection: entries is missing"),
-        (note(families=("artistic",)), {}, "1 families for 3 concepts"),
+        (note(families=("artistic",)), {}, "1 family for 3 concepts"),
         (note(texts=(("a",), (), ("b",))), {}, "concept 1 has no text"),
         (note(), {"blocks": None}, "blocks is missing"),
         (note(), {"blocks": np.zeros((3, 2, 1, 4), np.float32)}, "blocks have shape"),
