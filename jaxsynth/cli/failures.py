@@ -9,6 +9,9 @@ from pathlib import Path
 import jaxsynth
 from jaxsynth.core.errors import UserError
 
+# Of collectives between processes (Gloo on CPUs, NCCL on GPUs), and of JAX's coordination service.
+_OF_PEERS = ("Gloo ", "external/gloo", "NCCL operation", "CoordinationServiceError")
+
 
 def is_for_users(error: Exception) -> bool:
     """Whether the error is one that this package raises to be read by a user.
@@ -19,7 +22,7 @@ def is_for_users(error: Exception) -> bool:
     """
     if isinstance(error, UserError) or type(error).__module__.startswith("jaxsynth."):
         return True
-    if _is_out_of_space(error):
+    if _is_out_of_space(error) or _is_of_a_peer(error):
         return True
     if isinstance(error, OSError) and error.filename is not None:
         return True
@@ -34,6 +37,21 @@ def is_for_users(error: Exception) -> bool:
 
 def _is_out_of_space(error: BaseException) -> bool:
     """Whether a full disk is at the bottom of an error, whichever library was writing."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return any(
+        (isinstance(one, OSError) and one.errno in codes)
+        or any(os.strerror(code) in str(one) for code in codes)
+        for one in _behind(error)
+    )
+
+
+def _is_of_a_peer(error: BaseException) -> bool:
+    """Whether another process of the run is gone: what the libraries between them say then."""
+    return any(word in str(one) for one in _behind(error) for word in _OF_PEERS)
+
+
+def _behind(error: BaseException) -> list[BaseException]:
+    """An error with all that it was raised from."""
     seen: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
@@ -41,12 +59,8 @@ def _is_out_of_space(error: BaseException) -> bool:
         if one is None or one in seen:
             continue
         seen.append(one)
-        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(code) in str(one) for code in (errno.ENOSPC, errno.EDQUOT)):
-            return True
         pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-    return False
+    return seen
 
 
 def message(error: Exception) -> str:
@@ -57,6 +71,11 @@ def message(error: Exception) -> str:
         return (
             f"{where}no space left on the disk (or in a quota). Free some, or choose another "
             "--workdir; the same command goes on where this one stopped"
+        )
+    if not isinstance(error, UserError) and _is_of_a_peer(error):
+        return (
+            "another process of this run has ended, or cannot be reached any more; its own output "
+            "says why. Start them all again: the same commands go on where they stopped"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

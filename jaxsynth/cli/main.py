@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(
             "Interrupted. The same command goes on where this one stopped.", style="yellow"
         )
-        return 130
+        return _left(130)
     except Preempted as error:
         errors.print(RichText(str(error), "yellow"))
         return EXIT_CODE
@@ -87,8 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 errors.print(RichText("The error above is a bug in jaxsynth or below it.", "red"))
         else:
             errors.print(RichText(f"error: {message(error)}", "red"))
-        return 2 if isinstance(error, UsageError) else 1
+        return _left(2 if isinstance(error, UsageError) else 1)
     return 0
+
+
+def _left(code: int) -> int:
+    """The exit code; one of several processes ends here, at once.
+
+    JAX would hold it until all others end, too, while they wait for it in a collective.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def run(args: argparse.Namespace) -> None:

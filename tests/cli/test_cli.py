@@ -220,11 +220,11 @@ def test_help_reads_well_and_does_not_wait_for_jax():
 
 
 _TWO = """
-import dataclasses, sys, types
+import dataclasses, itertools, os, sys, types
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 1)
 from jaxsynth.cli import main as cli
-from jaxsynth.cli.failures import is_for_users
+from jaxsynth.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -232,6 +232,12 @@ class Config:
 
 def run(config, workdir):
     from jax.experimental.multihost_utils import process_allgather
+    for turn in itertools.count() if config.value < 0 else ():
+        process_allgather(np.float32(turn))
+        if turn == 3 and jax.process_index() == 1:
+            if config.value == -1:
+                raise UserError("three is refused")
+            os._exit(9)
     total = process_allgather(np.float32(config.value * (1 + jax.process_index()))).sum()
     (workdir / f"{jax.process_index()}.txt").write_text(f"{jax.process_count()} {total}")
 
@@ -241,9 +247,9 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.multiprocess
-def test_two_processes_meet_by_the_environment(tmp_path):
-    (tmp_path / "two.py").write_text("def get_config():\n    return {'method': 'two'}\n")
+def run_two(folder, value):
+    """Codes and outputs of two processes, and the seconds that they took."""
+    (folder / "two.py").write_text("def get_config():\n    return {'method': 'two'}\n")
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
@@ -258,8 +264,8 @@ def test_two_processes_meet_by_the_environment(tmp_path):
     command = [sys.executable, "-c", _TWO, "run", "--config=two.py", "--workdir=w"]
     processes = [
         subprocess.Popen(
-            [*command, "--config.value=2"],
-            cwd=tmp_path,
+            [*command, f"--config.value={value}"],
+            cwd=folder,
             env={**environment, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -272,10 +278,29 @@ def test_two_processes_meet_by_the_environment(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.mark.multiprocess
+def test_two_processes_meet_by_the_environment(tmp_path):
+    codes, outputs = run_two(tmp_path, 2)
+    assert codes == [0, 0], outputs
     assert [(tmp_path / "w" / f"{i}.txt").read_text() for i in range(2)] == ["2 6.0"] * 2
     assert "2 x cpu: two in w" in outputs[0][0]
     assert "jaxsynth" not in outputs[1][0] and "Done" not in outputs[1][0]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("value", "code", "told"), [(-1, 1, "error: three is refused"), (-2, 9, "")]
+)
+def test_when_a_process_ends_the_other_ends_with_a_sentence(tmp_path, value, code, told):
+    """By an error of its own, and without a word; JAX alone would wait for minutes, then abort."""
+    codes, outputs = run_two(tmp_path, value)
+    assert codes == [1, code], outputs
+    assert "error: another process of this run has ended, or cannot be reached" in outputs[0][1]
+    assert told in outputs[1][1]
+    assert not any("Traceback" in text or "stack trace" in text for _, text in outputs), outputs
 
 
 def test_sigterm_saves_and_exits_with_its_own_code(command, monkeypatch):
