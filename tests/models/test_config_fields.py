@@ -259,6 +259,7 @@ CASES = {
             "intermediate_size": 13,
             "distilled": True,
             "layer_scale": True,
+            "pre_norm": True,
         },
     ),
     "Dinov2Config": Case(

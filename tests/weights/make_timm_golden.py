@@ -21,6 +21,8 @@ CASES = {
     "vit_tiny_patch16_224": VIT,
     "deit_tiny_distilled_patch16_224": VIT,
     "deit3_small_patch16_224": VIT,
+    "vit_base_patch16_clip_224": VIT,
+    "vit_base_patch32_clip_quickgelu_224": VIT,
     "vit_small_patch14_dinov2": VIT,
     "vit_small_patch14_reg4_dinov2": VIT,
     "resnet18": {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 8)},

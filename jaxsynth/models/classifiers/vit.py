@@ -1,9 +1,10 @@
 """Vision transformers as classifiers: ViT, DeiT and the encoder of MAE.
 
 ViT (Dosovitskiy et al. 2020, arXiv 2010.11929), DeiT with its distillation token (Touvron et al.
-2020, arXiv 2012.12877), the layer scale of DeiT III (arXiv 2204.07118), and MAE's encoder without
-masking (He et al. 2021, arXiv 2111.06377) differ in tokens, heads and a few names only. Modules
-carry the names of transformers' files. Inference only: no dropout, no stochastic depth.
+2020, arXiv 2012.12877), the layer scale of DeiT III (arXiv 2204.07118), CLIP's image tower with a
+head of classes (Radford et al. 2021, arXiv 2103.00020), and MAE's encoder without masking (He et
+al. 2021, arXiv 2111.06377) differ in tokens, heads, norms and a few names only. Modules carry the
+names of transformers' files. Inference only: no dropout, no stochastic depth.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ class ViTConfig:
 
     distilled: a second head on the distillation token (`DeiTForImageClassificationWithTeacher`);
     logits are the mean of both. layer_scale: a factor for each channel after attention and MLP.
+    pre_norm: a norm before the first block, and patches without a bias, as in CLIP's image tower.
     num_labels 0 leaves the head out.
     """
 
@@ -51,6 +53,7 @@ class ViTConfig:
     num_labels: int = 0
     distilled: bool = False
     layer_scale: bool = False
+    pre_norm: bool = False
 
     def __post_init__(self):
         if self.model_type not in PREFIXES:
@@ -129,8 +132,12 @@ class LayerScale(nnx.Module):
 class PatchEmbeddings(nnx.Module):
     """Patches to tokens, row by row."""
 
-    def __init__(self, channels: int, width: int, patch: int, *, dtype, rngs: nnx.Rngs):
-        self.projection = layers.patch_conv(channels, width, patch, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, channels: int, width: int, patch: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs
+    ):
+        self.projection = layers.patch_conv(
+            channels, width, patch, use_bias=use_bias, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
         patches = self.projection(pixels)
@@ -148,7 +155,12 @@ class ViTEmbeddings(nnx.Module):
         if self.has_distillation:
             self.distillation_token = token(rngs, 1, width)
         self.patch_embeddings = PatchEmbeddings(
-            config.num_channels, width, config.patch_size, dtype=dtype, rngs=rngs
+            config.num_channels,
+            width,
+            config.patch_size,
+            use_bias=not config.pre_norm,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.position_embeddings = token(rngs, config.num_positions, width)
 
@@ -211,14 +223,19 @@ class ViTModel(nnx.Module):
     def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
         make = {"dtype": dtype, "rngs": rngs}
         self.embeddings = ViTEmbeddings(config, **make)
+        norm = {"epsilon": config.layer_norm_eps, **make}
+        self.has_pre_norm = config.pre_norm
+        if self.has_pre_norm:
+            self.pre_layernorm = layers.layer_norm(config.hidden_size, **norm)
         self.encoder = Encoder([ViTLayer(config, **make) for _ in range(config.num_hidden_layers)])
-        self.layernorm = layers.layer_norm(
-            config.hidden_size, epsilon=config.layer_norm_eps, **make
-        )
+        self.layernorm = layers.layer_norm(config.hidden_size, **norm)
 
     def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
         """All tokens after the last norm."""
-        return self.layernorm(self.encoder(self.embeddings(pixels))[-1])
+        tokens = self.embeddings(pixels)
+        if self.has_pre_norm:
+            tokens = self.pre_layernorm(tokens)
+        return self.layernorm(self.encoder(tokens)[-1])
 
 
 class ViTForImageClassification(nnx.Module):

@@ -136,13 +136,18 @@ def load_classifier(
 def save_classifier(classifier: Classifier, folder: str | os.PathLike) -> None:
     """Write a folder that `load_classifier` and transformers load.
 
-    ValueError for a network that transformers does not have: DeiT III's layer scale, a head without
-    bias, one that reads other tokens of DINOv2.
+    ValueError for a network that transformers does not have: DeiT III's layer scale, CLIP's norm
+    before the blocks, a head without bias, one that reads other tokens of DINOv2.
     """
     folder = Path(folder)
     config = classifier.model.config
     fields = dataclasses.asdict(config)
-    for name, usual in (("layer_scale", False), ("head_bias", True), ("head_layers", 1)):
+    for name, usual in (
+        ("layer_scale", False),
+        ("pre_norm", False),
+        ("head_bias", True),
+        ("head_layers", 1),
+    ):
         if fields.pop(name, usual) != usual:
             raise ValueError(
                 f"save_classifier: transformers' {config.model_type} has no {name} other than "

@@ -23,8 +23,8 @@ from jaxsynth.models.classifiers.resnet import ResNetConfig, ResNetForImageClass
 from jaxsynth.models.classifiers.swin import SwinConfig, SwinForImageClassification
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 
-# timm's epsilon of every LayerNorm but Swin's.
-_EPSILON = 1e-6
+# timm's epsilon of every LayerNorm but Swin's and CLIP's.
+_EPSILON, _CLIP_EPSILON = 1e-6, 1e-5
 
 Rename = Callable[[str], tuple[str, ...]]
 
@@ -55,7 +55,8 @@ _VIT = {
 }
 _VIT_NAME = re.compile(
     r"(?P<family>vit|deit|deit3)_(?P<size>tiny|small|medium|base|large|huge)(?P<distilled>_distilled)?"
-    r"_patch(?P<patch>\d+)_(?:(?P<image>\d+)|(?P<registers>reg4_)?dinov2)"
+    r"_patch(?P<patch>\d+)_(?:(?P<clip>clip_(?P<quick>quickgelu_)?)?(?P<image>\d+)"
+    r"|(?P<registers>reg4_)?dinov2)"
 )
 _RESNETS = {
     "resnet18": ("basic", (2, 2, 2, 2)),
@@ -83,6 +84,7 @@ _SWIN_NAME = re.compile(
 )
 _KNOWN = (
     "vit_, deit_ and deit3_{size}[_distilled]_patch{n}_{size}, vit_{size}_patch14_[reg4_]dinov2, "
+    "vit_{size}_patch{n}_clip_[quickgelu_]{size}, "
     f"swin_{{size}}_patch4_window{{n}}_{{size}}, {', '.join(_CONVNEXTS)}, {', '.join(_RESNETS)}"
 )
 
@@ -100,7 +102,7 @@ def describe(
         (_RESNETS.get(name), _resnet),
         (_CONVNEXTS.get(name), _convnext),
         (_SWIN_NAME.fullmatch(name), _swin),
-        (_VIT_NAME.fullmatch(name), _vit),
+        (_vit_name(name), _vit),
     )
     known, make = next((pair for pair in makers if pair[0] is not None), (None, None))
     if known is None:
@@ -126,6 +128,13 @@ def describe(
     return found
 
 
+def _vit_name(name: str) -> re.Match | None:
+    found = _VIT_NAME.fullmatch(name)
+    # Of the others timm has no such networks.
+    is_vit = found is not None and found["family"] == "vit" and not found["distilled"]
+    return found if is_vit or found is None or not found["clip"] else None
+
+
 def _vit(found: re.Match, args: dict, labels: int, image_size: int, keys: Collection[str]):
     width, depth, heads = _VIT[found["size"]]
     width = args.pop("embed_dim", width)
@@ -134,7 +143,7 @@ def _vit(found: re.Match, args: dict, labels: int, image_size: int, keys: Collec
         "num_hidden_layers": args.pop("depth", depth),
         "num_attention_heads": args.pop("num_heads", heads),
         "patch_size": args.pop("patch_size", int(found["patch"])),
-        "layer_norm_eps": _EPSILON,
+        "layer_norm_eps": _CLIP_EPSILON if found["clip"] else _EPSILON,
         "num_labels": labels,
     }
     ratio = args.pop("mlp_ratio", 4.0)
@@ -157,6 +166,8 @@ def _vit(found: re.Match, args: dict, labels: int, image_size: int, keys: Collec
         intermediate_size=int(width * ratio),
         distilled=distilled,
         layer_scale=found["family"] == "deit3",
+        pre_norm=bool(found["clip"]),
+        hidden_act="quick_gelu" if found["quick"] else "gelu",
         **shape,
     )
     head = [(r"head\.", "cls_classifier."), (r"head_dist\.", "distillation_classifier.")]
@@ -228,6 +239,7 @@ _TOKENS = [
 _VIT_RULES = [
     *_TOKENS,
     (r"dist_token$", "{}.embeddings.distillation_token"),
+    (r"norm_pre\.", "{}.pre_layernorm."),
     *_ATTENTION,
     (_BLOCK + r"norm1\.", r"{}.encoder.layer.\1.layernorm_before."),
     (_BLOCK + r"norm2\.", r"{}.encoder.layer.\1.layernorm_after."),

@@ -366,11 +366,12 @@ def test_timm_arguments_that_are_not_known_are_refused(tmp_path):
     for change, message in (
         ({"architecture": "resnet50d"}, "architecture 'resnet50d' is not known, only vit_, deit_"),
         *(
-            # CLIP's norm before the layers, SigLIP's pooling by attention: no ViT that is here.
+            # SigLIP's pooling by attention, and sizes that are not here.
             ({"architecture": name, "global_pool": pool}, f"architecture '{name}' is not known")
             for name, pool in (
-                ("vit_base_patch32_clip_quickgelu_224", "token"),
-                ("vit_large_patch14_clip_336", "token"),
+                ("vit_base_patch16_siglip_224", "map"),
+                ("vit_base_patch16_plus_clip_240", "token"),
+                ("deit_base_patch16_clip_224", "token"),
                 ("vit_so400m_patch14_siglip_384", "map"),
                 ("eva02_base_patch14_448", "avg"),
             )
