@@ -179,13 +179,14 @@ def display_names(
 
 
 def check_distinct(dataset: Dataset) -> None:
-    """SourceError where two classes get prompts that CLIP reads alike.
+    """SourceError where two classes get prompts that CLIP or a person reads alike.
 
-    Its tokenizer lower-cases, joins white space and composes accents.
+    CLIP's tokenizer lower-cases, joins white space, composes accents and takes wide letters for
+    plain ones. Characters that are not seen tell nobody classes apart.
     """
     seen: dict[str, str] = {}
     for class_name, words in zip(dataset.class_names, dataset.display_names, strict=True):
-        key = " ".join(unicodedata.normalize("NFC", words).lower().split())
+        key = _alike(words)
         if key in seen:
             raise SourceError(
                 f"{dataset.name}: classes {seen[key]!r} and {class_name!r} get the same prompt "
@@ -195,6 +196,15 @@ def check_distinct(dataset: Dataset) -> None:
                 '}"'
             )
         seen[key] = class_name
+
+
+def _alike(words: str) -> str:
+    seen = (
+        unicodedata.normalize("NFKC", char) if unicodedata.east_asian_width(char) == "F" else char
+        for char in words
+        if unicodedata.category(char) != "Cf"
+    )
+    return " ".join(unicodedata.normalize("NFC", "".join(seen)).lower().split())
 
 
 def prompt(dataset: Dataset, class_: int | str) -> str:

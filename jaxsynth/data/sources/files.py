@@ -7,6 +7,7 @@ unnoticed.
 
 from __future__ import annotations
 
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ RUBBISH = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "_
 # Texts that describe an image lie beside it under its name, and so do the seconds of film that
 # telephones keep with a photo.
 CAPTIONS = (".txt", ".caption", ".json", ".xml", ".xmp", ".aae", ".npz", ".mov")
+# What macOS leaves in the place of a file that it has moved to iCloud: .NAME.icloud.
+_IN_THE_CLOUD = ".icloud"
 # To find broken files early so many bytes of them are decoded, or so many headers read.
 DECODED_BYTES = 2**28
 HEADERS = 20_000
@@ -82,6 +85,9 @@ def images_in(folder: Path, problems: dict[Path, str]) -> list[Path]:
     paths = visible(folder)
     images = [path for path in paths if is_image(path) and not path.is_dir()]
     stems = {path.stem for path in images} | {path.name for path in images}
+    for path in folder.glob(f".*{_IN_THE_CLOUD}"):
+        name = path.name.removeprefix(".").removesuffix(_IN_THE_CLOUD)
+        problems[folder / name] = "is in iCloud and not on this disk; download it in the Finder"
     for path in paths:
         if path.is_dir():
             problems[path] = (
@@ -105,6 +111,9 @@ def check_images(paths: Sequence[Path], problems: dict[Path, str]) -> None:
             found = path.stat()
         except OSError as error:
             problems[path] = f"cannot be read ({error.strerror})"
+            continue
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would never end
+            problems[path] = "a pipe, socket or device, expected a file"
             continue
         stamps[path] = (str(path), found.st_size, found.st_mtime_ns)
     whole = sum(size for _, size, _ in stamps.values()) <= DECODED_BYTES

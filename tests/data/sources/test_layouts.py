@@ -1,6 +1,7 @@
 """Folders as people have them: layouts, rubbish, tables of labels, packed files; and refusals."""
 
 import json
+import os
 import tarfile
 from dataclasses import fields, replace
 
@@ -122,16 +123,18 @@ def test_all_bad_files_are_named_at_once(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "wren" / "more").mkdir()
     (tmp_path / "wren" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "wren" / "pipe.jpg")
+    (tmp_path / "robin" / ".far.jpg.icloud").write_bytes(b"bplist00")
     with pytest.raises(SourceError, match=r"stray\.docx: a file beside the class folders"):
         load(tmp_path)
     (tmp_path / "stray.docx").unlink()
     with pytest.raises(SourceError) as error:
         load(tmp_path)
     for name in ("robin/empty.jpg", "robin/page.jpg", "wren/cut.png", "wren/a.mp4", "wren/more",
-                 "wren/gone.jpg"):  # fmt: skip
+                 "wren/gone.jpg", "wren/pipe.jpg", "robin/far.jpg"):  # fmt: skip
         assert f"{name}: " in str(error.value)
     assert str(error.value).count("\n") == 0
-    assert "6 files or folders cannot be used" in str(error.value)
+    assert "8 files or folders cannot be used" in str(error.value)
     assert "move or remove anything else" in str(error.value)
 
 
@@ -402,6 +405,8 @@ def test_what_is_for_held_out_images_is_refused_where_there_are_others(tmp_path,
         ("Wren", "wren"),
         ("WildRobin", "wild robin"),
         ("a  b", "a b"),
+        ("wren\u200b", "wren"),
+        ("\uff57\uff52\uff45\uff4e", "wren"),
     ],
 )
 def test_classes_with_one_prompt_are_refused(tmp_path, names):
