@@ -23,6 +23,9 @@ CASES = {
     "deit3_small_patch16_224": VIT,
     "vit_base_patch16_clip_224": VIT,
     "vit_base_patch32_clip_quickgelu_224": VIT,
+    "vit_small_patch16_224": VIT
+    | {"init_values": 0.1, "qkv_bias": False, "act_layer": "quick_gelu", "drop_path_rate": 0.1},
+    "deit3_base_patch16_224": VIT | {"init_values": None, "act_layer": "gelu_tanh"},
     "vit_small_patch14_dinov2": VIT,
     "vit_small_patch14_reg4_dinov2": VIT,
     "resnet18": {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 8)},

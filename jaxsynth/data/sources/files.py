@@ -7,6 +7,7 @@ unnoticed.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,12 +68,24 @@ class FileSource:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, without hidden files and rubbish."""
-    return sorted(
+    """What lies in a folder, sorted, without hidden files and rubbish.
+
+    SourceError for a name that is no text, which records and prompts could not hold.
+    """
+    found = sorted(
         path
         for path in folder.iterdir()
         if not path.name.startswith(".") and path.name.lower() not in RUBBISH
     )
+    for path in found:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise SourceError(
+                f"{folder}: the name of {os.fsencode(path.name)!r} is not UTF-8, as archives of "
+                "other systems may leave names; rename it"
+            ) from None
+    return found
 
 
 def is_image(path: Path) -> bool:

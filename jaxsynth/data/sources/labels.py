@@ -127,7 +127,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     heading = [x.strip() for x in table[0]] if headed else [str(i) for i in range(len(table[0]))]
     for number, cells in enumerate(table[headed:], 1 + headed):
         if len(cells) not in (0, len(heading)):
-            raise SourceError(f"{path}, line {number}: {len(cells)} cells, expected {len(heading)}")
+            raise SourceError(
+                f"{path}, line {number}: {counted(len(cells), 'cell')}, expected {len(heading)}"
+            )
         yield number, {key: cell.strip() for key, cell in zip(heading, cells, strict=False)}
 
 

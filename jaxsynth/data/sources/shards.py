@@ -296,6 +296,11 @@ def _columns(file: Path, schema) -> tuple[str, str, tuple[str, ...]]:
 def _plain(file: Path, labels: list[Any]) -> list[int | str]:
     if any(not isinstance(label, int | str) for label in labels):
         raise SourceError(f"{file}: a label is missing, or neither a number nor a text")
+    if any(isinstance(label, int) and label < 0 for label in labels):
+        raise SourceError(
+            f"{file}: a label is below 0, as Hugging Face writes images without one; leave this "
+            "file out, or name the splits by train_split and test_split"
+        )
     return labels
 
 

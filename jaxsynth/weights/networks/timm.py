@@ -26,6 +26,12 @@ from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 # timm's epsilon of every LayerNorm but Swin's and CLIP's.
 _EPSILON, _CLIP_EPSILON = 1e-6, 1e-5
 
+# Arguments that decide how a network starts and is regularised, not what it computes.
+_OF_TRAINING = (
+    "drop_rate", "drop_path_rate", "drop_block_rate", "attn_drop_rate", "proj_drop_rate",
+    "pos_drop_rate", "patch_drop_rate", "zero_init_last", "weight_init", "head_init_scale",
+)  # fmt: skip
+
 Rename = Callable[[str], tuple[str, ...]]
 
 
@@ -108,6 +114,7 @@ def describe(
     if known is None:
         raise UserError(f"{path}: architecture {shown(name)} is not known, only {_KNOWN}")
     args = dict(take(config, "model_args", dict | None, path, None) or {})
+    args = {name: value for name, value in args.items() if name not in _OF_TRAINING}
     labels = take(config, "num_classes", int, path, 1000)
     size = args.pop("img_size", image_size)
     size = size[0] if isinstance(size, list | tuple) else size
@@ -158,23 +165,33 @@ def _vit(found: re.Match, args: dict, labels: int, image_size: int, keys: Collec
         )
         rename = _renamer(_DINOV2, kind)
         return Architecture(Dinov2ForImageClassification, config, rename, "pos_embed")
-    distilled = bool(found["distilled"])
+    distilled, new = bool(found["distilled"]), found["family"] == "deit3"
     kind = "deit" if distilled else "vit"
     config = ViTConfig(
         model_type=kind,
         image_size=image_size,
         intermediate_size=int(width * ratio),
         distilled=distilled,
-        layer_scale=found["family"] == "deit3",
+        # None takes timm's own value, which only DeiT III has.
+        layer_scale=args.pop("init_values", None) is not None or new,
         pre_norm=bool(found["clip"]),
-        hidden_act="quick_gelu" if found["quick"] else "gelu",
+        qkv_bias=args.pop("qkv_bias", True),
+        hidden_act=_activation(args.pop("act_layer", "quick_gelu" if found["quick"] else "gelu")),
         **shape,
     )
     head = [(r"head\.", "cls_classifier."), (r"head_dist\.", "distillation_classifier.")]
     rules = [*_VIT_RULES, *(head if distilled else [(r"head\.", "classifier.")])]
     # DeiT III adds positions to patches only.
-    padded = "pos_embed" if config.layer_scale else ""
+    padded = "pos_embed" if new else ""
     return Architecture(ViTForImageClassification, config, _renamer(rules, kind), padded)
+
+
+def _activation(name: Any) -> str:
+    """transformers' name of an activation of timm's; ValueError where it has none here."""
+    names = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    if name not in names:
+        raise ValueError(f"act_layer: {shown(name)}, expected one of {', '.join(names)}")
+    return names[name]
 
 
 def _resnet(found: tuple, args: dict, labels: int, image_size: int, keys: Collection[str]):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import fields, replace
 
@@ -136,6 +137,19 @@ def test_all_bad_files_are_named_at_once(tmp_path):
     assert str(error.value).count("\n") == 0
     assert "8 files or folders cannot be used" in str(error.value)
     assert "move or remove anything else" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [b"gar\xe7on", b"robin/\xff.png"])
+def test_a_name_that_is_no_text_is_refused(tmp_path, name):
+    for bird in ("robin", "wren"):
+        draw(tmp_path / bird, bird, 3)
+    path = os.path.join(os.fsencode(tmp_path), name)
+    if name.endswith(b".png"):
+        shutil.copy(tmp_path / "robin" / "0.png", path)
+    else:
+        shutil.copytree(os.fsencode(tmp_path / "robin"), path)
+    with pytest.raises(SourceError, match=r"the name of b'.*\\x.* is not UTF-8.*rename it"):
+        load(tmp_path)
 
 
 TABLES = {
@@ -351,6 +365,10 @@ def test_parquet_and_arrow_of_hugging_face(tmp_path):
     check(data, 4, 1)
     check(load(saved), 2, 2)
     check(load(tmp_path / "saved"), 2, 2)
+    without = table.set_column(1, "label", pa.array([-1] * 4))
+    pq.write_table(without, hub / "test-00000-of-00001.parquet")
+    with pytest.raises(SourceError, match=r"test-0.*a label is below 0.*without one; leave"):
+        load(tmp_path / "hub")
 
 
 @pytest.mark.parametrize(

@@ -377,6 +377,11 @@ def test_timm_arguments_that_are_not_known_are_refused(tmp_path):
             )
         ),
         ({"model_args": {"act_layer": "silu"}}, "model_args: unknown 'act_layer'"),
+        (
+            {"architecture": "vit_tiny_patch16_224", "global_pool": "token"}
+            | {"model_args": {"act_layer": "silu"}},
+            "act_layer: 'silu', expected one of gelu, quick_gelu",
+        ),
         ({"model_args": {"global_pool": "max"}}, "global_pool: expected 'avg', found 'max'"),
         ({"pretrained_cfg": {"mean": [0, 0, 0]}}, "pretrained_cfg has no input_size, crop_pct"),
     ):
