@@ -5,7 +5,6 @@ as an uninterrupted one (Grain's iterators have all three). What is written to t
 resumed run equals an uninterrupted one's: speeds, which cannot, have a file of their own.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,8 @@ from jaxsynth.core.console import progress
 from jaxsynth.core.words import counted
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import MetricsWriter
+from jaxsynth.training.planning import count_flops
+from jaxsynth.training.speed import Meter
 from jaxsynth.training.step import StepFn, TrainState
 
 PROFILED_CALLS = range(3, 8)  # past compilation, and short enough to read
@@ -77,7 +78,7 @@ def fit(
         examples: of one step, for the speed in examples a second; 0: not reported.
         place: moves a batch to the devices, such as `partial(shard_batch, mesh=mesh)`.
         checkpoint: resumed from if it holds a step; saved to as it says and at the end.
-        metrics: gets means over each `log_every` steps, and the time they took.
+        metrics: gets means over each `log_every` steps, and how fast they were (`speed.Meter`).
         evaluate: called every `evaluate_every` steps; its scalars are logged as "eval/<name>".
             It must not keep the state's arrays, which the next step overwrites.
         sample: called every `sample_every` steps, likewise.
@@ -106,8 +107,8 @@ def fit(
     leaves, structure = jax.tree.flatten(state)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
     program = program_of(step_fn, structure, frozen_structure, leaves)
-    window.start(start)
     pending: tuple[int, Any] | None = None
+    meter: Meter | None = None
 
     def collect() -> dict[str, Any]:
         """Wait for the newest step's metrics and add them to the window."""
@@ -125,13 +126,24 @@ def fit(
             calls += 1
             if profile is not None:
                 _profile(calls, profile)
+            if meter is not None:
+                meter.look()
             try:
                 batch = next(batches)
             except StopIteration:
                 raise RuntimeError(f"the batches ended at step {step} of {steps}") from None
             with jax.profiler.StepTraceAnnotation(description, step_num=step):
-                batch = batch if place is None else place(batch)
-                leaves, values = program(leaves, frozen_leaves, batch)
+                if meter is not None:
+                    meter.look()
+                batch = jax.device_put(batch) if place is None else place(batch)
+                if meter is None:
+                    traced = program.trace(leaves, frozen_leaves, batch)
+                    work = lambda: count_flops(traced.jaxpr) / steps_per_call  # noqa: B023, E731
+                    meter = Meter(step, examples, work)
+                # All that a step reads lies on the devices; only its first call makes constants.
+                with jax.transfer_guard("allow" if calls == 1 else "disallow"):
+                    leaves, values = program(leaves, frozen_leaves, batch)
+            meter.queued(values)
             # The device works on this step while the host reads the one before it.
             if pending is not None:
                 newest = collect()
@@ -143,13 +155,15 @@ def fit(
             if _due(log_every, before, step, steps):
                 collect()
                 if metrics is not None:
-                    metrics.write_speed(step, window.speed(step, examples))
+                    metrics.write_speed(step, meter.read(step))
                 report |= window.close()
             if evaluate is not None and _due(evaluate_every, before, step, steps):
                 found = evaluate(jax.tree.unflatten(structure, leaves))
                 report |= {f"eval/{name}": value for name, value in found.items()}
+                meter.pause()
             if sample is not None and _due(sample_every, before, step, steps):
                 sample(jax.tree.unflatten(structure, leaves))
+                meter.pause()
             if report and metrics is not None:
                 metrics.write(step, report)
             leaving = preemption.requested(step) and step < steps
@@ -182,10 +196,6 @@ class _Window:
         self.sums: dict[str, Any] = {}
         self.count = 0
 
-    def start(self, step: int) -> None:
-        """Start the clock."""
-        self.step, self.began = step, time.perf_counter()
-
     def state(self) -> dict[str, Any]:
         """What `restore` takes, as JSON."""
         return {
@@ -202,14 +212,6 @@ class _Window:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
         self.count += 1
-
-    def speed(self, step: int, examples: int) -> dict[str, float]:
-        """Steps and examples a second since the last call."""
-        now = time.perf_counter()
-        rate = (step - self.step) / (now - self.began)
-        self.step, self.began = step, now
-        found = {"steps_per_second": rate}
-        return found | ({"examples_per_second": rate * examples} if examples else {})
 
     def close(self) -> dict[str, Any]:
         means = {name: value / self.count for name, value in self.sums.items()}

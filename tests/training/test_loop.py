@@ -78,6 +78,9 @@ def test_it_trains_and_reports_means(tmp_path, key):
     speeds = read_metrics(tmp_path / "speed.jsonl")
     assert [line["step"] for line in speeds] == [4, 8, 10]
     assert all(line["steps_per_second"] > 0 for line in speeds)
+    # A product of (n, 3) and (3,) and its gradient: at least 2 x 3 n operations a step.
+    assert all(line["flops_per_second"] >= 6 * line["steps_per_second"] for line in speeds)
+    assert all(0 <= line["idle"] <= 1 and line["host_bytes"] > 0 for line in speeds)
 
 
 def test_resumed_equals_uninterrupted(tmp_path, key):

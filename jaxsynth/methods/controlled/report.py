@@ -10,7 +10,7 @@ from jaxsynth.methods.controlled.ways import WAYS
 from jaxsynth.quality.adherence import MEASURES
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
-from jaxsynth.runs.results import check_stages, stage_details
+from jaxsynth.runs.results import check_stages, how_it_was_made
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.runs.sweep import best_results
 
@@ -67,7 +67,7 @@ def report(workdir: Path) -> Path:
                 tables=tables,
                 images=pictures,
             ),
-            Section("How it was made", details=stage_details(workdir)),
+            how_it_was_made(workdir),
         ],
         subtitle="Adapters inside the base against a network beside it.",
         facts=[("condition", kind), ("runs", str(len(results)))],

@@ -13,7 +13,7 @@ from jaxsynth.methods.customize.stages import FIGURES
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.robustness.metrics.bootstrap import difference, interval, mean
-from jaxsynth.runs.results import check_stages, stage_details
+from jaxsynth.runs.results import check_stages, how_it_was_made
 from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 
@@ -75,7 +75,7 @@ def report(workdir: Path) -> Path:
                     )
                 ],
             ),
-            Section("How it was made", details=stage_details(workdir)),
+            how_it_was_made(workdir),
         ],
         subtitle="A text-to-image model learns from a few images.",
         facts=[("technique", title), ("seeds", str(len(results)))],

@@ -23,7 +23,7 @@ from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.robustness.metrics.limits import share_limits
-from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.results import how_it_was_made
 from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 
@@ -106,7 +106,7 @@ def write(workdir: Path) -> Path:
             images=[Picture(grid, _grid_caption(dataset), pixelated=True)],
         ),
         *_training_samples(workdir),
-        Section("How it was made", details=stage_details(workdir)),
+        how_it_was_made(workdir),
     ]
     facts = [
         ("data set", dataset.name),

@@ -15,7 +15,7 @@ from jaxsynth.quality.adherence import MEASURES
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
-from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.results import how_it_was_made
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.runs.sweep import best_results
 
@@ -68,7 +68,7 @@ def write(workdir: Path) -> Path:
     routing = workdir / "routing" / "routing.json"
     if routing.is_file():
         sections.append(Section("One batch, many data sets", _routing(routing)))
-    sections.append(Section("How it was made", details=stage_details(workdir)))
+    sections.append(how_it_was_made(workdir))
     return write_page(
         page_of(workdir),
         "DiffScaler",

@@ -14,7 +14,7 @@ from jaxsynth.report.tables import Table, to_markdown, to_rich
 from jaxsynth.robustness import suite
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.details import FEATURE_SCORES
-from jaxsynth.runs.results import check_stages, stage_details
+from jaxsynth.runs.results import check_stages, how_it_was_made
 
 # Where a model's stage keeps what it predicted.
 ANSWERS = "answers.npz"
@@ -75,7 +75,7 @@ def report(workdir: Path) -> Path:
     sections += _strange(workdir, details)
     sections += [
         _protocols(found["models"]),
-        Section("How it was made", details=stage_details(workdir)),
+        how_it_was_made(workdir),
     ]
     return write_page(
         workdir / "report.html",

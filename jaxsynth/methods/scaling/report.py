@@ -26,7 +26,7 @@ from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import Series, plot_scaling, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
-from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.results import how_it_was_made
 from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 
@@ -97,7 +97,7 @@ def write(workdir: Path) -> Path:
         *_clones(workdir, config, len(dataset.train)),
         *_pictures(workdir, config, found, dataset),
         *([] if not failed else [Section("What failed", _failures(failed))]),
-        Section("How it was made", details=stage_details(workdir)),
+        how_it_was_made(workdir),
     ]
     write_numbers(
         workdir / "figures" / "worth",

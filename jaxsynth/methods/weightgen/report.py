@@ -28,7 +28,7 @@ from jaxsynth.methods.weightgen.scores import (
 from jaxsynth.report.page import Picture, Section, write_page
 from jaxsynth.report.plots import plot_curves
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
-from jaxsynth.runs.results import stage_details
+from jaxsynth.runs.results import how_it_was_made
 from jaxsynth.runs.stage import MANIFEST, TIMES
 
 # What curves hold: its title, factor and digits.
@@ -79,7 +79,7 @@ def write(workdir: Path) -> Path:
         _tried(results),
         _honesty(results, names),
         _costs(results),
-        Section("How it was made", details=stage_details(workdir)),
+        how_it_was_made(workdir),
     ]
     tables = [table for section in sections for table in section.tables]
     for table in tables:
