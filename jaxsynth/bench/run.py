@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsynth.bench.cases import (
+    accelerator,
     adapters,
     attacks,
     corruptions,
@@ -28,9 +29,10 @@ from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
 from jaxsynth.core.errors import UsageError
 from jaxsynth.core.io import write_json
 from jaxsynth.runs.stage import versions
+from jaxsynth.training.speed import PEAKS
 
 # Beyond rounding: two libraries sum a thousand products in different orders.
-TOLERANCE = 1e-3
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 # Beyond either, a quotient would say more about the machine than about the two sides: the share of
 # the cores' time that other processes had, and half the range of a side's measurements.
 MOST_OTHERS = 0.1
@@ -53,12 +55,14 @@ class Benchmark:
     """What is timed: our side, and another that does the same.
 
     `build(case)` gives our side, whose `step()` does the work and waits for it, and which may say
-    in `memory` how many bytes that takes an image. `connect(ours, peer)` gives the other, and
-    `call(ours, other)` what it does in `step`'s place. `compare(ours, found, other)` is the
+    in `memory` how many bytes that takes an image and in `work` how many operations a call is, by
+    how they are counted. `connect(ours, peer)` gives the other, or None where nobody does the same,
+    and `call(ours, other)` what it does in `step`'s place. `compare(ours, found, other)` is the
     difference of both sides' results, `found` those of our first two steps, or None where they are
     not meant to be the same. `peers` are those that the other can be, timed on request. Without any
     the other is our own: `names` head the sides' columns, it is always timed, and it counts as what
-    ours costs more than it.
+    ours costs more than it. `default` names the cases that are timed where none is asked for, and
+    `same_bits(case, found)` tells whether a second run ends with the bits of the first.
     """
 
     cases: Sequence[Any]
@@ -68,6 +72,8 @@ class Benchmark:
     call: Callable[[Any, Any], Callable[[], object]]
     peers: tuple[str, ...] = ()
     names: tuple[str, str] = ("jaxsynth", "")
+    default: Callable[[], list[str]] | None = None
+    same_bits: Callable[[Any, list], bool] | None = None
 
 
 def _of_peers(module: ModuleType, *peers: str) -> Benchmark:
@@ -92,10 +98,15 @@ BENCHES = {
     "adapters": _of_ours(adapters, "kind", "LoRA"),
     "attacks": _of_peers(attacks, "foolbox", "torchattacks"),
     "corruptions": _of_peers(corruptions, "imagecorruptions"),
+    "accelerator": replace(
+        _of_peers(accelerator, "torch"),
+        default=accelerator.default,
+        same_bits=accelerator.same_bits,
+    ),
 }
 
 
-def _prepare(peer: str) -> dict[str, str]:
+def _prepare(peer: str, *, accelerator: bool) -> dict[str, str]:
     """Imports a peer, gives it its cores, and returns the versions; UserError if it is missing."""
     if peer == "foolbox":
         from jaxsynth.bench.peers import foolbox as module
@@ -104,7 +115,9 @@ def _prepare(peer: str) -> dict[str, str]:
     elif peer == "imagecorruptions":
         from jaxsynth.bench.peers import imagecorruptions as module
     else:
-        from jaxsynth.bench.peers import diffusers as module
+        from jaxsynth.bench.peers import diffusers
+
+        return diffusers.prepare(accelerator=accelerator)
     return module.prepare()
 
 
@@ -115,7 +128,8 @@ class Row:
     `images` are those of a call, `first` the seconds of our first call, compilation included,
     `memory` our bytes an image besides the arguments if known, and `difference` that of both sides'
     results (relative for losses). `others` is the share of the cores' time that other processes had
-    during the measurements, None where it is unknown.
+    during the measurements, None where it is unknown. `work` is what `Benchmark` says of it, and
+    `same_bits` whether a second run ended with the same bits, None where that was not tried.
     """
 
     case: str
@@ -127,6 +141,8 @@ class Row:
     difference: float | None = None
     others: float | None = None
     memory: int | None = None
+    work: dict[str, float] | None = None
+    same_bits: bool | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -183,13 +199,16 @@ def run(
         raise UsageError(f"bench {name}: compares two of our own programs, and takes no --peer")
     if peer and peer not in bench.peers:
         raise UsageError(f"bench {name}: --peer={peer}, expected {' or '.join(bench.peers)}")
-    record = environment()
+    if peer and name == "accelerator":
+        # Else JAX takes three quarters of a GPU's memory, and nothing is left for the other side.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    record = environment() | {"dtype": "bfloat16" if name == "accelerator" else "float32"}
     if peer:
-        record["versions"] |= _prepare(peer)
+        record["versions"] |= _prepare(peer, accelerator=name == "accelerator")
     for line in _header(record):
         console.print(line, markup=False)
     rows = []
-    for case in [known[case] for case in cases or known]:
+    for case in [known[case] for case in cases or (bench.default or known.keys)()]:
         with console.status(f"{name}: {case.name}"):
             rows.append(measure(name, case, peer=peer, reps=reps, shortest=shortest))
         # A case's networks are large; the next one's must not stand beside them.
@@ -214,22 +233,28 @@ def measure(name: str, case: Any, *, peer: str, reps: int, shortest: float) -> R
         "images": case.images,
         "first": time.perf_counter() - began,
         "memory": getattr(ours, "memory", None),
+        "work": getattr(ours, "work", None),
     }
     found.append(ours.step())
     calls = {"ours": ours.step}
-    if peer or not bench.peers:
-        other = bench.connect(ours, peer)
+    other = bench.connect(ours, peer) if peer or not bench.peers else None
+    if other is not None:
         difference = bench.compare(ours, found, other)
-        if difference is not None and not difference < TOLERANCE:
+        most = TOLERANCE[getattr(case, "dtype", "float32")]
+        if difference is not None and not difference < most:
             raise RuntimeError(
                 f"bench {name}, {case.name}: the two sides' results differ by {difference:.2g}, "
-                f"expected less than {TOLERANCE}; nothing was timed"
+                f"expected less than {most}; nothing was timed"
             )
         row["difference"] = difference
         calls["peer"] = bench.call(ours, other)
     watch = Watch()
     times = alternate(calls, reps, shortest=shortest)
-    return Row(**row, **times, others=watch.others())
+    others = watch.others()
+    if bench.same_bits is not None:
+        del ours, other, calls  # a second network must not stand beside them
+        row["same_bits"] = bench.same_bits(case, found)
+    return Row(**row, **times, others=others)
 
 
 def environment() -> dict[str, Any]:
@@ -256,7 +281,7 @@ def _header(record: dict[str, Any]) -> list[str]:
     found = record["versions"]
     names = [name for name in SHOWN if name in found]
     lines = [
-        f"{record['device']}, {record['processor']}, cores: {record['cores']}, float32",
+        f"{record['device']}, {record['processor']}, cores: {record['cores']}, {record['dtype']}",
         ", ".join(f"{name} {found[name]}" for name in names),
     ]
     return lines + ([f"XLA_FLAGS={record['xla_flags']}"] if record["xla_flags"] else [])
@@ -265,7 +290,7 @@ def _header(record: dict[str, Any]) -> list[str]:
 def _show(console: Console, name: str, rows: Sequence[Row], peer: str) -> None:
     """Prints the table; 80 columns are enough for it, and all there are in a pipe."""
     title = f"bench {name}: median of {len(rows[0].ours.seconds)} measurements"
-    if rows[0].peer is not None:
+    if any(row.peer is not None for row in rows):
         title += ", taken in turn"
     # Lines that are too long go on in the next: those of a run's console do not.
     console.print(title, "", sep="\n", markup=False, soft_wrap=False)
@@ -280,7 +305,7 @@ def _table(bench: Benchmark, rows: Sequence[Row], peer: str) -> Table:
     table.add_column("case", no_wrap=True)
     measured = any(row.memory is not None for row in rows)
     columns = ["first call\nmemory" if measured else "first\ncall", bench.names[0]]
-    if rows[0].peer is not None:
+    if any(row.peer is not None for row in rows):
         columns += [peer, "ratio"] if peer else [bench.names[1], "overhead"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -329,10 +354,27 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if alone := [row.case for row in rows if row.peer is not None and row.difference is None]:
         lines.append(f"Not the same by intent, so only their speed is compared: {', '.join(alone)}")
     for row in rows:
+        lines += _work(row)
+        if row.same_bits is not None:
+            same = "the same bits" if row.same_bits else "other bits"
+            lines.append(f"{row.case}: a second run of ours gives {same}")
+    for row in rows:
         if row.disturbed and row.peer is not None:
             lines.append(f"{row.case}: not compared, {row.disturbed}; run it on an idle machine")
         elif row.disturbed:
             lines.append(f"{row.case}: {row.disturbed}")
+    return lines
+
+
+def _work(row: Row) -> list[str]:
+    """Operations an image and a second, and their share of the device's peak where it is known."""
+    lines = []
+    for way, flops in (row.work or {}).items():
+        rate = flops / row.ours.median
+        line = f"{row.case}: {flops / row.images / 1e9:.4g} GFLOP an image by {way}'s count, "
+        line += f"{rate / 1e12:.3g} TFLOP/s"
+        peak = PEAKS.get(jax.devices()[0].device_kind)
+        lines.append(line + (f", {rate / peak:.0%} of the device's peak" if peak else ""))
     return lines
 
 

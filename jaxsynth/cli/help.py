@@ -77,6 +77,9 @@ benchmarks:
   adapters        one update of DoRA, LoHa or LoKr, and the same of LoRA; both sides are ours
   attacks         PGD of 20 steps; --peer=foolbox or torchattacks
   corruptions     ImageNet-C's 19 corruptions; --peer=imagecorruptions
+  accelerator     Stable Diffusion 2.1 at 512 pixels in bfloat16 (a step of one LoRA, of ten, 16
+                  images), PGD and corruptions, with MFU; --peer=torch (compiled) on the same GPU;
+                  on a CPU the shipped base instead
 
 cases of train-step and generate:
   tiny            the shipped 32x32 base; batches of 8 (train-step) or 20 images (generate)
@@ -90,6 +93,8 @@ cases of dit-train-step and routing:
 cases of adapters, rank 8:
   "dit-s2 dora" ...     on the linear layers of DiT-S/2
   "sd-shaped dora" ...  on the linear layers and convolutions of that UNet
+
+cases of accelerator: sd21, sd21-cls, sd21-generate, resnet20, "all 19"; toy, toy-cls, ...
 
 cases of attacks, 32x32 pixels:
   mlp, resnet20   classifiers, 256 and 32 images

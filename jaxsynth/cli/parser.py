@@ -163,6 +163,7 @@ def _bench_parser(verbs) -> argparse.ArgumentParser:
         "adapters",
         "attacks",
         "corruptions",
+        "accelerator",
     )
     peers = ("torch", "foolbox", "torchattacks", "imagecorruptions")
     parser.add_argument("name", metavar="BENCHMARK", choices=names, help="what is timed, see below")

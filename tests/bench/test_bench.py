@@ -19,6 +19,7 @@ from jaxsynth.bench.cases import (
     corruptions,
     dit_train_step,
     generate,
+    networks,
     routing,
     train_step,
 )
@@ -27,6 +28,7 @@ from jaxsynth.core.errors import UsageError
 from jaxsynth.diffusion.learned_range import variational_bound
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.weights.networks.dit import SCHEDULER
+from tests.methods.small_base import TEXT, UNET, VAE
 
 
 def printer(width: int = 80) -> Console:
@@ -35,6 +37,21 @@ def printer(width: int = 80) -> Console:
 
 
 PEERS = ("torch", "diffusers", "peft")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """The networks of the cases called tiny, smaller: what both sides compute is the same code."""
+    half = networks.sd_shaped()
+    small = networks.Networks(
+        unet=UNET,
+        vae=VAE,
+        text_encoder=half.text_encoder | TEXT,
+        scheduler=half.scheduler,
+    )
+    monkeypatch.setitem(networks.NETWORKS, "tiny", lambda: small)
+    dit = replace(networks.tiny_dit(), num_layers=1, num_attention_heads=2, attention_head_dim=8)
+    monkeypatch.setitem(networks.DITS, "tiny", lambda: dit)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +93,25 @@ def test_both_sides_compute_the_same(name, cases, tmp_path):
     figures = json.loads(path.read_text())
     assert figures["rows"][-1]["peer"]["seconds"] and "torch" in figures["versions"]
     assert "Largest difference of the two sides' results: " in out.file.getvalue()
+
+
+@pytest.mark.slow
+def test_an_accelerators_benchmark_runs_at_toy_size_here(monkeypatch):
+    for package in PEERS:
+        pytest.importorskip(package)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    out = printer(100)
+    rows = bench.run("accelerator", peer="torch", reps=1, shortest=0.0, console=out)
+    assert [row.case for row in rows] == bench.BENCHES["accelerator"].default()
+    assert all(row.same_bits for row in rows)
+    trained = [row for row in rows if row.work]
+    assert len(trained) == 2 and all(row.difference < 3e-2 for row in trained)
+    # No gradients of frozen weights: less than training all of them, more than the forward pass.
+    for row in trained:
+        assert row.work["full training"] / 3 < row.work["LoRA"] < row.work["full training"]
+    assert [row.case for row in rows if row.peer is None] == ["toy-mlp", "toy-contrast"]
+    text = out.file.getvalue()
+    assert "GFLOP an image by LoRA's count" in text and "bfloat16" in text.splitlines()[0]
 
 
 def test_foolbox_finds_the_same_images():

@@ -2,8 +2,8 @@
 
 `tiny` has the shapes of the shipped 32x32 base, where the cost of starting operations counts;
 `sd-shaped` is Stable Diffusion 2.x at half its width and on 32x32 latents, where products and
-convolutions count. The transformers are the small one of configs/diffscaler.py and two published
-sizes.
+convolutions count; `sd21` is Stable Diffusion 2.1 itself, for accelerators. The transformers are
+the small one of configs/diffscaler.py and two published sizes.
 """
 
 import tempfile
@@ -21,6 +21,7 @@ from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights.hf import StableDiffusion, describe
+from jaxsynth.weights.layout import stored
 from jaxsynth.weights.single_file import SCHEDULE
 from jaxsynth.weights.tokenizer import train_tokenizer
 
@@ -84,7 +85,34 @@ def sd_shaped() -> Networks:
     )
 
 
-NETWORKS = {"tiny": tiny, "sd-shaped": sd_shaped}
+def sd21() -> Networks:
+    """Stable Diffusion 2.1 at 512 pixels: 866M parameters of the UNet, 340M of the text encoder."""
+    half = sd_shaped()
+    width, vocab = 1024, 49408
+    return Networks(
+        unet=half.unet
+        | {
+            "sample_size": 64,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": width,
+        },
+        vae=half.vae | {"block_out_channels": (128, 256, 512, 512), "sample_size": 512},
+        text_encoder=half.text_encoder
+        | {
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "bos_token_id": vocab - 2,
+            "eos_token_id": vocab - 1,
+            "projection_dim": 512,
+        },
+        scheduler=half.scheduler,
+    )
+
+
+NETWORKS = {"tiny": tiny, "sd-shaped": sd_shaped, "sd21": sd21}
 
 
 def tiny_dit() -> DiTConfig:
@@ -108,8 +136,11 @@ DITS = {
 }
 
 
-def random_pipeline(networks: Networks, seed: int = 0) -> StableDiffusion:
-    """The pipeline with random weights, and a tokenizer trained on a few words."""
+def random_pipeline(networks: Networks, seed: int = 0, dtype: str = "float32") -> StableDiffusion:
+    """The pipeline with random weights, and a tokenizer trained on a few words.
+
+    It computes in `dtype`, in which its weights are stored too, those of norms excepted.
+    """
     generator = np.random.default_rng(seed)
     text_config = CLIPTextConfig.from_dict(networks.text_encoder)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,10 +152,12 @@ def random_pipeline(networks: Networks, seed: int = 0) -> StableDiffusion:
         )
     return StableDiffusion(
         unet=random_network(
-            UNet2DCondition, UNet2DConditionConfig.from_dict(networks.unet), generator
+            UNet2DCondition, UNet2DConditionConfig.from_dict(networks.unet), generator, dtype
         ),
-        vae=random_network(AutoencoderKL, AutoencoderKLConfig.from_dict(networks.vae), generator),
-        text_encoder=random_network(CLIPTextModel, text_config, generator),
+        vae=random_network(
+            AutoencoderKL, AutoencoderKLConfig.from_dict(networks.vae), generator, dtype
+        ),
+        text_encoder=random_network(CLIPTextModel, text_config, generator, dtype),
         tokenizer=tokenizer,
         scheduler_config=networks.scheduler,
     )
@@ -135,10 +168,12 @@ def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
     return random_network(DiT, config, np.random.default_rng(seed))
 
 
-def random_network(model_cls, config, generator: np.random.Generator | int = 0) -> Any:
+def random_network(
+    model_cls, config, generator: np.random.Generator | int = 0, dtype: str = "float32"
+) -> Any:
     """A network whose activations keep their size from layer to layer, with no zero bias."""
     generator = np.random.default_rng(generator)
-    graphdef, state = nnx.split(describe(model_cls, config))
+    graphdef, state = nnx.split(describe(model_cls, config, jax.numpy.dtype(dtype)))
     stacked = getattr(model_cls, "stacked", ())
 
     def fill(path, variable) -> nnx.Variable:
@@ -153,4 +188,4 @@ def random_network(model_cls, config, generator: np.random.Generator | int = 0) 
         return variable.replace(jax.numpy.asarray(noise, np.float32))
 
     filled = [(path, fill(path, variable)) for path, variable in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    return nnx.merge(graphdef, stored(nnx.from_flat_state(filled), dtype))

@@ -21,18 +21,25 @@ from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, adapted
 from jaxsynth.training.optim import Rate, make_optimizer
+from jaxsynth.training.planning import count_flops
 from jaxsynth.training.step import StepFn, init_stacked, init_state, make_train_step, stacked
 from jaxsynth.weights.hf import StableDiffusion, save_pipeline
 
 
 @dataclass(frozen=True)
 class TrainCase:
-    """`adapters` are trained together on `batch_size` images each; torch takes one at a time."""
+    """`adapters` are trained together on `batch_size` images each; torch takes one at a time.
+
+    The base is stored and computed in `dtype`; what learns stays float32. With `compiled` torch's
+    side is compiled too.
+    """
 
     name: str
     networks: str
     batch_size: int
     adapters: int = 1
+    dtype: str = "float32"
+    compiled: bool = False
 
     @property
     def images(self) -> int:
@@ -87,6 +94,10 @@ class Stepper:
         self._leaves, metrics = self._program(self._leaves, self._frozen, batch)
         return jax.device_get(metrics)
 
+    def flops(self, batch: PyTree) -> float:
+        """Operations of the products and convolutions of an update."""
+        return count_flops(self._program.trace(self._leaves, self._frozen, batch).jaxpr)
+
 
 class Training:
     """Our side: `step()` is one update of every adapter, and waits for it."""
@@ -115,6 +126,18 @@ class Training:
             rates = jax.tree.map(lambda x: np.stack([x] * case.adapters), rate)
             state = init_stacked(stack(trainables), tx, jnp.stack(self._keys), rates)
         self._stepper = Stepper(step, state, frozen)
+        self._forward = lambda: jax.make_jaxpr(loss)(
+            trainables[0], frozen, self.batches[0], self._keys[0]
+        )
+
+    @property
+    def work(self) -> dict[str, float]:
+        """Operations of a call, as LoRA needs them and as training all weights would."""
+        return {
+            "LoRA": self._stepper.flops(self._batch),
+            # The weights' gradients cost what the forward pass does, and the activations' too.
+            "full training": 3 * count_flops(self._forward()) * self.case.adapters,
+        }
 
     def step(self) -> dict[str, np.ndarray]:
         return self._stepper(self._batch)
@@ -129,7 +152,7 @@ class Training:
 
 def build(case: TrainCase) -> Training:
     """Our side of a case, with random weights."""
-    return Training(random_pipeline(NETWORKS[case.networks]()), case)
+    return Training(random_pipeline(NETWORKS[case.networks](), dtype=case.dtype), case)
 
 
 def connect(ours: Training) -> Any:
@@ -138,7 +161,8 @@ def connect(ours: Training) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         save_pipeline(ours.pipeline, folder)
-        return TorchTraining(Path(folder), FINETUNE)
+        case = ours.case
+        return TorchTraining(Path(folder), FINETUNE, case.dtype, compiled=case.compiled)
 
 
 def random_states(pipeline: StableDiffusion, count: int) -> list[AdapterState]:

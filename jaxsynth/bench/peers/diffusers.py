@@ -1,6 +1,8 @@
 """The same work in torch with diffusers and peft, as their training scripts and pipelines do it.
 
-Defaults throughout (eager, float32, scaled-dot-product attention). Imported only for --peer=torch.
+Defaults throughout (eager, scaled-dot-product attention) but where a case asks for torch.compile.
+In bfloat16 as those scripts do it: the base is stored so, adapters are float32, and autocast joins
+them. On the CPU, or on the GPU where JAX runs on one. Imported only for --peer=torch.
 """
 
 import warnings
@@ -27,12 +29,19 @@ except ImportError as error:
     ) from error
 
 
-def prepare() -> dict[str, str]:
-    """Gives torch every core this process may use; returns the versions."""
-    if jax.default_backend() != "cpu":
+def prepare(*, accelerator: bool) -> dict[str, str]:
+    """Gives torch every core this process may use; returns the versions.
+
+    UserError where JAX runs on what torch does not, or, but for the `accelerator` benchmark, on
+    anything else than the CPU.
+    """
+    backend = jax.default_backend()
+    shared = accelerator and _device() == "cuda" and torch.cuda.is_available()
+    if backend != "cpu" and not shared:
         raise UserError(
-            f"--peer=torch compares on the CPU, but JAX runs on {jax.default_backend()}: "
-            "set JAX_PLATFORMS=cpu"
+            f"--peer=torch compares on the CPU{' or a GPU' if accelerator else ''}, but JAX runs "
+            f"on {backend}: set JAX_PLATFORMS=cpu"
+            + (f" (torch {torch.__version__} finds no GPU)" if backend == "gpu" else "")
         )
     torch.set_num_threads(len(cores()))
     for library in (diffusers, transformers):
@@ -42,11 +51,22 @@ def prepare() -> dict[str, str]:
     return {module.__name__: module.__version__ for module in modules}
 
 
+def _device() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
 class TorchTraining:
     """LoRA on UNet and text encoder, as in diffusers' DreamBooth LoRA script."""
 
-    def __init__(self, folder: Path, config: FinetuneConfig):
-        self._config = config
+    def __init__(
+        self,
+        folder: Path,
+        config: FinetuneConfig,
+        dtype: str = "float32",
+        *,
+        compiled: bool = False,
+    ):
+        self._config, self._dtype = config, getattr(torch, dtype)
         self._unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
         self._text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
         self._scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
@@ -57,6 +77,7 @@ class TorchTraining:
             ("text_encoder", self._text, config.text_targets),
         ):
             model.requires_grad_(False)
+            model.to(_device(), self._dtype)
             model.add_adapter(
                 peft.LoraConfig(
                     r=adapter.rank,
@@ -66,11 +87,16 @@ class TorchTraining:
                 )
             )
             model.train()
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
             self._factors |= {
                 _state_name(component, name): parameter
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad
             }
+        if compiled:
+            self._unet, self._text = torch.compile(self._unet), torch.compile(self._text)
 
     def load(self, state: AdapterState) -> None:
         """Sets every factor and forgets the optimiser's moments."""
@@ -89,18 +115,21 @@ class TorchTraining:
 
     def step(self, batch: dict, drawn=None) -> dict[str, float]:
         """One update; `drawn` (x0, noise, t), channels last, replaces this step's own draws."""
-        ids = torch.from_numpy(np.array(batch["ids"], np.int64))
+        device = _device()
+        ids = torch.from_numpy(np.array(batch["ids"], np.int64)).to(device)
         if drawn is None:
             mean, std = (nchw(np.asarray(batch[name])[:, 0]) for name in ("mean", "std"))
             x0 = mean + std * torch.randn_like(mean)
             noise = torch.randn_like(mean)
-            t = torch.randint(self._scheduler.config.num_train_timesteps, (len(mean),))
+            steps = self._scheduler.config.num_train_timesteps
+            t = torch.randint(steps, (len(mean),), device=device)
         else:
             x0, noise = nchw(drawn.x0), nchw(drawn.noise)
-            t = torch.from_numpy(np.array(drawn.t, np.int64))
+            t = torch.from_numpy(np.array(drawn.t, np.int64)).to(device)
         noisy = self._scheduler.add_noise(x0, noise, t)
-        text = self._text(ids, return_dict=False)[0]
-        output = self._unet(noisy, t, text, return_dict=False)[0]
+        with torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32):
+            text = self._text(ids, return_dict=False)[0]
+            output = self._unet(noisy.to(self._dtype), t, text, return_dict=False)[0]
         target = noise
         if self._scheduler.config.prediction_type == "v_prediction":
             target = self._scheduler.get_velocity(x0, noise, t)
@@ -123,11 +152,13 @@ class TorchGeneration:
         *,
         steps: int,
         guidance: float,
+        dtype: str = "float32",
+        compiled: bool = False,
     ):
-        self._steps, self._guidance = steps, guidance
+        self._steps, self._guidance, self._dtype = steps, guidance, getattr(torch, dtype)
         self._pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            folder, safety_checker=None, requires_safety_checker=False
-        )
+            folder, safety_checker=None, requires_safety_checker=False, dtype=self._dtype
+        ).to(_device())
         self._pipe.set_progress_bar_config(disable=True)
         self._names = [f"adapter{number}" for number in range(len(adapters))]
         with warnings.catch_warnings():
@@ -139,7 +170,9 @@ class TorchGeneration:
         for number, prompt in enumerate(prompts):
             self._switch(number)
             with torch.no_grad():
-                self._text.append(self._pipe.encode_prompt(prompt, "cpu", 1, True, ""))
+                self._text.append(self._pipe.encode_prompt(prompt, _device(), 1, True, ""))
+        if compiled:
+            self._pipe.unet = torch.compile(self._pipe.unet)
 
     def _switch(self, number: int) -> None:
         if self._names:
@@ -147,7 +180,7 @@ class TorchGeneration:
 
     def step(self, noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Images in [0, 1], float32 (b, h, w, 3), from noise (b, h, w, c)."""
-        latents, images = nchw(noise), None
+        latents, images = nchw(noise).to(self._dtype), None
         for number, (cond, uncond) in enumerate(self._text):
             rows = np.flatnonzero(labels == number)
             self._switch(number)
@@ -174,4 +207,4 @@ def _state_name(component: str, name: str) -> str:
 
 
 def nchw(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.array(x), -1, 1)))
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.array(x), -1, 1))).to(_device())
