@@ -174,7 +174,7 @@ def _measure(results: list[dict], label: str, shots: int, score: str) -> Measure
 
 
 def _table(results, lines: list[Row], shots: list[int], seeds: list[int], score: str) -> Table:
-    columns = ["Trained on", *(f"{k} shot{'s' * (k != 1)}" for k in shots)]
+    columns = ["Trained on", *(counted(k, "shot") for k in shots)]
     body = [[row.label, *(_measure(results, row.label, k, score) for k in shots)] for row in lines]
     if len(shots) == 1:
         columns.append("mean over classes")
