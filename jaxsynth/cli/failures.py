@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 import jaxsynth
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, quoted
 
 # Of collectives between processes (Gloo on CPUs, NCCL on GPUs), and of JAX's coordination service.
 _OF_PEERS = ("Gloo ", "external/gloo", "NCCL operation", "CoordinationServiceError")
@@ -22,7 +22,7 @@ def is_for_users(error: Exception) -> bool:
     """
     if isinstance(error, UserError) or type(error).__module__.startswith("jaxsynth."):
         return True
-    if _is_out_of_space(error) or _is_of_a_peer(error):
+    if _is_out_of_space(error) or _is_of_a_peer(error) or _is_out_of_memory(error):
         return True
     if isinstance(error, OSError) and error.filename is not None:
         return True
@@ -42,6 +42,13 @@ def _is_out_of_space(error: BaseException) -> bool:
         (isinstance(one, OSError) and one.errno in codes)
         or any(os.strerror(code) in str(one) for code in codes)
         for one in _behind(error)
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine, or one of its devices, has less memory than was asked for."""
+    return any(
+        isinstance(one, MemoryError) or "RESOURCE_EXHAUSTED" in str(one) for one in _behind(error)
     )
 
 
@@ -71,6 +78,12 @@ def message(error: Exception) -> str:
         return (
             f"{where}no space left on the disk (or in a quota). Free some, or choose another "
             "--workdir; the same command goes on where this one stopped"
+        )
+    if not isinstance(error, UserError) and _is_out_of_memory(error):
+        said = next(iter(str(error).splitlines()), "") or "no more is free"
+        return (
+            f"out of memory ({quoted(said, 200)[1:-1]}). Make a batch_size smaller, cut it by "
+            "accumulate, or compute again by remat=block; `jaxsynth plan` says what each needs"
         )
     if not isinstance(error, UserError) and _is_of_a_peer(error):
         return (

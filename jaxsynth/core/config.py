@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,10 @@ def load_config(spec: str) -> dict[str, Any]:
     try:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ConfigError(f"config file {name}, line {error.lineno}: {error.msg}") from error
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ConfigError(f"config file {name}{line}: {error.msg}") from error
+    except Exception as error:
+        raise _own_fault(name, "", error) from error
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise ConfigError(f"config file {name!r} has no get_config(variant) function")
@@ -74,7 +78,19 @@ def load_config(spec: str) -> dict[str, Any]:
         detail = error.args[0] if error.args else error
         asked = f", variant {variant!r}" if variant else ""
         raise ConfigError(f"config file {name}{asked}: {detail}") from error
+    except Exception as error:
+        raise _own_fault(name, variant, error) from error
     return _plain(config)
+
+
+def _own_fault(name: str, variant: str, error: Exception) -> ConfigError:
+    """What a config file, which is a program, does wrong itself, with the line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    path = Path(name).expanduser().absolute()
+    own = [frame for frame in frames if Path(frame.filename).absolute() == path]
+    where = f", line {own[-1].lineno}" if own else ""
+    asked = f", variant {variant!r}" if variant else ""
+    return ConfigError(f"config file {name}{asked}{where}: {type(error).__name__}: {error}")
 
 
 def override(config: Mapping[str, Any], assignments: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -359,7 +375,7 @@ def _mistyped(path: str, hint: Any, value: Any) -> ConfigError:
 
 def _show(value: Any) -> str:
     if isinstance(value, Text):
-        return repr(value.text)
+        return quoted(value.text)
     if isinstance(value, (list, tuple)) and len(value) <= _MOST_SHOWN:
         # Of parts that hold others only the type is shown: a file's may have any size and depth.
         return f"[{', '.join(map(quoted, value))}] ({type(value).__name__})"

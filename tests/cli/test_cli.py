@@ -44,6 +44,8 @@ def run(config, workdir):
             os.write(os.open("/dev/full", os.O_WRONLY), b"x")
         except OSError as error:  # as libraries in C++ pass it on
             raise RuntimeError(f"INTERNAL: write: {os.strerror(error.errno)}") from error
+    if config.part.file == "memory":
+        return jax.numpy.zeros(1 << 45)
     if config.part.file == "jax":
         return jax.numpy.zeros(2) + jax.numpy.zeros(3)
     if config.part.file:
@@ -166,6 +168,13 @@ def test_a_bug_keeps_its_traceback(command):
     assert code == 1 and "Traceback" in err
     code, _, err = command("--debug", *RUN, "--config.steps=3")
     assert code == 1 and "UserError: three is refused" in err and "Traceback" in err
+
+
+def test_too_little_memory_is_no_bug(command):
+    code, _, err = command(*RUN, "--config.part.file=memory")
+    assert code == 1 and "Traceback" not in err
+    assert "error: out of memory (RESOURCE_EXHAUSTED: Out of memory" in err
+    assert "batch_size" in err and err.count("\n") == 1
 
 
 def test_a_workdir_of_another_method_is_refused(command):

@@ -146,6 +146,17 @@ def test_load_config_reads_variants_and_names_what_is_wrong(tmp_path):
     (tmp_path / "bad.py").write_text("def get_config(:\n")
     with pytest.raises(ConfigError, match=r"bad\.py, line 1"):
         load_config(str(tmp_path / "bad.py"))
+    for name, text, message in (
+        ("typo", "import math\nx = mth.pi\n", r"typo\.py, line 2: NameError: name 'mth'"),
+        ("lacks", "import nothing_of_this_name\n", r"lacks\.py, line 1: ModuleNotFoundError"),
+        ("inner", "def get_config(v=''):\n    return v.nothing\n", r"line 2: AttributeError"),
+        ("args", "def get_config(a, b):\n    return {}\n", r"args\.py: TypeError"),
+        ("nul", "x = 1\0\n", r"nul\.py.*null bytes"),
+        ("latin", "x = '\xe9'\n", r"latin\.py.*utf-8"),
+    ):
+        (tmp_path / f"{name}.py").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=message):
+            load_config(str(tmp_path / f"{name}.py"))
     (tmp_path / "none.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="has no get_config"):
         load_config(str(tmp_path / "none.py"))
