@@ -31,12 +31,17 @@ class Range:
         return math.isfinite(value) and self.least <= value <= self.most and not ends
 
     def __str__(self) -> str:
-        low = f"above {self.least:g}" if self.above else f"{self.least:g} or more"
+        least, most = _number(self.least), _number(self.most)
+        low = f"above {least}" if self.above else f"{least} or more"
         if math.isinf(self.most):
             return "finite" if math.isinf(self.least) else low
         if self.above or self.below:
-            return f"{low} and {'below' if self.below else 'at most'} {self.most:g}"
-        return f"{self.least:g} to {self.most:g}"
+            return f"{low} and {'below' if self.below else 'at most'} {most}"
+        return f"{least} to {most}"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -73,6 +78,8 @@ Limit = Range | OneOf | Some
 
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
+# What JAX's keys tell apart: they are of the lowest 32 bits alone.
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 Finite = Annotated[float, Range()]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]

@@ -161,7 +161,9 @@ def supervised_tasks(
     seed are compared from one start.
     """
     longest = max(len(view.rows) for view in views)
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.asarray(seeds))
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(
+        jnp.asarray(seeds, jnp.uint32)
+    )
     make = lambda key: mark_trainable(network.make(num_classes, key))  # noqa: E731
     graphdef, _, rest = nnx.split(make(keys[0, 0]), Trainable, ...)
     starts = jax.jit(jax.vmap(lambda key: nnx.state(make(key), Trainable)))(keys[:, 0])

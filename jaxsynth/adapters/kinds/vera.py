@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.update import UpdateConfig, UpdateLayer
-from jaxsynth.core.limits import Natural
+from jaxsynth.core.limits import Seed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class VeRAConfig(UpdateConfig):
 
     rank: int = 256
     d_initial: float = 0.1
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 def vera(config: VeRAConfig) -> inject.Maker:

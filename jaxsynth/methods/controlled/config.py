@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.core.limits import Count, Natural, OneOf, Some, check_limits
+from jaxsynth.core.limits import Count, OneOf, Seed, Some, check_limits
 from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -36,7 +36,7 @@ class Config:
     rank: Count = 8
     train: ControlConfig = field(default_factory=ControlConfig)
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    seeds: Annotated[tuple[Natural, ...], Some()] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Some()] = (0, 1, 2)
     error_repeats: Count = 8
     images: Count = 64
     generate: GenerateConfig = field(default_factory=GenerateConfig)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.core.limits import BelowOne, Count, Natural, OneOf, Some, check_limits
+from jaxsynth.core.limits import BelowOne, Count, Natural, OneOf, Seed, Some, check_limits
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
@@ -35,7 +35,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     shots: Annotated[tuple[Count, ...], Some()] = (16,)
     modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Some()] = ("dset",)
-    seeds: Annotated[tuple[Natural, ...], Some()] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Some()] = (0,)
     validation_fraction: BelowOne = 0.0
     classes_at_once: Natural = 0
     adapter: AdapterChoice | None = None

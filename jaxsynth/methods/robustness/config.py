@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from jaxsynth.core.limits import Count, Natural, OneOf, Share, check_limits
+from jaxsynth.core.limits import Count, OneOf, Seed, Share, check_limits
 from jaxsynth.methods.robustness.sets import SetsConfig
 from jaxsynth.robustness import bias_sets
 from jaxsynth.robustness.corruptions.predictions import Corruptions
@@ -74,7 +74,7 @@ class Config:
     autoattack: bool = False
     batch_size: Count = field(default=64, metadata={"identity": False})
     resamples: Count = 2000
-    seed: Natural = 0
+    seed: Seed = 0
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

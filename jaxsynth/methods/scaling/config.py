@@ -10,6 +10,7 @@ from jaxsynth.core.limits import (
     OneOf,
     Positive,
     Range,
+    Seed,
     Some,
     check_limits,
 )
@@ -93,7 +94,7 @@ class Config:
     real_weight: Positive = 1.0
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
-    seeds: Annotated[tuple[Natural, ...], Some()] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Some()] = (0, 1, 2)
     resamples: Annotated[int, Range(100)] = aside(1000)
     points_at_once: Natural = aside(0)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

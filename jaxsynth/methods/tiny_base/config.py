@@ -7,7 +7,17 @@ on one CPU core. Configurations are those of the Hugging Face folders.
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf, Positive, Share, Some
+from jaxsynth.core.limits import (
+    BelowOne,
+    Count,
+    Natural,
+    NotNegative,
+    OneOf,
+    Positive,
+    Seed,
+    Share,
+    Some,
+)
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.training.config import SCHEDULES, TrainingConfig, aside
 from jaxsynth.training.sharding import MeshConfig
@@ -48,7 +58,7 @@ class Config:
     """Everything that decides the shipped weights."""
 
     method: str = "tiny_base"
-    seed: Natural = 0
+    seed: Seed = 0
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     vocab_size: Count = 1024
     max_length: Count = 16

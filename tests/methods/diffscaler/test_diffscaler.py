@@ -166,7 +166,10 @@ def test_without_new_data_the_run_ends_with_its_base(finished, tmp_path):
         ("sets_recipe=full", "sets_recipe: 'full' changes the base's own weights"),
         ("sets_recipe=lora", "sets_recipe: 'lora', expected some of full, affiner_zero"),
         ("study=letters", "study: 'letters', expected some of digits"),
-        ("seeds=", "config.seeds='': expected a list, each an integer, 0 or more, at least one"),
+        (
+            "seeds=",
+            "config.seeds='': expected a list, each an integer, 0 to 4294967295, at least one",
+        ),
         ("pretrain.width=30", "width 30 is not divisible by heads 4"),
     ],
 )
