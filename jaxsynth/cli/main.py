@@ -1,8 +1,8 @@
 """The `jaxsynth` command. It parses, calls and prints; what a verb does lives in the library.
 
 Exit codes: 0 success, 1 a run that failed, 2 a wrong command line or config, 130 interrupted, 143
-stopped by SIGTERM with its work saved. An
-error that a user can act on is one line; any other keeps its traceback, because it is a bug.
+stopped by SIGTERM with its work saved. An error that a user can act on is one line; any other keeps
+its traceback, because it is a bug.
 """
 
 import argparse
