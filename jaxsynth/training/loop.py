@@ -140,8 +140,8 @@ def fit(
                     traced = program.trace(leaves, frozen_leaves, batch)
                     work = lambda: count_flops(traced.jaxpr) / steps_per_call  # noqa: B023, E731
                     meter = Meter(step, examples, work)
-                # All that a step reads lies on the devices; only its first call makes constants.
-                with jax.transfer_guard("allow" if calls == 1 else "disallow"):
+                # What a step reads lies on the devices by now; only its first call makes constants.
+                with jax.transfer_guard_host_to_device("allow" if calls == 1 else "disallow"):
                     leaves, values = program(leaves, frozen_leaves, batch)
             meter.queued(values)
             # The device works on this step while the host reads the one before it.
