@@ -225,10 +225,12 @@ def _mapping(value: Any, path: str) -> Mapping[Any, Any]:
     """A mapping, also as it is typed: `--config.names="{'a': 'b'}"`, or each entry by itself."""
     found = _guess(value.text.strip()) if isinstance(value, Text) else value
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise ConfigError(
-            f"{path}={_show(value)}: expected names with a value each; set one by "
-            f"--{path}.NAME=VALUE, or all by --{path}=\"{{'NAME': VALUE}}\""
+        typed = (
+            f"; set one by --{path}.NAME=VALUE, or all by --{path}=\"{{'NAME': VALUE}}\""
+            if isinstance(value, Text)
+            else ""
         )
+        raise ConfigError(f"{path}={_show(value)}: expected names with a value each{typed}")
     return found
 
 

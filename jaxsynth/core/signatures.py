@@ -16,9 +16,14 @@ _STARTS = {
     b"7z\xbc\xaf": "a 7z archive",
 }
 LONGEST = max(map(len, _STARTS))
+# As `weights.safetensors` takes it.
+_LONGEST_HEADER = 1 << 24
 
 
 def named(head: bytes) -> str:
     """What a file that begins so is, "" where it is none of these."""
+    # The length of a header, and the header: JSON.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+        return "a safetensors file: give it the suffix .safetensors"
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t")
     return next((words for start, words in _STARTS.items() if head.startswith(start)), "")

@@ -19,7 +19,6 @@ from jaxsynth.adapters.kinds.oft import OFTConfig
 from jaxsynth.adapters.kinds.prefix import PrefixConfig
 from jaxsynth.adapters.kinds.vera import VeRAConfig
 from jaxsynth.core.config import to_dataclass
-from jaxsynth.core.documents import checked
 from jaxsynth.core.errors import UserError, shown
 
 T = TypeVar("T")
@@ -52,6 +51,9 @@ class Fields:
     def __init__(self, fields: dict[str, Any], source: Any, paths: Collection[str] = ()):
         """`paths` are the layers that the weights have, by peft's names."""
         self._rest, self.source, self._paths = dict(fields), source, sorted(paths)
+        # What peft calls our settings.
+        ours = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+        self._names = {ours[name]: name for name in fields if name in ours}
 
     def take(self, name: str, default: Any = None) -> Any:
         """A setting's value, which then counts as understood."""
@@ -76,7 +78,14 @@ class Fields:
 
     def make(self, config: type[T], **values: Any) -> T:
         """A configuration of these settings; UserError naming one that has another type."""
-        return checked(self.source, to_dataclass, config, values, path=config.__name__)
+        own = config.__name__
+        try:
+            return to_dataclass(config, values, path=own)
+        except ValueError as error:
+            text = re.sub(rf"^(?:{own}(?:: |\.))+", "", str(error))
+            name = re.split(r"\W", text, maxsplit=1)[0]
+            told = self._names.get(name, name) + text[len(name) :]
+            raise UserError(f"{self.source}: {told}") from None
 
     def targets(self, name: str = "target_modules") -> tuple[str, ...]:
         found = self.take(name)

@@ -5,6 +5,7 @@ read without PyTorch and without running what they say. Half precision, bfloat16
 become float32; an `alpha` is one number, whatever its type and shape.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from jaxsynth.weights.torch_files.reader import read_nested, read_state_dict
 
 # Single numbers of a layer, which tools store in many types and shapes.
 _NUMBERS = (".alpha", ".on_input")
+# What has axes in every file.
+_FACTOR = re.compile(
+    r"\.(?:(?:lora|hada|lokr)_\w+|[ab][12]|diff(?:_b)?|dora_scale|[wb]_norm)(?:\.\w+)*$"
+)
 
 
 def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -73,10 +78,21 @@ def _plain(value: np.ndarray, kind: str, key: str, source: Path) -> np.ndarray:
     if key.endswith(_NUMBERS):
         if value.size != 1:
             raise UserError(f"{source}: {key} has shape {value.shape}, expected one number")
-        return np.asarray(value, np.float32).reshape(())
+        return _single(value, key, source).reshape(())
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise _not_a_float(key, kind, source)
-    return np.asarray(value, np.float32)
+    if not value.ndim and _FACTOR.search(key):
+        raise UserError(f"{source}: {key} is a single number, expected a vector or a matrix")
+    return _single(value, key, source)
+
+
+def _single(value: np.ndarray, key: str, source: Path) -> np.ndarray:
+    """In float32; UserError for a number that is too large for it."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(value, np.float32)
+    if not np.isfinite(found).all():
+        raise UserError(f"{source}: {key} holds numbers that are too large for float32")
+    return found
 
 
 def _not_a_float(key: str, kind: str, source: Path) -> UserError:

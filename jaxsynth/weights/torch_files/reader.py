@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxsynth.core import signatures
 from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.weights.torch_files.pickles import Machine, Namespace, Storage, Tensor
 
@@ -81,8 +82,13 @@ def read_nested(path: str | os.PathLike) -> dict[Any, Any]:
 @contextmanager
 def _opened(path: Path) -> Iterator["_Archive"]:
     with path.open("rb") as handle:
-        if handle.read(len(_ZIP)) != _ZIP:
-            raise UserError(f"{path}: no PyTorch file (a zip archive with a data.pkl)")
+        head = handle.read(signatures.LONGEST)
+        if not head.startswith(_ZIP):
+            found = signatures.named(head)
+            raise UserError(
+                f"{path}: no PyTorch file (a zip archive with a data.pkl)"
+                + (f", but {found}" if found else "")
+            )
     try:
         with zipfile.ZipFile(path) as archive:
             yield _Archive(path, archive)

@@ -356,6 +356,11 @@ def strangers():
             "lora_down.weight holds numbers of type I8, expected floats",
         ),
         "booleans": ({f"{flat(Q)}.lora_down.weight": one > 0}, "holds numbers of type BOOL"),
+        "huge-alpha": (q | {f"{flat(Q)}.alpha": np.array(1e300)}, "too large for float32"),
+        "no-axis": (
+            q | {f"{flat(Q)}.lora_down.weight": np.array(1, "f4")},
+            "lora_down.weight is a single number, expected a vector or a matrix",
+        ),
         "two-alphas": (q | {f"{flat(Q)}.alpha": np.ones(2, "f4")}, r"alpha has shape \(2,\), exp"),
         "lokr-of-no-layer": (lokr(Q, (4, 4), (3, 4))[0], r"lokr_w1 \(4, 4\), lokr_w2 \(3, 4\), "
                              r"which make no kernel of the layer's shape \(16, 16\)"),

@@ -401,6 +401,15 @@ def test_other_formats_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"old\.pth: no PyTorch file"):
             read_state_dict(path)
+    named = {
+        (20).to_bytes(8, "little") + b'{"w":{"dtype":"F32"}': "but a safetensors file: give it",
+        b"version https://git-lfs.github.com/spec/v1\n": "but the pointer of a file that git-lfs",
+        b"<!DOCTYPE html>": "but a text such as the page of a download that failed",
+    }
+    for content, message in named.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"old\.pth: no PyTorch file .*{message}"):
+            read_state_dict(path)
     with pytest.raises(UserError, match="nowhere: no such file"):
         read_state_dict(tmp_path / "nowhere")
 
