@@ -326,10 +326,12 @@ def _prepare_libraries() -> None:
     # transformers, which only reads tokenizers here, advises everyone to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # ArrayRecord and Grain define absl flags, and reading one that nobody has parsed raises.
-    from absl import flags
+    from absl import flags, logging
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    # Orbax warns of every save that a slow disk holds up; the saves themselves are checked.
+    logging.set_verbosity(logging.ERROR)
 
 
 if __name__ == "__main__":

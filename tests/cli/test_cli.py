@@ -12,6 +12,7 @@ import threading
 import types
 from pathlib import Path
 
+import absl.logging
 import jax
 import pytest
 
@@ -168,6 +169,13 @@ def test_a_bug_keeps_its_traceback(command):
     assert code == 1 and "Traceback" in err
     code, _, err = command("--debug", *RUN, "--config.steps=3")
     assert code == 1 and "UserError: three is refused" in err and "Traceback" in err
+
+
+def test_what_libraries_tell_their_developers_is_not_shown(command):
+    command(*RUN)
+    absl.logging.warning("Waiting for previous save to complete took 5 seconds")
+    code, out, err = command(*RUN)
+    assert code == 0 and "Waiting" not in out + err
 
 
 def test_too_little_memory_is_no_bug(command):
