@@ -3,6 +3,7 @@
 Stages hold what decided each of them; the record holds the whole config, for the page.
 """
 
+import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +12,12 @@ import jax
 from jaxsynth.core.config import to_dataclass, to_dict
 from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UsageError
-from jaxsynth.core.io import write_json
+from jaxsynth.core.io import TEMPORARY, write_json
 from jaxsynth.runs.rehearsal import rehearsing
 from jaxsynth.runs.stage import versions
 
 RUN_FILE = "run.json"
+_STALE = 60.0  # seconds
 
 T = TypeVar("T")
 
@@ -30,6 +32,10 @@ def write_record(workdir: Path, method: str, config: Any, *, command: str = "") 
         "versions": versions(),
     }
     write_json(workdir / RUN_FILE, record)
+    for path in workdir.glob(f".*{TEMPORARY}"):
+        # What a killed writer left; a file that is being written is seconds old at the most.
+        if path.is_file() and time.time() - path.stat().st_mtime > _STALE:
+            path.unlink(missing_ok=True)
 
 
 def keep_record(workdir: Path, config: Any) -> None:
