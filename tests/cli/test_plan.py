@@ -98,7 +98,7 @@ def test_slices_are_compared():
         (("--devices=8", "--fsdp=3"), "do not make 8 devices; expected sizes that do, each of 1, "),
         (("--devices=8", "--rows=0"), "--rows=0: expected at least 1"),
         (("--devices=8", "--only=x"), "--only=x: no such program; there are linear"),
-        (("--topology=v5e:2x2,v5e:3x3",), "--topology=v5e:3x3: no such slice"),
+        (("--topology=v5e:3x3,v5e:2x2",), "--topology=v5e:3x3: no such slice"),
         (("--devices=8", "--config.batch_size=9"), "the next that is: 16 (--config.batch_size=)"),
     ],
 )
