@@ -31,6 +31,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from jaxsynth.cli.main import METHODS, named_values
+from jaxsynth.cli.paths import local_path
 from jaxsynth.core import schema
 from jaxsynth.core.checks import check_config
 from jaxsynth.core.config import load_config, to_dict
@@ -228,7 +229,7 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, argparse.Namespace]:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--workdir", required=True, type=local_path, metavar="DIR")
     parser.add_argument(
         "--grid", action="append", nargs="+", required=True, metavar=("FIELD", "VALUE"),
         help="a field of the config and the values that it takes; once for each field",

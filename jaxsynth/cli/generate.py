@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsynth.cli.paths import local_path
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.words import counted
 
@@ -53,7 +54,9 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     parser.add_argument("--base", required=True, metavar="BASE", help="what draws, see below")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where images go")
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="DIR", help="where images go"
+    )
     for flag, metavar, text in (
         ("--adapter", "FILE[:WEIGHT]", "an adapter and its strength; may be repeated"),
         ("--embedding", "FILE[:WORD]", "a new word for prompts; may be repeated"),
@@ -62,7 +65,9 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         ("--prompt", "TEXT", "what to draw; may be repeated"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a file of prompts, see below")
+    parser.add_argument(
+        "--prompts", type=local_path, metavar="FILE", help="a file of prompts, see below"
+    )
     for flag, kind, default, text in (
         ("--negative-prompt", str, "", "what to stay away from (default none)"),
         ("--seed", int, 0, "of the noise (default 0)"),

@@ -3,11 +3,11 @@
 import argparse
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import jaxsynth
 from jaxsynth.cli import generate, help, plan
+from jaxsynth.cli.paths import local_path
 from jaxsynth.core.errors import UsageError
 
 
@@ -85,10 +85,10 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
         "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
     )
     parser.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="where the run's files go"
+        "--workdir", required=True, type=local_path, metavar="DIR", help="where the run's files go"
     )
     parser.add_argument(
-        "--reuse", type=Path, action="append", default=[], metavar="DIR",
+        "--reuse", type=local_path, action="append", default=[], metavar="DIR",
         help="take finished stages of other runs below this folder where they are the same",
     )  # fmt: skip
     parser.add_argument(
@@ -111,7 +111,7 @@ def _report_parser(verbs) -> argparse.ArgumentParser:
         help="write a run's tables and pictures into one HTML page",
         description="Write the tables and pictures of finished runs into one HTML page each.",
     )
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
+    parser.add_argument("workdirs", nargs="+", type=local_path, metavar="WORKDIR", help="of a run")
     return parser
 
 
@@ -124,8 +124,10 @@ def _convert_parser(verbs) -> argparse.ArgumentParser:
         usage="jaxsynth convert SRC DST --to=FORMAT [--base=FOLDER]",
         epilog=help.CONVERT_EPILOG,
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="what to read")
-    parser.add_argument("target", type=Path, metavar="DST", help="what to write; must not exist")
+    parser.add_argument("source", type=local_path, metavar="SRC", help="what to read")
+    parser.add_argument(
+        "target", type=local_path, metavar="DST", help="what to write; must not exist"
+    )
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of those below")
     parser.add_argument(
         "--base",
@@ -170,5 +172,7 @@ def _bench_parser(verbs) -> argparse.ArgumentParser:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases (default: all)")
     parser.add_argument("--peer", choices=peers, default="", help="whom to compare with")
     parser.add_argument("--reps", type=int, default=5, metavar="N", help="measurements (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=local_path, metavar="FILE", help="also write the figures here"
+    )
     return parser

@@ -12,7 +12,8 @@ EPILOG = """\
 Every program that `jaxsynth run` would start for this config is compiled from shapes alone: no
 weights, no data and no accelerator are needed, and nothing of the networks' size is allocated.
 
-  --topology   a TPU slice: v5e:4x4, v6e:2x2, v5p:2x2x4; needs pip install 'jaxsynth[tpu]'
+  --topology   a TPU slice: v5e:4x4, v6e:2x2, v5p:2x2x4; needs pip install 'jaxsynth[tpu]'.
+               Several, with commas between them, are planned one after another and compared
   --devices    so many CPU devices, which are fake
 
 It prints, in MiB on each device,
@@ -26,6 +27,10 @@ then the work and the traffic of one update (or batch) on each device, the colle
 TPU the least time that its peak, its memory or its links allow; and how often the whole run calls
 the program, with the hours that those add up to. A program takes longer than that.
 
+  --only       programs whose names hold that text
+  --rows       rows of a batch on each device, in place of the config's batch sizes: the same
+               config on slices of any size
+
 A program that does not fit is tried with half the batch, a quarter, ... until it does; --fit finds
 the largest batch of every program. --memory says how much a device has where that is not known.
 
@@ -35,6 +40,7 @@ what the others leave, and what is not given is the config's.
 examples:
   jaxsynth plan --config=configs/diffscaler.py:xl2 --topology=v5e:4x4 --config.train.batch_size=256
   jaxsynth plan --config=configs/diffscaler.py:xl2 --devices=8 --fsdp=4
+  jaxsynth plan --config=configs/datadream.py:sd21 --topology=v5e:4x4,v5p:4x4x4 --only=classify
 """
 
 
@@ -46,13 +52,14 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         description="Compile a config's programs for many devices, without any of them, and print "
         "the memory, the work and the traffic that they need.",
         usage="jaxsynth plan --config=FILE[:VARIANT] (--topology=KIND:SHAPE | --devices=N) "
-        "[--data=N] [--fsdp=N] [--tensor=N] [--fit] [--config.FIELD=VALUE ...]",
+        "[--data=N] [--fsdp=N] [--tensor=N] [--only=TEXT] [--rows=N] [--fit] "
+        "[--config.FIELD=VALUE ...]",
         epilog=EPILOG,
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config"
     )
-    parser.add_argument("--topology", metavar="KIND:SHAPE", help="the TPU slice to compile for")
+    parser.add_argument("--topology", metavar="KIND:SHAPE", help="the TPU slices to compile for")
     parser.add_argument("--devices", type=int, metavar="N", help="or so many CPU devices")
     for axis, what in (
         ("data", "which share a batch"),
@@ -61,6 +68,10 @@ def add_parser(verbs) -> argparse.ArgumentParser:
     ):
         text = f"devices along the axis {axis}, {what}"
         parser.add_argument(f"--{axis}", type=int, metavar="N", help=text)
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="programs with it in their names"
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help="rows of a batch on each device")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of each device")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
     return parser
@@ -72,18 +83,36 @@ def plan(args: argparse.Namespace, configured: Callable, enable_cache: Callable[
         raise UsageError("expected --topology=KIND:SHAPE, such as v5e:4x4, or --devices=N")
     if args.memory is not None and args.memory <= 0:
         raise UsageError(f"--memory={args.memory:g}: expected GiB above 0")
-    chip, devices = None, None
+    if args.rows is not None and args.rows < 1:
+        raise UsageError(f"--rows={args.rows}: expected at least 1")
     _start_fake_devices(1 if args.devices is None else args.devices, exactly=args.topology is None)
+    slices: list[tuple[str, Any, Any]] = [("", None, None)]
     if args.topology is not None:
         from jaxsynth.training.chips import slice_of
 
-        chip, devices = slice_of(args.topology)
+        slices = [(name, *slice_of(name)) for name in args.topology.split(",")]
     name, method, config = configured(args)
     enable_cache()
+    planned = [_plan_on(args, name, method, config, *one) for _, *one in slices]
+    if len(planned) > 1:
+        from jaxsynth.core.console import console
+        from jaxsynth.report.plans import slices_table
+        from jaxsynth.report.tables import to_rich
+
+        each = zip(slices, planned, strict=True)
+        table = slices_table([(where, chip, plans) for (where, chip, _), plans in each])
+        console.print(to_rich(table))
+
+
+def _plan_on(
+    args: argparse.Namespace, name: str, method: Any, config: Any, chip: Any, devices: Any
+) -> list:
+    """Compile and print for one slice, or for this process's fake devices; the plans."""
     import jax
 
     from jaxsynth.core.console import console
     from jaxsynth.ops.backend import compiling_for
+    from jaxsynth.training.planning import with_rows
     from jaxsynth.training.sharding import make_mesh
 
     given = {axis: getattr(args, axis) for axis in ("data", "fsdp", "tensor")}
@@ -96,12 +125,18 @@ def plan(args: argparse.Namespace, configured: Callable, enable_cache: Callable[
     kind = jax.devices()[0].device_kind if chip is None else f"{chip.name} chip"
     console.print(f"{name} on {mesh.size} x {kind} ({shape})", markup=False)
     with compiling_for("" if chip is None else "tpu"):
-        programs = method.plan(config, mesh)
+        every = method.plan(config, mesh)
+        programs = [one for one in every if args.only in one.name]
+        if not programs:
+            names = ", ".join(one.name for one in every)
+            raise UsageError(f"--only={args.only}: no such program; there are {names}")
+        if args.rows is not None:
+            programs = [with_rows(one, args.rows) for one in programs]
         limit = args.memory * 2**30 if args.memory else chip.memory if chip else 0.0
-        _print(programs, limit, chip, fit=args.fit, say=console.print)
+        return _print(programs, limit, chip, fit=args.fit, say=console.print)
 
 
-def _print(programs: list, limit: float, chip: Any, *, fit: bool, say: Callable) -> None:
+def _print(programs: list, limit: float, chip: Any, *, fit: bool, say: Callable) -> list:
     from jaxsynth.report.plans import GIB, collectives_table, memory_table, run_table, work_table
     from jaxsynth.report.tables import to_rich
     from jaxsynth.training.chips import CHIPS
@@ -126,6 +161,7 @@ def _print(programs: list, limit: float, chip: Any, *, fit: bool, say: Callable)
             )
         if over or fit:
             say(_advice(program, most, fit), markup=False)
+    return plans
 
 
 def _advice(program: Any, limit: float, fit: bool) -> str:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import layers
 from jaxsynth.models.fields import TRANSFORMERS_NOTES, known_fields
-from jaxsynth.models.remat import checkpointed
+from jaxsynth.models.repeat import run_layers
 from jaxsynth.ops.attention import attention
 
 # The value that transformers wrote into every CLIP config before its pull request 24773; it means
@@ -225,11 +225,8 @@ class CLIPEncoder(nnx.Module):
 
         `remat` names what of each layer the backward pass computes again (`models.remat`).
         """
-        states = [x]
-        for layer in self.layers:
-            run = checkpointed(lambda x, layer=layer: layer(x, mask, causal), remat)
-            states.append(run(states[-1]))
-        return tuple(states)
+        run = run_layers(self.layers, x, lambda layer, x: layer(x, mask, causal), remat=remat)
+        return (x, *run)
 
 
 class CLIPTextEmbeddings(nnx.Module):

@@ -67,6 +67,26 @@ def run_table(plans: Sequence[Plan], chip: Chip | None = None) -> Table | None:
     return Table(columns, rows, caption=caption, better=None)
 
 
+def slices_table(slices: Sequence[tuple[str, Chip, Sequence[Plan]]]) -> Table:
+    """Every program on each slice: memory of a chip, the least time, and what that makes a run."""
+    rows = []
+    for where, chip, plans in slices:
+        for one in plans:
+            row = [one.name, where, f"{one.images:,}" if one.images else "–", _size(one.bytes)]
+            if one.refused:
+                row += ["–"] * 4
+            else:
+                bounds, seconds = one.bounds(chip), one.seconds(chip)
+                rate = one.images / seconds if seconds else 0.0
+                hours = one.updates * seconds / 3600
+                row += [_short(1e3 * seconds), max(bounds, key=bounds.__getitem__)]
+                row += [_short(rate) if rate else "–", _short(hours) if hours else "–"]
+            rows.append(row)
+    columns = ["Program", "slice", "batch", "memory of a chip", "ms at least", "bound by"]
+    columns += ["images/s at most", "hours of a run at least"]
+    return Table(columns, rows, caption="Every slice", better=None)
+
+
 def collectives_table(plans: Sequence[Plan]) -> Table | None:
     """The collectives of one update or batch by kind; None where there are none."""
     rows = []

@@ -154,13 +154,12 @@ def classifier_task(
     parts = jax.process_count()
     num_real = 0
     if both:
-        num_real = parts * real_count(config.batch_size // parts, config.real_fraction)
-        own = {"real": num_real // parts, "synthetic": (config.batch_size - num_real) // parts}
-        for what, rows in own.items():
-            if rows % config.accumulate:
+        num_real = real_count(config.batch_size, config.real_fraction)
+        for what, rows in (("real", num_real), ("synthetic", config.batch_size - num_real)):
+            if config.accumulate > 1 and rows % (parts * config.accumulate):
                 raise UserError(
-                    f"accumulate: {config.accumulate} parts, but a process's batch has {rows} "
-                    f"{what} images; expected a divisor"
+                    f"accumulate: {config.accumulate} parts, but a process's batch has "
+                    f"{rows / parts:g} {what} images; expected a divisor"
                 )
     init_key, step_key = jax.random.split(jax.random.key(seed))
     adapter = config.adapter_config()

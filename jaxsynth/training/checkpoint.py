@@ -150,11 +150,7 @@ class Checkpoints:
         if bad := [x for x in found if found[x].keys() == saved[x].keys() and found[x] != saved[x]]:
             raise CheckpointError(f"{where} is damaged: {bad[0]} is not what was saved; {_WAY_OUT}")
         if note.value["data"] is not None:
-            if note.processes != jax.process_count():
-                raise CheckpointError(
-                    f"{where} was saved by {note.processes} processes, each with its place in the "
-                    f"data; go on with {note.processes}, or remove that folder to begin again"
-                )
+            # Of any process: the place is a number of whole batches, the same for all of them.
             _move(batches, note.value["data"], where)
         return _unflatten(like, loaded), note.value["seen"]
 
@@ -189,7 +185,6 @@ class _Note:
 
     def __init__(self, value: dict[str, Any]):
         self.value = value
-        self.processes = jax.process_count()
         self._name = f"process_{jax.process_index()}_of_{jax.process_count()}.json"
 
     async def save(self, directory) -> Awaitable[None]:
@@ -210,7 +205,7 @@ class _Note:
                 files = sorted(directory.glob("process_*_of_*.json"))
                 if not files:
                     raise CheckpointError(f"{directory} is damaged: it has no process_*.json")
-                file, self.processes = files[0], len(files)
+                file = files[0]
             self.value = parse_json(file.read_bytes(), file)
 
         return read()

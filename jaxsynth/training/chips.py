@@ -53,6 +53,8 @@ CHIPS = {
 
 _NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
+    # Nor does a second compiler beside the first need the chip that both would else ask for.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }

@@ -123,6 +123,15 @@ def rows_of(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def with_rows(program: Program, rows: int) -> Program:
+    """The program with a batch of `rows` on each device that shares one (of each adapter, where
+    several train together); one whose batch no field says stays as it is.
+    """
+    if not program.field:
+        return program
+    return dataclasses.replace(program, batch=rows * program.unit)
+
+
 def smaller_batch(program: Program, memory: float) -> tuple[int, Plan | None]:
     """The largest of half the batch, a quarter, ... that fits in so many bytes, and its plan.
 

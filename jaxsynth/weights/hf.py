@@ -36,7 +36,7 @@ from jaxsynth.models.diffusion.controlnet import ControlNet
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxsynth.weights import hub, single_file
+from jaxsynth.weights import hub, published, single_file
 from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, stored, to_file
@@ -178,8 +178,19 @@ def is_here(name_or_path: str | os.PathLike) -> bool:
     return name.split("/")[0] == "tiny" or any(Path(p).expanduser().exists() for p in places)
 
 
+def has_shapes(name_or_path: str | os.PathLike) -> bool:
+    """Whether a base's sizes are at hand: `is_here`, or a published one that is known by its id."""
+    return is_here(name_or_path) or os.fspath(name_or_path) in published.PIPELINES
+
+
 def pipeline_configs(name_or_path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configs of a pipeline's networks by part, and its scheduler's; no weights are read."""
+    """The configs of a pipeline's networks by part, and its scheduler's; no weights are read.
+
+    Of a hub id that is known (`weights.published`) no file is read either.
+    """
+    known = None if is_here(name_or_path) else published.PIPELINES.get(os.fspath(name_or_path))
+    if known is not None:
+        return {part: getattr(known, part) for part in _PARTS}, dict(known.scheduler)
     checkpoint = single_file.find(name_or_path)
     if checkpoint is not None:
         return checkpoint.configs, checkpoint.scheduler
@@ -194,16 +205,21 @@ def _configs_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def describe_pipeline(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> StableDiffusion:
-    """A pipeline of shapes, from its configs and tokenizer alone: no weights are read."""
+    """A pipeline of shapes, from its configs and tokenizer alone: no weights are read.
+
+    Of a published one (`weights.published`) nothing is read: its tokenizer makes as many ids of a
+    text, of another vocabulary, and `folder` is None.
+    """
     compute = dtype if compute_dtype is None else compute_dtype
-    checkpoint = single_file.find(name_or_path)
+    configs, scheduler = pipeline_configs(name_or_path)
+    checkpoint, folder = single_file.find(name_or_path), None
     if checkpoint is not None:
-        configs, scheduler, folder = checkpoint.configs, checkpoint.scheduler, checkpoint.path
-        tokenizer = checkpoint.tokenizer
-    else:
+        folder, tokenizer = checkpoint.path, checkpoint.tokenizer
+    elif is_here(name_or_path) or os.fspath(name_or_path) not in published.PIPELINES:
         folder = resolve(name_or_path, weights=False)
-        configs, scheduler = _configs_in(folder)
         tokenizer = Tokenizer(folder / "tokenizer")
+    else:
+        tokenizer = _stand_in_tokenizer(name_or_path)
     unet, vae, text = (
         _stored_shapes(describe(kind, configs[part], compute), dtype)
         for part, kind in _PARTS.items()
@@ -224,12 +240,22 @@ def load_networks(name_or_path: str | os.PathLike) -> dict[str, nnx.Module]:
 def describe_clip(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> Clip:
-    """A CLIP of shapes, from its configs and tokenizer alone: no weights are read."""
-    folder = resolve(name_or_path, weights=False)
+    """A CLIP of shapes, as `describe_pipeline`: no weights are read, of a published one nothing."""
     compute = dtype if compute_dtype is None else compute_dtype
-    model = describe(CLIPModel, _config(CLIPConfig, folder / "config.json"), compute)
-    size = model.config.vision_config.image_size
-    return Clip(_stored_shapes(model, dtype), Tokenizer(folder), size, folder=folder)
+    config = None if is_here(name_or_path) else published.CLIPS.get(os.fspath(name_or_path))
+    if config is None:
+        folder = resolve(name_or_path, weights=False)
+        config, tokenizer = _config(CLIPConfig, folder / "config.json"), Tokenizer(folder)
+    else:
+        folder, tokenizer = None, _stand_in_tokenizer(name_or_path)
+    model = _stored_shapes(describe(CLIPModel, config, compute), dtype)
+    return Clip(model, tokenizer, config.vision_config.image_size, folder=folder)
+
+
+def _stand_in_tokenizer(name: str | os.PathLike) -> Tokenizer:
+    """One for shapes: as many ids of a text as the published one makes."""
+    _say_once((f"{name}: planned from its published sizes, no file of it is read",))
+    return Tokenizer(hub.ASSETS / "tiny" / "tokenizer", max_length=published.TOKENS)
 
 
 def _stored_shapes(model: Model, dtype: Any) -> Model:

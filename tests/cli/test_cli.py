@@ -134,6 +134,20 @@ def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
         (("rnu",), 2, "invalid choice: 'rnu'"),
         (("run", "--workdir=w"), 2, "required: --config (see jaxsynth run --help)"),
         (("run", "--config=counting.py"), 2, "required: --workdir"),
+        (
+            ("run", "--config=counting.py", "--workdir=gs://b/runs"),
+            2,
+            "argument --workdir: 'gs://b/runs' is an address, expected a path here; mount the "
+            "bucket (gcsfuse BUCKET DIR) and give DIR",
+        ),
+        ((*RUN, "--reuse=s3://b/runs"), 2, "--reuse: 's3://b/runs' is an address, expected a path"),
+        (
+            ("generate", "--base=tiny", "--prompt=x", "--out=gs://b/x"),
+            2,
+            "'gs://b/x' is an address",
+        ),
+        (("convert", "tiny", "gs://b/x", "--to=comfyui"), 2, "'gs://b/x' is an address"),
+        (("report", "gs://b/runs"), 2, "'gs://b/runs' is an address"),
         ((*RUN, "--wrokdir=x"), 2, "unknown argument --wrokdir=x; did you mean --workdir?"),
         (("run", "--config=counting.yp", "--workdir=w"), 2, "'counting.yp' does not exist"),
         ((*RUN, "--config.stesp=1"), 2, "config.stesp: no such field; did you mean steps?"),

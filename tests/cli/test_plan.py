@@ -3,14 +3,18 @@
 import importlib.util
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from jaxsynth.cli import main as cli
+from jaxsynth.report.plans import slices_table
+from jaxsynth.training.chips import CHIPS
 from jaxsynth.training.sharding import MeshConfig, make_mesh
 from tests.training.linear import linear_program
+
+SLICES = ("v5e:2x4", "v5e:2x4", "v5p:2x2x2")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,25 @@ def test_what_does_not_fit_is_said_with_what_would(command):
     assert "of each device's" not in out
 
 
+def test_a_batch_may_follow_the_devices(command):
+    code, out, _ = command("--devices=8", "--fsdp=2", "--rows=3", "--only=lin")
+    assert code == 0
+    # A row of 256 x 256 products, forward and the gradient to the weights, three on each device.
+    assert f"{3 * 4 * 256**2 / 1e9:.3g}" in out
+
+
+def test_slices_are_compared():
+    mesh = make_mesh()
+    small = replace(linear_program(mesh).compile(), updates=0)
+    slices = [("v5e:2x4", CHIPS["v5e"], [small, replace(small, refused=True)])]
+    slices += [("v5p:2x2x2", CHIPS["v5p"], [replace(small, moved=2 * small.moved, updates=9000)])]
+    rows = slices_table(slices).rows
+    assert [row[:3] for row in rows] == [["linear", where, "64"] for where in SLICES]
+    assert rows[1][4:] == ["–"] * 4 and [row[5] for row in rows] == ["memory", "–", "memory"]
+    assert float(rows[2][4]) == pytest.approx(2e3 * small.moved / CHIPS["v5p"].bandwidth, rel=0.01)
+    assert rows[0][7] == "–" and float(rows[2][7]) > 0
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -73,6 +96,9 @@ def test_what_does_not_fit_is_said_with_what_would(command):
         (("--topology=v5e:4x5",), "expected v5e: and one of 1x1, 2x2"),
         (("--devices=8", "--memory=-1"), "--memory=-1: expected GiB above 0"),
         (("--devices=8", "--fsdp=3"), "do not make 8 devices; expected sizes that do, each of 1, "),
+        (("--devices=8", "--rows=0"), "--rows=0: expected at least 1"),
+        (("--devices=8", "--only=x"), "--only=x: no such program; there are linear"),
+        (("--topology=v5e:3x3,v5e:2x2",), "--topology=v5e:3x3: no such slice"),
         (("--devices=8", "--config.batch_size=9"), "the next that is: 16 (--config.batch_size=)"),
     ],
 )

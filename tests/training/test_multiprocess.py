@@ -16,7 +16,7 @@ from jaxsynth.training.metrics import read_metrics
 WORKER = Path(__file__).parent / "worker.py"
 
 
-def _run(folder: Path, count: int, cache: Path) -> None:
+def _run(verb: str, folder: Path, count: int, cache: Path, *more: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,11 +26,8 @@ def _run(folder: Path, count: int, cache: Path) -> None:
             [
                 sys.executable,
                 str(WORKER),
-                "distributed",
-                str(folder),
-                str(port),
-                str(i),
-                str(count),
+                verb,
+                *map(str, (folder, port, i, count, *more)),
             ],
             env=environment,
             stdout=subprocess.PIPE,
@@ -53,15 +50,19 @@ def _run(folder: Path, count: int, cache: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, compilation_cache):
     for name, count in (("one", 1), ("two", 2)):
-        _run(tmp_path / name, count, compilation_cache)
+        _run("distributed", tmp_path / name, count, compilation_cache)
     one, two = (load_artifact(tmp_path / name) for name in ("one", "two"))
     assert one.counts == two.counts == {"steps": 6}
+    # Two processes to step 3, then one with twice their devices, then two again.
+    for count, devices, until in ((2, 4, 3), (1, 8, 5), (2, 4, 6)):
+        _run("elastic", tmp_path / "elastic", count, compilation_cache, devices, until)
     losses = [
         [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
-        for name in ("one", "two")
+        for name in ("one", "two", "elastic")
     ]
     assert len(losses[0]) == 6
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
     notes = sorted((tmp_path / "two" / "checkpoints" / "6" / "run").glob("*.json"))
     assert [note.name for note in notes] == ["process_0_of_2.json", "process_1_of_2.json"]
     assert json.loads(notes[1].read_text())["data"] == {"json": {"index": 6}}

@@ -2,6 +2,7 @@
 
 python worker.py resume FOLDER STEPS DIE_AT
 python worker.py distributed FOLDER PORT PROCESS COUNT
+python worker.py elastic FOLDER PORT PROCESS COUNT DEVICES UNTIL
 """
 
 import os
@@ -81,38 +82,57 @@ def resume(folder: Path, steps: int, die_at: int) -> None:
     run_stage("train", folder, {"steps": steps}, {}, build)
 
 
-def distributed(folder: Path, port: str, process: int, count: int) -> None:
-    jax.config.update("jax_num_cpu_devices", 4 // count)
+class Share(small_net.Batches):
+    """The rows of each batch of eight that one process has."""
+
+    def __init__(self, process: int, count: int):
+        super().__init__()
+        self.own = slice(process * 8 // count, (process + 1) * 8 // count)
+
+    def __next__(self):
+        return {k: v[self.own] for k, v in super().__next__().items()}
+
+
+def train(path: Path, process: int, count: int, ends: tuple[int, ...]):
+    """Up to each of `ends`, every time from the newest checkpoint."""
+    mesh = make_mesh(fsdp=2)
+    _, step = parts(6)
+    with Checkpoints(path / "checkpoints", every=2) as checkpoint, MetricsWriter(path) as lines:
+        for steps in ends:
+            state = fit(
+                shard(parts(6)[0], mesh, UNET, min_size=64),
+                None,
+                Share(process, count),
+                step,
+                steps=steps,
+                place=partial(shard_batch, mesh=mesh),
+                checkpoint=checkpoint,
+                metrics=lines,
+                log_every=1,
+            )
+    return state
+
+
+def join(port: str, process: int, count: int, devices: int) -> None:
+    """Be one of `count` processes, which have so many devices together."""
+    jax.config.update("jax_num_cpu_devices", devices // count)
     if count > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
-    mesh = make_mesh(data=2, fsdp=2)
-    rows = 8 // count
 
-    class Mine(small_net.Batches):
-        def __next__(self):
-            whole = super().__next__()
-            return {k: v[process * rows : (process + 1) * rows] for k, v in whole.items()}
+
+def distributed(folder: Path, port: str, process: int, count: int) -> None:
+    join(port, process, count, 4)
 
     def build(path: Path):
-        state, step = parts(6)
-        state = shard(state, mesh, UNET, min_size=64)
-        with Checkpoints(path / "checkpoints", every=2) as checkpoint, MetricsWriter(path) as lines:
-            for steps in (3, 6):  # the second call starts from the first one's checkpoint
-                fresh = shard(parts(6)[0], mesh, UNET, min_size=64)
-                state = fit(
-                    fresh,
-                    None,
-                    Mine(),
-                    step,
-                    steps=steps,
-                    place=partial(shard_batch, mesh=mesh),
-                    checkpoint=checkpoint,
-                    metrics=lines,
-                    log_every=1,
-                )
-        return {"steps": int(state.step)}
+        # The second end starts from the first one's checkpoint.
+        return {"steps": int(train(path, process, count, (3, 6)).step)}
 
     run_stage("train", folder, {"steps": 6}, {}, build)
+
+
+def elastic(folder: Path, port: str, process: int, count: int, devices: int, until: int) -> None:
+    join(port, process, count, devices)
+    train(folder, process, count, (until,))
 
 
 if __name__ == "__main__":
@@ -120,4 +140,6 @@ if __name__ == "__main__":
     if verb == "resume":
         resume(Path(folder), int(rest[0]), int(rest[1]))
     else:
-        distributed(Path(folder), rest[0], int(rest[1]), int(rest[2]))
+        {"distributed": distributed, "elastic": elastic}[verb](
+            Path(folder), rest[0], *map(int, rest[1:])
+        )

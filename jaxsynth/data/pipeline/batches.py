@@ -2,7 +2,8 @@
 
 A pipeline is a function of a position: which image comes when and how it is augmented follow from
 the seed and the position alone. So an iterator stopped anywhere goes on exactly (`get_state`,
-`set_state`), and any number of processes read disjoint parts of one global order.
+`set_state`), also in another number of processes: together they read the same batches, each of them
+other rows.
 """
 
 from __future__ import annotations
@@ -70,19 +71,41 @@ def _local(batch_size: int, process_index: int, process_count: int, what: str) -
     return batch_size // process_count
 
 
-def _batched(source, batch_size, seed, transform, epochs, process_index, process_count, what):
-    """A MapDataset of this process's batches."""
+class _Share:
+    """Of each batch of `size` examples the rows `first`, `first + step`, ...: those of one process.
+
+    Which examples a batch holds, and how each is augmented, do not depend on the processes, so that
+    a number of batches is the place in the data of any number of them.
+    """
+
+    def __init__(self, examples: grain.MapDataset, size: int, first: int, step: int):
+        self.examples, self.size, self.rows = examples, size, range(first, size, step)
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.size
+
+    def __getitem__(self, index: int) -> Batch:
+        start = int(index) * self.size
+        return collate([self.examples[start + row] for row in self.rows])
+
+    def __repr__(self) -> str:
+        return f"_Share({len(self)})"
+
+
+def _batched(source, batch_size, seed, transform, epochs, first, process_count, what):
+    """A MapDataset of batches of `batch_size`, of which this process has every so manyth row."""
     if not len(source):
         raise SourceError(f"{what}: the source has no images")
-    local = _local(batch_size, process_index, process_count, what)
-    return (
+    # A slice that takes all: Grain's seed of what follows hangs on the number of steps before it,
+    # and figures that were published hang on that.
+    examples = (
         grain.MapDataset.source(_Examples(source))
         .seed(seed)
         .shuffle()
-        .repeat(epochs)[process_index::process_count]
+        .repeat(epochs)[0::1]
         .random_map(_Apply(transform))
-        .batch(local, drop_remainder=True, batch_fn=collate)
     )
+    return grain.MapDataset.source(_Share(examples, batch_size, first, process_count))
 
 
 def _iterator(batches: grain.MapDataset, num_workers: int, num_threads: int):
@@ -118,6 +141,7 @@ def train_batches(
     once if they fit in 1 GiB. The iterator has get_state and set_state.
     """
     source = cached(source) if cache else source
+    _local(batch_size, process_index, process_count, "batch_size")
     batches = _batched(
         source, batch_size, seed, transform, epochs, process_index, process_count, "batch_size"
     )
@@ -171,20 +195,25 @@ def mixed_batches(
 
     The counts are fixed (`real_count`), so neither part of a loss over both is ever empty. Each
     kind is shuffled and repeated on its own, without end or for `steps` batches. In a batch put
-    together from several processes, real images come first within each process's part.
+    together from several processes, real images come first within each process's part; the numbers
+    of real images in the parts differ by one at most.
     """
-    if process_count > 1 and batch_size % process_count:
+    _local(batch_size, process_index, process_count, "batch_size")
+    count = real_count(batch_size, real_fraction)
+    if min(count, batch_size - count) < process_count:
         raise SourceError(
-            f"batch_size {batch_size} does not divide among {process_count} processes"
+            f"batch_size {batch_size}: {count} real and {batch_size - count} synthetic images, "
+            f"expected at least one of each for every one of {process_count} processes"
         )
-    count = process_count * real_count(batch_size // process_count, real_fraction)
     parts = []
     for offset, (source, size, what) in enumerate(
         [(real, count, "real images"), (synthetic, batch_size - count, "synthetic images")]
     ):
         source = cached(source) if cache else source
+        # The synthetic rows come after the real ones of the whole batch.
+        first = (process_index - offset * count) % process_count
         # Odd and even seeds, so that the two kinds do not share their order.
-        args = (2 * seed + offset, transform, None, process_index, process_count, what)
+        args = (2 * seed + offset, transform, None, first, process_count, what)
         parts.append(_batched(source, size, *args))
     # Both are endless; what is zipped must be of one length.
     steps = min(map(len, parts)) if steps is None else steps

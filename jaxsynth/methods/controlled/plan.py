@@ -29,7 +29,7 @@ from jaxsynth.tasks.controlled import Triples, control_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.hf import StableDiffusion, describe_pipeline, is_here
+from jaxsynth.weights.hf import StableDiffusion, describe_pipeline, has_shapes
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
@@ -74,7 +74,7 @@ class _Shapes:
 
     @classmethod
     def of(cls, config: Config) -> "_Shapes":
-        if not is_here(config.base):  # told here with what is enough, and no hub is asked
+        if not has_shapes(config.base):  # told here with what is enough, and no hub is asked
             raise UserError(
                 f"base: {config.base!r} is no folder or file here, so its shape is unknown; a "
                 "folder with the tokenizer and the config.json files of unet, vae, text_encoder "

@@ -36,18 +36,13 @@ from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt_tasks
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights import published
 from jaxsynth.weights.hf import is_here
 from jaxsynth.weights.layout import stored
 from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, SCHEDULER, DiTPipeline
 
 # "DiT-XL-2-256x256.pt" of the authors, "facebook/DiT-XL-2-256" on the hub.
 _PUBLISHED = re.compile(r"(?:.*/)?(DiT-(?:S|B|L|XL))-([248])-(256|512)(?:x\3)?(?:\.pt)?")
-ASSUMED_VAE = AutoencoderKLConfig(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-)
 
 
 @dataclass(frozen=True)
@@ -196,7 +191,7 @@ def _drawn(one: _Training, config: Config, network: DiTConfig, mesh: Mesh, batch
         rows["condition"] = (grid, jnp.uint8)
     vae, own = _vae_config(config), (Path(config.base).expanduser() / "vae").is_dir()
     dtype = config.dtype if config.base and own else "float32"
-    assumed = f"{config.vae}: Stable Diffusion's autoencoder is assumed" * (vae is ASSUMED_VAE)
+    assumed = f"{config.vae}: Stable Diffusion's autoencoder is assumed" * (vae is published.VAE)
     return plan_sampler(
         f"draw {one.name}",
         model,
@@ -262,7 +257,7 @@ def _vae_config(config: Config) -> AutoencoderKLConfig:
     elif is_here(config.vae):
         folder = vae_folder(config.vae)
     else:
-        return ASSUMED_VAE
+        return published.VAE
     return AutoencoderKLConfig.from_dict(read_json(folder / "config.json"))
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxsynth.models import layers
 from jaxsynth.models.fields import known_fields, square_sizes, unused_fields
+from jaxsynth.models.repeat import run_layers
 from jaxsynth.ops.attention import attention
 
 # The base model's name in the files, which is all that tells the three apart there.
@@ -210,11 +211,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> list[Float[Array, "b t d"]]:
         """Every block's output."""
-        states = []
-        for block in self.layer:
-            x = block(x)
-            states.append(x)
-        return states
+        return run_layers(self.layer, x, lambda block, x: block(x))
 
 
 class ViTModel(nnx.Module):

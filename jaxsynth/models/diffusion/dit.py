@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.models import fields, layers
-from jaxsynth.models.remat import checkpointed
+from jaxsynth.models.repeat import scan_stacked
 from jaxsynth.ops.attention import attention
 
 # What a block keeps for the backward pass besides its input.
@@ -215,7 +215,13 @@ class DiT(nnx.Module):
         time = layers.timestep_embedding(t, _TIME_FEATURES, freq_shift=config.freq_shift)
         embedded = self.time_embedder(time.astype(self.dtype)) + self.class_embedder(labels)
         embedded = jax.nn.silu(embedded)
-        tokens = _scan(self.transformer_blocks, config.num_layers, tokens, embedded, remat)
+        tokens = scan_stacked(
+            self.transformer_blocks,
+            config.num_layers,
+            tokens,
+            lambda block, tokens: block(tokens, embedded),
+            remat=remat,
+        )
         shift, scale = jnp.split(self.proj_out_1(embedded)[:, None], 2, axis=-1)
         tokens = self.proj_out_2(_modulated_norm(tokens, shift, scale, _EPSILON))
         patches = tokens.reshape(x.shape[0], rows, columns, patch, patch, config.channels_out)
@@ -275,7 +281,8 @@ class LabelEmbedding(nnx.Module):
 class DiTBlock(nnx.Module):
     """Self-attention and feed-forward, modulated and gated by the embedding (adaLN-zero).
 
-    It holds the parameters of all layers on a leading axis; `_scan` calls it with those of one.
+    It holds the parameters of all layers on a leading axis; `scan_stacked` calls it with those of
+    one.
     """
 
     def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -369,46 +376,6 @@ def position_embedding(
     row = np.repeat(np.arange(rows) * side / rows, columns)
     column = np.tile(np.arange(columns) * side / columns, rows)
     return np.concatenate([features(column), features(row)], axis=1).astype(np.float32)
-
-
-def _scan(
-    block: DiTBlock,
-    depth: int,
-    tokens: Float[Array, "b n d"],
-    embedded: Float[Array, "b d"],
-    remat: str | None,
-) -> Float[Array, "b n d"]:
-    """`block` applied `depth` times, each time with its own slice of every Variable.
-
-    Adapters inside the block may hold arrays that are no Variables: a strength is the same for all
-    layers, and a random key becomes one key a layer.
-    """
-    leaves, treedef = jax.tree.flatten(block, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    stacks = {place: leaf.get_value() for place, leaf in enumerate(leaves) if _is_variable(leaf)}
-    for place, value in stacks.items():
-        if value.ndim == 0 or value.shape[0] != depth:
-            raise ValueError(
-                f"transformer_blocks holds a {type(leaves[place]).__name__} of shape "
-                f"{value.shape}; expected a first axis of num_layers = {depth}"
-            )
-
-    def own(place: int, leaf: Any, index: Array, values: dict[int, Array]) -> Any:
-        if place in values:
-            return leaf.replace(values[place])
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.fold_in(leaf, index)
-        return leaf
-
-    def body(tokens: Array, layer: tuple[Array, dict[int, Array]]) -> tuple[Array, None]:
-        owned = [own(place, leaf, *layer) for place, leaf in enumerate(leaves)]
-        return jax.tree.unflatten(treedef, owned)(tokens, embedded), None
-
-    body = checkpointed(body, remat, in_scan=True)
-    return jax.lax.scan(body, tokens, (jnp.arange(depth), stacks))[0]
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
 
 
 def _modulated_norm(

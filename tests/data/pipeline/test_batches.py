@@ -123,6 +123,42 @@ def test_mixed_batches_share_among_processes():
     for p in range(2):
         batch = next(mixed_batches(source(4), source(9), 8, 0, process_index=p, process_count=2))
         assert batch["is_real"].tolist() == [True, True, False, False]
+    with pytest.raises(SourceError, match="1 real and 7 synthetic images, expected at least one"):
+        mixed_batches(source(4), source(9), 8, 0, real_fraction=0.1, process_count=2)
+    with pytest.raises(SourceError, match="batch_size 9 does not divide among 2"):
+        mixed_batches(source(4), source(9), 9, 0, process_count=2)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_any_number_of_processes_goes_on_with_the_same_batches(mixed):
+    """The same images, augmented alike, in the batches after a place that any process saved."""
+
+    def start(count):
+        share = [
+            {"process_index": p, "process_count": count, "num_threads": 0} for p in range(count)
+        ]
+        if mixed:  # five real images in a batch, unevenly shared
+            args = (source(7), source(20, 100), 12, 3, noise)
+            return [mixed_batches(*args, real_fraction=0.4, **one) for one in share]
+        return [train_batches(source(10), 12, 3, noise, **one) for one in share]
+
+    def following(iterators):
+        parts = [next(one) for one in iterators]
+        assert len({len(part["label"]) for part in parts}) == 1
+        return np.sort(np.concatenate([part["image"][:, 0, 0, 0] for part in parts]))
+
+    two = start(2)
+    for _ in range(3):
+        following(two)
+    states = [json.loads(json.dumps(one.get_state())) for one in two]
+    assert states[0] == states[1]
+    expected = [following(two) for _ in range(3)]
+    for count in (1, 3, 4):
+        others = start(count)
+        for one in others:
+            one.set_state(states[0])
+        for batch in expected:
+            np.testing.assert_array_equal(following(others), batch)
 
 
 def test_eval_visits_everything_once_and_pads():

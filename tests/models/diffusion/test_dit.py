@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsynth.adapters import inject
 from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
-from jaxsynth.models.diffusion import dit
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig, position_embedding
+from jaxsynth.models.repeat import scan_stacked
 from jaxsynth.training.sharding import DIT, make_mesh, shard, shard_batch
 from jaxsynth.weights.hf import describe
 from tests.models.torch_parity import copy_weights, nchw, nhwc, randomise, relative_error
@@ -321,12 +321,16 @@ def test_every_layer_drops_other_inputs(key):
     masks = layer_masks(3)
     assert not jnp.array_equal(*masks)
     seeded = inject.seed_dropout(wrapped, jax.random.key(3))
-    found = dit._scan(seeded.transformer_blocks, 2, tokens, embedded, None)
+
+    def scanned(blocks):
+        return scan_stacked(blocks, 2, tokens, lambda block, x: block(x, embedded))
+
+    found = scanned(seeded.transformer_blocks)
     np.testing.assert_allclose(found, by_hand(masks), atol=1e-5)
     same = by_hand([masks[0]] * 2)
     assert np.abs(found - same).max() > 1e-3
     other = inject.seed_dropout(wrapped, jax.random.key(4)).transformer_blocks
-    assert np.abs(found - dit._scan(other, 2, tokens, embedded, None)).max() > 1e-3
+    assert np.abs(found - scanned(other)).max() > 1e-3
 
 
 def test_one_adapter_a_sample(random_dit):

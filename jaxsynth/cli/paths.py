@@ -1,0 +1,19 @@
+"""Paths on the command line."""
+
+import argparse
+import re
+from pathlib import Path
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+
+
+def local_path(text: str) -> Path:
+    """A path on a file system, as a type of an argument; an address of a store is refused.
+
+    As a path, gs://bucket/runs would be a folder "gs:" here, and every host would write its own.
+    """
+    found = _ADDRESS.match(text)
+    if found is not None:
+        mount = "; mount the bucket (gcsfuse BUCKET DIR) and give DIR" * (found[1] == "gs")
+        raise argparse.ArgumentTypeError(f"{text!r} is an address, expected a path here{mount}")
+    return Path(text)
