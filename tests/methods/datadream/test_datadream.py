@@ -19,9 +19,11 @@ from jaxsynth.adapters.kinds.lokr import LoKrConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.core.errors import UserError
+from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.config import Config, Recipe, SetConfig
 from jaxsynth.methods.datadream.plan import plan
+from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
@@ -58,6 +60,22 @@ DIGITS = (
     "--config.adapter.rank=1",
     "--config.adapter.factor=2",
     "--config.classify.adapter=dora",
+    "--config.modes=dset,cls,stacked",
+    "--config.measure_sets=true",
+    "--config.sets.names.prompts.weights.name=1",
+    "--config.sets.rest.kind=retrieved",
+    "--config.sets.rest.query=shots",
+    "--config.recipes.mixed.sets.dset=2",
+    "--config.recipes.mixed.sets.names=1",
+    "--config.recipes.mixed.keep.judge=shots",
+    "--config.recipes.mixed.keep.most=1",
+    "--config.recipes.photos.sets.rest=1",
+    "--config.recipes.names.sets.names=1",
+    "--config.recipes.names.real=false",
+    "--config.recipes.stages.classify.adapter=lora",
+    "--config.recipes.stages.classify.rank=None",
+    "--config.recipes.stages.classify.learns=norms",
+    "--config.recipes.stages.classify.head_share=0.5",
 )
 
 
@@ -96,9 +114,18 @@ STAGES = (
     "shots2-seed0/real",
     *(
         f"shots2-seed0/{mode}/{stage}"
-        for mode in ("dset", "cls")
+        for mode in ("dset", "cls", "stacked")
         for stage in ("adapter", "images", "synthetic", "both")
     ),
+    "prompt-seed0/sets/names/images",
+    "shots2-seed0/sets/rest/images",
+    "shots2-seed0/recipes/mixed/dset/kept",
+    "shots2-seed0/recipes/mixed/names/kept",
+    "prompt-seed0/recipes/names/classifier",
+    *(f"shots2-seed0/recipes/{name}/classifier" for name in ("mixed", "photos", "stages")),
+    "prompt-seed0/alignment",
+    "prompt-seed0/sets/names/alignment",
+    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked", "sets/rest")),
 )
 
 
@@ -111,13 +138,17 @@ def test_a_plan_counts_what_the_run_did(finished):
     for path in finished.rglob("metrics.jsonl"):
         what = next(folder.parent for folder in path.parents if folder.name == ".training")
         mode = "dset" if "dset" in what.parts else f"{config.classes_at_once or 3} classes"
+        mode += ", stacked" if "stacked" in what.parts else ""
         name = f"fine-tune {mode}" if what.name == "adapter" else "classify"
+        name = f"recipe {what.parent.name}" if what.name == "classifier" else name
         done[name] += read_metrics(path)[-1]["step"]
-    for mode in ("dset", "cls"):
+    for mode in ("dset", "cls", "stacked"):
         images = [finished / "shots2-seed0" / mode / "images"]
         images += [finished / "prompt-seed0" / "images"] if mode == "dset" else []
         shards = sum(len(list(folder.glob("*.jsonl"))) for folder in images)
         done[f"generate, {mode}"] = shards * config.generate.batches_per_shard
+    names = finished / "prompt-seed0/sets/names/images"
+    done["generate, set names"] = len(list(names.glob("*.jsonl")))
     assert done == counts and all(done.values())
 
 
@@ -128,7 +159,7 @@ def test_every_stage_is_made_and_reported(finished):
         load_artifact(finished / stage).verify()
     results = json.loads((finished / "results.json").read_text())
     rows = {r["row"]: r for r in results}
-    assert len(results) == len(rows) == 7
+    assert len(results) == len(rows) == 13
     for row in rows.values():
         assert 0 <= row["top1"] <= 1 and set(row["per_class"]) == {"1", "4", "7"}
         logits = np.load(finished / row["artifact"] / "logits.npy")
@@ -137,12 +168,48 @@ def test_every_stage_is_made_and_reported(finished):
     assert all(row in table for row in rows)
     page = (finished / "report.html").read_text()
     assert "data:image/png;base64" in page and "Real shots only" in page
+    for title in (
+        "How near the sets are to real images", "Which classes are confused", "What it cost",
+        "What the recipes are", "Points more than: Real shots only", "Points more than: stages",
+    ):  # fmt: skip
+        assert title in page, title
+
+
+def test_sets_are_measured_and_filtered(finished):
+    """Photos of the training set are nearer to the test images than drawings of random weights."""
+    found = {
+        name: json.loads((finished / name / "alignment/figures.json").read_text())
+        for name in ("prompt-seed0", "shots2-seed0/dset", "shots2-seed0/sets/rest")
+    }
+    fids = {name: one["matched"]["fid"]["mean"] for name, one in found.items()}
+    assert fids["shots2-seed0/sets/rest"] < min(fids["prompt-seed0"], fids["shots2-seed0/dset"])
+    assert "nearest" not in found["prompt-seed0"]
+    drawn = load_shots(finished / "shots2-seed0/shots/shots.json")
+    shots = {id_ for ids in drawn.train for id_ in ids}
+    pairs = found["shots2-seed0/dset"]["nearest"]["pairs"]
+    assert len(pairs) == 6 and {pair["shot"] for pair in pairs} <= shots
+    assert [x["cosine"] for x in pairs] == sorted((x["cosine"] for x in pairs), reverse=True)
+    rest = ImageStore(finished / "shots2-seed0/sets/rest/images")
+    assert not shots & {entry.prompt for entry in rest.entries}
+    names = ImageStore(finished / "prompt-seed0/sets/names/images")
+    assert {entry.prompt for entry in names.entries} == {"one", "four", "seven"}
+    for one, place in (("dset", "shots2-seed0/dset"), ("names", "prompt-seed0/sets/names")):
+        path = finished / "shots2-seed0/recipes/mixed" / one / "kept"
+        kept = json.loads((path / "kept.json").read_text())
+        store = ImageStore(finished / place / "images")
+        assert np.bincount(store.labels[kept]).tolist() == [1, 1, 1]
+        assert load_artifact(path).counts["most"] == 3
 
 
 def test_the_generated_sets(finished):
     sets = {
         name: ImageStore(finished / name / "images")
-        for name in ("prompt-seed0", "shots2-seed0/dset", "shots2-seed0/cls")
+        for name in (
+            "prompt-seed0",
+            "shots2-seed0/dset",
+            "shots2-seed0/cls",
+            "shots2-seed0/stacked",
+        )
     }
     pixels = {}
     for name, store in sets.items():
@@ -398,8 +465,28 @@ def test_adapters_of_different_settings_keep_them(tmp_path):
         ({"modes": ("dsett",)}, "modes: .*dsett"),
         ({"shots": ()}, r"shots: \(\), expected at least one"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
+        ({"modes": ("cls", "stacked")}, "modes: cls, stacked; 'stacked' learns on top of 'dset'"),
+        ({"recipes": {"a": Recipe({"dset": 1.0, "x": 1.0})}}, "recipes.a.sets: 'x', expected"),
+        ({"recipes": {"a": Recipe(classify={"lr": 1.0})}}, "recipes.a.classify.lr: no such field"),
+        ({"sets": {"cls": SetConfig()}}, "sets: 'cls', expected another name"),
     ],
 )
 def test_a_config_that_cannot_be(values, message):
     with pytest.raises(ValueError, match=message):
         Config(**values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SetConfig(kind="drawn"), "kind: 'drawn', expected one of prompts, retrieved"),
+        (lambda: SetConfig(pool="photos"), "pool: given, but a set of kind 'prompts' has none"),
+        (lambda: SetConfig(kind="retrieved", guidance_scale=1.0), "guidance_scale: given"),
+        (lambda: Recipe(real=False), "sets: none, and real is false"),
+        (lambda: Recipe(keep=FilterConfig(agreement=True)), "keep: .* but sets is empty"),
+        (lambda: Recipe({"dset": 0.0}), "sets: .*expected above 0"),
+    ],
+)
+def test_a_set_or_recipe_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
