@@ -104,7 +104,11 @@ def section(workdir: Path, dataset: Dataset, sets: Mapping[str, list[Path]]) -> 
     A set's folder holds "images" and "alignment"; those that are not finished are left out.
     """
     done = {
-        name: [x for x in folders if (x / "alignment" / MANIFEST).is_file()]
+        name: [
+            x
+            for x in folders
+            if all((x / part / MANIFEST).is_file() for part in ("alignment", "images"))
+        ]
         for name, folders in sets.items()
     }
     found = {

@@ -35,6 +35,7 @@ from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
 from jaxsynth.methods.datadream import report as pages
 from jaxsynth.methods.datadream.alignment import Measuring, measure_set, too_few
+from jaxsynth.methods.datadream.comparison import compare
 from jaxsynth.methods.datadream.config import MODES, PROMPTS, Config, SetConfig, set_folder
 from jaxsynth.methods.datadream.plan import plan
 from jaxsynth.methods.datadream.stages import (
@@ -63,7 +64,7 @@ from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.trainer import check_batches
 from jaxsynth.weights.hf import Clip, StableDiffusion
 
-__all__ = ["Config", "make", "plan", "report", "run"]
+__all__ = ["Config", "compare", "make", "plan", "report", "run"]
 
 
 def run(config: Config, workdir: Path) -> Path:

@@ -263,7 +263,13 @@ def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     (partial / "report.html").unlink()
     code, out, err = command("report", partial)
     assert (code, err) == (0, "") and "report.html" in out
-    assert len(json.loads((partial / "results.json").read_text())) == 4
+    assert len(json.loads((partial / "results.json").read_text())) == 10
+    code, out, err = command("report", partial, finished)
+    assert (code, err) == (0, "") and f"side by side: {partial / 'comparison.html'}" in out
+    page = (partial / "comparison.html").read_text()
+    assert "DataDream stacked + real shots" in page and "Top-1 accuracy in %, 2 shots" in page
+    code, _, err = command("report", partial, partial)
+    assert code == 1 and "the same run is given twice" in err
 
 
 @pytest.fixture(scope="module")
