@@ -126,11 +126,13 @@ EXEMPT_HERE = {
     ("diffscaler", "base_data.printed.template"): "a class-conditional network reads no text",
 }
 
+PROMPT_FILES = ("templates", "hypernyms", "places", "captions", "contexts")
 # Fields that these small runs leave empty, or whose other values need files.
 UNTRIED = {
     "datadream": {
-        f"sets.words.prompts.{file}"
-        for file in ("templates", "hypernyms", "places", "captions", "contexts")
+        # Files of prompts, and prompts of a set that has none.
+        *(f"sets.photos.prompts.{name}" for name in ("weights", *PROMPT_FILES)),
+        *(f"sets.words.prompts.{name}" for name in PROMPT_FILES),
     },
     "controlled": {"condition_folder"},  # maps on disk
     "diffscaler": {
@@ -142,7 +144,7 @@ UNTRIED = {
         *(
             f"sources.{name}.prompts.{file}"
             for name in ("prompts", "adapted")
-            for file in ("templates", "hypernyms", "places", "captions", "contexts")
+            for file in PROMPT_FILES
         ),
         "train.augment.jitter_p", "clones.synclr.augment.jitter_p",
     },

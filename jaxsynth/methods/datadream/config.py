@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.core.config import to_dataclass, to_dict
+from jaxsynth.core.config import Text, to_dataclass, to_dict
 from jaxsynth.core.limits import (
     BelowOne,
     Count,
@@ -178,9 +178,13 @@ def set_folder(config: Config, workdir: Path, name: str, shots: int, seed: int) 
 
 
 def _merged(values: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with those of `own`, field by field where both are parts."""
+    """`values` with those of `own`, field by field where both are parts.
+
+    A text may come from the command line: its type is the field's.
+    """
     found = dict(values)
     for name, value in own.items():
         parts = isinstance(value, Mapping) and isinstance(found.get(name), dict)
+        value = Text(value) if isinstance(value, str) else value
         found[name] = _merged(found[name], value) if parts else value
     return found
