@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import differences, to_json
+from jaxsynth.core.words import counted
 from jaxsynth.methods.datadream.config import Config
 from jaxsynth.report.page import Details, Picture, Section, write_page
 from jaxsynth.report.tables import Measure, Table
@@ -34,7 +35,7 @@ def compare(workdirs: Sequence[Path]) -> Path:
                 for found in results.values()
             ]
             body.append([row, *(Measure(own) if own else None for own in values)])
-        caption = f"Top-1 accuracy in %, {shots} shot{'s' * (shots != 1)}"
+        caption = f"Top-1 accuracy in %, {counted(shots, 'shot')}"
         tables.append(Table(["Trained on", *results], body, caption=caption, scale=100))
     images = sorted({(one["images"]) for found in results.values() for one in found})
     text = (

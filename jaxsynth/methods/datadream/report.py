@@ -324,7 +324,7 @@ def _differences(
             cells.append(crossed_interval(np.stack(known)).text() if known else None)
         if row is not base:
             body.append([row.label, *cells])
-    columns = ["Trained on", *(f"{k} shot{'s' * (k != 1)}" for k in shots)]
+    columns = ["Trained on", *(counted(k, "shot") for k in shots)]
     return Table(columns, body, caption=f"Points more than: {base.label}", better=None)
 
 

@@ -11,6 +11,7 @@ from jaxsynth.adapters.registry import attach
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
