@@ -74,6 +74,8 @@ class Recipe:
 
     def __post_init__(self):
         check_limits(self)
+        # As JSON holds it, so that a run's record gives the same recipe again.
+        object.__setattr__(self, "classify", _as_typed(self.classify))
         for name, share in self.sets.items():
             if share <= 0:
                 raise ValueError(f"sets: the share of {name!r} is {share}, expected above 0")
@@ -177,14 +179,26 @@ def set_folder(config: Config, workdir: Path, name: str, shots: int, seed: int) 
     return below / name if name in MODES else below / "sets" / safe_name(name)
 
 
-def _merged(values: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with those of `own`, field by field where both are parts.
+def _as_typed(value: Any) -> Any:
+    """A setting from the command line as the text that it is; its type is found with its field."""
+    if isinstance(value, Text):
+        return value.text
+    if isinstance(value, Mapping):
+        return {str(name): _as_typed(item) for name, item in value.items()}
+    return value
 
-    A text may come from the command line: its type is the field's.
-    """
+
+def _merged(values: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `own`, field by field where both are parts that no kind chooses."""
     found = dict(values)
     for name, value in own.items():
-        parts = isinstance(value, Mapping) and isinstance(found.get(name), dict)
-        value = Text(value) if isinstance(value, str) else value
-        found[name] = _merged(found[name], value) if parts else value
+        old, part = found.get(name), isinstance(value, Mapping) and "kind" not in value
+        found[name] = _merged(old, value) if part and isinstance(old, dict) else _texts(value)
     return found
+
+
+def _texts(value: Any) -> Any:
+    """Strings as text of the command line, whose type is the field's."""
+    if isinstance(value, Mapping):
+        return {name: _texts(item) for name, item in value.items()}
+    return Text(value) if isinstance(value, str) else value

@@ -18,6 +18,7 @@ from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lokr import LoKrConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
+from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
@@ -436,6 +437,31 @@ def test_one_class_is_told(base_folder, photos, tmp_path, command):
     more = [f"--config.{field}={value}" for field, value in fields.items()]
     _, out, err = command(*arguments(base_folder, tmp_path / "w", *SMALL, *more))
     assert "one class, 'sea otter': every classifier is right" in out, err
+
+
+def test_a_recipes_settings_are_typed_by_their_fields_and_kept():
+    """From the command line, part by part, and again from the run's record."""
+    values = override(
+        load_config(f"{REPOSITORY}/configs/datadream.py:tiny"),
+        [
+            ("recipes.a.sets.dset", "2"),
+            ("recipes.a.classify.visual_head", "true"),
+            ("recipes.a.classify.rank", "none"),
+            ("recipes.a.classify.augment.flip_p", "0.25"),
+            ("recipes.a.classify.regions.space", "features"),
+            ("recipes.a.classify.regions.robustness", "3"),
+            ("recipes.a.classify.adapter.kind", "lokr"),
+            ("recipes.a.classify.adapter.factor", "2"),
+        ],
+    )
+    config = to_dataclass(Config, values)
+    found = config.classify_of("a")
+    assert found.visual_head is True and found.rank is None and found.augment.flip_p == 0.25
+    assert (found.regions.space, found.regions.robustness) == ("features", 3.0)
+    assert (found.adapter.kind, found.adapter.settings) == ("lokr", {"factor": 2})
+    # What the recipe leaves out is the run's.
+    assert found.augment.crop_scale == (0.6, 1.0) and found.learning_rate == 5e-3
+    assert to_dataclass(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_adapters_of_different_settings_keep_them(tmp_path):
