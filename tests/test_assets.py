@@ -6,7 +6,7 @@ import pytest
 from jaxsynth.data.procedural.shapes import DIGITS
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.generation.generate import GenerateConfig, Generator
-from jaxsynth.tasks.clip_classifier import predict, scores
+from jaxsynth.tasks.clip_predictions import predict, scores
 from jaxsynth.weights.hf import load_clip, load_pipeline
 from jaxsynth.weights.hub import resolve
 

@@ -7,6 +7,7 @@ import pytest
 
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import ConfigError, load_config, to_dataclass
+from jaxsynth.data.prompts import TEMPLATES, default_template
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -21,7 +22,16 @@ VARIANTS = {
             for technique in ("textual_inversion", "dreambooth", "lora")
         ),
     ),
-    "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),
+    "datadream": (
+        "", "tiny", "digits", "photos", "recipes", "sd21", "smoke",
+        *(
+            f"paper,dataset={name}"
+            for name in (
+                "imagenet", "caltech101", "dtd", "eurosat", "fgvc_aircraft", "pets", "cars",
+                "sun397", "food101", "flowers102",
+            )
+        ),
+    ),
     "diffscaler": (
         "",
         "base",
@@ -38,7 +48,7 @@ VARIANTS = {
     "scaling": ("", "tiny", "smoke"),
     "tiny_base": ("", "smoke"),
     "weightgen": ("", "tiny", "study", "factors", "full", "smoke"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -77,3 +87,21 @@ def test_diffscalers_data_set_reaches_its_source():
     assert (target["source"], target["name"]) == ("tfds", "oxford_flowers102")
     target = load_config(f"{FOLDER / 'diffscaler.py'}:xl2,path=photos/a")["data"]["target"]
     assert (target["source"], target["path"]) == ("folder", "photos/a")
+
+
+@pytest.mark.parametrize("variant", ["paper", "paper,dataset=mnist", "paper,data=dtd"])
+def test_a_data_set_of_the_paper_is_asked_for_by_name(variant):
+    with pytest.raises(ConfigError, match="expected dataset= one of imagenet, caltech101, dtd"):
+        load_config(f"{FOLDER / 'datadream.py'}:{variant}")
+
+
+def test_the_papers_data_sets_have_its_words_and_are_not_tested_on_shots():
+    """As the reference has them: its templates' words, 200 epochs, 100 for ImageNet."""
+    for variant in VARIANTS["datadream"]:
+        name = variant.removeprefix("paper,dataset=")
+        if name == variant:
+            continue
+        values = load_config(f"{FOLDER / 'datadream.py'}:{variant}")
+        assert default_template(values["data"]["name"]) == TEMPLATES[name]
+        assert values["finetune"]["epochs"] == (100 if name == "imagenet" else 200)
+        assert values["data"].get("test_split", "") != "train"

@@ -32,6 +32,12 @@ def optimiser(
     return inner
 
 
+def has_own_optimizer(config: Any) -> bool:
+    """Whether adapters of `config` cannot do with the optimizer that they are given."""
+    kinds = (AdaLoRAConfig, DeltaLoRAConfig, HypernetworkConfig)
+    return any(isinstance(part, kinds) for part in configs_of(config))
+
+
 def needs_length(config: Any) -> bool:
     """Whether the optimizer of adapters of `config` depends on the number of updates."""
     return isinstance(config, AdaLoRAConfig)

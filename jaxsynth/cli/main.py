@@ -34,7 +34,8 @@ from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 # The module that runs a method has `Config` (frozen dataclasses), `make(config, workdir)`, which
 # makes its stages, `run(config, workdir)`, which also writes its page, and
 # `plan(config, mesh)`, which returns the `training.planning.Program`s that a run starts; those of
-# REPORTS also have `report(workdir)`. They are imported on use: `--help` should not wait for JAX.
+# REPORTS also have `report(workdir)`, and those of COMPARISONS `compare(workdirs)`, a page of
+# several runs. They are imported on use: `--help` should not wait for JAX.
 METHODS = {
     name: f"jaxsynth.methods.{name}.run"
     for name in (
@@ -45,6 +46,7 @@ METHODS = {
 REPORTS = (
     "controlled", "customize", "datadream", "diffscaler", "robustness", "scaling", "weightgen",
 )  # fmt: skip
+COMPARISONS = ("datadream",)
 
 # Seconds that processes wait for the last to start, and after which a silent one counts as dead
 # and the others end.
@@ -159,16 +161,22 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """`jaxsynth report`: writes the page of each run again from what the run left."""
+    """`jaxsynth report`: writes the page of each run again from what the run left.
+
+    Of several runs of one method that has such a page, also one of them side by side.
+    """
     from jaxsynth.core.console import console
     from jaxsynth.runs.run import read_record
 
-    for workdir in args.workdirs:
-        name = read_record(workdir)["method"]
+    names = [read_record(workdir)["method"] for workdir in args.workdirs]
+    for workdir, name in zip(args.workdirs, names, strict=True):
         if name not in REPORTS:
             raise UsageError(f"{workdir}: method {name} has no report, only {', '.join(REPORTS)}")
         page = method_module(name).report(workdir)
         console.print(str(page or workdir), markup=False)
+    if len(names) > 1 and set(names) <= set(COMPARISONS) and len(set(names)) == 1:
+        page = method_module(names[0]).compare(args.workdirs)
+        console.print(f"side by side: {page}", markup=False)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -112,6 +112,24 @@ def first_of_each(
     return Subset(source, np.concatenate(rows) if rows else [])
 
 
+def shared(sources: Mapping[str, ImageSource], shares: Mapping[str, float]) -> Joined:
+    """Sources as one that is as long as all of them, each with its share of the places.
+
+    A source whose share is more than its images comes several times over, from its start again; of
+    one whose share is less the first images are taken. SourceError where one has no images.
+    """
+    if empty := [name for name, source in sources.items() if not len(source)]:
+        raise SourceError(f"{empty[0]}: a set without images")
+    total, whole = sum(map(len, sources.values())), sum(shares[name] for name in sources)
+    parts = {}
+    for name, source in sources.items():
+        count = max(round(total * shares[name] / whole), 1)
+        parts[name] = Subset(source, np.arange(count) % len(source))
+    labels = np.concatenate([part.labels for part in parts.values()])
+    ids = [f"{name}/{i}/{id_}" for name, x in parts.items() for i, id_ in enumerate(x.ids)]
+    return Joined(list(parts.values()), labels, ids)
+
+
 def real_share(total: int, fraction: float) -> int:
     """Real images among `total`; SourceError for a fraction that is none."""
     if not 0 <= fraction <= 1:

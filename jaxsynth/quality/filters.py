@@ -3,6 +3,8 @@
 - adherence: a CLIP's share for the image's own class among all (the filter of He et al. 2023, arXiv
   2210.07574, keeps shares above 1 / classes);
 - agreement: its first choice is the image's class (da Costa et al. 2023, DISEF);
+- nearness to the shots: the cosine to the nearest shot of the image's class, not so small that the
+  image shows something else, not so large that it is a copy;
 - near-duplicates: of images of a class whose features have a cosine above a limit the first stays;
 - a cap: at most so many of each class, those with the highest share.
 """
@@ -12,30 +14,54 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import softmax
 
-from jaxsynth.core.limits import BelowOne, Natural, Range, check_limits
+from jaxsynth.core.limits import BelowOne, Natural, OneOf, Range, check_limits
+
+Cosine = Annotated[float, Range(-1, 1)]
+# What a cosine between features is multiplied by before the softmax, as CLIP's logits are.
+SCALE = 100.0
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What is kept. `least_share` 0, `duplicates` 1 and `most` 0 take nothing out.
+    """What is kept. The defaults take nothing out.
 
-    least_share: of the image's own class. agreement: whether that must be the largest. duplicates:
-    the cosine above which an image of a class repeats an earlier one. most: images of each class.
+    least_share: of the image's own class. agreement: whether that must be the largest. judge: who
+        says what share: a CLIP by the classes' "texts", or by the mean features of their "shots".
+    least_cosine, most_cosine: to the nearest shot of the image's class. duplicates: the cosine
+        above which an image of a class repeats an earlier one. most: images of each class.
     """
 
     least_share: BelowOne = 0.0
     agreement: bool = False
+    judge: Annotated[str, OneOf("texts", "shots")] = "texts"
+    least_cosine: Cosine = -1.0
+    most_cosine: Cosine = 1.0
     duplicates: Annotated[float, Range(0, 1, above=True)] = 1.0
     most: Natural = 0
 
     def __post_init__(self):
         check_limits(self)
+        if self.least_cosine >= self.most_cosine:
+            raise ValueError(
+                f"least_cosine: {self.least_cosine}, most_cosine: {self.most_cosine}; expected the "
+                "first to be smaller"
+            )
+        if self.judge != "texts" and not (self.least_share or self.agreement or self.most):
+            raise ValueError(
+                f"judge: {self.judge!r}, but none of least_share, agreement and most asks for it"
+            )
 
     @property
     def takes_any(self) -> bool:
         """Whether anything is filtered at all."""
         return self != FilterConfig()
+
+    @property
+    def needs_shots(self) -> bool:
+        """Whether a filter looks at real images."""
+        return self.judge == "shots" or self.least_cosine > -1 or self.most_cosine < 1
 
 
 def kept(
@@ -43,12 +69,15 @@ def kept(
     features: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, " n"],
     config: FilterConfig,
+    nearest: Float[np.ndarray, " n"] | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The places of the images that stay, in their order, and how many each filter took out.
 
     Args:
         shares: a classifier's probabilities of the classes.
         features: of any length; cosines compare them.
+        nearest: the largest cosine to a shot of the image's class (`nearest_shot`), where the
+            config has limits of it.
     """
     own = shares[np.arange(len(labels)), labels]
     stays = own >= config.least_share
@@ -57,6 +86,14 @@ def kept(
         agrees = shares.argmax(1) == labels
         counts["agreement"] = int((stays & ~agrees).sum())
         stays &= agrees
+    for name, beyond in (
+        ("least_cosine", lambda found: found < config.least_cosine),
+        ("most_cosine", lambda found: found > config.most_cosine),
+    ):
+        if getattr(config, name) != getattr(FilterConfig, name):
+            far = beyond(nearest)
+            counts[name] = int((stays & far).sum())
+            stays &= ~far
     if config.duplicates < 1:
         before = stays.sum()
         for label in np.unique(labels):
@@ -75,8 +112,39 @@ def kept(
 
 def _repeats(features: Float[np.ndarray, "n d"], limit: float) -> np.ndarray:
     """Whether each image is near an earlier one that stays."""
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    unit = _unit(features)
     found = np.zeros(len(unit), bool)
     for i in range(1, len(unit)):
         found[i] = (unit[:i][~found[:i]] @ unit[i] > limit).any()
     return found
+
+
+def nearest_shot(
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    shots: Float[np.ndarray, "m d"],
+    shot_labels: Int[np.ndarray, " m"],
+) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The largest cosine of each image to a shot of its class, and that shot's place.
+
+    -1 and the place 0 where the class has no shot.
+    """
+    cosines = _unit(features) @ _unit(shots).T
+    cosines = np.where(labels[:, None] == shot_labels[None], cosines, -1.0)
+    return cosines.max(1), cosines.argmax(1)
+
+
+def shot_shares(
+    features: Float[np.ndarray, "n d"],
+    shots: Float[np.ndarray, "m d"],
+    shot_labels: Int[np.ndarray, " m"],
+    num_classes: int,
+) -> Float[np.ndarray, "n c"]:
+    """Probabilities of the classes by the cosine to the mean of each class's shots."""
+    known = _unit(shots)
+    means = np.stack([known[shot_labels == c].mean(0) for c in range(num_classes)])
+    return softmax(SCALE * (_unit(features) @ _unit(means).T), axis=1)
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

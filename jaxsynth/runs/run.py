@@ -3,6 +3,7 @@
 Stages hold what decided each of them; the record holds the whole config, for the page.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +24,17 @@ T = TypeVar("T")
 
 
 def write_record(workdir: Path, method: str, config: Any, *, command: str = "") -> None:
-    """Write `run.json`: the whole config, the command and the versions."""
+    """Write `run.json`: the whole config, the command, the hardware and the versions."""
     workdir.mkdir(parents=True, exist_ok=True)
     record = {
         "method": method,
         "config": to_dict(config),
         "command": command,
+        "hardware": {
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "cores": os.cpu_count(),
+        },
         "versions": versions(),
     }
     write_json(workdir / RUN_FILE, record)

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from jaxsynth.data.conditions import partner_digests
-from jaxsynth.data.dataset import DataConfig, source_digest, source_listing
+from jaxsynth.data.dataset import DataConfig, SourceError, source_digest, source_listing
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.sources.arrays import ArraySource, cached
 from jaxsynth.data.splits import few_shot
-from jaxsynth.data.views import Subset, joined
+from jaxsynth.data.views import Subset, joined, shared
 
 
 def photo(path, value, size=(6, 5)):
@@ -166,6 +166,26 @@ def test_joined_data_sets_hold_what_each_holds(photos):
     assert joined({"a": load(photos), "b": digits}).digest == before
     photo(photos / "cat" / "1.png", 99)
     assert joined({"a": load(photos), "b": digits}).digest != before
+
+
+def test_sources_share_places_in_proportion():
+    """As long as both: the one comes several times over, of the other the first are taken."""
+    few, many = (
+        ArraySource(
+            np.arange(first, first + n, dtype=np.uint8)[:, None, None, None].repeat(3, 3),
+            np.arange(n, dtype=np.int32) % 2,
+            [f"{first + i}" for i in range(n)],
+        )
+        for first, n in ((0, 2), (100, 6))
+    )
+    one = shared({"few": few, "many": many}, {"few": 3.0, "many": 1.0})
+    seen = [int(one[i].image[0, 0, 0]) for i in range(len(one))]
+    assert seen == [0, 1, 0, 1, 0, 1, 100, 101]
+    assert one.labels.tolist() == [0, 1] * 4 and len(set(one.ids)) == 8
+    even = shared({"few": few, "many": many}, {"few": 1.0, "many": 1.0})
+    assert [int(even[i].image[0, 0, 0]) for i in range(8)] == [0, 1, 0, 1, 100, 101, 102, 103]
+    with pytest.raises(SourceError, match="many: a set without images"):
+        shared({"few": few, "many": Subset(many, [])}, {"few": 1.0, "many": 1.0})
 
 
 def test_condition_files_are_identified_by_content(photos, tmp_path):

@@ -14,7 +14,8 @@ from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.store import ImageStore
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
 from jaxsynth.runs.stage import run_stage
-from jaxsynth.tasks.clip_classifier import ClassifyConfig, predict, train_classifier
+from jaxsynth.tasks.clip_classifier import ClassifyConfig, train_classifier
+from jaxsynth.tasks.clip_predictions import predict
 from jaxsynth.tasks.text_to_image import FinetuneConfig, encode_examples, finetune, finetune_each
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io

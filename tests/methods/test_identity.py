@@ -30,8 +30,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # What a smoke config leaves out, so that its fields can be changed.
 GIVEN = {
     "tiny_base": ("corpus.photos.source=digits", "corpus.photos.class_names=()"),
-    "datadream": ("modes=dset,cls", "validation_fraction=0.5", "shots=2"),
-}
+    "datadream": (
+        "modes=dset,cls", "validation_fraction=0.5", "shots=2", "sets.words.kind=prompts",
+        "sets.photos.kind=retrieved", "recipes.all.sets.words=1", "recipes.all.sets.photos=1",
+        "recipes.all.keep.agreement=true",
+    ),
+}  # fmt: skip
 # Other values of fields whose neighbors on the number line are no valid ones.
 OTHERS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adam", "sgd"),
@@ -90,6 +94,12 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "weights": ({"name": 1.0},),
     "clone_source": ("prompts",),
     "attacks": (("PGD",),),
+    "learns": ("norms",),
+    "judge": ("shots",),
+    "query": ("shots",),
+    "sets": ({"words": 1.0},),
+    "classify": ({"label_smoothing": 0.5},),
+    "space": ("features",),
 }
 # Fields that no stage of these runs reads, and why that is right.
 EXEMPT = {
@@ -100,6 +110,7 @@ EXEMPT = {
     "clip": "weights are identified by content",
     "vae": "weights are identified by content",
     "text": "weights are identified by content",
+    "pool": "photos are identified by content",
     "features": "weights are identified by content",
     "checkpoint": "weights are identified by content",
     "head": "weights are identified by content",
@@ -115,8 +126,14 @@ EXEMPT_HERE = {
     ("diffscaler", "base_data.printed.template"): "a class-conditional network reads no text",
 }
 
+PROMPT_FILES = ("templates", "hypernyms", "places", "captions", "contexts")
 # Fields that these small runs leave empty, or whose other values need files.
 UNTRIED = {
+    "datadream": {
+        # Files of prompts, and prompts of a set that has none.
+        *(f"sets.photos.prompts.{name}" for name in ("weights", *PROMPT_FILES)),
+        *(f"sets.words.prompts.{name}" for name in PROMPT_FILES),
+    },
     "controlled": {"condition_folder"},  # maps on disk
     "diffscaler": {
         "mirror", "study", "recipes", "sets_recipe", "sets_steps", "draw", "conditions",
@@ -127,7 +144,7 @@ UNTRIED = {
         *(
             f"sources.{name}.prompts.{file}"
             for name in ("prompts", "adapted")
-            for file in ("templates", "hypernyms", "places", "captions", "contexts")
+            for file in PROMPT_FILES
         ),
         "train.augment.jitter_p", "clones.synclr.augment.jitter_p",
     },

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsynth.data.store import ImageStore
-from jaxsynth.tasks.clip_classifier import predict
+from jaxsynth.tasks.clip_predictions import predict
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import load_clip
 from tests.methods import distributed

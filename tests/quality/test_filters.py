@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxsynth.quality.filters import FilterConfig, kept
+from jaxsynth.quality.filters import FilterConfig, kept, nearest_shot, shot_shares
 
 LABELS = np.array([0, 0, 0, 1, 1, 1])
 SHARES = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.45, 0.55], [0.1, 0.9], [0.3, 0.7]])
@@ -40,7 +40,43 @@ def test_a_repeat_of_a_repeat_that_is_gone_stays():
     assert found.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("fields", [{"least_share": 1.0}, {"duplicates": 0.0}, {"most": -1}])
+SHOTS = np.array([[1, 0, 0], [0, 1, 0.1], [0, 0, 1], [1, 0.02, 0]], float)
+SHOT_LABELS = np.array([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("config", "places", "counts"),
+    [
+        (FilterConfig(least_cosine=0.999), [0, 1, 3, 4, 5], {"least_cosine": 1}),
+        (FilterConfig(most_cosine=0.9999), [2, 4], {"most_cosine": 4}),
+        (
+            FilterConfig(least_cosine=0.996, most_cosine=0.9999, agreement=True),
+            [4],
+            {"agreement": 1, "least_cosine": 0, "most_cosine": 4},
+        ),
+    ],
+)
+def test_images_near_and_far_from_the_shots(config, places, counts):
+    """Image 2 is 5.7 degrees from a shot, 4 is 1.1 and 1 is 0.3; the others are copies."""
+    near, which = nearest_shot(FEATURES, LABELS, SHOTS, SHOT_LABELS)
+    assert which.tolist() == [0, 0, 1, 2, 3, 3]
+    found, taken = kept(SHARES, FEATURES, LABELS, config, near)
+    assert found.tolist() == places and taken == {"least_share": 0} | counts
+
+
+def test_shots_judge_by_the_nearest_class_mean():
+    shares = shot_shares(FEATURES, SHOTS, SHOT_LABELS, 2)
+    np.testing.assert_allclose(shares.sum(1), 1)
+    assert shares.argmax(1).tolist()[2:4] == [0, 1] and shares[2, 0] > 0.99
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"least_share": 1.0}, {"duplicates": 0.0}, {"most": -1}, {"judge": "shots"},
+        {"least_cosine": 0.5, "most_cosine": 0.4},
+    ],
+)  # fmt: skip
 def test_settings_that_cannot_be_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         FilterConfig(**fields)

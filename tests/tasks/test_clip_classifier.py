@@ -15,13 +15,8 @@ from jaxsynth.adapters.inject import Trainable
 from jaxsynth.data.pipeline.augment import RECIPES, EvalTransform
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.tasks import clip_classifier
-from jaxsynth.tasks.clip_classifier import (
-    ClassifyConfig,
-    of_pixels,
-    predict,
-    scores,
-    train_classifier,
-)
+from jaxsynth.tasks.clip_classifier import ClassifyConfig, train_classifier
+from jaxsynth.tasks.clip_predictions import of_pixels, predict, scores
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh

@@ -26,7 +26,7 @@ Batch = dict[str, np.ndarray]
 
 
 class _Examples:
-    """A source as what Grain asks of one: examples as dicts, `index` being the position."""
+    """A source as what Grain asks of one: each example with its place."""
 
     def __init__(self, source: ImageSource):
         self.source = source
@@ -34,8 +34,8 @@ class _Examples:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Record:
-        return self.source[int(index)]
+    def __getitem__(self, index: int) -> tuple[int, Record]:
+        return int(index), self.source[int(index)]
 
     def __repr__(self) -> str:  # Grain logs it; a repr of all pixels would be slow
         return f"{type(self.source).__name__}({len(self.source)})"
@@ -44,12 +44,18 @@ class _Examples:
 class _Apply:
     """The transform as Grain's random_map wants it."""
 
-    def __init__(self, transform: Transform | None):
-        self.transform = transform
+    def __init__(self, transform: Transform | None, numbered: bool):
+        self.transform, self.numbered = transform, numbered
 
-    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, example: tuple[int, Record], rng: np.random.Generator) -> dict[str, Any]:
+        index, record = example
         image = record.image if self.transform is None else self.transform(record.image, rng)
-        return {"image": image, "label": np.int32(record.label)}
+        found = {"image": image, "label": np.int32(record.label)}
+        return found | ({"index": np.int32(index)} if self.numbered else {})
+
+
+def _with_step(step: int, batch: Batch) -> Batch:
+    return batch | {"step": np.full(len(batch["label"]), step, np.int32)}
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> Batch:
@@ -92,7 +98,7 @@ class _Share:
         return f"_Share({len(self)})"
 
 
-def _batched(source, batch_size, seed, transform, epochs, first, process_count, what):
+def _batched(source, batch_size, seed, transform, epochs, first, process_count, what, numbered):
     """A MapDataset of batches of `batch_size`, of which this process has every so manyth row."""
     if not len(source):
         raise SourceError(f"{what}: the source has no images")
@@ -103,9 +109,10 @@ def _batched(source, batch_size, seed, transform, epochs, first, process_count, 
         .seed(seed)
         .shuffle()
         .repeat(epochs)[0::1]
-        .random_map(_Apply(transform))
+        .random_map(_Apply(transform, numbered))
     )
-    return grain.MapDataset.source(_Share(examples, batch_size, first, process_count))
+    batches = grain.MapDataset.source(_Share(examples, batch_size, first, process_count))
+    return batches.map_with_index(_with_step) if numbered else batches
 
 
 def _iterator(batches: grain.MapDataset, num_workers: int, num_threads: int):
@@ -133,18 +140,19 @@ def train_batches(
     cache: bool = True,
     num_workers: int = 0,
     num_threads: int = -1,
+    numbered: bool = False,
 ):
     """Shuffled batches {"image", "label"}, endless or for a number of epochs.
 
     batch_size is the global one; each process yields its share. Each epoch has its own order, a
     batch may straddle two, and the last incomplete one is dropped. With `cache`, images are decoded
-    once if they fit in 1 GiB. The iterator has get_state and set_state.
+    once if they fit in 1 GiB. `numbered` adds "index", each image's place in the source, and
+    "step", the batch's own number from 0. The iterator has get_state and set_state.
     """
     source = cached(source) if cache else source
     _local(batch_size, process_index, process_count, "batch_size")
-    batches = _batched(
-        source, batch_size, seed, transform, epochs, process_index, process_count, "batch_size"
-    )
+    args = (batch_size, seed, transform, epochs, process_index, process_count, "batch_size")
+    batches = _batched(source, *args, numbered)
     if not len(batches):
         raise SourceError(
             f"batch_size {batch_size}: {counted(len(source), 'image')} in {epochs} epochs do not "
@@ -190,13 +198,15 @@ def mixed_batches(
     cache: bool = True,
     num_workers: int = 0,
     num_threads: int = -1,
+    numbered: bool = False,
 ):
     """Batches {"image", "label", "is_real"} with the same number of real images in each, first.
 
     The counts are fixed (`real_count`), so neither part of a loss over both is ever empty. Each
     kind is shuffled and repeated on its own, without end or for `steps` batches. In a batch put
     together from several processes, real images come first within each process's part; the numbers
-    of real images in the parts differ by one at most.
+    of real images in the parts differ by one at most. `numbered` is as in `train_batches`; places
+    are those in an image's own source.
     """
     _local(batch_size, process_index, process_count, "batch_size")
     count = real_count(batch_size, real_fraction)
@@ -213,7 +223,7 @@ def mixed_batches(
         # The synthetic rows come after the real ones of the whole batch.
         first = (process_index - offset * count) % process_count
         # Odd and even seeds, so that the two kinds do not share their order.
-        args = (2 * seed + offset, transform, None, first, process_count, what)
+        args = (2 * seed + offset, transform, None, first, process_count, what, numbered)
         parts.append(_batched(source, size, *args))
     # Both are endless; what is zipped must be of one length.
     steps = min(map(len, parts)) if steps is None else steps

@@ -1,18 +1,88 @@
 """What a DataDream run is told."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.core.limits import BelowOne, Count, Natural, OneOf, Seed, Some, check_limits
+from jaxsynth.core.config import Text, to_dataclass, to_dict
+from jaxsynth.core.limits import (
+    BelowOne,
+    Count,
+    Finite,
+    Natural,
+    OneOf,
+    Positive,
+    Seed,
+    Some,
+    check_limits,
+)
 from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.names import safe_name
+from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig
 from jaxsynth.training.sharding import MeshConfig
 
-MODES = ("dset", "cls")
+MODES = ("dset", "cls", "stacked")
+# The set of images that the base draws from each class's prompt, in every run.
+PROMPTS = "prompts"
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """A set of images beside those that the method makes, of as many images of each class.
+
+    `kind`: "prompts" are drawn by the base from `prompts` (FakeIt's families), guided by
+    `guidance_scale` in the place of `generate`'s; "retrieved" are real photos of the folder `pool`,
+    the nearest of each class by the run's CLIP to its `query`, the class's "texts" or its "shots".
+    Without a pool they are the training images that are no shots, their labels unseen.
+    """
+
+    kind: Annotated[str, OneOf("prompts", "retrieved")] = "prompts"
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    guidance_scale: Finite | None = None
+    pool: str = ""
+    query: Annotated[str, OneOf("texts", "shots")] = "texts"
+
+    def __post_init__(self):
+        check_limits(self)
+        used = {"prompts": ("prompts", "guidance_scale"), "retrieved": ("pool", "query")}
+        plain = {"prompts": PromptConfig(), "guidance_scale": None, "pool": "", "query": "texts"}
+        for name, default in plain.items():
+            if name not in used[self.kind] and getattr(self, name) != default:
+                raise ValueError(f"{name}: given, but a set of kind {self.kind!r} has none")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table beside the published ones: which images, and how a classifier learns them.
+
+    `sets` has the share of each set of images: a mode's, "prompts", or one of the run's `sets`;
+    none trains on the shots alone. `real`: whether the shots are seen too. `keep` filters every
+    set. `classify` has the fields of the run's `classify` that differ.
+    """
+
+    sets: Mapping[str, Positive] = field(default_factory=dict)
+    real: bool = True
+    keep: FilterConfig = field(default_factory=FilterConfig)
+    classify: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_limits(self)
+        # As JSON holds it, so that a run's record gives the same recipe again.
+        object.__setattr__(self, "classify", _as_typed(self.classify))
+        for name, share in self.sets.items():
+            if share <= 0:
+                raise ValueError(f"sets: the share of {name!r} is {share}, expected above 0")
+        if not self.real and not self.sets:
+            raise ValueError("sets: none, and real is false: expected one or the other")
+        if self.keep.takes_any and not self.sets:
+            raise ValueError("keep: filters images of sets, but sets is empty")
 
 
 @dataclass(frozen=True)
@@ -22,10 +92,14 @@ class Config:
     `shots` are the images of each class that are learned from; `seeds` those of every draw.
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
     storage and compute type of the frozen networks; adapters stay float32. `modes`: "dset" is one
-    adapter for the whole data set, "cls" one for each class. `classes_at_once` bounds how many
+    adapter for the whole data set, "cls" one for each class, "stacked" one for each class that
+    learns on top of the data set's. `classes_at_once` bounds how many
     class adapters train together (0: all). `validation_fraction` of the shots is kept from training
     and chooses the classifier's step; at 0 the last step is taken. `adapter`, where it is given, is
     what the generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
+
+    `recipes` are more rows of the table by their names, and `sets` images that they use.
+    `measure_sets` compares each set of images with the test images, and with the shots.
     """
 
     method: str = "datadream"
@@ -42,10 +116,31 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    measure_sets: bool = False
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         check_limits(self)
+        if "stacked" in self.modes and "dset" not in self.modes:
+            raise ValueError(
+                f"modes: {', '.join(self.modes)}; 'stacked' learns on top of 'dset', which is not "
+                "among them"
+            )
+        for name in self.sets:
+            if not name or name in (*MODES, PROMPTS) or "/" in name:
+                raise ValueError(f"sets: {name!r}, expected another name, without /")
+        known = (*self.modes, PROMPTS, *self.sets)
+        for name, recipe in self.recipes.items():
+            if not name or "/" in name:
+                raise ValueError(f"recipes: {name!r}, expected a name without /")
+            for one in recipe.sets:
+                if one not in known:
+                    raise ValueError(
+                        f"recipes.{name}.sets: {one!r}, expected some of {', '.join(known)}"
+                    )
+            self.classify_of(name)
         if self.adapter is not None and self.finetune.adapter not in (None, self.adapter):
             raise ValueError(
                 "adapter and finetune.adapter are both given, and are one setting; give one"
@@ -57,3 +152,53 @@ class Config:
         if self.adapter is None:
             return self.finetune
         return dataclasses.replace(self.finetune, adapter=self.adapter)
+
+    def classify_of(self, recipe: str) -> ClassifyConfig:
+        """How a recipe's classifier is trained; ConfigError naming a field that it has not."""
+        own = self.recipes[recipe].classify
+        return to_dataclass(
+            ClassifyConfig, _merged(to_dict(self.classify), own), path=f"recipes.{recipe}.classify"
+        )
+
+    def needs_shots(self, name: str) -> bool:
+        """Whether a set of images is another one for other shots."""
+        return name in MODES or (name != PROMPTS and self.sets[name].kind != "prompts")
+
+    def depends_on_shots(self, recipe: str) -> bool:
+        """Whether a recipe's classifier is another one for other shots."""
+        own = self.recipes[recipe]
+        return own.real or own.keep.needs_shots or any(map(self.needs_shots, own.sets))
+
+
+def set_folder(config: Config, workdir: Path, name: str, shots: int, seed: int) -> Path:
+    """Where the images of a set lie below a run's folder, in `images`."""
+    needs = config.needs_shots(name)
+    below = workdir / (f"shots{shots}-seed{seed}" if needs else f"prompt-seed{seed}")
+    if name == PROMPTS:
+        return below
+    return below / name if name in MODES else below / "sets" / safe_name(name)
+
+
+def _as_typed(value: Any) -> Any:
+    """A setting from the command line as the text that it is; its type is found with its field."""
+    if isinstance(value, Text):
+        return value.text
+    if isinstance(value, Mapping):
+        return {str(name): _as_typed(item) for name, item in value.items()}
+    return value
+
+
+def _merged(values: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `own`, field by field where both are parts that no kind chooses."""
+    found = dict(values)
+    for name, value in own.items():
+        old, part = found.get(name), isinstance(value, Mapping) and "kind" not in value
+        found[name] = _merged(old, value) if part and isinstance(old, dict) else _texts(value)
+    return found
+
+
+def _texts(value: Any) -> Any:
+    """Strings as text of the command line, whose type is the field's."""
+    if isinstance(value, Mapping):
+        return {name: _texts(item) for name, item in value.items()}
+    return Text(value) if isinstance(value, str) else value

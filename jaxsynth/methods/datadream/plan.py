@@ -16,15 +16,18 @@ from jaxsynth.generation.planning import plan_images
 from jaxsynth.methods.datadream.config import Config
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.sources import count_data
-from jaxsynth.tasks.clip_classifier import classifier_task
+from jaxsynth.tasks.clip_classifier import ANY_REGIONS, classifier_task
 from jaxsynth.tasks.text_to_image import planned_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
-from jaxsynth.weights.hf import StableDiffusion, describe_clip, describe_pipeline
+from jaxsynth.weights.hf import Clip, StableDiffusion, describe_clip, describe_pipeline
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
-    """Fine-tuning and generating in each mode, and the classifier; the largest number of shots.
+    """Fine-tuning and generating in each mode, other sets, and the classifiers; the most shots.
+
+    The part of a classifier's training in which a head learns alone is not compiled: it needs less
+    than what comes before, with whose updates it is counted.
 
     UserError as `trainer.train`, and where the configs of base or CLIP are not at hand.
     """
@@ -34,33 +37,73 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     programs = [_finetuning(config, base, mode, classes, mesh, note) for mode in config.modes]
     for mode in config.modes:
         programs.append(_generating(config, base, mode, classes, mesh, note))
-    images, train = config.generate.images_per_class * classes, config.classify
+    for name, one in config.sets.items():
+        if one.kind == "prompts":
+            programs.append(_drawing(config, base, name, classes, mesh, note))
+    # Real shots, prompts alone, and in each mode synthetic images without and with the shots.
+    trainings = 1 + len(config.shots) * (1 + 2 * len(config.modes))
+    programs.append(_classifying(config, clip, "", trainings, classes, mesh, note))
+    for name in config.recipes:
+        trainings = len(config.shots) if config.depends_on_shots(name) else 1
+        programs.append(_classifying(config, clip, name, trainings, classes, mesh, note))
+    return programs
 
-    def classify(batch: int) -> Plan:
+
+def _classifying(
+    config: Config, clip: Clip, recipe: str, trainings: int, classes: int, mesh: Mesh, note: str
+) -> Program:
+    """The classifier's training, a recipe's own for its name; `trainings` with each seed."""
+    images, both, train = config.generate.images_per_class * classes, True, config.classify
+    name, field = "classify", "classify.batch_size"
+    if recipe:
+        own, train = config.recipes[recipe], config.classify_of(recipe)
+        both, name = own.real and bool(own.sets), f"recipe {recipe}"
+        field = f"recipes.{recipe}.{field}"
+
+    def build(batch: int) -> Plan:
         sized = replace(train, batch_size=batch)
-        task = classifier_task(clip, ["a photo"] * classes, sized, seed=0, both=True)
-        return trainer.plan("classify", task, sized.sized(images), mesh, note=note)
+        task = classifier_task(
+            clip, ["a photo"] * classes, sized, seed=0, both=both,
+            regions=ANY_REGIONS if train.regions and both else None,
+        )  # fmt: skip
+        return trainer.plan(name, task, sized.sized(images), mesh, note=note)
 
     def updates(batch: int) -> int:
-        """Of real shots, and in each mode of synthetic images without and with them."""
-        trainings = len(config.seeds) * (1 + len(config.shots) * (1 + 2 * len(config.modes)))
-        return trainings * replace(train, batch_size=batch).sized(images).steps
+        steps = replace(train, batch_size=batch).sized(images).steps
+        return len(config.seeds) * trainings * steps
 
     unit = rows_of(mesh) * train.accumulate
-    programs.append(
-        Program("classify", classify, "classify.batch_size", train.batch_size, unit, updates)
-    )
-    return programs
+    return Program(name, build, field, train.batch_size, unit, updates)
+
+
+def _drawing(
+    config: Config, base: StableDiffusion, name: str, classes: int, mesh: Mesh, note: str
+) -> Program:
+    """A set that the base draws from sentences; as many are assumed as there are classes."""
+    title = f"generate, set {name}"
+
+    def build(batch: int) -> Plan:
+        return plan_images(
+            title, base, replace(config.generate, batch_size=batch), mesh, prompts=classes,
+            adapt=lambda model: model, adapters=1, note=note,
+        )  # fmt: skip
+
+    def updates(batch: int) -> int:
+        return len(config.seeds) * math.ceil(classes * config.generate.images_per_class / batch)
+
+    batch = config.generate.batch_size
+    return Program(title, build, "generate.batch_size", batch, rows_of(mesh), updates)
 
 
 def _finetuning(
     config: Config, base: StableDiffusion, mode: str, classes: int, mesh: Mesh, note: str
 ) -> Program:
-    """One adapter for all classes ("dset"), or as many as train together ("cls")."""
+    """One adapter for all classes ("dset"), or as many as train together."""
     train, shots = config.finetuning, max(config.shots)
-    count = (config.classes_at_once or classes) if mode == "cls" else 0
+    count = 0 if mode == "dset" else config.classes_at_once or classes
     images = shots if count else shots * classes
     name = f"fine-tune {counted(count, 'class')}" if count else "fine-tune dset"
+    name += ", stacked" if mode == "stacked" else ""
 
     def build(batch: int) -> Plan:
         sized = replace(train, batch_size=batch)
@@ -79,7 +122,7 @@ def _finetuning(
 def _generating(
     config: Config, base: StableDiffusion, mode: str, classes: int, mesh: Mesh, note: str
 ) -> Program:
-    adapters = classes if mode == "cls" else 1
+    adapters = 1 if mode == "dset" else classes
 
     def adapt(model: TextToImage) -> TextToImage:
         return registry.add(model, config.finetuning.adapter_config(), rngs=jax.random.key(0))

@@ -11,33 +11,51 @@ Below the run's folder:
     prompt-seed0/images, .../synthetic   prompt-only images, and the classifier trained on them
     shots16-seed0/real                   the classifier trained on the shots
     shots16-seed0/dset/{adapter,images,synthetic,both}
+    .../sets/NAME/images                 other sets of images, retrieved or from other prompts
+    .../recipes/NAME/classifier          the classifier of another row of the table
+    .../alignment                        beside a set's images: how near they are to real ones
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
+from jaxsynth.adapters import registry
 from jaxsynth.core.console import console
+from jaxsynth.core.errors import UserError
 from jaxsynth.core.words import counted
-from jaxsynth.data.dataset import Dataset
+from jaxsynth.data.dataset import Dataset, ImageSource, source_digest
+from jaxsynth.data.names import safe_name
+from jaxsynth.data.prompt_banks import PromptBank, make_bank
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
 from jaxsynth.methods.datadream import report as pages
-from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.alignment import Measuring, measure_set, too_few
+from jaxsynth.methods.datadream.comparison import compare
+from jaxsynth.methods.datadream.config import MODES, PROMPTS, Config, SetConfig, set_folder
 from jaxsynth.methods.datadream.plan import plan
 from jaxsynth.methods.datadream.stages import (
+    KEPT,
+    SET,
     Classifying,
     Drawing,
     Finetuning,
     Generating,
+    check_merges,
     classify,
     draw_shots,
     finetune_generator,
     generate_images,
 )
+from jaxsynth.methods.image_sets import Filtering, Retrieving, filter_images, retrieve_images
+from jaxsynth.methods.image_sets import Generating as BankDrawing
+from jaxsynth.methods.image_sets import generate_images as draw_from_bank
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.quality.evaluate import open_images
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
@@ -46,7 +64,7 @@ from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.trainer import check_batches
 from jaxsynth.weights.hf import Clip, StableDiffusion
 
-__all__ = ["Config", "make", "plan", "report", "run"]
+__all__ = ["Config", "compare", "make", "plan", "report", "run"]
 
 
 def run(config: Config, workdir: Path) -> Path:
@@ -69,6 +87,7 @@ def make(config: Config, workdir: Path) -> None:
         run.prompt_only(seed)
         for shots in config.shots:
             run.few_shot(shots, seed, drawn[shots, seed])
+        run.all_recipes(seed, {shots: drawn[shots, seed] for shots in config.shots})
 
 
 def report(workdir: Path) -> Path:
@@ -85,6 +104,8 @@ class _Run:
 
     config: Config
     folder: Path
+    # Sets of images and adapters so far, by their folders: several rows use one.
+    made: dict[Path, Artifact] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> Source[StableDiffusion]:
@@ -99,8 +120,35 @@ class _Run:
         return data_source(self.config.data)
 
     @cached_property
+    def banks(self) -> dict[str, Source[PromptBank]]:
+        """The sentences of each set that is drawn from prompts."""
+        return {
+            name: self._bank(one) for name, one in self.config.sets.items() if one.kind == "prompts"
+        }
+
+    def _bank(self, config: SetConfig) -> Source[PromptBank]:
+        return Source(lambda: make_bank(self.data.value, config.prompts), lambda bank: bank.digest)
+
+    @cached_property
+    def pools(self) -> dict[str, Source[ImageSource] | None]:
+        """The photos that each set is retrieved from; None for the rest of the data set."""
+        return {
+            name: Source(lambda path=one.pool: open_images(path)[0], source_digest)
+            if one.pool
+            else None
+            for name, one in self.config.sets.items()
+            if one.kind == "retrieved"
+        }
+
+    @cached_property
     def mesh(self) -> Mesh | None:
         return self.config.mesh.make()
+
+    @cached_property
+    def too_few(self) -> str:
+        """Why sets of images cannot be measured, "" where they can."""
+        data = self.data.value
+        return too_few(data, self.config.generate.images_per_class * data.num_classes)
 
     def check(self) -> None:
         """Loads data and networks and makes the mesh; each raises what a user has to know.
@@ -119,16 +167,33 @@ class _Run:
             )
         for network in (self.base.value, self.clip.value):
             network.tokenizer(list(class_prompts(data)))
+        for bank in self.banks.values():
+            self.base.value.tokenizer(list(bank.value.texts))
+        for name, pool in self.pools.items():
+            most = self.config.generate.images_per_class
+            if pool is not None and len(pool.value) < most:
+                raise UserError(
+                    f"sets.{name}.pool: {len(pool.value)} photos, but {most} are asked for of each "
+                    "class (generate.images_per_class)"
+                )
         trainings: dict[str, TrainingConfig] = {"classify": self.config.classify}
+        for name in self.config.recipes:
+            trainings[f"recipes.{name}.classify"] = self.config.classify_of(name)
         if "dset" in self.config.modes:
             trainings["finetune"] = self.config.finetune
         check_batches(trainings, self.mesh)
+        if "stacked" in self.config.modes:
+            model = TextToImage(self.base.value.unet, self.base.value.text_encoder)
+            adapter = self.config.finetuning.adapter_config()
+            check_merges(self.base.value, registry.add(model, adapter, rngs=jax.random.key(0)))
+        if self.config.measure_sets and self.too_few:
+            console.print(self.too_few, markup=False)
 
     def prompt_only(self, seed: int) -> None:
         """The baselines that see no shots: zero-shot CLIP, and images from prompts alone."""
         folder = self.folder / f"prompt-seed{seed}"
         self.classify("zero-shot", self.folder / "zero-shot", 0)
-        images = self.generate("prompt images", folder / "images", seed)
+        images = self.image_set(PROMPTS, 0, seed, None)
         self.classify("prompt-only", folder / "synthetic", seed, images=images)
 
     def draw(self, shots: int, seed: int) -> Artifact:
@@ -144,28 +209,144 @@ class _Run:
         folder, name = self.below(shots, seed), _name(shots, seed)
         self.classify(f"real: {name}", folder / "real", seed, shots=drawn)
         for mode in self.config.modes:
-            own = folder / mode
-            adapter = finetune_generator(
-                own / "adapter",
+            own, images = folder / mode, self.image_set(mode, shots, seed, drawn)
+            self.classify(f"synthetic {mode}: {name}", own / "synthetic", seed, images=images)
+            self.classify(f"both {mode}: {name}", own / "both", seed, images=images, shots=drawn)
+
+    def all_recipes(self, seed: int, drawn: Mapping[int, Artifact]) -> None:
+        """The table's other rows; those that no shot decides are made once for all of them."""
+        for name in self.config.recipes:
+            if self.config.depends_on_shots(name):
+                for shots, own in drawn.items():
+                    self.recipe(name, shots, seed, own)
+            else:
+                self.recipe(name, 0, seed, None)
+
+    def recipe(self, name: str, shots: int, seed: int, drawn: Artifact | None) -> None:
+        """A recipe's filters and classifier; `drawn` are the shots that it depends on."""
+        recipe, config = self.config.recipes[name], self.config.classify_of(name)
+        below = self.below(shots, seed) if drawn else self.folder / f"prompt-seed{seed}"
+        folder = below / "recipes" / safe_name(name)
+        title = f"{name}: {_name(shots, seed) if drawn else f'seed {seed}'}"
+        inputs = {}
+        for one in recipe.sets:
+            bare = not self.config.needs_shots(one)
+            inputs[SET + one] = images = self.image_set(
+                one, 0 if bare else shots, seed, None if bare else drawn
+            )
+            if recipe.keep.takes_any:
+                needed = recipe.keep.needs_shots
+                inputs[KEPT + one] = filter_images(
+                    folder / safe_name(one) / "kept",
+                    Filtering(recipe.keep, shots if needed else 0),
+                    label=f"kept {one}, {title}",
+                    data=self.data,
+                    clip=self.clip,
+                    images=images,
+                    shots=drawn if needed else None,
+                )
+        count = self.config.generate.images_per_class * self.data.value.num_classes
+        classify(
+            folder / "classifier",
+            Classifying(config, count, seed, self.config.dtype, dict(recipe.sets)),
+            label=title,
+            mesh=self.mesh,
+            data=self.data,
+            clip=self.clip,
+            shots=drawn if recipe.real else None,
+            **inputs,
+        )
+
+    def image_set(self, name: str, shots: int, seed: int, drawn: Artifact | None) -> Artifact:
+        """A set of images by its name, made or found made, and its figures where they are asked."""
+        folder = set_folder(self.config, self.folder, name, shots, seed)
+        if folder not in self.made:
+            self.made[folder] = images = self._make_set(name, folder, shots, seed, drawn)
+            if self.config.measure_sets and not self.too_few:
+                measure_set(
+                    folder / "alignment",
+                    Measuring(seed),
+                    label=f"figures of {name}: {_name(shots, seed) if drawn else f'seed {seed}'}",
+                    data=self.data,
+                    clip=self.clip,
+                    images=images,
+                    shots=drawn,
+                )
+        return self.made[folder]
+
+    def _make_set(
+        self, name: str, folder: Path, shots: int, seed: int, drawn: Artifact | None
+    ) -> Artifact:
+        label = f"{name}: {_name(shots, seed)}"
+        if name == PROMPTS:
+            return self.generate("prompt images", folder / "images", seed)
+        if name in MODES:
+            assert drawn is not None
+            under = None
+            if name == "stacked":
+                below = set_folder(self.config, self.folder, "dset", shots, seed)
+                under = self.finetune("dset", below, shots, seed, drawn)
+            adapter = self.finetune(name, folder, shots, seed, drawn, under)
+            return self.generate(f"images {label}", folder / "images", seed, adapter, under)
+        one, config = self.config.sets[name], self.config.generate
+        if one.kind == "retrieved":
+            assert drawn is not None
+            return retrieve_images(
+                folder / "images",
+                Retrieving(one.query, config, self.base.value.image_size),
+                label=f"images {label}",
+                data=self.data,
+                clip=self.clip,
+                shots=drawn,
+                pool=self.pools[name],
+            )
+        if one.guidance_scale is not None:
+            config = replace(config, guidance_scale=one.guidance_scale)
+        return draw_from_bank(
+            folder / "images",
+            BankDrawing(config, seed, self.config.dtype),
+            label=f"images {name}: seed {seed}",
+            data=self.data,
+            base=self.base,
+            bank=self.banks[name],
+        )
+
+    def finetune(
+        self,
+        mode: str,
+        folder: Path,
+        shots: int,
+        seed: int,
+        drawn: Artifact,
+        under: Artifact | None = None,
+    ) -> Artifact:
+        """A mode's adapters, made once; those of classes on top of the adapter `under`."""
+        if folder / "adapter" not in self.made:
+            self.made[folder / "adapter"] = finetune_generator(
+                folder / "adapter",
                 Finetuning(
                     self.config.finetuning,
                     mode,
                     seed,
                     self.config.dtype,
-                    self.config.classes_at_once if mode == "cls" else 0,
+                    0 if mode == "dset" else self.config.classes_at_once,
                 ),
-                label=f"adapter {mode}: {name}",
+                label=f"adapter {mode}: {_name(shots, seed)}",
                 mesh=self.mesh,
                 shots=drawn,
                 data=self.data,
                 base=self.base,
+                under=under,
             )
-            images = self.generate(f"images {mode}: {name}", own / "images", seed, adapter)
-            self.classify(f"synthetic {mode}: {name}", own / "synthetic", seed, images=images)
-            self.classify(f"both {mode}: {name}", own / "both", seed, images=images, shots=drawn)
+        return self.made[folder / "adapter"]
 
     def generate(
-        self, label: str, folder: Path, seed: int, adapter: Artifact | None = None
+        self,
+        label: str,
+        folder: Path,
+        seed: int,
+        adapter: Artifact | None = None,
+        under: Artifact | None = None,
     ) -> Artifact:
         return generate_images(
             folder,
@@ -174,6 +355,7 @@ class _Run:
             data=self.data,
             base=self.base,
             adapter=adapter,
+            under=under,
         )
 
     def classify(

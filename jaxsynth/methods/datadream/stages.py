@@ -1,34 +1,41 @@
 """DataDream's stages: shots, adapters, images, classifiers. `run` says in which order."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from jaxsynth.adapters.inject import merge
+from jaxsynth.adapters.registry import attach
+from jaxsynth.core.documents import read_json
+from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, write_json
 from jaxsynth.core.words import counted
-from jaxsynth.data.dataset import Dataset, SourceError
+from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
+from jaxsynth.data.views import Subset, shared
 from jaxsynth.generation.generate import (
     GenerateConfig,
     Generator,
     drawn_bytes,
     fill_store,
+    merges,
     sample_images,
 )
+from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import (
     ClassifyConfig,
     classifier_task,
-    predict,
-    scores,
+    head_task,
     train_classifier,
 )
+from jaxsynth.tasks.clip_predictions import predict, scores
 from jaxsynth.tasks.text_to_image import (
     FinetuneConfig,
     encode_examples,
@@ -41,7 +48,8 @@ from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import Clip, StableDiffusion
 
-SHOTS_FILE = "shots.json"
+# Inputs of a classifier: a set of images, and the places of those that a filter keeps, by name.
+SET, KEPT = "set ", "kept "
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def draw_shots(work: Work, config: Drawing, *, data: Dataset) -> dict:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a generator learns the shots. `classes_at_once` is that of mode "cls"."""
+    """How a generator learns the shots. `classes_at_once` is that of adapters of classes."""
 
     finetune: FinetuneConfig
     mode: str
@@ -76,18 +84,33 @@ class Finetuning:
 
 
 def _adapter_bytes(
-    config: Finetuning, *, shots: Artifact, data: Dataset, base: StableDiffusion
+    config: Finetuning,
+    *,
+    shots: Artifact,
+    data: Dataset,
+    base: StableDiffusion,
+    under: Artifact | None = None,
 ) -> int:
-    train, count = config.finetune, data.num_classes if config.mode == "cls" else 1
+    train, count = config.finetune, 1 if config.mode == "dset" else data.num_classes
     return training_bytes(planned_task(base, train, images=1).model, train, count=count)
 
 
 @stage(processes="all", space=_adapter_bytes)
 def finetune_generator(
-    work: Work, config: Finetuning, *, shots: Artifact, data: Dataset, base: StableDiffusion
+    work: Work,
+    config: Finetuning,
+    *,
+    shots: Artifact,
+    data: Dataset,
+    base: StableDiffusion,
+    under: Artifact | None = None,
 ) -> dict:
-    """One adapter for all classes, or one for each in a folder of its name."""
+    """One adapter for all classes, or one for each in a folder of its name.
+
+    Those of the classes learn on top of the adapter `under`, where there is one.
+    """
     drawn, finetuning = load_shots(shots.path / SHOTS_FILE), config.finetune
+    base = with_adapter(base, under)
     examples = encode_examples(
         base,
         drawn.train_source(data),
@@ -141,8 +164,37 @@ class Generating:
     dtype: str
 
 
+def with_adapter(base: StableDiffusion, adapter: Artifact | None) -> StableDiffusion:
+    """The base with an adapter of all classes in its weights, the base itself for None.
+
+    UserError where the adapter cannot be merged without loss.
+    """
+    if adapter is None:
+        return base
+    (file,) = adapter_io.find(adapter.path, ())
+    model = attach(TextToImage(base.unet, base.text_encoder), adapter_io.load(file))
+    check_merges(base, model)
+    merged = merge(model)
+    return replace(base, unet=merged.unet, text_encoder=merged.text_encoder)
+
+
+def check_merges(base: StableDiffusion, model: TextToImage) -> None:
+    """UserError for an adapter that other adapters cannot learn on top of."""
+    if not merges(base, model):
+        raise UserError(
+            "modes: 'stacked' merges the data set's adapter into the base's weights, which needs "
+            "dtype float32 and a kind of adapter that can be merged; change one of them, or leave "
+            "'stacked' out"
+        )
+
+
 def _image_bytes(
-    config: Generating, *, data: Dataset, base: StableDiffusion, adapter: Artifact | None = None
+    config: Generating,
+    *,
+    data: Dataset,
+    base: StableDiffusion,
+    adapter: Artifact | None = None,
+    under: Artifact | None = None,
 ) -> int:
     return drawn_bytes(data.num_classes, config.generate, base.image_size)
 
@@ -155,9 +207,11 @@ def generate_images(
     data: Dataset,
     base: StableDiffusion,
     adapter: Artifact | None = None,
+    under: Artifact | None = None,
 ) -> dict:
     """A store of images of every class; each process fills its share of the shards."""
     prompts, states, digests = class_prompts(data), None, []
+    base = with_adapter(base, under)
     if adapter is not None:
         files = adapter_io.find(adapter.path, [safe_name(name) for name in data.class_names])
         loaded = [adapter_io.load(file) for file in files]
@@ -177,23 +231,33 @@ def generate_images(
 class Classifying:
     """How a classifier is trained: not at all where `classify` is None.
 
-    An epoch is `images` images, as many as a generated set holds.
+    An epoch is `images` images, as many as a generated set holds. `shares` are those of several
+    sets of images.
     """
 
     classify: ClassifyConfig | None
     images: int
     seed: int
     dtype: str
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 def _classifier_bytes(
     config: Classifying, *, data: Dataset, clip: Clip, **_: Artifact | None
 ) -> int:
     logits = 4 * len(data.test) * data.num_classes
-    if config.classify is None:
+    train = config.classify
+    if train is None:
         return logits
-    task = classifier_task(clip, class_prompts(data)[:1], config.classify, seed=0, both=False)
-    return logits + training_bytes(task.model, config.classify)
+    # Heads have a row for each class.
+    names = (
+        class_prompts(data) if train.visual_head or train.head_share else class_prompts(data)[:1]
+    )
+    task = classifier_task(clip, names, train, seed=0, both=False)
+    found = training_bytes(task.model, train)
+    if train.head_share:
+        found += training_bytes(head_task(task, clip, names).model, train)
+    return logits + found
 
 
 @stage(processes="all", space=_classifier_bytes)
@@ -205,19 +269,26 @@ def classify(
     clip: Clip,
     shots: Artifact | None = None,
     images: Artifact | None = None,
+    **sets: Artifact,
 ) -> dict:
-    """A classifier trained on the shots, the images, both or nothing, and its test scores."""
+    """A classifier trained on the shots, the images, both or nothing, and its test scores.
+
+    The images are a store's, or those of several sets: inputs `SET` and `KEPT` with their names.
+    """
     prompts, model = class_prompts(data), clip.model
     if config.classify is not None:
         drawn = None if shots is None else load_shots(shots.path / SHOTS_FILE)
         validation = None
         if drawn is not None and drawn.has_validation:
             validation = drawn.val_source(data)
+        synthetic = None if images is None else ImageStore(images.path)
+        if config.shares:
+            synthetic = _shared(config.shares, sets, data.class_names)
         model = train_classifier(
             clip, prompts, config.classify, work.training, images=config.images, seed=config.seed,
             real=None if drawn is None else drawn.train_source(data),
-            synthetic=None if images is None else ImageStore(images.path),
-            validation=validation, mesh=work.mesh, description=_title(shots, images),
+            synthetic=synthetic, validation=validation, mesh=work.mesh,
+            description=_title(shots, synthetic),
         )  # fmt: skip
     if not work.writes:
         return {}
@@ -228,6 +299,25 @@ def classify(
     return {"top1": found["top1"], "macro": found["macro"]}
 
 
-def _title(shots: Artifact | None, images: Artifact | None) -> str:
+def _shared(
+    shares: Mapping[str, float], inputs: Mapping[str, Artifact], class_names: Sequence[str]
+) -> ImageSource:
+    """The images of several sets, filtered where they are, each with its share."""
+    sources: dict[str, ImageSource] = {}
+    for name in shares:
+        source: ImageSource = ImageStore(inputs[SET + name].path)
+        if kept := inputs.get(KEPT + name):
+            source = Subset(source, read_json(kept.path / KEPT_FILE, list[int]))
+        counts = np.bincount(source.labels, minlength=len(class_names))
+        if not counts.all():
+            raise UserError(
+                f"{inputs[SET + name].path}: of class {class_names[int(counts.argmin())]!r} the "
+                "filters keep no image; loosen `keep` of the recipe"
+            )
+        sources[name] = source
+    return next(iter(sources.values())) if len(sources) == 1 else shared(sources, shares)
+
+
+def _title(shots: Artifact | None, images: ImageSource | None) -> str:
     seen = [name for name, given in (("real", shots), ("synthetic", images)) if given is not None]
     return f"classify {' and '.join(seen)}"

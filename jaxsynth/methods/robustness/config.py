@@ -86,6 +86,11 @@ class Config:
             raise ValueError(
                 f"baseline: expected alexnet or one of {list(self.models)}, found {self.baseline!r}"
             )
+        for name in self.classify.beyond_adapters:
+            raise ValueError(
+                f"classify.{name}: set, but a model is trained here on real images alone and kept "
+                "as an adapter; leave it at its default"
+            )
         for name, model in self.models.items():
             if not name or "/" in name or name == "figures":
                 raise ValueError(f"models: {name!r}: expected a plain name")

@@ -24,12 +24,8 @@ from jaxsynth.robustness.metrics.corruption import by_severity, check_alexnet
 from jaxsynth.robustness.metrics.details import describe
 from jaxsynth.robustness.predictors import Preprocess
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.clip_classifier import (
-    ClassifyConfig,
-    classifier_task,
-    of_pixels,
-    train_classifier,
-)
+from jaxsynth.tasks.clip_classifier import ClassifyConfig, classifier_task, train_classifier
+from jaxsynth.tasks.clip_predictions import of_pixels
 from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters.peft import read_peft, write_peft
 from jaxsynth.weights.hf import Clip

@@ -36,7 +36,7 @@ class SourceConfig:
     `prompts` are what they are drawn from. With `shots` the generator first learns so many real
     images of each class (DataDream's adapter for the data set), with 0 it draws from prompts alone.
     `guidance_scale` takes the place of `generate`'s. `keep` says which images sizes are taken from,
-    as the study's `clip` judges them.
+    as the study's `clip` judges them; what it compares with shots are the generator's.
     """
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -46,6 +46,10 @@ class SourceConfig:
 
     def __post_init__(self):
         check_limits(self)
+        if self.keep.needs_shots and not self.shots:
+            raise ValueError(
+                "keep: judge, least_cosine or most_cosine compares with shots, but shots is 0"
+            )
 
 
 @dataclass(frozen=True)

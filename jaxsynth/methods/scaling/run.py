@@ -35,6 +35,7 @@ from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank, make_bank
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
+from jaxsynth.methods.image_sets import Filtering, Generating, filter_images, generate_images
 from jaxsynth.methods.scaling import report as pages
 from jaxsynth.methods.scaling.clones import Cloning, Probing, probe_backbone, train_clone
 from jaxsynth.methods.scaling.config import REAL, Config
@@ -42,14 +43,10 @@ from jaxsynth.methods.scaling.plan import plan
 from jaxsynth.methods.scaling.points import Point, settings, source_of
 from jaxsynth.methods.scaling.stages import (
     Drawing,
-    Filtering,
     Finetuning,
-    Generating,
     Judging,
     Training,
     draw_real,
-    filter_images,
-    generate_images,
     judge_points,
     learn_shots,
     train_points,
@@ -214,18 +211,22 @@ class _Run:
             adapter=adapter,
         )
 
-    def filter(self, name: str, seed: int, images: Artifact) -> dict[str, Artifact]:
+    def filter(
+        self, name: str, seed: int, images: Artifact, shots: Artifact
+    ) -> dict[str, Artifact]:
         """Which of a source's images are kept, where it filters any."""
-        keep = self.config.sources[name].keep
+        source = self.config.sources[name]
+        keep, count = source.keep, source.shots if source.keep.needs_shots else 0
         if not keep.takes_any:
             return {}
         made = filter_images(
             self.folder / safe_name(name) / f"seed{seed}" / "kept",
-            Filtering(keep),
+            Filtering(keep, count),
             label=f"kept images {name}: seed {seed}",
             data=self.data,
             clip=self.clip,
             images=images,
+            shots=shots if count else None,
         )
         return {f"kept{seed}": made}
 
@@ -240,7 +241,7 @@ class _Run:
         config = self.config
         inputs = {f"images{seed}": made for seed, made in images.items()}
         for seed, made in images.items():
-            inputs |= self.filter(source_of(setting), seed, made)
+            inputs |= self.filter(source_of(setting), seed, made, shots[seed])
         if any(point.real for point in points):
             inputs |= {f"shots{seed}": made for seed, made in shots.items()}
         made = train_points(

@@ -20,27 +20,22 @@ from jaxsynth.adapters.inject import (
 )
 from jaxsynth.core.arrays import read_array, read_arrays
 from jaxsynth.core.documents import read_json
-from jaxsynth.core.io import file_digest, write_json
+from jaxsynth.core.io import write_json
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource, SourceError
 from jaxsynth.data.decode import square
 from jaxsynth.data.load import load_dataset
-from jaxsynth.data.prompt_banks import PromptBank
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
-from jaxsynth.generation.generate import GenerateConfig, Generator, drawn_bytes, fill_store
-from jaxsynth.generation.sampler import image_keys
+from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE
 from jaxsynth.methods.scaling.config import JudgeConfig
 from jaxsynth.methods.scaling.points import Point, pixels_of, pooled, views_of
-from jaxsynth.quality.features import clip_features
-from jaxsynth.quality.filters import FilterConfig, kept
 from jaxsynth.robustness import suite
 from jaxsynth.robustness.metrics import table
 from jaxsynth.robustness.metrics.bootstrap import evaluate
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.clip_classifier import predict
 from jaxsynth.tasks.supervised import (
     NetworkConfig,
     SupervisedConfig,
@@ -56,14 +51,12 @@ from jaxsynth.tasks.text_to_image import (
     planned_task,
 )
 from jaxsynth.training.config import aside
-from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train_stacked
 from jaxsynth.weights.adapters import io as adapter_io
-from jaxsynth.weights.hf import Clip, StableDiffusion
+from jaxsynth.weights.hf import StableDiffusion
 
-KEPT_FILE = "kept.json"
-SHOTS_FILE, VIEWS_FILE, MODELS_FILE = "shots.json", "views.json", "models.npz"
+VIEWS_FILE, MODELS_FILE = "views.json", "models.npz"
 LOGITS_FILE, LABELS_FILE, FIGURES_FILE = "logits.npy", "labels.npy", "figures.json"
 
 
@@ -119,83 +112,6 @@ def learn_shots(
     if work.writes:
         adapter_io.save(state, work.folder)
     return {"steps": config.finetune.num_steps(len(examples))}
-
-
-@dataclass(frozen=True)
-class Generating:
-    """How a source's images are drawn."""
-
-    generate: GenerateConfig
-    seed: int
-    dtype: str
-
-
-def _image_bytes(
-    config: Generating,
-    *,
-    data: Dataset,
-    base: StableDiffusion,
-    bank: PromptBank,
-    adapter: Artifact | None = None,
-) -> int:
-    return drawn_bytes(data.num_classes, config.generate, base.image_size)
-
-
-@stage(processes="all", space=_image_bytes)
-def generate_images(
-    work: Work,
-    config: Generating,
-    *,
-    data: Dataset,
-    base: StableDiffusion,
-    bank: PromptBank,
-    adapter: Artifact | None = None,
-) -> dict:
-    """A store of images of every class, each with the sentence that it was drawn from."""
-    state: AdapterState | None = None
-    digests = []
-    if adapter is not None:
-        (file,) = adapter_io.find(adapter.path, ())
-        state, digests = adapter_io.load(file), [file_digest(file)]
-    generator = Generator(
-        base, bank.texts, config.generate, seed=config.seed, adapters=state, mesh=local_mesh()
-    )
-
-    def choose(label: int, index: int) -> int:
-        return bank.choose(config.seed, label, index)
-
-    def draw(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        chosen = np.array([choose(*map(int, pair)) for pair in zip(labels, indices, strict=True)])
-        # By class and number, so that a picture's noise is the same whatever it is drawn from.
-        keys = image_keys(config.seed, labels.astype(np.int32), indices.astype(np.int32))
-        return generator.draw(keys, chosen.astype(np.int32), indices.astype(np.int32))
-
-    count = fill_store(
-        draw, work.folder, data.class_names, lambda *pair: bank.texts[choose(*pair)],
-        config.generate, seed=config.seed, adapter_digests=digests, description="generate",
-    )  # fmt: skip
-    return {"images": count, "prompts": len(bank.texts)}
-
-
-@dataclass(frozen=True)
-class Filtering:
-    """Which of a source's images are kept."""
-
-    keep: FilterConfig
-
-
-@stage()
-def filter_images(
-    work: Work, config: Filtering, *, data: Dataset, clip: Clip, images: Artifact
-) -> dict:
-    """The places of the images that stay in their store."""
-    store = ImageStore(images.path)
-    logits = predict(clip, clip.model, class_prompts(data), store, mesh=local_mesh())
-    shares = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
-    features = clip_features(clip).of_source(store)
-    places, counts = kept(shares, features, store.labels, config.keep)
-    write_json(work.folder / KEPT_FILE, places.tolist())
-    return {"kept": len(places), **counts}
 
 
 @dataclass(frozen=True)

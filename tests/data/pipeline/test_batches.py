@@ -119,6 +119,25 @@ def test_the_order_of_mixed_batches_stays():
         np.testing.assert_array_equal(a["image"], b["image"])
 
 
+def test_numbered_batches_say_which_images_they_hold():
+    """The same images as without numbers, each with its place in its own source."""
+    args = (source(7), source(20, 100), 6, 3, noise)
+    plain, numbered = mixed_batches(*args), mixed_batches(*args, numbered=True)
+    for step in range(4):
+        expected, batch = next(plain), next(numbered)
+        for name in expected:
+            np.testing.assert_array_equal(batch[name], expected[name])
+        firsts = np.where(batch["is_real"], 0, 100)
+        assert (batch["index"] == batch["image"][:, 0, 0, 0].astype(int) - firsts).all()
+        assert batch["step"].tolist() == [step] * 6 and batch["step"].dtype == np.int32
+    resumed = mixed_batches(*args, numbered=True)
+    resumed.set_state(numbered.get_state())
+    assert next(resumed)["step"].tolist() == [4] * 6
+    assert set(next(train_batches(source(12), 4, 0, numbered=True))) == {
+        "image", "label", "index", "step",
+    }  # fmt: skip
+
+
 def test_mixed_batches_share_among_processes():
     for p in range(2):
         batch = next(mixed_batches(source(4), source(9), 8, 0, process_index=p, process_count=2))

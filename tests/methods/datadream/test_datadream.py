@@ -18,10 +18,13 @@ from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lokr import LoKrConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
+from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
+from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.config import Config, Recipe, SetConfig
 from jaxsynth.methods.datadream.plan import plan
+from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
@@ -58,6 +61,22 @@ DIGITS = (
     "--config.adapter.rank=1",
     "--config.adapter.factor=2",
     "--config.classify.adapter=dora",
+    "--config.modes=dset,cls,stacked",
+    "--config.measure_sets=true",
+    "--config.sets.names.prompts.weights.name=1",
+    "--config.sets.rest.kind=retrieved",
+    "--config.sets.rest.query=shots",
+    "--config.recipes.mixed.sets.dset=2",
+    "--config.recipes.mixed.sets.names=1",
+    "--config.recipes.mixed.keep.judge=shots",
+    "--config.recipes.mixed.keep.most=1",
+    "--config.recipes.photos.sets.rest=1",
+    "--config.recipes.names.sets.names=1",
+    "--config.recipes.names.real=false",
+    "--config.recipes.stages.classify.adapter=lora",
+    "--config.recipes.stages.classify.rank=None",
+    "--config.recipes.stages.classify.learns=norms",
+    "--config.recipes.stages.classify.head_share=0.5",
 )
 
 
@@ -96,9 +115,18 @@ STAGES = (
     "shots2-seed0/real",
     *(
         f"shots2-seed0/{mode}/{stage}"
-        for mode in ("dset", "cls")
+        for mode in ("dset", "cls", "stacked")
         for stage in ("adapter", "images", "synthetic", "both")
     ),
+    "prompt-seed0/sets/names/images",
+    "shots2-seed0/sets/rest/images",
+    "shots2-seed0/recipes/mixed/dset/kept",
+    "shots2-seed0/recipes/mixed/names/kept",
+    "prompt-seed0/recipes/names/classifier",
+    *(f"shots2-seed0/recipes/{name}/classifier" for name in ("mixed", "photos", "stages")),
+    "prompt-seed0/alignment",
+    "prompt-seed0/sets/names/alignment",
+    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked", "sets/rest")),
 )
 
 
@@ -111,13 +139,17 @@ def test_a_plan_counts_what_the_run_did(finished):
     for path in finished.rglob("metrics.jsonl"):
         what = next(folder.parent for folder in path.parents if folder.name == ".training")
         mode = "dset" if "dset" in what.parts else f"{config.classes_at_once or 3} classes"
+        mode += ", stacked" if "stacked" in what.parts else ""
         name = f"fine-tune {mode}" if what.name == "adapter" else "classify"
+        name = f"recipe {what.parent.name}" if what.name == "classifier" else name
         done[name] += read_metrics(path)[-1]["step"]
-    for mode in ("dset", "cls"):
+    for mode in ("dset", "cls", "stacked"):
         images = [finished / "shots2-seed0" / mode / "images"]
         images += [finished / "prompt-seed0" / "images"] if mode == "dset" else []
         shards = sum(len(list(folder.glob("*.jsonl"))) for folder in images)
         done[f"generate, {mode}"] = shards * config.generate.batches_per_shard
+    names = finished / "prompt-seed0/sets/names/images"
+    done["generate, set names"] = len(list(names.glob("*.jsonl")))
     assert done == counts and all(done.values())
 
 
@@ -128,7 +160,7 @@ def test_every_stage_is_made_and_reported(finished):
         load_artifact(finished / stage).verify()
     results = json.loads((finished / "results.json").read_text())
     rows = {r["row"]: r for r in results}
-    assert len(results) == len(rows) == 7
+    assert len(results) == len(rows) == 13
     for row in rows.values():
         assert 0 <= row["top1"] <= 1 and set(row["per_class"]) == {"1", "4", "7"}
         logits = np.load(finished / row["artifact"] / "logits.npy")
@@ -137,12 +169,48 @@ def test_every_stage_is_made_and_reported(finished):
     assert all(row in table for row in rows)
     page = (finished / "report.html").read_text()
     assert "data:image/png;base64" in page and "Real shots only" in page
+    for title in (
+        "How near the sets are to real images", "Which classes are confused", "What it cost",
+        "What the recipes are", "Points more than: Real shots only", "Points more than: stages",
+    ):  # fmt: skip
+        assert title in page, title
+
+
+def test_sets_are_measured_and_filtered(finished):
+    """Photos of the training set are nearer to the test images than drawings of random weights."""
+    found = {
+        name: json.loads((finished / name / "alignment/figures.json").read_text())
+        for name in ("prompt-seed0", "shots2-seed0/dset", "shots2-seed0/sets/rest")
+    }
+    fids = {name: one["matched"]["fid"]["mean"] for name, one in found.items()}
+    assert fids["shots2-seed0/sets/rest"] < min(fids["prompt-seed0"], fids["shots2-seed0/dset"])
+    assert "nearest" not in found["prompt-seed0"]
+    drawn = load_shots(finished / "shots2-seed0/shots/shots.json")
+    shots = {id_ for ids in drawn.train for id_ in ids}
+    pairs = found["shots2-seed0/dset"]["nearest"]["pairs"]
+    assert len(pairs) == 6 and {pair["shot"] for pair in pairs} <= shots
+    assert [x["cosine"] for x in pairs] == sorted((x["cosine"] for x in pairs), reverse=True)
+    rest = ImageStore(finished / "shots2-seed0/sets/rest/images")
+    assert not shots & {entry.prompt for entry in rest.entries}
+    names = ImageStore(finished / "prompt-seed0/sets/names/images")
+    assert {entry.prompt for entry in names.entries} == {"one", "four", "seven"}
+    for one, place in (("dset", "shots2-seed0/dset"), ("names", "prompt-seed0/sets/names")):
+        path = finished / "shots2-seed0/recipes/mixed" / one / "kept"
+        kept = json.loads((path / "kept.json").read_text())
+        store = ImageStore(finished / place / "images")
+        assert np.bincount(store.labels[kept]).tolist() == [1, 1, 1]
+        assert load_artifact(path).counts["most"] == 3
 
 
 def test_the_generated_sets(finished):
     sets = {
         name: ImageStore(finished / name / "images")
-        for name in ("prompt-seed0", "shots2-seed0/dset", "shots2-seed0/cls")
+        for name in (
+            "prompt-seed0",
+            "shots2-seed0/dset",
+            "shots2-seed0/cls",
+            "shots2-seed0/stacked",
+        )
     }
     pixels = {}
     for name, store in sets.items():
@@ -196,7 +264,13 @@ def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     (partial / "report.html").unlink()
     code, out, err = command("report", partial)
     assert (code, err) == (0, "") and "report.html" in out
-    assert len(json.loads((partial / "results.json").read_text())) == 4
+    assert len(json.loads((partial / "results.json").read_text())) == 10
+    code, out, err = command("report", partial, finished)
+    assert (code, err) == (0, "") and f"side by side: {partial / 'comparison.html'}" in out
+    page = (partial / "comparison.html").read_text()
+    assert "DataDream stacked + real shots" in page and "Top-1 accuracy in %, 2 shots" in page
+    code, _, err = command("report", partial, partial)
+    assert code == 1 and "the same run is given twice" in err
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +439,31 @@ def test_one_class_is_told(base_folder, photos, tmp_path, command):
     assert "one class, 'sea otter': every classifier is right" in out, err
 
 
+def test_a_recipes_settings_are_typed_by_their_fields_and_kept():
+    """From the command line, part by part, and again from the run's record."""
+    values = override(
+        load_config(f"{REPOSITORY}/configs/datadream.py:tiny"),
+        [
+            ("recipes.a.sets.dset", "2"),
+            ("recipes.a.classify.visual_head", "true"),
+            ("recipes.a.classify.rank", "none"),
+            ("recipes.a.classify.augment.flip_p", "0.25"),
+            ("recipes.a.classify.regions.space", "features"),
+            ("recipes.a.classify.regions.robustness", "3"),
+            ("recipes.a.classify.adapter.kind", "lokr"),
+            ("recipes.a.classify.adapter.factor", "2"),
+        ],
+    )
+    config = to_dataclass(Config, values)
+    found = config.classify_of("a")
+    assert found.visual_head is True and found.rank is None and found.augment.flip_p == 0.25
+    assert (found.regions.space, found.regions.robustness) == ("features", 3.0)
+    assert (found.adapter.kind, found.adapter.settings) == ("lokr", {"factor": 2})
+    # What the recipe leaves out is the run's.
+    assert found.augment.crop_scale == (0.6, 1.0) and found.learning_rate == 5e-3
+    assert to_dataclass(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
 def test_adapters_of_different_settings_keep_them(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
@@ -398,8 +497,28 @@ def test_adapters_of_different_settings_keep_them(tmp_path):
         ({"modes": ("dsett",)}, "modes: .*dsett"),
         ({"shots": ()}, r"shots: \(\), expected at least one"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
+        ({"modes": ("cls", "stacked")}, "modes: cls, stacked; 'stacked' learns on top of 'dset'"),
+        ({"recipes": {"a": Recipe({"dset": 1.0, "x": 1.0})}}, "recipes.a.sets: 'x', expected"),
+        ({"recipes": {"a": Recipe(classify={"lr": 1.0})}}, "recipes.a.classify.lr: no such field"),
+        ({"sets": {"cls": SetConfig()}}, "sets: 'cls', expected another name"),
     ],
 )
 def test_a_config_that_cannot_be(values, message):
     with pytest.raises(ValueError, match=message):
         Config(**values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SetConfig(kind="drawn"), "kind: 'drawn', expected one of prompts, retrieved"),
+        (lambda: SetConfig(pool="photos"), "pool: given, but a set of kind 'prompts' has none"),
+        (lambda: SetConfig(kind="retrieved", guidance_scale=1.0), "guidance_scale: given"),
+        (lambda: Recipe(real=False), "sets: none, and real is false"),
+        (lambda: Recipe(keep=FilterConfig(agreement=True)), "keep: .* but sets is empty"),
+        (lambda: Recipe({"dset": 0.0}), "sets: .*expected above 0"),
+    ],
+)
+def test_a_set_or_recipe_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

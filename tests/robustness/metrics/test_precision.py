@@ -16,7 +16,7 @@ from jaxsynth.robustness.corruptions.filters import gaussian_blur
 from jaxsynth.robustness.metrics import calibration, ood, table
 from jaxsynth.robustness.metrics.bootstrap import difference, evaluate, mean, quotient, ratio
 from jaxsynth.robustness.metrics.corruption import corruption_figures
-from jaxsynth.tasks import clip_classifier
+from jaxsynth.tasks import clip_predictions
 from jaxsynth.weights.hf import load_clip
 
 COUNT = 600
@@ -118,7 +118,7 @@ def test_programs_of_scores_and_corruptions(name):
 def test_logits_of_a_clip_are_full_products_of_its_embeddings():
     """Its towers' products follow the default; the cosines, which are scaled by 100, do not."""
     clip = load_clip("tiny/clip")
-    predict = clip_classifier.of_pixels(clip, clip.model, ["cat", "dog", "ship"])
+    predict = clip_predictions.of_pixels(clip, clip.model, ["cat", "dog", "ship"])
     assert isinstance(predict, Partial)
     images = jnp.zeros((2, clip.image_size, clip.image_size, 3))
     found = list(products(jax.make_jaxpr(predict)(images).jaxpr))
