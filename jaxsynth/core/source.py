@@ -24,6 +24,7 @@ from jaxsynth.core import limits
 from jaxsynth.core.errors import UserError
 
 _PACKAGE = __name__.partition(".")[0]
+_READER = f"{_PACKAGE}.core.config"
 # Imported where a name of theirs is used; they take no time.
 _QUICK = sys.stdlib_module_names | {"numpy"}
 _PLAIN_DECORATORS = {"property", "staticmethod", "classmethod", "cached_property"}
@@ -196,6 +197,9 @@ class Module:
         """What a name of the module is. KeyError for none of its names, NotShown for a hidden."""
         place = self.place(name)
         if place is not None and _is_dataclass(module(place[0]).classes[place[1]]):
+            # What reads configs is no config itself: its classes must be the ones that it knows.
+            if place[0] == _READER:
+                return getattr(importlib.import_module(_READER), place[1])
             return skeleton(*place)
         if name in self._values:
             return self._evaluate(self._values[name])
