@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.core.limits import BelowOne, Count, Natural, OneOf, Seed, Some, check_limits
+from jaxsynth.core.limits import BelowOne, Count, Distinct, Natural, OneOf, Seed, check_limits
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
@@ -33,9 +33,9 @@ class Config:
     clip: str = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
-    shots: Annotated[tuple[Count, ...], Some()] = (16,)
-    modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Some()] = ("dset",)
-    seeds: Annotated[tuple[Seed, ...], Some()] = (0,)
+    shots: Annotated[tuple[Count, ...], Distinct()] = (16,)
+    modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Distinct()] = ("dset",)
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = (0,)
     validation_fraction: BelowOne = 0.0
     classes_at_once: Natural = 0
     adapter: AdapterChoice | None = None
