@@ -16,11 +16,14 @@ OF_FOLDERS = ("folder", "captions")
 
 
 def check_config(config: Any, workdir: Path) -> None:
-    """UsageError where photos are not there, or lie inside the workdir or the reverse.
+    """UsageError for a workdir that is a file, and photos that are not there or inside the workdir.
 
     A run's files among photos would be taken for photos, and the run's folder may be removed.
     Data directories of TFDS may be anywhere: they are read by their own index.
     """
+    there = next((place for place in (workdir, *workdir.parents) if place.exists()), Path())
+    if not there.is_dir():
+        raise UsageError(f"--workdir {workdir}: {there} is a file, expected a folder")
     for where, holder, value in _leaves(config, "config"):
         name, source = where.rpartition(".")[2], getattr(holder, "source", "none")
         if name not in FOLDERS or not isinstance(value, str) or source == "tfds":

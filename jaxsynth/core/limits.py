@@ -74,6 +74,18 @@ class Some:
         return "at least one value"
 
 
+@dataclasses.dataclass(frozen=True)
+class Distinct(Some):
+    """A list that is not empty and has no value twice, which would count as two."""
+
+    def takes(self, value: Sized) -> bool:
+        """Whether a list holds values, each once."""
+        return 0 < len(value) == len(set(value))  # pyrefly: ignore[bad-argument-type]
+
+    def __str__(self) -> str:
+        return "at least one value, none twice"
+
+
 Limit = Range | OneOf | Some
 
 Count = Annotated[int, Range(1)]

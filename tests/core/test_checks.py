@@ -51,3 +51,11 @@ def test_other_places_are_fine(tmp_path):
         check_config(config, tmp_path / "photos run")
     with pytest.raises(UsageError, match=r"config\.data\.path: .*missing: no such folder"):
         check_config(Config(data=DataConfig(path=str(tmp_path / "missing"))), tmp_path)
+
+
+def test_a_workdir_is_no_file(tmp_path):
+    (tmp_path / "run").write_text("notes")
+    for workdir in (tmp_path / "run", tmp_path / "run" / "deep" / "er"):
+        with pytest.raises(UsageError, match=r"--workdir .*run.*: .*run is a file, expected a fol"):
+            check_config(Config(), workdir)
+    check_config(Config(), tmp_path / "new" / "deep")

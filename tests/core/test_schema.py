@@ -81,7 +81,7 @@ CROSSED = (
     ("diffscaler", "pretrain.heads=7", "is not divisible by heads 7"),
     ("robustness", "corruptions.names=haze", "config.corruptions: names: 'haze': expected all"),
     ("robustness", "baseline=vgg", "baseline: expected alexnet or one of"),
-    ("scaling", "sizes=4,4", "sizes: (4, 4), expected each value once"),
+    ("scaling", "generate.images_per_class=1", "images_per_class: 1, but `sizes` asks for"),
     ("tiny_base", "unet.steps_per_call=7", "is not divisible by steps_per_call = 7"),
     ("weightgen", "photos=1", "of 1 photos"),
 )
@@ -112,6 +112,8 @@ MISTAKES = (
         "--config.seeds=",
         "config.seeds='': expected a list, each an integer, 0 to 4294967295, at least",
     ),
+    ("--config.seeds=0,0", "config.seeds='0,0': expected a list, each an integer, 0 to"),
+    ("--config.shots=2,4,2", "each an integer, 1 or more, at least one value, none twice"),
     ("--config.modes=dest", "config.modes[0]='dest': expected one of dset, cls"),
     ("--config.generate.batch_size=0", "batch_size='0': expected an integer, 1 or more"),
     ("--config.finetune.learning_rate=nan", "learning_rate='nan': expected a number, 0 or more"),

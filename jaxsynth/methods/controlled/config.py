@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.core.limits import Count, OneOf, Seed, Some, check_limits
+from jaxsynth.core.limits import Count, Distinct, OneOf, Seed, check_limits
 from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -31,12 +31,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     kind: Annotated[str, OneOf(*CHANNELS)] = "edges"
     condition_folder: str = ""
-    ways: Annotated[tuple[str, ...], Some()] = tuple(name for name in WAYS if name != CHOSEN)
+    ways: Annotated[tuple[str, ...], Distinct()] = tuple(name for name in WAYS if name != CHOSEN)
     adapter: AdapterChoice | None = None
     rank: Count = 8
     train: ControlConfig = field(default_factory=ControlConfig)
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    seeds: Annotated[tuple[Seed, ...], Some()] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = (0, 1, 2)
     error_repeats: Count = 8
     images: Count = 64
     generate: GenerateConfig = field(default_factory=GenerateConfig)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.limits import Natural, OneOf, Seed, Some, check_limits
+from jaxsynth.core.limits import Distinct, Natural, OneOf, Seed, check_limits
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.generation.generate import GenerateConfig
@@ -40,7 +40,7 @@ class Config:
     shots: Natural = 0
     word: str = ""
     prompts: tuple[str, ...] = ()
-    seeds: Annotated[tuple[Seed, ...], Some()] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = (0, 1, 2)
     textual_inversion: InversionConfig | None = None
     dreambooth: DreamBoothConfig | None = None
     lora: CaptionConfig | None = None

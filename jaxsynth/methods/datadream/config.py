@@ -11,12 +11,12 @@ from jaxsynth.core.config import Text, to_dataclass, to_dict
 from jaxsynth.core.limits import (
     BelowOne,
     Count,
+    Distinct,
     Finite,
     Natural,
     OneOf,
     Positive,
     Seed,
-    Some,
     check_limits,
 )
 from jaxsynth.data.dataset import DataConfig
@@ -107,9 +107,9 @@ class Config:
     clip: str = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
-    shots: Annotated[tuple[Count, ...], Some()] = (16,)
-    modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Some()] = ("dset",)
-    seeds: Annotated[tuple[Seed, ...], Some()] = (0,)
+    shots: Annotated[tuple[Count, ...], Distinct()] = (16,)
+    modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Distinct()] = ("dset",)
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = (0,)
     validation_fraction: BelowOne = 0.0
     classes_at_once: Natural = 0
     adapter: AdapterChoice | None = None

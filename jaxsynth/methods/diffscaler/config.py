@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
-from jaxsynth.core.limits import Count, Natural, OneOf, Seed, Some, check_limits
+from jaxsynth.core.limits import Count, Distinct, Natural, OneOf, Seed, check_limits
 from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -87,7 +87,7 @@ class Config:
     rank: Count = 8
     lora_rank: Count = 9
     train: AdaptConfig = field(default_factory=AdaptConfig)
-    seeds: Annotated[tuple[Seed, ...], Some()] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = (0, 1, 2)
     error_repeats: Count = 8
     adapter: AdapterChoice | None = None
     sets_recipe: str = "affiner_all"

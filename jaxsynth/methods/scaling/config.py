@@ -5,13 +5,13 @@ from typing import Annotated
 
 from jaxsynth.core.limits import (
     Count,
+    Distinct,
     Finite,
     Natural,
     OneOf,
     Positive,
     Range,
     Seed,
-    Some,
     check_limits,
 )
 from jaxsynth.data.dataset import DataConfig
@@ -90,15 +90,15 @@ class Config:
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    sizes: Annotated[tuple[Count, ...], Some()] = (4, 8, 16, 32, 64)
-    real_sizes: Annotated[tuple[Count, ...], Some()] = (4, 8, 16, 32, 64)
+    sizes: Annotated[tuple[Count, ...], Distinct()] = (4, 8, 16, 32, 64)
+    real_sizes: Annotated[tuple[Count, ...], Distinct()] = (4, 8, 16, 32, 64)
     added_real: Natural = 0
     mixed_size: Natural = 0
     fractions: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = ()
     real_weight: Positive = 1.0
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
-    seeds: Annotated[tuple[Seed, ...], Some()] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = (0, 1, 2)
     resamples: Annotated[int, Range(100)] = aside(1000)
     points_at_once: Natural = aside(0)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -111,10 +111,6 @@ class Config:
 
     def __post_init__(self):
         check_limits(self)
-        for name in ("sizes", "real_sizes", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name}: {values}, expected each value once")
         for name in self.sources:
             if name == REAL or not name or any(x in name for x in "/,+"):
                 raise ValueError(f"sources: {name!r}: expected another name, without / , and +")

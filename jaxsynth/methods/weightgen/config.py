@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from jaxsynth.adapters.kinds.lora import LoRAConfig
-from jaxsynth.core.limits import Count, Natural, NotNegative, Range, Seed, Some, check_limits
+from jaxsynth.core.limits import Count, Distinct, Natural, NotNegative, Range, Seed, check_limits
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.procedural.concepts import (
     COLOURS,
@@ -109,9 +109,9 @@ class Config:
     block: Count = 256
     generators: dict[str, Variant] = field(default_factory=dict)
     few_steps: Annotated[int, Range(2)] = 4
-    ablation_at: Annotated[tuple[Natural, ...], Some()] = (0, 5, 20)
+    ablation_at: Annotated[tuple[Natural, ...], Distinct()] = (0, 5, 20)
     noise: NotNegative = 0.3
-    seeds: Annotated[tuple[Seed, ...], Some()] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = (0,)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     memory: NotNegative = 0.0
 

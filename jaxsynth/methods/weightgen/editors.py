@@ -27,7 +27,7 @@ from jaxsynth.adapters.inject import (
     trainable_variables,
 )
 from jaxsynth.adapters.kinds.lora import LoRAConfig
-from jaxsynth.core.limits import Count, Finite, Natural, Some, check_limits
+from jaxsynth.core.limits import Count, Distinct, Finite, Natural, check_limits
 from jaxsynth.data.procedural.concepts import Concept
 from jaxsynth.methods.weightgen.baselines import word_counts, words
 from jaxsynth.methods.weightgen.edits import Edits
@@ -83,8 +83,8 @@ class EditorConfig:
     own: Finite = 0.3
     train_down: bool = True
     pairs: Natural = 0
-    tune_at: Annotated[tuple[Natural, ...], Some()] = (0, 5, 10, 20, 50, 100, 200)
-    scratch_at: Annotated[tuple[Natural, ...], Some()] = (0, 100, 400)
+    tune_at: Annotated[tuple[Natural, ...], Distinct()] = (0, 5, 10, 20, 50, 100, 200)
+    scratch_at: Annotated[tuple[Natural, ...], Distinct()] = (0, 100, 400)
 
     def __post_init__(self):
         check_limits(self)
