@@ -30,6 +30,7 @@ from jaxsynth.models.clip import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionModel,
 )
 from jaxsynth.models.diffusion.controlnet import ControlNet
@@ -62,6 +63,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 _TRANSFORMERS = {
     CLIPModel: "clip",
     CLIPTextModel: "clip_text_model",
+    CLIPTextModelWithProjection: "clip_text_model",
     CLIPVisionModel: "clip_vision_model",
 }
 _DIFFUSERS = {

@@ -11,6 +11,7 @@ from jaxsynth.models.clip import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
 )
@@ -174,6 +175,24 @@ def test_whole_clip_matches_transformers(shape):
     assert error(image, theirs.image_embeds) < 1e-4
     logits = jnp.exp(model.logit_scale[...]) * image @ text.T
     assert error(logits, theirs.logits_per_image) < 1e-4
+
+
+@pytest.mark.parametrize("eos", [2, VOCAB - 1])
+def test_the_text_tower_with_its_projection_matches_transformers(eos):
+    """SDXL's second text encoder: projected pooled text, and states before the last layer."""
+    config = text_config("B/32", eos_token_id=eos, projection_dim=24, hidden_act="gelu")
+    kind = transformers.CLIPTextModelWithProjection
+    peer = randomise(kind(transformers.CLIPTextConfig(**config)))
+    ours = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config), rngs=nnx.Rngs(0))
+    model = load(ours, peer)
+    ids = token_ids(VOCAB - 1)
+    with torch.no_grad():
+        theirs = peer(torch.tensor(ids), output_hidden_states=True)
+    found = jax.jit(lambda model, ids: model(ids))(model, jnp.asarray(ids))
+    assert found.text_embeds.shape == (3, 24)
+    assert error(found.text_embeds, theirs.text_embeds) < 1e-4
+    assert error(found.last_hidden_state, theirs.last_hidden_state) < 1e-4
+    assert error(found.hidden_states[-2], theirs.hidden_states[-2]) < 1e-4
 
 
 def test_image_features_match_the_tower_with_projection():
