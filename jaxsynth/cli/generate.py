@@ -24,6 +24,9 @@ the same folder are refused.
               in prompts (default: the file's own); several add a word each
   --prompts   a text file with one prompt a line, or .jsonl with {"prompt": ..., "negative_prompt":
               ..., "seed": ...}
+  --image     a picture to begin with, in turns where there are several: a base of texts varies it
+              by --strength (0 to 1, default 0.8), InstructPix2Pix edits it as the prompt says, and
+              an inpainting base paints where --mask is white
   --sampler   ddim, pndm, dpmsolver++, euler, euler_ancestral, ddpm or lcm (default: the base's own)
 
 Each PNG holds its settings as the text "jaxsynth", and metadata.jsonl those of all. With --store
@@ -35,6 +38,8 @@ examples:
       --prompts=prompts.txt --count=8 --steps=25 --sampler=dpmsolver++ --out=images
   jaxsynth generate --base=org/base --embedding=dog.pt:'<dog>' --adapter=style.safetensors \\
       --prompt="a photo of a <dog> in the snow" --out=images
+  jaxsynth generate --base=tiny --image=three.png --strength=0.6 \\
+      --prompt="the digit eight" --out=images
 """
 
 
@@ -52,6 +57,8 @@ def add_parser(verbs) -> argparse.ArgumentParser:
     for flag, metavar, text in (
         ("--adapter", "FILE[:WEIGHT]", "an adapter and its strength; may be repeated"),
         ("--embedding", "FILE[:WORD]", "a new word for prompts; may be repeated"),
+        ("--image", "FILE", "a picture to begin with; may be repeated"),
+        ("--mask", "FILE", "where to paint an image (white); one for each --image"),
         ("--prompt", "TEXT", "what to draw; may be repeated"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
@@ -63,6 +70,8 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         ("--sampler", str, "", "see below (default: the base's own)"),
         ("--steps", int, 50, "of the sampler (default 50)"),
         ("--guidance", float, 7.5, "how closely to follow the prompt (default 7.5; 1 is off)"),
+        ("--strength", float, None, "how far from --image, above 0 to 1 (default 0.8)"),
+        ("--image-guidance", float, None, "of a base that edits: how near to --image (1.5)"),
         ("--size", str, "", "pixels, such as 512 or 768x512 (width x height; default: the base's)"),
         ("--batch-size", int, 4, "images drawn at a time (default 4)"),
     ):
@@ -86,6 +95,7 @@ def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
         raise UsageError("nothing to draw: give --prompt=TEXT or --prompts=FILE")
     if args.prompts and not args.prompts.is_file():
         raise UsageError(f"--prompts={args.prompts}: no such file")
+    _check_images(args)
     prepare()
     from jaxsynth.diffusion.samplers import NAMES
 
@@ -119,12 +129,13 @@ def _generate(
     from jaxsynth.generation import folder
     from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
     from jaxsynth.generation.mixing import mix
+    from jaxsynth.generation.pictures import beginning_of
     from jaxsynth.generation.sampler import image_keys, latent_shape, sampler_of
     from jaxsynth.training.sharding import make_mesh
     from jaxsynth.weights.adapters.embeddings import read_embedding, with_embedding
-    from jaxsynth.weights.hf import load_pipeline
+    from jaxsynth.weights.hf import KINDS, load_pipeline
 
-    pipeline = load_pipeline(args.base)
+    pipeline = load_pipeline(args.base, kinds=KINDS)
     words = []
     for path, word in embeddings:
         embedding = read_embedding(path, word)
@@ -132,7 +143,10 @@ def _generate(
         words.append({"file": str(path), "digest": _digest(path), "word": embedding.word})
     height, width, _ = latent_shape(pipeline, size)
     down = pipeline.vae.config.downscale
-    sampler_of(pipeline, args.sampler, args.steps)
+    pixels = height * down, width * down
+    pictures = _pictures(args, pixels, len(requests))
+    begins = beginning_of(pipeline, args.guidance, pictures, pixels)
+    sampler_of(pipeline, args.sampler, args.steps, begins.strength)
     pipeline.tokenizer([text for r in requests for text in (r.prompt, r.negative_prompt)])
     states = [(str(path), _read(path, pipeline), weight) for path, weight in adapters]
     settings = {
@@ -147,6 +161,7 @@ def _generate(
         "guidance": args.guidance,
         "width": width * down,
         "height": height * down,
+        **_begun(args, begins),
     }
     if words:
         settings["embeddings"] = words
@@ -167,6 +182,7 @@ def _generate(
         model=mix(pipeline, states),
         negative_prompts=[request.negative_prompt for request in requests],
         size=size,
+        pictures=pictures,
         mesh=make_mesh() if device_count() > 1 else None,
     )
     total = args.count * len(requests)
@@ -187,6 +203,36 @@ def _generate(
         numbered, args.out, prompts, prompts, config, seed=args.seed, adapter_digests=digests
     )
     return f"an image store of {counted(total, 'image')} at {args.out}"
+
+
+def _pictures(args: argparse.Namespace, size: tuple[int, int], prompts: int) -> Any:
+    """The images to begin with, which all prompts share; None where there are none."""
+    if not args.image:
+        return None
+    import numpy as np
+
+    from jaxsynth.data.decode import covering, decode_image
+    from jaxsynth.generation.pictures import Pictures
+
+    images = np.stack([covering(decode_image(Path(file)), *size) for file in args.image])
+    masks = None
+    if args.mask:
+        painted = np.stack([covering(decode_image(Path(file)), *size) for file in args.mask])
+        masks = [painted.mean(axis=-1) >= 127.5] * prompts
+    return Pictures([images] * prompts, masks, args.strength, args.image_guidance)
+
+
+def _begun(args: argparse.Namespace, begins: Any) -> dict[str, Any]:
+    """What is kept of the images to begin with."""
+    kept: dict[str, Any] = {}
+    for name, files in (("images", args.image), ("masks", args.mask)):
+        if files:
+            kept[name] = [{"file": file, "digest": _digest(Path(file))} for file in files]
+    if begins.strength is not None:
+        kept["strength"] = begins.strength
+    if (scale := getattr(begins.conditioner, "image_guidance_scale", None)) is not None:
+        kept["image_guidance"] = scale
+    return kept
 
 
 def _read(path: Path, pipeline: Any) -> dict[str, Any]:
@@ -252,6 +298,25 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed={args.seed}: expected 0 to {2**32 - 1}")
     if not math.isfinite(args.guidance) or args.guidance < 0:
         raise UsageError(f"--guidance={args.guidance}: expected a number from 0 on")
+
+
+def _check_images(args: argparse.Namespace) -> None:
+    for flag, files in (("image", args.image), ("mask", args.mask)):
+        for file in files:
+            if not Path(file).is_file():
+                raise UsageError(f"--{flag}={file}: no such file")
+    if args.mask and len(args.mask) != len(args.image):
+        raise UsageError(
+            f"--mask: {len(args.mask)} given for {len(args.image)} --image, expected one for each"
+        )
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UsageError(f"--strength={args.strength}: expected above 0 and at most 1")
+    scale = args.image_guidance
+    if scale is not None and not (math.isfinite(scale) and scale >= 0):
+        raise UsageError(f"--image-guidance={scale}: expected a number from 0 on")
+    for flag, given in (("strength", args.strength), ("image-guidance", scale)):
+        if given is not None and not args.image:
+            raise UsageError(f"--{flag} is for a picture to begin with: say which by --image=FILE")
 
 
 def _check_out(out: Path) -> None:

@@ -223,6 +223,19 @@ def center_crop(image: Image.Image, size: int, rounding: CropRounding = "round")
     return image.crop((left, top, left + size, top + size))
 
 
+def covering(
+    image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The middle of an image that is just large enough for so many pixels (bicubic)."""
+    scale = max(height / image.shape[0], width / image.shape[1])
+    size = [max(round(image.shape[i] * scale), least) for i, least in enumerate((height, width))]
+    fitted = Image.fromarray(image)
+    if image.shape[:2] != (height, width):
+        fitted = fitted.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    left, top = (size[1] - width) // 2, (size[0] - height) // 2
+    return np.array(fitted.crop((left, top, left + width, top + height)))
+
+
 def square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Short side to `size` (bicubic), then the centre; `size` 0 leaves the image as it is."""
     if not size or image.shape[:2] == (size, size):

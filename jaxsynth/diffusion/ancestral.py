@@ -36,6 +36,7 @@ class Ancestral:
 
     timesteps: np.ndarray
     table: np.ndarray
+    levels: np.ndarray
     clip: float | None = dataclasses.field(default=None, metadata={"static": True})
     init_noise_sigma: float = dataclasses.field(default=1.0, metadata={"static": True})
     stochastic: bool = dataclasses.field(default=True, metadata={"static": True})
@@ -90,6 +91,7 @@ def make_euler_ancestral(
     return Ancestral(
         timesteps,
         to_table(columns),
+        to_table((np.ones_like(now), now)),
         init_noise_sigma=float(np.sqrt(largest**2 + 1) if unit_start else largest),
     )
 
@@ -116,7 +118,8 @@ def make_ddpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -
         np.sqrt(a / a_next) * (1 - a_next) / (1 - a),
         np.sqrt(variances[kind]) * (timesteps > 0),
     )
-    return Ancestral(timesteps, to_table(columns), clip=clip_of(options))
+    levels = to_table((np.sqrt(a), np.sqrt(1 - a)))
+    return Ancestral(timesteps, to_table(columns), levels, clip=clip_of(options))
 
 
 def make_lcm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> Ancestral:
@@ -143,7 +146,8 @@ def make_lcm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) ->
         np.sqrt(a_next) * skip,
         np.sqrt(1 - a_next),
     )
-    return Ancestral(timesteps, to_table(columns), clip=clip_of(options))
+    levels = to_table((np.sqrt(a), np.sqrt(1 - a)))
+    return Ancestral(timesteps, to_table(columns), levels, clip=clip_of(options))
 
 
 def clip_of(options: Mapping[str, Any]) -> float | None:

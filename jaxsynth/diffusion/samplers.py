@@ -7,7 +7,8 @@ What a method remembers between steps is its `carry`, a pytree of arrays.
 
 Every sampler has `.timesteps` (n,) numpy, `.init_noise_sigma`, `.stochastic`, `.init(x) -> carry`,
 `.scale_model_input(x, i) -> x` and `.step(carry, model_output, i, x, *, noise=None) ->
-(x, carry)`; x may have any dtype, the arithmetic is float32. Step by step they agree with the
+(x, carry)`; x may have any dtype, the arithmetic is float32. `.levels` (n, 2) are the factors of
+the clean image and of the noise in the x that a step starts from. Step by step they agree with the
 diffusers scheduler of the same name, timesteps included. One whose model output has several times
 the channels of x (`learned_range.LearnedRange`) says how many in `.outputs`.
 
@@ -18,6 +19,7 @@ from arXiv 2305.08891, table 2.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -64,6 +66,7 @@ class Sampler(Protocol):
     """What `sample` needs; see the module docstring."""
 
     timesteps: np.ndarray
+    levels: np.ndarray
     init_noise_sigma: float
     stochastic: bool
 
@@ -93,6 +96,7 @@ class DDIM:
 
     timesteps: np.ndarray
     table: np.ndarray
+    levels: np.ndarray
     clip: float | None = _static(None)
     stochastic: bool = _static(False)
     init_noise_sigma: float = _static(1.0)
@@ -142,6 +146,7 @@ class PNDM:
 
     timesteps: np.ndarray
     table: np.ndarray
+    levels: np.ndarray
     stochastic: bool = _static(False)
     init_noise_sigma: float = _static(1.0)
 
@@ -181,6 +186,7 @@ class DPMSolverPP:
 
     timesteps: np.ndarray
     table: np.ndarray
+    levels: np.ndarray
     stochastic: bool = _static(False)
     init_noise_sigma: float = _static(1.0)
 
@@ -217,6 +223,7 @@ class Euler:
 
     timesteps: np.ndarray
     table: np.ndarray
+    levels: np.ndarray
     init_noise_sigma: float = _static()
     stochastic: bool = _static(False)
 
@@ -255,12 +262,15 @@ def make_sampler(
     num_inference_steps: int,
     *,
     eta: float = 0.0,
+    strength: float | None = None,
 ) -> Sampler:
     """A sampler by name or by a scheduler_config.json dict, over `schedule`.
 
     By name (one of `NAMES` or the diffusers class name), its options are those that the schedule's
     own config states, over the class's defaults (`NoiseSchedule.options`). A dict must describe the
-    same noise schedule and names the class in `_class_name`. `eta` is DDIM's noise, 0 to 1.
+    same noise schedule and names the class in `_class_name`. `eta` is DDIM's noise, 0 to 1. With
+    `strength`, above 0 and at most 1, it has only the last `floor(strength * steps)` steps, as
+    diffusers' image-to-image pipelines take them, for images that start from others (`noised`).
     Build it outside `jit`. Raises ValueError naming the field or argument.
     """
     if isinstance(sampler, str):
@@ -290,17 +300,47 @@ def make_sampler(
     if eta != 0 and class_name != "DDIMScheduler":
         raise SchedulerError(f"eta: {eta} applies to DDIM only, not to {class_name}")
     options = schedule.options(class_name)
-    if class_name == "DDIMScheduler":
-        return _make_ddim(schedule, num_inference_steps, options, eta)
+    skipped = _skipped(num_inference_steps, strength)
+    if class_name == "PNDMScheduler":
+        return _make_pndm(schedule, num_inference_steps, options, skipped)
     build = {
-        "PNDMScheduler": _make_pndm,
+        "DDIMScheduler": partial(_make_ddim, eta=eta),
         "DPMSolverMultistepScheduler": _make_dpm,
         "EulerDiscreteScheduler": _make_euler,
         "EulerAncestralDiscreteScheduler": make_euler_ancestral,
         "DDPMScheduler": make_ddpm,
         "LCMScheduler": make_lcm,
     }[class_name]
-    return build(schedule, num_inference_steps, options)
+    return _without_first(build(schedule, num_inference_steps, options), skipped)
+
+
+def _skipped(steps: int, strength: float | None) -> int:
+    """How many first steps images leave out that start from others at `strength`."""
+    if strength is None:
+        return 0
+    if not 0 < strength <= 1:
+        raise SchedulerError(f"strength: {strength}, expected above 0 and at most 1")
+    taken = int(steps * strength)
+    if taken < 1:
+        raise SchedulerError(
+            f"strength: {strength} of {steps} steps leaves none to take; expected at least "
+            f"{1 / steps:g}, or more steps"
+        )
+    return steps - taken
+
+
+def _without_first(sampler: Any, count: int) -> Sampler:
+    """The sampler from step `count` on, with nothing of the steps before in its memory."""
+    if not count:
+        return sampler
+    table = np.array(sampler.table[count:])
+    if isinstance(sampler, DPMSolverPP):
+        # The first step has no output before it, and is of first order as diffusers' is.
+        table[0, 3] += table[0, 4]
+        table[0, 4] = 0
+    return dataclasses.replace(
+        sampler, timesteps=sampler.timesteps[count:], table=table, levels=sampler.levels[count:]
+    )
 
 
 def initial_noise(
@@ -312,6 +352,20 @@ def initial_noise(
     """
     noise = _noise(keys, 0, shape) * sampler.init_noise_sigma
     return noise.astype(dtype)
+
+
+def noised(
+    keys: Array, mean: Float[Array, "b ..."], std: Float[Array, "b ..."], sampler: Sampler
+) -> Float[Array, "b ..."]:
+    """x for `sample` that starts from images: their latents with the noise of the first step.
+
+    SDEdit (Meng et al. 2022, arXiv 2108.01073). The latents are drawn from the posterior with this
+    `mean` and `std`, and the noise is that of `initial_noise`.
+    """
+    shape = mean.shape[1:]
+    start = mean + std * _noise(keys, _POSTERIOR, shape)
+    signal, sigma = jnp.asarray(sampler.levels)[0]
+    return signal * start + sigma * _noise(keys, 0, shape)
 
 
 def sample(
@@ -352,6 +406,10 @@ def sample(
     return x.astype(x_T.dtype)
 
 
+# Beside the streams of the steps: the draw of the latents that images start from.
+_POSTERIOR = 2**31 - 1
+
+
 def _noise(keys: Array, stream: Array | int, shape: tuple[int, ...]) -> Array:
     """Standard normals per key; stream 0 is x_T, stream i + 1 belongs to step i."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
@@ -381,10 +439,17 @@ def _make_ddim(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any], 
         direction,
         std,
     )
-    return DDIM(timesteps, to_table(columns), clip=clip_of(options), stochastic=eta > 0)
+    levels = to_table((np.sqrt(a), np.sqrt(1 - a)))
+    return DDIM(timesteps, to_table(columns), levels, clip=clip_of(options), stochastic=eta > 0)
 
 
-def _make_pndm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> PNDM:
+def _make_pndm(
+    schedule: NoiseSchedule, steps: int, options: Mapping[str, Any], skipped: int
+) -> PNDM:
+    """Without the first `skipped` timesteps it is started anew at the next one.
+
+    diffusers cuts its list of visits, of which one is double, and so ends a step early.
+    """
     if not options["skip_prk_steps"]:
         raise SchedulerError(
             "scheduler config field 'skip_prk_steps': False (Runge-Kutta warm-up) is not "
@@ -394,10 +459,12 @@ def _make_pndm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) 
         raise SchedulerError("prediction_type 'sample' is not defined for PNDMScheduler")
     total = schedule.num_train_timesteps
     visited = in_range(spaced(total, steps, options).round().astype(np.int32), total, options)
-    timesteps = np.concatenate([visited[:2], visited[1:]]) if steps > 1 else visited
+    visited = visited[skipped:]
+    several = len(visited) > 1
+    timesteps = np.concatenate([visited[:2], visited[1:]]) if several else visited
     stride = total // steps
     source, destination = timesteps.copy(), timesteps - stride
-    if steps > 1:  # call 1 repeats call 0's step, which ended on its own timestep
+    if several:  # call 1 repeats call 0's step, which ended on its own timestep
         source[1], destination[1] = timesteps[1] + stride, timesteps[1]
     in_range(source, total, options)
     a = _product_at(schedule, source, options)
@@ -410,7 +477,7 @@ def _make_pndm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) 
     start[3] /= 12
     weights[:4] = start[: len(timesteps)]
     columns = (*weights.T, np.sqrt(a_next / a) - factor * eps_x, -factor * eps_m)
-    return PNDM(timesteps, to_table(columns))
+    return PNDM(timesteps, to_table(columns), to_table((np.sqrt(a), np.sqrt(1 - a))))
 
 
 def _make_dpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> DPMSolverPP:
@@ -447,7 +514,8 @@ def _make_dpm(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -
     correction[at] = slope * h / previous_h
     x0_x, x0_m, *_ = as_x0_eps(schedule.prediction_type, signal[:-1], sigma[:-1])
     columns = (x0_x, x0_m, sigma[1:] / sigma[:-1], -shrink + correction, -correction)
-    return DPMSolverPP(timesteps, to_table(columns))
+    levels = to_table((signal[:-1], sigma[:-1]))
+    return DPMSolverPP(timesteps, to_table(columns), levels)
 
 
 def _second_order_steps(n: int, options: Mapping[str, Any]) -> np.ndarray:
@@ -477,5 +545,6 @@ def _make_euler(schedule: NoiseSchedule, steps: int, options: Mapping[str, Any])
     return Euler(
         timesteps,
         to_table((signal, 1 + delta * eps_x * signal, delta * eps_m)),
+        to_table((np.ones_like(signal), sigmas[:-1])),
         init_noise_sigma=float(np.sqrt(largest**2 + 1) if unit_start else largest),
     )

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, PyTree
 
 from jaxsynth.data.conditions import as_fractions
 from jaxsynth.diffusion.learned_range import without_variance
-from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.models.diffusion.vae import AutoencoderKL, from_uint8
 from jaxsynth.training import sharding
 
 Rows = dict[str, Array]
@@ -120,28 +119,49 @@ class ConditionImage:
 
 
 @dataclass(frozen=True)
-class ImageEdit:
+class ImageEdit(Text):
     """An image and an instruction, for a UNet that reads the image's latents beside the noisy ones.
 
     InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800, equation 3): one scale of guidance from
     nothing to the image, one from there to the image with the instruction. The image's latents are
-    the mean of the autoencoder's posterior, not scaled as the noisy ones are. `tables` is the state
-    of the negative prompt (1, t, d); `rows` are "text" and "pixels" (b, h, w, 3) uint8.
+    the mean of the autoencoder's posterior, not scaled as the noisy ones are. `tables` and the row
+    "prompt" are `Text`'s; a further row is "pixels" (b, h, w, 3) uint8.
     """
 
-    guidance_scale: float
-    image_guidance_scale: float
-    channels: None = None
-    table: ClassVar = sharding.UNET
+    image_guidance_scale: float = 1.5
 
     @property
     def scales(self) -> tuple[float, ...]:
         return self.image_guidance_scale, self.guidance_scale
 
     def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
-        seen = vae.encode(rows["pixels"].astype(jnp.float32) / 127.5 - 1).mean
-        return (tables, jnp.zeros_like(seen)), (tables, seen), (rows["text"], seen)
+        negative, positive = super().branches(tables, rows, vae)
+        seen = vae.encode(from_uint8(rows["pixels"])).mean
+        return (negative, jnp.zeros_like(seen)), (negative, seen), (positive, seen)
 
-    def denoise(self, model: nnx.Module, x: Array, t: Array, condition: PyTree) -> Array:
+    def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
         text, image = condition
-        return model(jnp.concatenate([x, image.astype(x.dtype)], axis=-1), t, text)
+        return model.unet(jnp.concatenate([x, image.astype(x.dtype)], axis=-1), t, text)
+
+
+@dataclass(frozen=True)
+class Inpaint(Text):
+    """A prompt for the masked part of an image, for a UNet that reads what is around it.
+
+    Rombach et al. 2022 (arXiv 2112.10752, section 4.5), in the form of Stable Diffusion's
+    inpainting models: beside the noisy latents stand the mask, of which every so many pixels
+    count, and the latents of the image, grey where it is masked, as the mean of the autoencoder's
+    posterior and scaled as the noisy ones are. `tables` and the row "prompt" are `Text`'s; further
+    rows are "pixels" (b, h, w, 3) uint8 and "mask" (b, h, w), 1 where the image is to be painted.
+    """
+
+    def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
+        mask, step = rows["mask"].astype(jnp.float32)[..., None], vae.config.downscale
+        around = vae.encode(from_uint8(rows["pixels"]) * (1 - mask)).mean
+        seen = [mask[:, ::step, ::step], around * vae.config.scaling_factor]
+        beside = jnp.concatenate(seen, axis=-1)
+        return tuple((text, beside) for text in super().branches(tables, rows, vae))
+
+    def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
+        text, beside = condition
+        return model.unet(jnp.concatenate([x, beside.astype(x.dtype)], axis=-1), t, text)

@@ -9,6 +9,7 @@ image-to-image networks learn from.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
@@ -19,7 +20,7 @@ from jaxsynth.core.words import counted
 from jaxsynth.diffusion.samplers import check_sampler
 from jaxsynth.generation.conditioners import ImageEdit
 from jaxsynth.generation.sampler import ImageSampler, Networks, sample_numbered, sampler_of
-from jaxsynth.models.diffusion.text_to_image import encode_text
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
 from jaxsynth.weights.hf import StableDiffusion
 
 
@@ -54,7 +55,7 @@ def edit_images(
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Each image edited by its prompt; image i depends on `seed`, i and its inputs only.
 
-    `pipeline` is loaded with `editing=True`. UserError for one whose denoiser does not read the
+    `pipeline` is loaded with `kinds=(EDITING,)`. UserError for one whose denoiser does not read the
     image, images whose sides the autoencoder does not divide, or another number of prompts.
     """
     channels = pipeline.vae.config.latent_channels
@@ -77,20 +78,26 @@ def edit_images(
         raise UserError(
             f"edit_images: images of {width}x{height} pixels, expected multiples of {downscale}"
         )
+    texts = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
+    positive, negative = (
+        encode_text(pipeline.text_encoder, pipeline.tokenizer(own))
+        for own in (list(texts), [config.negative_prompt])
+    )
+    networks = TextToImage(pipeline.unet, pipeline.text_encoder)
     sampler = ImageSampler(
-        Networks.of([pipeline.unet], mesh=mesh, table=ImageEdit.table),
+        Networks.of([networks], mesh=mesh, table=ImageEdit.table),
         pipeline.vae,
-        ImageEdit(config.guidance_scale, config.image_guidance_scale),
+        ImageEdit(config.guidance_scale, image_guidance_scale=config.image_guidance_scale),
         sampler_of(pipeline, config.sampler, config.num_inference_steps),
         (height // downscale, width // downscale, channels),
         batch_size=config.batch_size,
-        tables=encode_text(pipeline.text_encoder, pipeline.tokenizer([config.negative_prompt])),
+        tables=(positive, jnp.repeat(negative, len(texts), axis=0)),
         mesh=mesh,
     )
-    ids = pipeline.tokenizer(list(prompts))
+    prompt = np.array([texts[text] for text in prompts], np.int32)
 
     def rows(numbers: np.ndarray) -> dict:
-        return {"text": encode_text(pipeline.text_encoder, ids[numbers]), "pixels": images[numbers]}
+        return {"prompt": prompt[numbers], "pixels": images[numbers]}
 
     return sample_numbered(
         sampler,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jaxsynth.core.space import check_space, size_of
 from jaxsynth.core.words import counted
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.diffusion.samplers import check_sampler
-from jaxsynth.generation.conditioners import Text
+from jaxsynth.generation.pictures import Pictures, beginning_of
 from jaxsynth.generation.sampler import (
     ImageSampler,
     Networks,
@@ -70,6 +71,7 @@ class Generator:
     config's for all, unless given). `adapters` is None (the base alone), one state for all classes,
     or one state per class, which is then picked per image. `model`, the pipeline's networks with
     adapters in them, replaces both. `size` (height, width) in pixels is the base's unless given.
+    `pictures` are images to begin with, those of class c at number c.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Generator:
         model: TextToImage | None = None,
         negative_prompts: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
+        pictures: Pictures | None = None,
         mesh: Mesh | None = None,
     ):
         self._seed, self.prompts = seed, list(prompts)
@@ -98,16 +101,19 @@ class Generator:
                 f"Generator: {counted(len(negative), 'negative prompt')} for "
                 f"{counted(len(prompts), 'prompt')}"
             )
-        conditioner = Text(config.guidance_scale)
+        shape = latent_shape(pipeline, size)
+        pixels = tuple(side * pipeline.vae.config.downscale for side in shape[:2])
+        begins = beginning_of(pipeline, config.guidance_scale, pictures, pixels)
+        self._begins, self._pictures = begins, pictures
         models = _adapted(pipeline, adapters) if model is None else [model]
-        networks = Networks.of(models, mesh=mesh, table=conditioner.table)
+        networks = Networks.of(models, mesh=mesh, table=begins.conditioner.table)
         ids = [jnp.asarray(pipeline.tokenizer(texts)) for texts in (self.prompts, negative)]
         self.sampler = ImageSampler(
             networks,
             pipeline.vae,
-            conditioner,
-            sampler_of(pipeline, config.sampler, config.num_inference_steps),
-            latent_shape(pipeline, size),
+            begins.conditioner,
+            sampler_of(pipeline, config.sampler, config.num_inference_steps, begins.strength),
+            shape,
             batch_size=config.batch_size,
             tables=_prompt_states(networks.structure, *networks.arrays, *ids),
             mesh=mesh,
@@ -132,7 +138,10 @@ class Generator:
         def describe(i: int) -> str:
             return f"image {indices[i]} of {self.prompts[labels[i]]!r}"
 
-        return self.sampler(keys, {"prompt": labels}, labels, describe=describe)
+        rows: dict[str, Any] = {"prompt": labels}
+        if self._pictures is not None:
+            rows |= self._pictures.rows(self._begins.rows, labels, indices)
+        return self.sampler(keys, rows, labels, describe=describe)
 
 
 def _adapted(pipeline: StableDiffusion, adapters) -> list[TextToImage]:

@@ -26,11 +26,11 @@ from jaxsynth.adapters.inject import Constant, Trainable, route, stack, with_sca
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.words import counted
 from jaxsynth.diffusion.guidance import guide
-from jaxsynth.diffusion.samplers import NAMES, Sampler, initial_noise, make_sampler, sample
+from jaxsynth.diffusion.samplers import NAMES, Sampler, initial_noise, make_sampler, noised, sample
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.conditioners import Conditioner
 from jaxsynth.generation.routing import per_image
-from jaxsynth.models.diffusion.vae import AutoencoderKL, to_uint8
+from jaxsynth.models.diffusion.vae import AutoencoderKL, from_uint8, to_uint8
 from jaxsynth.training import sharding
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -52,14 +52,19 @@ def _keys(seed: Array, label: Array, index: Array) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), label), index)
 
 
-def sampler_of(pipeline: StableDiffusion, sampler: str, steps: int) -> Sampler:
+def sampler_of(
+    pipeline: StableDiffusion, sampler: str, steps: int, strength: float | None = None
+) -> Sampler:
     """The sampler by name, or for "" the one that the pipeline's folder names.
 
+    `strength` is for images that start from others (`samplers.make_sampler`).
     UserError naming the file and the way out where that one is not implemented.
     """
     try:
         schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-        return make_sampler(sampler or pipeline.scheduler_config, schedule, steps)
+        return make_sampler(
+            sampler or pipeline.scheduler_config, schedule, steps, strength=strength
+        )
     except ValueError as error:
         folder = pipeline.folder or Path()
         where = folder / "scheduler" / "scheduler_config.json" if folder.is_dir() else folder
@@ -178,7 +183,8 @@ class ImageSampler:
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One image for each key; fewer than a batch are filled up and cut.
 
-        `rows` are the conditioner's, `which` the network of each image where there are several.
+        `rows` are the conditioner's, and "start", uint8 images (b, h, w, 3) that the sampler's
+        first step starts from. `which` is the network of each image where there are several.
         `describe(i)` names image i in the UserError for one that is not finite.
         """
         batch = self._batch(keys, rows, which)
@@ -227,7 +233,13 @@ def _sample(structure, vae, conditioner, shape, arrays, tables, sampler, key_dat
     else:
         denoise = partial(run, own, shared)
     guided = guide(denoise, conditioner.scales, branches, channels=conditioner.channels)
-    return sample(guided, initial_noise(keys, shape, sampler), sampler, keys=keys)
+    if "start" in rows:
+        posterior = vae.encode(from_uint8(rows["start"]))
+        scale = vae.config.scaling_factor
+        x = noised(keys, posterior.mean * scale, posterior.std * scale, sampler)
+    else:
+        x = initial_noise(keys, shape, sampler)
+    return sample(guided, x, sampler, keys=keys)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

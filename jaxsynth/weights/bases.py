@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights import hub, recognize, single_file
-from jaxsynth.weights.hf import EDITING, StableDiffusion, load_pipeline, save_pipeline
+from jaxsynth.weights.hf import KINDS, StableDiffusion, load_pipeline, save_pipeline
 from jaxsynth.weights.layout import to_file
 from jaxsynth.weights.single_file import HF_CLIP, OPEN_CLIP, PREFIXES, inferred, names_of
 from jaxsynth.weights.tensors import SUFFIXES, Tensors
@@ -54,14 +53,9 @@ def convert(source: Path, target: Path, to: str, settings: str = "") -> list[str
     """
     if to in FILES and target.suffix != ".safetensors":
         raise UserError(f"{target}: expected a file ending in .safetensors")
-    editing, files = False, [source]
-    if source.is_dir():
-        editing = read_json(source / "model_index.json").get("_class_name") == EDITING
-        files = hub.weight_files(source / "unet")
+    files = hub.weight_files(source / "unet") if source.is_dir() else [source]
     name = f"{source}@{settings}" if settings and source.is_file() else source
-    if (found := single_file.find(name)) is not None:
-        editing = found.configs["unet"].in_channels == 2 * found.configs["vae"].latent_channels
-    pipeline = load_pipeline(name, Tensors(files).dtype(), editing=editing)
+    pipeline = load_pipeline(name, Tensors(files).dtype(), kinds=KINDS)
     if to in FOLDERS:
         save_pipeline(pipeline, target)
         return []

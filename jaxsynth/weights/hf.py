@@ -75,8 +75,10 @@ _PARTS = {"unet": UNet2DCondition, "vae": AutoencoderKL, "text_encoder": CLIPTex
 
 # model_index.json of the pipelines that differ only in what surrounds the networks.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-# The one whose denoiser reads an image's latents beside the noisy ones.
+# Those whose denoisers read beside the noisy latents an image's, or a mask and an image's.
 EDITING = "StableDiffusionInstructPix2PixPipeline"
+INPAINTING = "StableDiffusionInpaintPipeline"
+KINDS = (*_PIPELINES, EDITING, INPAINTING)
 DIFFUSERS_VERSION = "0.40.0"
 
 
@@ -277,33 +279,33 @@ def load_pipeline(
     dtype: Any = jnp.float32,
     *,
     compute_dtype: Any = None,
-    editing: bool = False,
+    kinds: Sequence[str] = _PIPELINES,
 ) -> StableDiffusion:
     """A Stable Diffusion 1.x or 2.x pipeline from a folder, the package ("tiny") or the hub.
 
-    Or from a checkpoint in one file, FILE or FILE@FOLDER (`single_file`). With `editing` an
-    InstructPix2Pix one, whose denoiser reads an image's latents beside the noisy ones
-    (`generation.edited`).
+    Or from a checkpoint in one file, FILE or FILE@FOLDER (`single_file`). `kinds` are those that
+    are asked for: text to image, or also `EDITING` (InstructPix2Pix, whose denoiser reads an
+    image's latents beside the noisy ones) and `INPAINTING` (a mask and an image's latents).
 
     UserError as for `load_model`, and where the parts do not fit together.
     """
     dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}
     checkpoint = single_file.find(name_or_path)
     if checkpoint is not None:
-        return _load_checkpoint(checkpoint, editing=editing, **dtypes)
+        return _load_checkpoint(checkpoint, kinds, **dtypes)
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    kinds = (EDITING,) if editing else _PIPELINES
     if kind not in kinds:
         raise UserError(
-            f"{folder / 'model_index.json'}: _class_name {quoted(kind)}, expected one of {kinds}"
+            f"{folder / 'model_index.json'}: _class_name {quoted(kind)}, "
+            f"expected one of {tuple(kinds)}"
         )
     unet = load_model(UNet2DCondition, UNet2DConditionConfig, folder / "unet", **dtypes)
     vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
     text = load_model(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", **dtypes)
     tokenizer = Tokenizer(folder / "tokenizer")
-    _check_pipeline(folder, unet, vae, text, tokenizer, editing)
+    _check_pipeline(folder, unet, vae, text, tokenizer, kind)
     scheduler_config = read_scheduler(folder, index)
     parts = ("unet", "vae", "text_encoder")
     weights = [file for part in parts for file in hub.weight_files(folder / part)]
@@ -327,11 +329,13 @@ def _parts_of(
 
 
 def _load_checkpoint(
-    checkpoint: single_file.Checkpoint, *, editing: bool, **dtypes: Any
+    checkpoint: single_file.Checkpoint, kinds: Sequence[str], **dtypes: Any
 ) -> StableDiffusion:
     path = checkpoint.path
     parts = _parts_of(checkpoint, _PARTS, **dtypes)
-    _check_pipeline(path, *parts.values(), checkpoint.tokenizer, editing)
+    found = kind_of(parts["unet"], parts["vae"])
+    kind = found if found in kinds else kinds[0]
+    _check_pipeline(path, *parts.values(), checkpoint.tokenizer, kind)
     scheduler, notes = corrected(checkpoint.scheduler)
     _say_once(tuple(f"{path}: {note}" for note in (*checkpoint.notes, *notes)))
     return StableDiffusion(
@@ -370,11 +374,12 @@ def _say_once(lines: tuple[str, ...]) -> None:
         console.print(line, markup=False)
 
 
-def _check_pipeline(
-    folder: Path, unet, vae, text, tokenizer: Tokenizer, editing: bool = False
-) -> None:
+def _check_pipeline(folder: Path, unet, vae, text, tokenizer: Tokenizer, kind: str) -> None:
     width, latent = text.config.hidden_size, vae.config.latent_channels
-    read = ("twice vae latent_channels", 2 * latent) if editing else ("vae latent_channels", latent)
+    read = {
+        EDITING: ("twice vae latent_channels", 2 * latent),
+        INPAINTING: ("twice vae latent_channels and one", 2 * latent + 1),
+    }.get(kind, ("vae latent_channels", latent))
     for field, other, expected in (
         ("cross_attention_dim", "text_encoder hidden_size", width),
         ("in_channels", *read),
@@ -384,6 +389,13 @@ def _check_pipeline(
         if found != expected:
             raise UserError(f"{folder}: unet {field} is {found}, but {other} is {expected}")
     _check_tokenizer(folder, tokenizer, text.config)
+
+
+def kind_of(unet: UNet2DCondition, vae: AutoencoderKL) -> str:
+    """The pipeline that a denoiser is for, by what it reads; one of `KINDS`."""
+    latent = vae.config.latent_channels
+    further = {2 * latent: EDITING, 2 * latent + 1: INPAINTING}
+    return further.get(unet.config.in_channels, _PIPELINES[0])
 
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
@@ -413,16 +425,16 @@ def _check_end(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> No
 def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: Any = None) -> None:
     """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` and we load.
 
-    Of a pipeline for editing, one that diffusers' `StableDiffusionInstructPix2PixPipeline` loads.
+    Of a pipeline for editing or inpainting, one that diffusers' pipeline for it loads.
     `dtype` None keeps each parameter's. The scheduler's class is its config's `_class_name`.
     """
     folder = Path(folder)
     scheduler = pipeline.scheduler_config.get("_class_name")
     if not scheduler:
         raise ValueError("save_pipeline: scheduler_config has no _class_name, e.g. 'DDIMScheduler'")
-    editing = pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels
+    kind = kind_of(pipeline.unet, pipeline.vae)
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
-    _check_pipeline(folder, *parts, editing)
+    _check_pipeline(folder, *parts, kind)
     text_config = dataclasses.asdict(pipeline.text_encoder.config) | _ids(pipeline.tokenizer)
     for part, config in (("unet", None), ("vae", None), ("text_encoder", text_config)):
         save_model(getattr(pipeline, part), config, folder / part, dtype)
@@ -431,7 +443,7 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
     scheduler_config = {"_diffusers_version": DIFFUSERS_VERSION, **pipeline.scheduler_config}
     hub.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     index = {
-        "_class_name": EDITING if editing else "StableDiffusionPipeline",
+        "_class_name": kind,
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,

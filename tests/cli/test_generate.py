@@ -114,6 +114,38 @@ def test_adapters_are_mixed(base_folder, adapter, tmp_path, capfd):
     assert "prefix.safetensors: an adapter of this kind cannot be merged" in error
 
 
+def test_pictures_begin_with_a_picture(base_folder, tmp_path, capfd):
+    """Little strength stays near it; what is in the files says which; another picture is refused."""
+    for name, value in (("dark", 30), ("light", 220)):
+        Image.fromarray(np.full((20, 10, 3), value, np.uint8)).save(tmp_path / f"{name}.png")
+    dark, light = (f"--image={tmp_path / name}.png" for name in ("dark", "light"))
+    given = ("--prompt=zero", "--count=2", "--steps=8", "--sampler=ddim", "--guidance=1")
+    far = (*given, "--strength=1")
+    assert generate(base_folder, tmp_path / "near", *given, dark, light, "--strength=0.13") == 0
+    assert generate(base_folder, tmp_path / "far", *far, dark, light) == 0
+    near, away = (
+        np.stack(list(pictures(tmp_path / name).values())).astype(int) for name in ("near", "far")
+    )
+    assert near.shape == (2, 8, 8, 3)
+    assert abs(near[0].mean() - near[1].mean()) > abs(away[0].mean() - away[1].mean())
+    line = json.loads((tmp_path / "near" / "metadata.jsonl").read_text().splitlines()[0])
+    assert [entry["file"] for entry in line["images"]] == [dark[8:], light[8:]]
+    assert line["strength"] == 0.13
+    assert generate(base_folder, tmp_path / "far", *far, light, dark) == 2
+    assert "another request: images was" in capfd.readouterr().err
+    for more, words in (
+        (("--strength=0.5",), "--strength is for a picture to begin with"),
+        ((dark, "--strength=2"), "--strength=2.0: expected above 0 and at most 1"),
+        ((dark, f"--mask={tmp_path / 'dark.png'}"), "has no use for a mask"),
+        ((dark, "--strength=0.1"), "strength: 0.1 of 8 steps leaves none to take"),
+        ((f"--image={tmp_path / 'none.png'}",), "no such file"),
+        ((f"--mask={tmp_path / 'dark.png'}",), "1 given for 0 --image"),
+        (("--image-guidance=-1",), "expected a number from 0 on"),
+    ):
+        assert generate(base_folder, tmp_path / "x", *given, *more) != 0
+        assert words in capfd.readouterr().err
+
+
 def test_a_new_word_and_an_adapter_combine(base_folder, adapter, tmp_path, capfd):
     """A word of two known words' vectors draws what these draw, an adapter or none beside it."""
     pipeline = load_pipeline(base_folder)

@@ -24,7 +24,7 @@ from jaxsynth.methods.weightgen.edits import (
     write_edits,
 )
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.weights.hf import load_pipeline, save_pipeline
+from jaxsynth.weights.hf import EDITING, load_pipeline, save_pipeline
 from tests.methods.small_base import UNET, random_network
 
 CONFIG = EditConfig(num_inference_steps=3, batch_size=2, guidance_scale=4.0, negative_prompt="one")
@@ -50,7 +50,7 @@ def images():
 def test_edits_are_those_of_diffusers(folder, images):
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    pipeline = load_pipeline(folder, editing=True)
+    pipeline = load_pipeline(folder, kinds=(EDITING,))
     found = edit_images(pipeline, images, PROMPTS, CONFIG, seed=7)
     assert found.shape == images.shape and found.dtype == np.uint8
 
@@ -88,7 +88,7 @@ def scene_of(*concepts) -> Scene:
 def test_pairs_of_a_run_may_come_from_a_diffusion_model(folder, images, tmp_path):
     """Here because the program is compiled above; what a stopped run has edited is kept."""
     scene, data = scene_of(Concept("artistic", "the digit two")), data_of(images)
-    pipeline = load_pipeline(folder, editing=True)
+    pipeline = load_pipeline(folder, kinds=(EDITING,))
     write_edits(tmp_path, scene, data, pipeline, CONFIG)
     edits = Edits(scene, data, tmp_path)
     for name, photos in draw_photos(data, scene).items():
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused(folder, base_folder, images):
     plain = load_pipeline(base_folder)
     with pytest.raises(UserError, match="the denoiser has 4 input channels, expected 8"):
         edit_images(plain, images, PROMPTS, CONFIG, seed=0)
-    pipeline = load_pipeline(folder, editing=True)
+    pipeline = load_pipeline(folder, kinds=(EDITING,))
     with pytest.raises(UserError, match="2 prompts for 3 images"):
         edit_images(pipeline, images, PROMPTS[:2], CONFIG, seed=0)
     with pytest.raises(UserError, match="images of 7x16 pixels, expected multiples of 2"):
@@ -147,4 +147,4 @@ def test_what_does_not_fit_is_refused(folder, base_folder, images):
     with pytest.raises(UserError, match="'StableDiffusionInstructPix2PixPipeline', expected one"):
         load_pipeline(folder)
     with pytest.raises(UserError, match="'StableDiffusionPipeline', expected one"):
-        load_pipeline(base_folder, editing=True)
+        load_pipeline(base_folder, kinds=(EDITING,))

@@ -53,7 +53,7 @@ from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.hf import StableDiffusion, load_pipeline
+from jaxsynth.weights.hf import EDITING, StableDiffusion, load_pipeline
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -100,7 +100,7 @@ class _Sources:
     @cached_property
     def editing(self) -> Source[StableDiffusion]:
         model = self.config.edits.model
-        return Source(lambda: load_pipeline(model, editing=True), lambda found: found.digest)
+        return Source(lambda: load_pipeline(model, kinds=(EDITING,)), lambda found: found.digest)
 
     @cached_property
     def mesh(self) -> Mesh | None:

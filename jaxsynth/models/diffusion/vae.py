@@ -84,9 +84,13 @@ class Gaussian(NamedTuple):
     mean: Float[Array, "b h w c"]
     logvar: Float[Array, "b h w c"]
 
+    @property
+    def std(self) -> Float[Array, "b h w c"]:
+        return jnp.exp(0.5 * self.logvar)
+
     def sample(self, key: Array) -> Float[Array, "b h w c"]:
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
-        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+        return self.mean + self.std * noise
 
     def mode(self) -> Float[Array, "b h w c"]:
         return self.mean
@@ -156,7 +160,7 @@ def encode_images(
 def _scaled_posterior(vae: AutoencoderKL, images: Array) -> tuple[Array, Array]:
     posterior = vae.encode(images)
     factor = vae.config.scaling_factor
-    return posterior.mean * factor, jnp.exp(0.5 * posterior.logvar) * factor
+    return posterior.mean * factor, posterior.std * factor
 
 
 def decode_latents(
@@ -179,6 +183,11 @@ def decode_scaled(
 
 
 _decode_scaled = jax.jit(decode_scaled)
+
+
+def from_uint8(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Images in [-1, 1] of pixels 0 to 255, as the encoder reads them."""
+    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
