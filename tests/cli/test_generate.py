@@ -115,23 +115,22 @@ def test_adapters_are_mixed(base_folder, adapter, tmp_path, capfd):
 
 
 def test_pictures_begin_with_a_picture(base_folder, tmp_path, capfd):
-    """Little strength stays near it; what is in the files says which; another picture is refused."""
+    """Several in turns; the files say which they were; another picture is refused."""
     for name, value in (("dark", 30), ("light", 220)):
         Image.fromarray(np.full((20, 10, 3), value, np.uint8)).save(tmp_path / f"{name}.png")
     dark, light = (f"--image={tmp_path / name}.png" for name in ("dark", "light"))
     given = ("--prompt=zero", "--count=2", "--steps=8", "--sampler=ddim", "--guidance=1")
-    far = (*given, "--strength=1")
-    assert generate(base_folder, tmp_path / "near", *given, dark, light, "--strength=0.13") == 0
-    assert generate(base_folder, tmp_path / "far", *far, dark, light) == 0
-    near, away = (
-        np.stack(list(pictures(tmp_path / name).values())).astype(int) for name in ("near", "far")
-    )
-    assert near.shape == (2, 8, 8, 3)
-    assert abs(near[0].mean() - near[1].mean()) > abs(away[0].mean() - away[1].mean())
-    line = json.loads((tmp_path / "near" / "metadata.jsonl").read_text().splitlines()[0])
+    begun = (*given, "--strength=0.13")
+    assert generate(base_folder, tmp_path / "both", *begun, dark, light) == 0
+    assert generate(base_folder, tmp_path / "dark", *begun, dark) == 0
+    both, one = (list(pictures(tmp_path / name).values()) for name in ("both", "dark"))
+    assert both[0].shape == (8, 8, 3)
+    np.testing.assert_array_equal(both[0], one[0])
+    assert np.abs(both[1].astype(int) - one[1]).mean() > 1
+    line = json.loads((tmp_path / "both" / "metadata.jsonl").read_text().splitlines()[0])
     assert [entry["file"] for entry in line["images"]] == [dark[8:], light[8:]]
     assert line["strength"] == 0.13
-    assert generate(base_folder, tmp_path / "far", *far, light, dark) == 2
+    assert generate(base_folder, tmp_path / "both", *begun, light, dark) == 2
     assert "another request: images was" in capfd.readouterr().err
     for more, words in (
         (("--strength=0.5",), "--strength is for a picture to begin with"),
