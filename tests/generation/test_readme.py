@@ -25,12 +25,12 @@ def test_the_python_runs(tmp_path, monkeypatch):
 
 def test_the_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (command,) = snippets("sh")
-    program, *argv = shlex.split(command)
-    assert program == "jaxsynth" and cli.main(argv) == 0
-    assert sorted(path.suffix for path in (tmp_path / "images").iterdir()) == [
-        ".json", ".jsonl", ".png", ".png",
-    ]  # fmt: skip
+    for command, folder in zip(snippets("sh"), ("images", "varied"), strict=True):
+        program, *argv = shlex.split(command)
+        assert program == "jaxsynth" and cli.main(argv) == 0
+        assert sorted(path.suffix for path in (tmp_path / folder).iterdir()) == [
+            ".json", ".jsonl", ".png", ".png",
+        ]  # fmt: skip
 
 
 def test_the_table_of_samplers_is_whole():
