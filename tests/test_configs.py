@@ -18,7 +18,7 @@ VARIANTS = {
         *(
             f"{variant},technique={technique}"
             for variant in ("tiny", "sd21", "smoke")
-            for technique in ("textual_inversion", "dreambooth", "lora")
+            for technique in ("textual_inversion", "dreambooth", "lora", "ip_adapter")
         ),
     ),
     "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),

@@ -78,6 +78,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "preprocessing": ("imagenet",),
     "adapter": ("dora", "lokr"),
     "technique": ("lora", "dreambooth"),
+    "projection": ("resampler",),
     "word": ("plant",),
     "token": ("<other>",),
     "initializer": ("red",),
@@ -98,6 +99,7 @@ EXEMPT = {
     "path": "data and weights are identified by content",
     "base": "weights are identified by content",
     "clip": "weights are identified by content",
+    "image_encoder": "weights are identified by content",
     "vae": "weights are identified by content",
     "text": "weights are identified by content",
     "features": "weights are identified by content",
@@ -118,6 +120,7 @@ EXEMPT_HERE = {
 # Fields that these small runs leave empty, or whose other values need files.
 UNTRIED = {
     "controlled": {"condition_folder"},  # maps on disk
+    "customize": {"mask_folder"},
     "diffscaler": {
         "mirror", "study", "recipes", "sets_recipe", "sets_steps", "draw", "conditions",
         "condition_folders",
