@@ -77,7 +77,8 @@ def test_a_controlnet_and_an_image_prompt_are_those_of_diffusers(
 
     rng = np.random.default_rng(1)
     conditions = rng.random((2, 8, 8, 3)).astype(np.float32)
-    features = rng.standard_normal((2, 1, WIDTH)).astype(np.float32)
+    # diffusers takes one image for all prompts.
+    features = np.repeat(rng.standard_normal((1, 1, WIDTH)), 2, axis=0).astype(np.float32)
     control = Control(controlnet, conditions, 0.7, guess_mode=guess)
     prompt = ImagePrompt(adapter, features, np.zeros(WIDTH, np.float32), 0.6)
     generator = Generator(
@@ -97,7 +98,7 @@ def test_a_controlnet_and_an_image_prompt_are_those_of_diffusers(
     oracle.set_ip_adapter_scale(0.6)
     keys = image_keys(7, np.arange(2), np.zeros(2, np.int32))
     noise = np.asarray(initial_noise(keys, (4, 4, 4), sampler_of(pipeline, "", 3)))
-    embeds = np.concatenate([np.zeros_like(features), features])
+    embeds = np.stack([np.zeros_like(features[0]), features[0]])
     expected = oracle(
         PROMPTS,
         image=torch.from_numpy(np.moveaxis(conditions, -1, 1).copy()),
