@@ -2,10 +2,12 @@
 
     jaxsynth run --config=configs/customize.py:tiny,technique=dreambooth --workdir=runs/dreambooth
 
-Variants, each of which takes `,technique=` textual_inversion (the default), dreambooth or lora:
+Variants, each of which takes `,technique=` textual_inversion (the default), dreambooth, lora or
+ip_adapter:
 - `tiny`: the shipped 32x32 base, which knows printed digits and no handwriting, three seeds, on two
   CPU cores. Textual Inversion and DreamBooth learn twelve handwritten threes; LoRA learns
-  handwriting from captioned digits, zero to six, and draws seven, eight and nine.
+  handwriting from captioned digits, zero to six, and draws seven, eight and nine. IP-Adapter learns
+  to draw what images of printed digits and coloured shapes show, and is asked for held-out ones.
 - `sd21`: Stable Diffusion 2.1 at 512 pixels on a few photos of your own in a folder of one class
   folder (`--config.data.path=photos/ --config.word=dog`), or for lora on a folder of captioned
   images (metadata.jsonl, or a .txt beside each). On a GPU or TPU.
@@ -16,7 +18,7 @@ DreamBooth and LoRA take any kind of adapter: `--config.dreambooth.adapter=full`
 
 from ml_collections import ConfigDict
 
-TECHNIQUES = ("textual_inversion", "dreambooth", "lora")
+TECHNIQUES = ("textual_inversion", "dreambooth", "lora", "ip_adapter")
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
@@ -43,6 +45,7 @@ def _tiny(technique: str) -> ConfigDict:
         },
         "dreambooth": {"steps": 300, "learning_rate": 1e-3, "class_images": 64},
         "lora": {"steps": 600, "learning_rate": 2e-3, "caption_dropout": 0.1},
+        "ip_adapter": {"steps": 2000, "learning_rate": 1e-3},
     }[technique]
     common = {"batch_size": 8, "steps_per_call": 20, "checkpoint_every": 200}
     config = ConfigDict(
@@ -71,6 +74,11 @@ def _tiny(technique: str) -> ConfigDict:
         config.data = ConfigDict({"source": "digits", "class_names": tuple("0123456")})
         config.word = ""
         config.prompts = tuple(f"a photo of the digit {x}" for x in ("seven", "eight", "nine"))
+    if technique == "ip_adapter":
+        config.data = ConfigDict({"source": "builtin", "name": "printed", "images_per_class": 100})
+        config.shots, config.word, config.references = 0, "", 18
+        config.prompts = ("a photo", "a photo on a black background")
+        config.generate.images_per_class = 4
     return config
 
 
@@ -80,11 +88,12 @@ def _sd21(technique: str) -> ConfigDict:
         "textual_inversion": {"learning_rate": 5e-4, "schedule": "constant"},
         "dreambooth": {"learning_rate": 1e-4, "batch_size": 1, "class_images": 100},
         "lora": {"learning_rate": 1e-4, "batch_size": 8, "caption_dropout": 0.1, "snr_gamma": 5.0},
+        "ip_adapter": {"batch_size": 8},
     }[technique]
-    source = "captions" if technique == "lora" else "folder"
-    subject = technique != "lora"
+    subject = technique in ("textual_inversion", "dreambooth")
+    source = "folder" if subject else "captions"
     prompts = ("in the snow", "on the beach", "on top of a wooden floor", "with a city behind it")
-    return ConfigDict(
+    config = ConfigDict(
         {
             "method": "customize",
             "technique": technique,
@@ -104,12 +113,17 @@ def _sd21(technique: str) -> ConfigDict:
             },
         }
     )
+    if technique == "ip_adapter":
+        config.references, config.image_encoder = 8, "h94/IP-Adapter"
+    return config
 
 
 def _smoke(technique: str) -> ConfigDict:
     config = _tiny(technique)
     config.shots, config.seeds = 4, (0,)
     training = config[technique]
+    if technique == "ip_adapter":
+        config.references, config.prompts = 2, ("a photo",)
     training.steps, training.batch_size, training.steps_per_call = 4, 4, 2
     training.checkpoint_every = 2
     if technique == "dreambooth":

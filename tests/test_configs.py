@@ -19,7 +19,7 @@ VARIANTS = {
         *(
             f"{variant},technique={technique}"
             for variant in ("tiny", "sd21", "smoke")
-            for technique in ("textual_inversion", "dreambooth", "lora")
+            for technique in ("textual_inversion", "dreambooth", "lora", "ip_adapter")
         ),
     ),
     "datadream": (

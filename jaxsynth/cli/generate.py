@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsynth.cli import image_inputs
 from jaxsynth.cli.paths import local_path
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.words import counted
 
-EPILOG = """\
+EPILOG = (
+    """\
 A picture depends on its prompt, its seed, its number and the settings below, and not on the prompts
 beside it, the batch or the devices. The same command goes on where it stopped; other settings for
 the same folder are refused.
@@ -25,9 +27,9 @@ the same folder are refused.
               in prompts (default: the file's own); several add a word each
   --prompts   a text file with one prompt a line, or .jsonl with {"prompt": ..., "negative_prompt":
               ..., "seed": ...}
-  --image     a picture to begin with, in turns where there are several: a base of texts varies it
-              by --strength (0 to 1, default 0.8), InstructPix2Pix edits it as the prompt says, and
-              an inpainting base paints where --mask is white
+"""
+    + image_inputs.HELP
+    + """\
   --sampler   ddim, pndm, dpmsolver++, euler, euler_ancestral, ddpm or lcm (default: the base's own)
 
 Each PNG holds its settings as the text "jaxsynth", and metadata.jsonl those of all. With --store
@@ -42,6 +44,7 @@ examples:
   jaxsynth generate --base=tiny --image=three.png --strength=0.6 \\
       --prompt="the digit eight" --out=images
 """
+)
 
 
 def add_parser(verbs) -> argparse.ArgumentParser:
@@ -82,6 +85,7 @@ def add_parser(verbs) -> argparse.ArgumentParser:
     ):
         name = flag.removeprefix("--").replace("-", "_").upper()
         parser.add_argument(flag, type=kind, default=default, metavar=name, help=text)
+    image_inputs.add_flags(parser)
     parser.add_argument("--store", action="store_true", help="write an image store, not PNG files")
     return parser
 
@@ -93,14 +97,14 @@ def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
     UsageError for mistakes of the command line, before weights are loaded where that can be known.
     """
     size = _size(args.size)
-    adapters = [_adapter(text) for text in args.adapter]
+    adapters = [image_inputs.weighted("--adapter", text) for text in args.adapter]
     embeddings = [_embedding(text) for text in args.embedding]
     _check_numbers(args)
     if not args.prompt and not args.prompts:
         raise UsageError("nothing to draw: give --prompt=TEXT or --prompts=FILE")
     if args.prompts and not args.prompts.is_file():
         raise UsageError(f"--prompts={args.prompts}: no such file")
-    _check_images(args)
+    image_inputs.check(args)
     prepare()
     from jaxsynth.diffusion.samplers import NAMES
 
@@ -149,7 +153,9 @@ def _generate(
     height, width, _ = latent_shape(pipeline, size)
     down = pipeline.vae.config.downscale
     pixels = height * down, width * down
-    pictures = _pictures(args, pixels, len(requests))
+    pictures = image_inputs.pictures(args, pixels, len(requests))
+    image_prompts = image_inputs.image_prompts(args, pipeline, pixels, len(requests))
+    controls = image_inputs.controls(args, pipeline, pixels, len(requests))
     begins = beginning_of(pipeline, args.guidance, pictures, pixels)
     sampler_of(pipeline, args.sampler, args.steps, begins.strength)
     pipeline.tokenizer([text for r in requests for text in (r.prompt, r.negative_prompt)])
@@ -166,7 +172,7 @@ def _generate(
         "guidance": args.guidance,
         "width": width * down,
         "height": height * down,
-        **_begun(args, begins),
+        **image_inputs.kept(args, begins, _digest),
     }
     if words:
         settings["embeddings"] = words
@@ -188,6 +194,8 @@ def _generate(
         negative_prompts=[request.negative_prompt for request in requests],
         size=size,
         pictures=pictures,
+        image_prompts=image_prompts,
+        controls=controls,
         mesh=make_mesh() if device_count() > 1 else None,
     )
     total = args.count * len(requests)
@@ -210,36 +218,6 @@ def _generate(
     return f"an image store of {counted(total, 'image')} at {args.out}"
 
 
-def _pictures(args: argparse.Namespace, size: tuple[int, int], prompts: int) -> Any:
-    """The images to begin with, which all prompts share; None where there are none."""
-    if not args.image:
-        return None
-    import numpy as np
-
-    from jaxsynth.data.decode import covering, decode_image
-    from jaxsynth.generation.pictures import Pictures
-
-    images = np.stack([covering(decode_image(Path(file)), *size) for file in args.image])
-    masks = None
-    if args.mask:
-        painted = np.stack([covering(decode_image(Path(file)), *size) for file in args.mask])
-        masks = [painted.mean(axis=-1) >= 127.5] * prompts
-    return Pictures([images] * prompts, masks, args.strength, args.image_guidance)
-
-
-def _begun(args: argparse.Namespace, begins: Any) -> dict[str, Any]:
-    """What is kept of the images to begin with."""
-    kept: dict[str, Any] = {}
-    for name, files in (("images", args.image), ("masks", args.mask)):
-        if files:
-            kept[name] = [{"file": file, "digest": _digest(Path(file))} for file in files]
-    if begins.strength is not None:
-        kept["strength"] = begins.strength
-    if (scale := getattr(begins.conditioner, "image_guidance_scale", None)) is not None:
-        kept["image_guidance"] = scale
-    return kept
-
-
 def _read(path: Path, pipeline: Any) -> dict[str, Any]:
     """The states of an adapter by network; UserError naming the file where none fits."""
     from jaxsynth.weights.adapters.io import Networks, read
@@ -257,22 +235,6 @@ def _digest(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
     return digest(sorted(file for file in path.rglob("*") if file.is_file()))
-
-
-def _adapter(text: str) -> tuple[Path, float]:
-    """The file and its strength, 1 unless given."""
-    path, colon, weight = text.rpartition(":")
-    if Path(text).exists() or not colon:
-        path, weight = text, "1"
-    try:
-        strength = float(weight)
-    except ValueError:
-        raise UsageError(f"--adapter={text}: no such file, nor FILE:WEIGHT") from None
-    if not Path(path).exists():
-        raise UsageError(f"--adapter={text}: {path} does not exist")
-    if not math.isfinite(strength):
-        raise UsageError(f"--adapter={text}: weight {weight}, expected a number")
-    return Path(path), strength
 
 
 def _embedding(text: str) -> tuple[Path, str]:
@@ -303,25 +265,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed={args.seed}: expected 0 to {2**32 - 1}")
     if not math.isfinite(args.guidance) or args.guidance < 0:
         raise UsageError(f"--guidance={args.guidance}: expected a number from 0 on")
-
-
-def _check_images(args: argparse.Namespace) -> None:
-    for flag, files in (("image", args.image), ("mask", args.mask)):
-        for file in files:
-            if not Path(file).is_file():
-                raise UsageError(f"--{flag}={file}: no such file")
-    if args.mask and len(args.mask) != len(args.image):
-        raise UsageError(
-            f"--mask: {len(args.mask)} given for {len(args.image)} --image, expected one for each"
-        )
-    if args.strength is not None and not 0 < args.strength <= 1:
-        raise UsageError(f"--strength={args.strength}: expected above 0 and at most 1")
-    scale = args.image_guidance
-    if scale is not None and not (math.isfinite(scale) and scale >= 0):
-        raise UsageError(f"--image-guidance={scale}: expected a number from 0 on")
-    for flag, given in (("strength", args.strength), ("image-guidance", scale)):
-        if given is not None and not args.image:
-            raise UsageError(f"--{flag} is for a picture to begin with: say which by --image=FILE")
 
 
 def _check_out(out: Path) -> None:

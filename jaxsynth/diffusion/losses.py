@@ -53,12 +53,14 @@ def diffusion_loss(
     t: Int[Array, " b"],
     *,
     snr_gamma: float | None = None,
+    places: Float[Array, "b h w 1"] | None = None,
     per_sample: bool = False,
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Mean squared error to the schedule's target, float32.
 
-    Each sample's error is averaged over its elements, then weighted; the result is the mean over
-    the batch, or (b,) with `per_sample`. Raises ValueError where shapes would broadcast.
+    Each sample's error is averaged over its elements, by the weights `places` where they are given,
+    then weighted; the result is the mean over the batch, or (b,) with `per_sample`. Raises
+    ValueError where shapes would broadcast.
     """
     shapes = {"model_output": model_output.shape, "x0": x0.shape, "noise": noise.shape}
     if len(set(shapes.values())) != 1 or t.shape != x0.shape[:1]:
@@ -67,7 +69,11 @@ def diffusion_loss(
             f"found {shapes}, t {t.shape}"
         )
     error = jnp.square(model_output.astype(jnp.float32) - target(schedule, x0, noise, t))
-    loss = error.reshape(error.shape[0], -1).mean(axis=1)
+    if places is None:
+        loss = error.reshape(error.shape[0], -1).mean(axis=1)
+    else:
+        channels, axes = error.shape[-1], tuple(range(1, error.ndim))
+        loss = (error * places).sum(axes) / (channels * places.sum(axes))
     if snr_gamma is not None:
         loss = loss * min_snr_weights(schedule, t, snr_gamma)
     return loss if per_sample else loss.mean()

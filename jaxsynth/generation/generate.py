@@ -26,6 +26,8 @@ from jaxsynth.core.space import check_space, size_of
 from jaxsynth.core.words import counted
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.diffusion.samplers import check_sampler
+from jaxsynth.generation.controls import Control, WithControlNets, control_rows, controlled
+from jaxsynth.generation.image_prompts import ImagePrompt, prompted, with_tokens
 from jaxsynth.generation.pictures import Pictures, beginning_of
 from jaxsynth.generation.sampler import (
     ImageSampler,
@@ -71,7 +73,8 @@ class Generator:
     config's for all, unless given). `adapters` is None (the base alone), one state for all classes,
     or one state per class, which is then picked per image. `model`, the pipeline's networks with
     adapters in them, replaces both. `size` (height, width) in pixels is the base's unless given.
-    `pictures` are images to begin with, those of class c at number c.
+    `pictures` are images to begin with, those of class c at number c, `image_prompts` such that
+    prompt it beside the text, and `controls` ControlNets with conditions that it follows.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class Generator:
         negative_prompts: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         pictures: Pictures | None = None,
+        image_prompts: Sequence[ImagePrompt] = (),
+        controls: Sequence[Control] = (),
         mesh: Mesh | None = None,
     ):
         self._seed, self.prompts = seed, list(prompts)
@@ -104,18 +109,32 @@ class Generator:
         shape = latent_shape(pipeline, size)
         pixels = tuple(side * pipeline.vae.config.downscale for side in shape[:2])
         begins = beginning_of(pipeline, config.guidance_scale, pictures, pixels)
-        self._begins, self._pictures = begins, pictures
+        self._begins, self._pictures, self._controls = begins, pictures, controls
+        conditioner = begins.conditioner
         models = _adapted(pipeline, adapters) if model is None else [model]
-        networks = Networks.of(models, mesh=mesh, table=begins.conditioner.table)
+        if image_prompts:
+            models = [prompted(one, image_prompts) for one in models]
+        if controls:
+            conditioner = controlled(
+                conditioner,
+                controls,
+                tokens=sum(prompt.tokens for prompt in image_prompts),
+                pixels=pixels,
+                unet=pipeline.unet,
+            )
+            nets = [control.controlnet for control in controls]
+            models = [WithControlNets(one, nets) for one in models]
+        networks = Networks.of(models, mesh=mesh, table=conditioner.table)
         ids = [jnp.asarray(pipeline.tokenizer(texts)) for texts in (self.prompts, negative)]
+        states = _prompt_states(networks.structure, *networks.arrays, *ids)
         self.sampler = ImageSampler(
             networks,
             pipeline.vae,
-            begins.conditioner,
+            conditioner,
             sampler_of(pipeline, config.sampler, config.num_inference_steps, begins.strength),
             shape,
             batch_size=config.batch_size,
-            tables=_prompt_states(networks.structure, *networks.arrays, *ids),
+            tables=with_tokens(states, image_prompts),
             mesh=mesh,
         )
         self.batch_size, self.networks = config.batch_size, networks
@@ -141,6 +160,7 @@ class Generator:
         rows: dict[str, Any] = {"prompt": labels}
         if self._pictures is not None:
             rows |= self._pictures.rows(self._begins.rows, labels, indices)
+        rows |= control_rows(self._controls, labels)
         return self.sampler(keys, rows, labels, describe=describe)
 
 
@@ -184,19 +204,21 @@ def sample_images(
     count: int = 1,
     adapters: AdapterState | Sequence[AdapterState] | None = None,
     model: TextToImage | None = None,
+    image_prompts: Sequence[ImagePrompt] = (),
     mesh: Mesh | None = None,
 ) -> UInt8[np.ndarray, "prompts count h w 3"]:
     """`count` pictures of each prompt, as a training's evaluation shows them.
 
-    `model` and `adapters` are `Generator`'s. A second call with networks of the same structure
-    compiles nothing.
+    `model`, `adapters` and `image_prompts` are `Generator`'s. A second call with networks of the
+    same structure compiles nothing.
     """
     labels = np.repeat(np.arange(len(prompts)), count)
     indices = np.tile(np.arange(count), len(prompts))
     config = replace(config, batch_size=min(config.batch_size, len(labels)))
     generator = Generator(
-        pipeline, prompts, config, seed=seed, adapters=adapters, model=model, mesh=mesh
-    )
+        pipeline, prompts, config, seed=seed, adapters=adapters, model=model,
+        image_prompts=image_prompts, mesh=mesh,
+    )  # fmt: skip
     size = config.batch_size
     images = [
         generator(labels[i : i + size], indices[i : i + size]) for i in range(0, len(labels), size)

@@ -14,6 +14,7 @@ from jaxsynth.diffusion.samplers import Sampler
 from jaxsynth.generation.conditioners import Conditioner, Text
 from jaxsynth.generation.generate import GenerateConfig, merges
 from jaxsynth.generation.sampler import Structure, draw_images, latent_shape, sampler_of
+from jaxsynth.models.diffusion.image_prompt import ImagePrompted
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.models.shapes import transform
@@ -87,18 +88,25 @@ def plan_images(
     prompts: int,
     adapt: Callable[[TextToImage], TextToImage] | None = None,
     adapters: int = 0,
+    prompted: Callable[[TextToImage], ImagePrompted] | None = None,
     note: str = "",
 ) -> Plan:
     """The program of `Generator` for one batch; `pipeline` may be of shapes.
 
     `adapt` puts an adapter into the networks. One alone is merged where the generator merges it;
-    of several `adapters` each image runs its own.
+    of several `adapters` each image runs its own. `prompted` puts adapters of images in, one image
+    for each.
     """
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
     if adapt is not None:
         adapted = transform(adapt, model)
         model = model if adapters < 2 and merges(pipeline, adapted) else adapted
     states = text_states(pipeline, prompts)
+    if prompted is not None:
+        model = transform(prompted, model)
+        count, tokens, width = states.shape
+        tokens += sum(part.config.tokens for part in model.image_projections)
+        states = jax.ShapeDtypeStruct((count, tokens, width), states.dtype)
     return plan_sampler(
         name,
         model,

@@ -383,6 +383,22 @@ class CLIPVisionModel(nnx.Module):
         return self.vision_model(pixels)
 
 
+class CLIPVisionModelWithProjection(nnx.Module):
+    """An image encoder on its own, with the projection."""
+
+    def __init__(self, config: CLIPVisionConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.vision_model = CLIPVisionTransformer(config, dtype=dtype, rngs=rngs)
+        self.visual_projection = _linear(
+            config.hidden_size,
+            config.projection_dim,
+            std=config.hidden_size**-0.5,
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
 class CLIPModel(nnx.Module):
     """Both towers, their projections and the log of the inverse temperature."""
 

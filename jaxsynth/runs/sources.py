@@ -16,6 +16,7 @@ from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.runs.stage import Source
 from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+from jaxsynth.weights.image_encoder import ImageEncoder, load_image_encoder
 
 # Of a data set that is not here: about that of the sets that networks are usually transferred to.
 ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 10_000
@@ -36,6 +37,11 @@ def pipeline_source(name: str, dtype: str = "float32") -> Source[StableDiffusion
 def clip_source(name: str, dtype: str = "float32") -> Source[Clip]:
     """The CLIP that a config names, kept and computed in `dtype`."""
     return Source(lambda: load_clip(name, dtype, compute_dtype=dtype), lambda found: found.digest)
+
+
+def image_encoder_source(name: str) -> Source[ImageEncoder]:
+    """The image encoder that a config names."""
+    return Source(lambda: load_image_encoder(name), lambda found: found.digest)
 
 
 def joined_source(configs: Mapping[str, DataConfig]) -> Source[Dataset]:

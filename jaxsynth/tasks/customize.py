@@ -1,10 +1,11 @@
-"""Teaching a text-to-image model a subject or a style: three trainings of one task.
+"""Teaching a text-to-image model a subject, a style or to see: four trainings of one task.
 
 - Textual Inversion (Gal et al. 2022, arXiv 2208.01618) learns the embedding of a new word from
   sentences about it;
 - DreamBooth (Ruiz et al. 2023, arXiv 2208.12242) learns a subject under a rare word, and goes on to
   draw the class that it is of, by images which the model itself drew before (prior preservation);
-- fine-tuning on captioned images, each of which has a text of its own.
+- fine-tuning on captioned images, each of which has a text of its own;
+- IP-Adapter (Ye et al. 2023, arXiv 2308.06721) learns to draw what an image shows.
 
 What learns is for the model to say: the new word's rows, an adapter of any kind, or all of it.
 """
@@ -19,10 +20,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters.inject import trainable_variables
-from jaxsynth.core.limits import Count, Natural, NotNegative, OneOf, Positive, Share
+from jaxsynth.core.limits import (
+    Count,
+    Natural,
+    NotNegative,
+    OneOf,
+    Positive,
+    Range,
+    Share,
+)
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.models.diffusion.image_prompt import ProjectionConfig, ResamplerConfig
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
 from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source
 from jaxsynth.training import sharding
@@ -63,6 +73,9 @@ class DreamBoothConfig(FinetuneConfig):
     text encoder where `text_targets` names layers of it. Each batch has as many images of the class
     beside the subject's, whose loss counts `prior_weight` times: of `class_images` that the base
     draws beforehand. At weight 0 none are drawn. `noise_offset` adds noise to whole channels.
+
+    With `vectors` above 0, `identifier` is a new word ("<subject>") of so many embeddings, which
+    start as the class's and are learned beside the adapter (pivotal tuning).
     """
 
     epochs: Natural = 0
@@ -73,6 +86,7 @@ class DreamBoothConfig(FinetuneConfig):
     identifier: str = "sks"
     prior_weight: NotNegative = 1.0
     class_images: Natural = 100
+    vectors: Natural = 0
     noise_offset: NotNegative = 0.0
 
     def __post_init__(self):
@@ -89,20 +103,85 @@ class CaptionConfig(FinetuneConfig):
     """How captioned images are learned, by LoRA unless `adapter` says otherwise.
 
     A share `caption_dropout` of the captions is emptied, so that guidance away from no text goes on
-    to work. `noise_offset` adds noise to whole channels.
+    to work. The parts of a caption between commas come in `caption_orders` random orders, of which
+    one is taken each time; the first part stays first. `noise_offset` adds noise to whole channels.
+
+    With `unmasked_weight` below 1 each image has a mask, and what is outside of it counts so much
+    of what is inside.
     """
 
     epochs: Natural = 0
     steps: Natural = 2000
     caption_dropout: Share = 0.0
+    caption_orders: Count = 1
+    unmasked_weight: Annotated[float, Range(0, 1, above=True)] = 1.0
     noise_offset: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class ImagePromptConfig(TrainingConfig):
+    """How images become prompts; rates and drops are those of IP-Adapter's code.
+
+    `projection` makes tokens of an image: "linear" four of a CLIP's projected feature (IP-Adapter),
+    "resampler" so many as it has `queries` of the states of all patches (Plus; 16 unless given, by
+    `depth` layers, 4, of `hidden` numbers, 768). Of the examples a share `drop_image` goes without
+    the image, `drop_text` without the caption, and `drop_both` without both. `noise_offset`,
+    `snr_gamma` and `crops_per_image` are `InversionConfig`'s.
+    """
+
+    steps: Natural = 100_000
+    batch_size: Count = 64
+    learning_rate: NotNegative = 1e-4
+    weight_decay: NotNegative = 1e-2
+    projection: Annotated[str, OneOf("linear", "resampler")] = "linear"
+    queries: Count | None = None
+    depth: Count | None = None
+    hidden: Count | None = None
+    drop_image: Share = 0.05
+    drop_text: Share = 0.05
+    drop_both: Share = 0.05
+    noise_offset: NotNegative = 0.0
+    snr_gamma: Positive | None = None
+    crops_per_image: Count = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if sum(self.drops) > 1:
+            raise ValueError(
+                f"drop_image, drop_text, drop_both: {self.drops}, expected at most 1 in all"
+            )
+        for name in ("queries", "depth", "hidden"):
+            if not self.of_patches and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} is of projection=resampler, not linear"
+                )
+        if self.of_patches:
+            self.projection_config(1, 1)
+
+    @property
+    def of_patches(self) -> bool:
+        """Whether tokens are made of the states of patches."""
+        return self.projection == "resampler"
+
+    @property
+    def drops(self) -> tuple[float, float, float]:
+        """Shares without the image, the text, and both."""
+        return self.drop_image, self.drop_text, self.drop_both
+
+    def projection_config(self, features: int, width: int) -> ProjectionConfig | ResamplerConfig:
+        """Of what makes tokens of `width` of an encoder's `features` numbers."""
+        if not self.of_patches:
+            return ProjectionConfig(features, width)
+        names = {"tokens": self.queries, "depth": self.depth, "hidden": self.hidden}
+        given = {name: value for name, value in names.items() if value is not None}
+        return ResamplerConfig(features, width, **given)
 
 
 # Streams of an order's key beside those of its epochs, which it is folded with the numbers of: a
 # permutation splits its key, and the parts of a split are what folding with small numbers gives.
 _TEXTS, _OTHERS = 2**31 - 1, 2**31 - 2
 
-Training = InversionConfig | DreamBoothConfig | CaptionConfig
+Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfig
 
 
 @dataclass(frozen=True)
@@ -111,7 +190,8 @@ class Told:
 
     `mean` and `std` are the latents' posterior, scaled as the UNet wants it, one for each crop.
     `ids` are the distinct texts, the empty one first; image i has the `choices[i]` texts from
-    `first[i]` on.
+    `first[i]` on. Where images prompt, `images` are an encoder's features of each and `absent`
+    those of no image. `places` say how much each position of the latents counts.
     """
 
     mean: Float[np.ndarray, "n k h w c"]
@@ -119,6 +199,9 @@ class Told:
     ids: Int[np.ndarray, "m t"]
     first: Int[np.ndarray, " n"]
     choices: Int[np.ndarray, " n"]
+    images: Float[np.ndarray, "n ..."] | None = None
+    absent: Float[np.ndarray, "..."] | None = None
+    places: Float[np.ndarray, "n h w 1"] | None = None
 
     def __len__(self) -> int:
         return self.first.shape[0]  # also of shapes
@@ -131,8 +214,12 @@ def encode_told(
     *,
     crops: int,
     seed: int,
+    encoder: Callable[[Sequence[Any]], np.ndarray] | None = None,
 ) -> Told:
-    """The images of a source as latents, each with its texts (`texts[i]`, at least one)."""
+    """The images of a source as latents, each with its texts (`texts[i]`, at least one).
+
+    `encoder` gives the features of no image and of each.
+    """
     mean, std = encode_source(pipeline, source, crops=crops, seed=seed)
     distinct = {("",): 0}
     rows = [""]
@@ -142,14 +229,19 @@ def encode_told(
             rows += own
     first = np.array([distinct[tuple(own)] for own in texts], np.int32)
     choices = np.array([len(own) for own in texts], np.int32)
-    return Told(mean, std, pipeline.tokenizer(rows), first, choices)
+    told = Told(mean, std, pipeline.tokenizer(rows), first, choices)
+    if encoder is None:
+        return told
+    features = encoder([source[i].image for i in range(len(source))])
+    return replace(told, images=features[1:], absent=features[0])
 
 
 @dataclass(frozen=True)
 class ToldBatches:
     """Batches of `count` images in the order of `epoch_rows`, each told by one of its texts.
 
-    A share `dropout` of the texts is emptied. With `others`, whose rows follow those of the images,
+    A share `dropout` of the texts is emptied. Of images that prompt, `drops` are the shares without
+    the image, the text, and both. With `others`, whose rows follow those of the images,
     as many of them follow in the batch, and the mean of the examples' losses times their weights is
     that of the images plus `prior_weight` times that of the others.
     """
@@ -159,6 +251,7 @@ class ToldBatches:
     dropout: float = 0.0
     others: int = 0
     prior_weight: float = 0.0
+    drops: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
         rows = epoch_rows(data["order"], step, self.count, self.batch_size)
@@ -177,7 +270,14 @@ class ToldBatches:
         if self.dropout:
             empty = jax.random.bernoulli(keys[1], self.dropout, rows.shape)
             text = jnp.where(empty, 0, text)
-        batch |= {name: data[name][rows] for name in ("mean", "std")}
+        if "images" in data:
+            seen = data["images"][rows]
+            drawn = jax.random.uniform(jax.random.fold_in(own, 2), rows.shape)
+            image, both, text_alone = np.cumsum(np.take(self.drops, (0, 2, 1)))
+            text = jnp.where((drawn >= image) & (drawn < text_alone), 0, text)
+            without = (drawn < both).reshape(-1, *[1] * (seen.ndim - 1))
+            batch["image"] = jnp.where(without, data["absent"], seen)
+        batch |= {name: data[name][rows] for name in ("mean", "std", "places") if name in data}
         if "states" in data:
             return batch | {"text": data["states"][text]}
         return batch | {"ids": data["ids"][text]}
@@ -202,6 +302,7 @@ def customize_task(
     """
     order_key, key = jax.random.split(jax.random.key(seed))
     data: dict[str, Any] = dict(vars(images) if others is None else _joined(images, others))
+    data = {name: values for name, values in data.items() if values is not None}
     data["order"] = order_key
     frozen = not any(path.startswith("text_encoder.") for path in trainable_variables(model))
     if frozen:
@@ -212,11 +313,13 @@ def customize_task(
         getattr(config, "caption_dropout", 0.0),
         0 if others is None else len(others),
         getattr(config, "prior_weight", 0.0),
+        getattr(config, "drops", (0.0, 0.0, 0.0)),
     )
+    rows = ("mean", "std", "first", "choices", "images", "places")
     return Task(
         model=model,
         loss=Denoising(config.snr_gamma, config.remat, config.noise_offset),
-        batches=Resident(data, batches, sharded=("mean", "std", "first", "choices")),
+        batches=Resident(data, batches, sharded=tuple(x for x in rows if x in data)),
         table=(*sharding.UNET, *sharding.CLIP),
         key=key,
         constants=NoiseSchedule.from_config(pipeline.scheduler_config),
@@ -226,20 +329,51 @@ def customize_task(
     )
 
 
-def planned_images(pipeline: StableDiffusion, count: int, texts: int, *, size: int = 0) -> Told:
-    """The shapes of so many square images with so many texts in all."""
+def places_of(
+    masks: Float[np.ndarray, "n size size 1"], downscale: int, unmasked: float
+) -> Float[np.ndarray, "n h w 1"]:
+    """How much each position of the latents counts: in the masks 1, outside of them `unmasked`."""
+    count, size = masks.shape[:2]
+    side = size // downscale
+    means = masks.reshape(count, side, downscale, side, downscale, 1).mean((2, 4))
+    return unmasked + (1 - unmasked) * means
+
+
+def planned_images(
+    pipeline: StableDiffusion,
+    count: int,
+    texts: int,
+    *,
+    size: int = 0,
+    features: tuple[int, ...] | None = None,
+    masked: bool = False,
+) -> Told:
+    """The shapes of so many square images with so many texts in all, and `features` of each.
+
+    `masked` images have `places`.
+    """
     unet = pipeline.unet.config
     side = size // pipeline.vae.config.downscale or unet.sample_size
     latents: Any = jax.ShapeDtypeStruct((count, 1, side, side, unet.in_channels), np.float32)
     rows: Any = jax.ShapeDtypeStruct((count,), np.int32)
     ids: Any = jax.ShapeDtypeStruct((texts + 1, pipeline.tokenizer.max_length), np.int32)
-    return Told(latents, latents, ids, rows, rows)
+    if masked:
+        places: Any = jax.ShapeDtypeStruct((count, side, side, 1), np.float32)
+        return Told(latents, latents, ids, rows, rows, places=places)
+    if features is None:
+        return Told(latents, latents, ids, rows, rows)
+    images: Any = jax.ShapeDtypeStruct((count, *features), np.float32)
+    absent: Any = jax.ShapeDtypeStruct(features, np.float32)
+    return Told(latents, latents, ids, rows, rows, images, absent)
 
 
 def _joined(images: Told, others: Told) -> dict[str, Any]:
     """The arrays of both, whose images may have another number of crops."""
     if isinstance(images.first, jax.ShapeDtypeStruct):
-        pairs = {name: (getattr(images, name), getattr(others, name)) for name in vars(images)}
+        pairs = {
+            name: (getattr(images, name), getattr(others, name))
+            for name in ("mean", "std", "ids", "first", "choices")
+        }
         return {
             name: jax.ShapeDtypeStruct((x.shape[0] + y.shape[0], *x.shape[1:]), x.dtype)
             for name, (x, y) in pairs.items()
@@ -251,7 +385,10 @@ def _joined(images: Told, others: Told) -> dict[str, Any]:
 
     # Texts of the others come after those of the images, and their own empty text is left over.
     shifted = replace(others, first=others.first + len(images.ids))
-    pairs = {name: (getattr(images, name), getattr(shifted, name)) for name in vars(images)}
+    pairs = {
+        name: (getattr(images, name), getattr(shifted, name))
+        for name in ("mean", "std", "ids", "first", "choices")
+    }
     return {
         name: np.concatenate([cropped(x) for x in pair] if name in ("mean", "std") else pair)
         for name, pair in pairs.items()

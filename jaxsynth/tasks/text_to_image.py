@@ -161,7 +161,9 @@ class Denoising:
     """The loss over a batch {"mean", "std", "ids"} of examples; its constant is the schedule.
 
     "text", the states that a frozen text encoder makes of the ids, may stand in their place. With
-    "weight" each example's loss counts so many times in the mean. `noise_offset` as `sample_noise`.
+    "image", an image encoder's features, the model is an `ImagePrompted` of one adapter. With
+    "weight" each example's loss counts so many times in the mean, and with "places" each of its
+    latents' positions. `noise_offset` as `sample_noise`.
     """
 
     snr_gamma: float | None = None
@@ -176,10 +178,15 @@ class Denoising:
         text = batch.get("text")
         if text is None:
             text = model.text_encoder(batch["ids"]).last_hidden_state
+        if "image" in batch:
+            (projection,) = model.image_projections
+            tokens = projection(batch["image"]).astype(text.dtype)
+            text = jnp.concatenate([text, tokens], axis=1)
         output = model.unet(add_noise(schedule, x0, noise, t), t, text, remat=self.remat)
         losses = diffusion_loss(
-            schedule, output, x0, noise, t, snr_gamma=self.snr_gamma, per_sample=True
-        )
+            schedule, output, x0, noise, t, snr_gamma=self.snr_gamma, places=batch.get("places"),
+            per_sample=True,
+        )  # fmt: skip
         return (losses * batch.get("weight", 1.0)).mean(), {}
 
 

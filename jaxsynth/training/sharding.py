@@ -57,6 +57,10 @@ UNET: Table = (
     (r"(^|\.)(time|add)_embedding\.linear_[12]\.(kernel|bias)$", _FREE),
     (r"(^|\.)conv(_in|_out|_shortcut|[12])?\.(kernel|bias)$", _FREE),
     (r"(^|\.)(norm[123]?|conv_norm_out)\.(scale|bias)$", _FREE),
+    # What reads images as prompts.
+    (r"\.to_[kv]_ip\.\d+\.kernel$", _COLUMNS),
+    (r"\.attn2\.masks\.\d+$", _FREE),
+    (r"(^|\.)image_projections\.\d+\..*(kernel|bias|scale|latents)$", _FREE),
 )
 CONTROLNET: Table = (
     *UNET,

@@ -27,9 +27,11 @@ _COMFYUI = ("diffusion_model.", "text_encoders.")
 _BUNDLE = "bundle_emb."
 _CHECKPOINT = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "conditioner.")
 _CONTROL = ("control_model.", "controlnet_cond_embedding.", "input_hint_block.")
+_IMAGES = {"image_proj", "ip_adapter"}
 EMBEDDING = "an embedding (textual inversion)"
 _HINTS = {
     EMBEDDING: "; a prompt's new word is given by --embedding=FILE",
+    "an IP-Adapter": "; it is given by --image-adapter=FILE, with --image-prompt",
     "a checkpoint": "; an adapter's file holds factors such as lora_up and lora_down",
     "the weights": "; a network is loaded from a folder with its config.json",
 }
@@ -73,11 +75,13 @@ def kind_of(keys: Sequence[str]) -> tuple[str, str]:
     """What a file is, by most of its keys, and one of them that says so.
 
     "an adapter", "a checkpoint of whole networks in one file", "an embedding (textual inversion)",
-    "a ControlNet", "the weights of a network", with the family where it is another than Stable
-    Diffusion 1 and 2; "" for none of these.
+    "an IP-Adapter", "a ControlNet", "the weights of a network", with the family where it is another
+    than Stable Diffusion 1 and 2; "" for none of these.
     """
     if not keys:
         return "a file without tensors", ""
+    if {key.split(".")[0] for key in keys} == _IMAGES:
+        return "an IP-Adapter", keys[0]
     family = family_of(keys)
     of = f" of {family}" if family else ""
     # LyCORIS' (IA)^3 calls its factor like a network's weight, beside an on_input.

@@ -133,7 +133,7 @@ def test_pictures_begin_with_a_picture(base_folder, tmp_path, capfd):
     assert generate(base_folder, tmp_path / "both", *begun, light, dark) == 2
     assert "another request: images was" in capfd.readouterr().err
     for more, words in (
-        (("--strength=0.5",), "--strength is for a picture to begin with"),
+        (("--strength=0.5",), "--strength is for --image, and none is given"),
         ((dark, "--strength=2"), "--strength=2.0: expected above 0 and at most 1"),
         ((dark, f"--mask={tmp_path / 'dark.png'}"), "has no use for a mask"),
         ((dark, "--strength=0.1"), "strength: 0.1 of 8 steps leaves none to take"),

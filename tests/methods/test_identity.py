@@ -82,6 +82,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "preprocessing": ("imagenet",),
     "adapter": ("dora", "lokr"),
     "technique": ("lora", "dreambooth"),
+    "projection": ("resampler",),
     "word": ("plant",),
     "token": ("<other>",),
     "initializer": ("red",),
@@ -108,6 +109,7 @@ EXEMPT = {
     "path": "data and weights are identified by content",
     "base": "weights are identified by content",
     "clip": "weights are identified by content",
+    "image_encoder": "weights are identified by content",
     "vae": "weights are identified by content",
     "text": "weights are identified by content",
     "pool": "photos are identified by content",
@@ -135,6 +137,7 @@ UNTRIED = {
         *(f"sets.words.prompts.{name}" for name in PROMPT_FILES),
     },
     "controlled": {"condition_folder"},  # maps on disk
+    "customize": {"mask_folder"},
     "diffscaler": {
         "mirror", "study", "recipes", "sets_recipe", "sets_steps", "draw", "conditions",
         "condition_folders",

@@ -1,6 +1,7 @@
 """Customisation: what learns, the loss of two terms, texts and captions, restarts, devices."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +9,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsynth.adapters.inject import Trainable, extract
+from jaxsynth.adapters.inject import AdapterState, Trainable, extract, load_state
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise, snr
-from jaxsynth.methods.customize.techniques import prepared
+from jaxsynth.methods.customize.techniques import load, prepared, reordered, save
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.tasks.customize import (
     CaptionConfig,
     DreamBoothConfig,
+    ImagePromptConfig,
     InversionConfig,
     ToldBatches,
     customize_task,
     encode_told,
+    places_of,
     planned_images,
 )
 from jaxsynth.tasks.text_to_image import Denoising
@@ -29,6 +32,7 @@ from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.training.trainer import train
 from jaxsynth.weights.hf import describe_pipeline, load_pipeline
+from jaxsynth.weights.image_encoder import load_image_encoder
 
 # A large eps: Adam would divide the smallest gradients, which are rounding, by themselves.
 COMMON = {
@@ -41,10 +45,19 @@ TECHNIQUES = {
     "dreambooth": DreamBoothConfig(**COMMON, **ADAPTER, prior_weight=0.5),
     "lora": CaptionConfig(
         **COMMON, **ADAPTER, text_targets=("q_proj",), caption_dropout=0.5, noise_offset=0.1,
-        ema_decay=0.5,
+        ema_decay=0.5, unmasked_weight=0.1,
     ),
+    "pivotal": DreamBoothConfig(
+        **COMMON, **ADAPTER, prior_weight=0, class_images=0, identifier="<x>", vectors=2
+    ),
+    "ip_adapter": ImagePromptConfig(**COMMON, drop_image=0.3, drop_text=0.3),
+    "plus": ImagePromptConfig(**COMMON, projection="resampler", queries=2, depth=1, hidden=64),
 }  # fmt: skip
-PARTS = {"textual_inversion": {"text_encoder"}, "dreambooth": {"unet"}}
+IMAGES = {"unet", "image_projections"}
+PARTS = {
+    "textual_inversion": {"text_encoder"}, "dreambooth": {"unet"}, "ip_adapter": IMAGES,
+    "plus": IMAGES,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +65,38 @@ def pipeline(base_folder):
     return load_pipeline(base_folder)
 
 
-def told(pipeline, count, texts, seed):
+@pytest.fixture(scope="module")
+def encoder(base_folder):
+    return load_image_encoder(str(base_folder / "clip"))
+
+
+def told(pipeline, count, texts, seed, encoder=None):
+    """Random images with their texts."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     source = ArraySource(images, np.zeros(count, np.int32), [str(i) for i in range(count)])
-    return encode_told(pipeline, source, texts, crops=1, seed=0)
+    return encode_told(pipeline, source, texts, crops=1, seed=0, encoder=encoder)
 
 
-def task_of(base, name):
+def task_of(base, name, encoder):
     """The task of a technique, and the pipeline's networks before it."""
-    config = TECHNIQUES[name]
-    pipeline, model = prepared(config, "three", base, jax.random.key(1))
+    config, see = TECHNIQUES[name], None
+    if isinstance(config, ImagePromptConfig):
+        see = partial(encoder, of_patches=config.of_patches)
+    pipeline, model = prepared(config, "three", base, jax.random.key(1), encoder)
     texts = [("a photo of a <x>", "one <x>")] * 3
     others = None
     if name == "dreambooth":
         texts = [("a photo of a sks three",)] * 3
         others = told(pipeline, 5, [("a photo of a three",)] * 5, 1)
-    elif name == "lora":
+    elif name in ("lora", "ip_adapter", "plus"):
         texts = [("one",), ("two",), ("a photo of one",)]
-    images = told(pipeline, 3, texts, 0)
+    images = told(pipeline, 3, texts, 0, see)
+    if getattr(config, "unmasked_weight", 1) < 1:
+        masks = np.zeros((3, 8, 8, 1), np.float32)
+        masks[:, :4] = 1
+        places = places_of(masks, pipeline.vae.config.downscale, config.unmasked_weight)
+        images = dataclasses.replace(images, places=places)
     return config, customize_task(pipeline, model, images, config, seed=3, others=others)
 
 
@@ -83,9 +109,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_techniques_learn_resume_and_use_devices(pipeline, tmp_path, monkeypatch, name):
+def test_techniques_learn_resume_and_use_devices(pipeline, encoder, tmp_path, monkeypatch, name):
     """Only what the technique learns changes; cut and on two devices it ends as in one go."""
-    config, task = task_of(pipeline, name)
+    config, task = task_of(pipeline, name, encoder)
     start, frozen = extract(task.model).arrays, leaves(task.model, nnx.Not(Trainable))
     assert {path.split(".")[0] for path in start} == PARTS.get(name, {"unet", "text_encoder"})
     whole = train(task, config, tmp_path / "whole")
@@ -171,19 +197,98 @@ def test_images_are_told_by_their_own_texts_and_some_by_none():
         assert counts[own].min() > 0.7 * counts.sum() / len(own)
 
 
+def test_images_texts_and_both_are_dropped_at_their_rates():
+    """Counted over many steps; no image is that of none, no text the empty one."""
+    data = {
+        "order": jax.random.key(0),
+        "mean": jnp.zeros((2, 1, 1, 1, 1)),
+        "std": jnp.zeros((2, 1, 1, 1, 1)),
+        "first": jnp.asarray([1, 2]),
+        "choices": jnp.asarray([1, 1]),
+        "ids": jnp.arange(3)[:, None],
+        "images": jnp.asarray([[1.0], [2.0]]),
+        "absent": jnp.asarray([-1.0]),
+    }
+    batches = ToldBatches(count=2, batch_size=2, drops=(0.3, 0.2, 0.1))
+    drawn = jax.vmap(lambda step: batches(step, data))(jnp.arange(1500))
+    image, text = (np.asarray(drawn[name]).reshape(-1).astype(int) for name in ("image", "ids"))
+    np.testing.assert_array_equal(image[(image > 0) & (text > 0)], text[(image > 0) & (text > 0)])
+    found = [
+        np.mean((image < 0) & (text > 0)),
+        np.mean((image > 0) & (text == 0)),
+        np.mean((image < 0) & (text == 0)),
+    ]
+    np.testing.assert_allclose(found, batches.drops, atol=0.03)
+
+
+def test_positions_outside_of_a_mask_count_less(pipeline):
+    """The loss is the mean of the errors by the places' weights; without masks the plain mean."""
+    model = TextToImage(pipeline.unet, pipeline.text_encoder)
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    images = told(pipeline, 2, [("one",)] * 2, 0)
+    masks = np.zeros((2, 8, 8, 1), np.float32)
+    masks[:, :3] = 1
+    places = places_of(masks, 2, 0.2)
+    np.testing.assert_allclose(places[0, :, 0, 0], [1, 0.6, 0.2, 0.2], rtol=1e-6)
+    config = CaptionConfig(batch_size=2, unmasked_weight=0.2)
+    task = customize_task(
+        pipeline, model, dataclasses.replace(images, places=places), config, seed=0
+    )
+    batch = task.batches.next_batch(jnp.asarray(0), task.batches.data)
+    key = jax.random.key(7)
+    found, _ = task.loss(model, schedule, batch, key)
+    x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
+    output = model.unet(add_noise(schedule, x0, noise, t), t, batch["text"])
+    errors = np.square(np.asarray(output, np.float64) - np.asarray(noise, np.float64)).mean(-1)
+    weights = np.asarray(batch["places"], np.float64)[..., 0]
+    expected = (errors * weights).sum((1, 2)) / weights.sum((1, 2))
+    assert float(found) == pytest.approx(expected.mean(), rel=1e-5)
+    assert float(found) != pytest.approx(errors.mean(), rel=1e-3)
+
+
+def test_parts_of_a_caption_come_in_several_orders():
+    found = reordered("a dog, red, small,in snow", 20, [0, 1])
+    assert len(found) == 20 and found[0] == "a dog, red, small,in snow" and len(set(found)) > 4
+    assert all(text.split(", ")[0] == "a dog" for text in found[1:])
+    assert all(sorted(text.split(", ")[1:]) == ["in snow", "red", "small"] for text in found[1:])
+    assert found == reordered("a dog, red, small,in snow", 20, [0, 1])
+    assert found != reordered("a dog, red, small,in snow", 20, [0, 2])
+
+
+def test_a_word_and_its_adapter_are_kept_and_read_together(pipeline, tmp_path):
+    config = TECHNIQUES["pivotal"]
+    base, model = prepared(config, "three", pipeline, jax.random.key(1))
+    shifted = {path: value + 0.5 for path, value in extract(model).arrays.items()}
+    model = load_state(model, AdapterState(shifted, extract(model).config))
+    file = save(tmp_path, config, model)
+    assert file.name == "pytorch_lora_weights.safetensors"
+    again, adapter = load(tmp_path, pipeline)
+    assert again.tokenizer(["a <x>"]).tolist() == base.tokenizer(["a <x>"]).tolist()
+    table = again.text_encoder.text_model.embeddings.token_embedding.embedding[...]
+    rows = next(value for path, value in shifted.items() if path.endswith(".rows"))
+    np.testing.assert_array_equal(table[-2:], rows)
+    assert adapter.arrays.keys() == {path for path in shifted if not path.endswith(".rows")}
+    for path, value in adapter.arrays.items():
+        np.testing.assert_array_equal(value, shifted[path])
+
+
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_a_plan_is_the_program_that_runs(base_folder, pipeline, name):
-    config, task = task_of(pipeline, name)
+def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, name):
+    config, task = task_of(pipeline, name, encoder)
     base = describe_pipeline(base_folder)
 
     def model(networks):
         own = dataclasses.replace(base, unet=networks.unet, text_encoder=networks.text_encoder)
-        return prepared(config, "three", own, jax.random.key(1))[1]
+        return prepared(config, "three", own, jax.random.key(1), encoder)[1]
 
     shapes = nnx.eval_shape(model, TextToImage(base.unet, base.text_encoder))
     texts = task.batches.data.get("ids", task.batches.data.get("states")).shape[0]
     others = planned_images(base, 5, 1) if name == "dreambooth" else None
-    images = planned_images(base, 3, texts - (3 if others else 1))
+    seen = task.batches.data.get("absent")
+    features = None if seen is None else seen.shape
+    images = planned_images(
+        base, 3, texts - (3 if others else 1), features=features, masked=name == "lora"
+    )
     planned = customize_task(base, shapes, images, config, seed=3, others=others)
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
     plans = [trainer.plan(name, one, config, mesh) for one in (task, planned)]

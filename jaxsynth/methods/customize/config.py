@@ -8,13 +8,26 @@ from jaxsynth.core.limits import Distinct, Natural, OneOf, Seed, check_limits
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.generation.generate import GenerateConfig
-from jaxsynth.tasks.customize import CaptionConfig, DreamBoothConfig, InversionConfig, Training
+from jaxsynth.tasks.customize import (
+    CaptionConfig,
+    DreamBoothConfig,
+    ImagePromptConfig,
+    InversionConfig,
+    Training,
+)
 from jaxsynth.training.sharding import MeshConfig
 
 TECHNIQUES: dict[str, type] = {
     "textual_inversion": InversionConfig,
     "dreambooth": DreamBoothConfig,
     "lora": CaptionConfig,
+    "ip_adapter": ImagePromptConfig,
+}
+# Of other programs, and not of this one yet.
+_WAITING = {
+    "instantid": "InstantID's base is SDXL",
+    "animatediff": "AnimateDiff's motion modules",
+    "controlnet": "ControlNet is the method controlled (configs/controlled.py)",
 }
 
 
@@ -25,10 +38,16 @@ class Config:
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip"; `dtype` is the
     type of the frozen networks. `shots` training images of each class of `data` are learned from
     (0: all of them). `word` says what the subject is ("dog"): "textual_inversion" and "dreambooth"
-    learn one subject, so that the data have one class; "lora" learns images by their captions and
-    has no word. `prompts` are held out from training, with {} for the subject where there is one;
-    `generate.images_per_class` images of each are drawn by the untouched base and by the customised
-    one. The settings of the technique are those under its own name.
+    learn one subject, so that the data have one class; "lora" and "ip_adapter" learn images by
+    their captions and have no word. `prompts` are held out from training, with {} for the subject
+    where there is one; `generate.images_per_class` images of each are drawn by the untouched base
+    and by the customised one. The settings of the technique are those under its own name.
+
+    For "lora" with an `unmasked_weight` below 1, `mask_folder` has the masks of images, of their
+    names and white where they count, unless the data know them.
+
+    For "ip_adapter" each prompt is drawn for each of `references` held-out images, which
+    `image_encoder` sees: the folder of a CLIP or of its image tower, `clip` unless given.
     """
 
     method: str = "customize"
@@ -44,14 +63,19 @@ class Config:
     textual_inversion: InversionConfig | None = None
     dreambooth: DreamBoothConfig | None = None
     lora: CaptionConfig | None = None
+    mask_folder: str = ""
+    ip_adapter: ImagePromptConfig | None = None
+    references: Natural = 0
+    image_encoder: str = ""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if self.technique not in TECHNIQUES:
+            why = _WAITING.get(self.technique, "")
             raise ValueError(
-                f"technique: {self.technique!r} is not implemented, expected one of "
-                f"{', '.join(TECHNIQUES)}"
+                f"technique: {self.technique!r} is not implemented{why and f' ({why})'}, expected "
+                f"one of {', '.join(TECHNIQUES)}"
             )
         for name in TECHNIQUES:
             if name != self.technique and getattr(self, name) is not None:
@@ -62,6 +86,16 @@ class Config:
         if getattr(self, self.technique) is None:
             object.__setattr__(self, self.technique, TECHNIQUES[self.technique]())
         check_limits(self)
+        if self.sees_images != bool(self.references):
+            why = "draws like held-out images" if self.sees_images else "draws like no image"
+            raise ValueError(f"references: {self.references}, but {self.technique} {why}")
+        if self.mask_folder and getattr(self.training, "unmasked_weight", 1) == 1:
+            raise ValueError(
+                f"mask_folder: masks are for lora.unmasked_weight below 1, which {self.technique} "
+                "does not have here; leave it out"
+            )
+        if self.image_encoder and not self.sees_images:
+            raise ValueError(f"image_encoder: {self.technique} sees no images; leave it out")
         if not self.prompts:
             raise ValueError("prompts: expected at least one")
         if len(set(self.prompts)) < len(self.prompts):
@@ -77,7 +111,12 @@ class Config:
     @property
     def has_subject(self) -> bool:
         """Whether one subject is learned, which prompts name."""
-        return self.technique != "lora"
+        return self.technique in ("textual_inversion", "dreambooth")
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether images prompt beside the text."""
+        return self.technique == "ip_adapter"
 
     @property
     def training(self) -> Training:
@@ -87,6 +126,10 @@ class Config:
 
     def check(self, data: Dataset) -> None:
         """UserError for data that the technique cannot learn from."""
+        if self.references > len(data.test):
+            raise UserError(
+                f"references: {self.references}, but only {len(data.test)} images are held out"
+            )
         if self.has_subject and data.num_classes != 1:
             raise UserError(
                 f"data: {counted(data.num_classes, 'class')}, and {self.technique} learns one "

@@ -10,14 +10,26 @@ from jax.sharding import Mesh
 from jaxsynth.data.prompts import default_template
 from jaxsynth.generation.planning import plan_images
 from jaxsynth.methods.customize.config import Config
-from jaxsynth.methods.customize.techniques import class_prompt, shapes_of, templates_of
+from jaxsynth.methods.customize.techniques import (
+    class_prompt,
+    prepared,
+    shapes_of,
+    templates_of,
+)
+from jaxsynth.models.diffusion.image_prompt import ImagePrompted, adapter_of, with_image_prompts
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.sources import count_data
-from jaxsynth.tasks.customize import CaptionConfig, customize_task, planned_images
+from jaxsynth.tasks.customize import (
+    CaptionConfig,
+    ImagePromptConfig,
+    customize_task,
+    planned_images,
+)
 from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.weights.hf import StableDiffusion, describe_pipeline
+from jaxsynth.weights.image_encoder import ImageEncoder, describe_image_encoder
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
@@ -32,16 +44,23 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         images = config.shots * (1 if config.has_subject else classes)
     # As many texts as there may be: what the images are told by, and the class's prompt.
     template = config.data.template or default_template(config.data.name)
-    texts = images if isinstance(training, CaptionConfig) else 1
-    texts *= len(templates_of(training, template))
+    texts = images if isinstance(training, CaptionConfig | ImagePromptConfig) else 1
+    texts *= len(templates_of(training, template)) * getattr(training, "caption_orders", 1)
     prior = class_prompt(training, config.word, template)
+    encoder, features = None, None
+    masked = getattr(training, "unmasked_weight", 1.0) < 1
+    if isinstance(training, ImagePromptConfig):
+        encoder = describe_image_encoder(config.image_encoder or config.clip)
+        features = encoder.shape(training.of_patches)
+        prompts *= config.references
 
     def train(batch: int) -> Plan:
         sized = replace(training, batch_size=batch)
         others = planned_images(base, training.class_images, 1) if prior else None
         task = customize_task(
-            base, shapes_of(training, config.word, base), planned_images(base, images, texts),
-            sized, seed=config.seeds[0], others=others,
+            base, shapes_of(training, config.word, base, encoder),
+            planned_images(base, images, texts, features=features, masked=masked), sized,
+            seed=config.seeds[0], others=others,
         )  # fmt: skip
         rows = batch * (2 if prior else 1)
         return trainer.plan(
@@ -49,11 +68,15 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         )
 
     def draw(name: str, count: int, learned: bool, batch: int) -> Plan:
-        adapt = None
+        adapt, prompted = None, None
         if learned and isinstance(training, FinetuneConfig):
             adapt = partial(_adapted, base, training)
+        if learned and encoder is not None:
+            prompted = partial(_prompted, base, training, encoder)
         own = replace(config.generate, batch_size=batch)
-        return plan_images(name, base, own, mesh, prompts=count, adapt=adapt, note=note)
+        return plan_images(
+            name, base, own, mesh, prompts=count, adapt=adapt, prompted=prompted, note=note
+        )
 
     def updates(batch: int) -> int:
         return len(config.seeds) * replace(training, batch_size=batch).sized(images).steps
@@ -78,6 +101,14 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         calls = partial(batches, count * each)
         programs.append(Program(name, build, "generate.batch_size", batch, unit, calls))
     return programs
+
+
+def _prompted(
+    base: StableDiffusion, training: ImagePromptConfig, encoder: ImageEncoder, model: TextToImage
+) -> ImagePrompted:
+    own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
+    adapter = adapter_of(prepared(training, "", own, jax.random.key(0), encoder)[1])
+    return with_image_prompts(model, [adapter])
 
 
 def _adapted(base: StableDiffusion, training: FinetuneConfig, model: TextToImage) -> TextToImage:

@@ -21,7 +21,18 @@ TITLES = {
     "textual_inversion": "Textual Inversion",
     "dreambooth": "DreamBooth",
     "lora": "LoRA on captions",
+    "ip_adapter": "IP-Adapter",
 }
+_OF_ALL = (
+    "Cosines of CLIP's features. Similarity: of each image with every held-out photo, averaged; "
+    "prompt: of each image with its prompt, the subject called by its class. The base and the "
+    "customised model draw the same prompts, none of which was trained on, from the same noise."
+)
+_OF_REFERENCES = (
+    "Cosines of CLIP's features. Similarity: of each image with the held-out one that it was to be "
+    "like; another's: with the next of those; prompt: with its prompt. The base draws the same "
+    "prompts from the same noise and sees no image."
+)
 _KEYS = ("photos", "base", "base_prompt", "custom", "custom_prompt")
 
 
@@ -58,10 +69,7 @@ def report(workdir: Path) -> Path:
         [
             Section(
                 "Alike to photos that were not learned from",
-                "Cosines of CLIP's features. Similarity: of each image with every held-out photo, "
-                "averaged; prompt: of each image with its prompt, the subject called by its class. "
-                "The base and the customised model draw the same prompts, none of which was "
-                "trained on, from the same noise.\n\n"
+                f"{_OF_REFERENCES if config.sees_images else _OF_ALL}\n\n"
                 "Difference of the customised model from the base, over the images of all seeds, "
                 "with the 95 % interval of a bootstrap:\n\n"
                 + "\n".join(f"- {line}" for line in lines),
@@ -69,8 +77,11 @@ def report(workdir: Path) -> Path:
                 images=[
                     Picture(
                         first / "images.png",
-                        "The photos that were learned from, held-out ones, and of each prompt the "
-                        "images of the base and of the customised model, from the same noise.",
+                        "The held-out images, and of each prompt what the base draws, and the "
+                        "customised model like each of them, from the same noise."
+                        if config.sees_images
+                        else "The photos that were learned from, held-out ones, and of each prompt "
+                        "the images of the base and of the customised model, from the same noise.",
                         pixelated=True,
                     )
                 ],
@@ -88,13 +99,16 @@ def compared(results: list[dict], title: str) -> Table:
     def measure(key: str) -> Measure:
         return Measure(tuple(result[key] for result in results))
 
+    rows = [
+        ["photos learned from", measure("photos"), None],
+        ["untouched base", measure("base"), measure("base_prompt")],
+        [title, measure("custom"), measure("custom_prompt")],
+    ]
+    if "custom_others" in results[0]:
+        rows.append([f"{title}, with another's image", measure("custom_others"), None])
     return Table(
         ["Images", "similarity", "prompt"],
-        [
-            ["photos learned from", measure("photos"), None],
-            ["untouched base", measure("base"), measure("base_prompt")],
-            [title, measure("custom"), measure("custom_prompt")],
-        ],
+        rows,
         caption="CLIP's cosine, mean ± standard deviation of seeds",
         better=None,
         digits=3,

@@ -1,7 +1,8 @@
 """Customisation: a text-to-image model learns a subject or a style from a few images.
 
 One technique a run (`config.TECHNIQUES`), each with every seed: Textual Inversion (Gal et al. 2022,
-arXiv 2208.01618), DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), and LoRA on captioned images.
+arXiv 2208.01618), DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), LoRA on captioned images, and
+IP-Adapter (Ye et al. 2023, arXiv 2308.06721), which draws each prompt like each of some images.
 The customised model and the untouched base draw the same prompts, which were not trained on, from
 the same noise; a CLIP says how alike their images are to photos that were not trained on.
 
@@ -23,7 +24,13 @@ from jaxsynth.methods.customize.plan import plan
 from jaxsynth.methods.customize.report import report
 from jaxsynth.methods.customize.techniques import check, class_prompt, filled, name_of
 from jaxsynth.runs.run import keep_record
-from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
+from jaxsynth.runs.sources import (
+    clip_source,
+    condition_files,
+    data_source,
+    image_encoder_source,
+    pipeline_source,
+)
 from jaxsynth.runs.stage import Artifact
 
 __all__ = ["Config", "make", "plan", "report", "run"]
@@ -44,6 +51,9 @@ def make(config: Config, workdir: Path) -> None:
     base, clip = pipeline_source(config.base, dtype), clip_source(config.clip)
     data, training = data_source(config.data), config.training
     check(config, data.value, base.value)
+    encoder = None
+    if config.sees_images:
+        encoder = image_encoder_source(config.image_encoder or config.clip)
     keep_record(folder, config)
 
     def draw(
@@ -52,9 +62,12 @@ def make(config: Config, workdir: Path) -> None:
         images = config.generate
         if count:
             images = dataclasses.replace(images, images_per_class=count)
+        references = 0 if name == "class" else config.references
         return stages.draw(
-            folder / f"{name}-seed{seed}", stages.Drawing(prompts, images, seed, dtype),
+            folder / f"{name}-seed{seed}",
+            stages.Drawing(prompts, images, seed, dtype, references),
             label=f"{name}, seed {seed}", base=base, learned=learned,
+            data=data if references else None, encoder=encoder if learned else None,
         )  # fmt: skip
 
     named = filled(config.prompts, name_of(training, config.word))
@@ -67,12 +80,13 @@ def make(config: Config, workdir: Path) -> None:
             folder / f"learned-seed{seed}",
             stages.Learning(training, config.word, config.shots, seed, dtype),
             label=f"{config.technique}, seed {seed}", mesh=mesh, data=data, base=base,
-            others=others,
+            others=others, encoder=encoder, masks=condition_files(data, config.mask_folder),
         )  # fmt: skip
         untouched = draw("base", seed, plain)
         drawn = draw("images", seed, named, learned)
         stages.measure(
-            folder / f"measured-seed{seed}", stages.Measuring(plain, config.shots, seed),
+            folder / f"measured-seed{seed}",
+            stages.Measuring(plain, config.shots, seed, config.references),
             label=f"similarity, seed {seed}", data=data, clip=clip, untouched=untouched,
             drawn=drawn,
         )  # fmt: skip

@@ -1,18 +1,23 @@
 """The stages of a customisation run: drawing, learning, measuring. `run` says in which order."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, replacing, write_json
+from jaxsynth.data.conditions import source_conditions
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
 from jaxsynth.data.store import ImageStore
+from jaxsynth.data.views import Subset
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.generate import (
     GenerateConfig,
@@ -21,6 +26,7 @@ from jaxsynth.generation.generate import (
     fill_store,
     sample_images,
 )
+from jaxsynth.generation.image_prompts import ImagePrompt, prompt_of
 from jaxsynth.methods.customize.techniques import (
     load,
     name_of,
@@ -29,17 +35,20 @@ from jaxsynth.methods.customize.techniques import (
     shapes_of,
     texts_of,
 )
+from jaxsynth.models.diffusion.image_prompt import adapter_of
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_features
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.customize import Training, customize_task, encode_told
+from jaxsynth.tasks.customize import Training, customize_task, encode_told, places_of
 from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train
+from jaxsynth.weights.adapters.image_prompts import read_image_adapter
 from jaxsynth.weights.hf import Clip, StableDiffusion
+from jaxsynth.weights.image_encoder import ImageEncoder
 
 FIGURES = "figures.npz"
 SHOWN = 6
@@ -57,30 +66,67 @@ class Drawing:
     generate: GenerateConfig
     seed: int
     dtype: str
+    references: int = 0
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of each class of images: each prompt for each image that prompts beside it."""
+        return [text for text in self.prompts for _ in range(max(1, self.references))]
 
 
-def _image_bytes(config: Drawing, *, base: StableDiffusion, learned: Artifact | None = None) -> int:
-    return drawn_bytes(len(config.prompts), config.generate, base.image_size)
+def _image_bytes(config: Drawing, *, base: StableDiffusion, **_: Any) -> int:
+    return drawn_bytes(len(config.texts), config.generate, base.image_size)
 
 
 @stage(processes="all", space=_image_bytes)
 def draw(
-    work: Work, config: Drawing, *, base: StableDiffusion, learned: Artifact | None = None
+    work: Work,
+    config: Drawing,
+    *,
+    base: StableDiffusion,
+    learned: Artifact | None = None,
+    data: Dataset | None = None,
+    encoder: ImageEncoder | None = None,
 ) -> dict:
-    """A store of images of every prompt; each process fills its share of the shards."""
-    adapters, digests = None, []
+    """A store of images of every prompt; each process fills its share of the shards.
+
+    With `references` so many for each prompt, like each of those held-out images of `data` where
+    something has learned to.
+    """
+    adapters, digests, prompts, names = None, [], [], list(config.texts)
+    if data is not None:
+        ids = references_of(data, config.references).ids
+        names = [f"{text}, like {ids[i % len(ids)]}" for i, text in enumerate(names)]
     if learned is not None:
-        base, adapters = load(learned.path, base)
+        if encoder is not None and data is not None:
+            prompts = [_image_prompt(learned, config, base, data, encoder)]
+        else:
+            base, adapters = load(learned.path, base)
         digests = [file_digest(learned.path / learned.counts["file"])]
     generator = Generator(
-        base, config.prompts, config.generate, seed=config.seed, adapters=adapters,
-        mesh=local_mesh(),
+        base, config.texts, config.generate, seed=config.seed, adapters=adapters,
+        image_prompts=prompts, mesh=local_mesh(),
     )  # fmt: skip
     count = fill_store(
-        generator, work.folder, config.prompts, config.prompts, config.generate, seed=config.seed,
+        generator, work.folder, names, config.texts, config.generate, seed=config.seed,
         adapter_digests=digests, description="draw",
     )  # fmt: skip
     return {"images": count}
+
+
+def _image_prompt(
+    learned: Artifact, config: Drawing, base: StableDiffusion, data: Dataset, encoder: ImageEncoder
+) -> ImagePrompt:
+    """The reference of each text, to a learned adapter."""
+    adapter = read_image_adapter(learned.path, base.unet)
+    source = references_of(data, config.references)
+    images = [[source[i % len(source)].image] for i in range(len(config.texts))]
+    return prompt_of(adapter, encoder, images)
+
+
+def references_of(data: Dataset, count: int) -> ImageSource:
+    """So many held-out images, spread evenly."""
+    return Subset(data.test, np.linspace(0, len(data.test) - 1, count).round().astype(int))
 
 
 @dataclass(frozen=True)
@@ -95,9 +141,13 @@ class Learning:
 
 
 def _learned_bytes(
-    config: Learning, *, data: Dataset, base: StableDiffusion, others: Artifact | None = None
+    config: Learning,
+    *,
+    base: StableDiffusion,
+    encoder: ImageEncoder | None = None,
+    **_: Any,
 ) -> int:
-    return training_bytes(shapes_of(config.training, config.word, base), config.training)
+    return training_bytes(shapes_of(config.training, config.word, base, encoder), config.training)
 
 
 @stage(processes="all", space=_learned_bytes)
@@ -108,16 +158,29 @@ def learn(
     data: Dataset,
     base: StableDiffusion,
     others: Artifact | None = None,
+    encoder: ImageEncoder | None = None,
+    masks: Path | None = None,
 ) -> dict:
-    """What the technique learned, in one file. `others` are images of the subject's class."""
+    """What the technique learned, in one file. `others` are images of the subject's class.
+
+    `encoder` sees images that prompt, and `masks` are a folder of masks of the images.
+    """
     training, crops = config.training, config.training.crops_per_image
-    pipeline, model = prepared(training, config.word, base, jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    pipeline, model = prepared(training, config.word, base, key, encoder)
     source = shots_of(data, config.shots, config.seed)
 
-    def encoded(images: ImageSource, texts):
-        return encode_told(pipeline, images, texts, crops=crops, seed=config.seed)
+    see = None
+    if encoder is not None:
+        see = partial(encoder, of_patches=getattr(training, "of_patches", False))
 
-    images = encoded(source, texts_of(training, config.word, data, source))
+    def encoded(images: ImageSource, texts):
+        return encode_told(pipeline, images, texts, crops=crops, seed=config.seed, encoder=see)
+
+    images = encoded(source, texts_of(training, config.word, data, source, config.seed))
+    unmasked = getattr(training, "unmasked_weight", 1.0)
+    if unmasked < 1:
+        images = replace(images, places=_places(base, source, unmasked, masks))
     prior = None
     if others is not None:
         store = ImageStore(others.path)
@@ -128,7 +191,7 @@ def learn(
         evaluate = _held_out(pipeline, encoded, training, config.word, data)
     task = customize_task(
         pipeline, model, images, training, seed=config.seed, others=prior, evaluate=evaluate,
-        sample=_sampler(pipeline, data, name_of(training, config.word)),
+        sample=_sampler(pipeline, data, name_of(training, config.word), encoder),
         identity={"base": base.digest},
     )  # fmt: skip
     sized = training.sized(len(images))
@@ -140,6 +203,21 @@ def learn(
     return counts | {"file": save(work.folder, training, model).name}
 
 
+def _places(
+    base: StableDiffusion, source: ImageSource, unmasked: float, folder: Path | None
+) -> np.ndarray:
+    """How much each position of the images' latents counts; UserError for one that is no square."""
+    for i, name in enumerate(source.ids):
+        height, width = source[i].image.shape[:2]
+        if height != width:
+            raise UserError(
+                f"{name}: {width}x{height} pixels, and masks go with square images alone: a mask "
+                "would not follow the random crops of others"
+            )
+    masks = source_conditions(source, "mask", base.image_size, folder=folder)
+    return places_of(masks, base.vae.config.downscale, unmasked)
+
+
 def shots_of(data: Dataset, shots: int, seed: int) -> ImageSource:
     """The images that are learned from."""
     return few_shot(data, shots, seed).train_source(data) if shots else data.train
@@ -149,13 +227,17 @@ def _held_out(
     pipeline: StableDiffusion, encoded: Callable, training: Training, word: str, data: Dataset
 ) -> Callable[[TextToImage, int], Mapping[str, Any]]:
     """The error of the noise on images that are not learned from, each with its first text."""
-    source = data.test
+    count = min(MOST_HELD_OUT, len(data.test))
+    source = Subset(data.test, np.arange(count))
     told = encoded(source, texts_of(training, word, data, source))
     x0, ids = told.mean[:MOST_HELD_OUT, 0], told.ids[told.first[:MOST_HELD_OUT]]
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
 
     def evaluate(model: TextToImage, step: int) -> Mapping[str, Any]:
         states = np.asarray(encode_text(model.text_encoder, ids))
+        if told.images is not None:
+            tokens = jax.jit(lambda part, x: part(x))(model.image_projections[0], told.images)
+            states = np.concatenate([states, tokens], axis=1)
         error = held_out_error(
             model.unet, schedule, x0, lambda rows: {"encoder_hidden_states": states[rows]}, seed=0
         )
@@ -165,11 +247,16 @@ def _held_out(
 
 
 def _sampler(
-    pipeline: StableDiffusion, data: Dataset, name: str
+    pipeline: StableDiffusion, data: Dataset, name: str, encoder: ImageEncoder | None
 ) -> Callable[[TextToImage], np.ndarray]:
     shown = [data.template.format(name)] if name else list(class_prompts(data))[:SHOWN]
 
     def sample(model: TextToImage) -> np.ndarray:
+        if encoder is not None:
+            source = references_of(data, len(shown))
+            images = [[source[i].image] for i in range(len(shown))]
+            prompts = [prompt_of(adapter_of(model), encoder, images)]
+            return sample_images(pipeline, shown, SAMPLES, seed=0, image_prompts=prompts)[:, 0]
         return sample_images(pipeline, shown, SAMPLES, seed=0, model=model)[:, 0]
 
     return sample
@@ -182,6 +269,7 @@ class Measuring:
     prompts: tuple[str, ...]
     shots: int
     seed: int
+    references: int = 0
 
 
 @stage(format=1)
@@ -194,7 +282,10 @@ def measure(
     untouched: Artifact,
     drawn: Artifact,
 ) -> dict:
-    """Similarity of images before and after to photos that were not learned from; a grid."""
+    """Similarity of images before and after to photos that were not learned from; a grid.
+
+    Where each image was to be like a reference, with that one, and with the next one ("others").
+    """
     extractor = clip_features(clip)
     learned = shots_of(data, config.shots, config.seed)
     photos = extractor.of_source(data.test)
@@ -203,13 +294,24 @@ def measure(
         "photos": mean_cosine(extractor.of_source(learned), photos)
     }
     stores = {"base": ImageStore(untouched.path), "custom": ImageStore(drawn.path)}
+    count = config.references
+    references = references_of(data, count) if count else None
     for name, store in stores.items():
-        features = extractor.of_source(store)
-        found[name] = mean_cosine(features, photos)
-        found[f"{name}_prompt"] = paired_cosine(features, texts[np.asarray(store.labels)])
+        features, labels = extractor.of_source(store), np.asarray(store.labels)
+        if references is None:
+            found[name] = mean_cosine(features, photos)
+        else:
+            seen = extractor.of_source(references)
+            found[name] = paired_cosine(features, seen[labels % count])
+            found[f"{name}_others"] = paired_cosine(features, seen[(labels + 1) % count])
+        text = labels // max(1, count)
+        found[f"{name}_prompt"] = paired_cosine(features, texts[text])
     with replacing(work.folder / FIGURES) as path, path.open("wb") as file:
         np.savez(file, **found)
-    _grid(work, data, learned, stores, config.prompts)
+    if references is None:
+        _grid(work, data, learned, stores, config.prompts)
+    else:
+        _reference_grid(work, references, stores, config.prompts)
     return {name: float(values.mean()) for name, values in found.items()}
 
 
@@ -229,3 +331,17 @@ def _grid(work: Work, data: Dataset, learned: ImageSource, stores, prompts) -> N
         labels.append(prompt)
     headings = ["the base", *[""] * (SHOWN - 1), "customised", *[""] * (SHOWN - 1)]
     write_grid(work.folder / "images.png", rows, labels, headings=headings)
+
+
+def _reference_grid(work: Work, references: ImageSource, stores, prompts) -> None:
+    """The images that prompted, and of each prompt the first image of each before and after."""
+    count = len(references)
+    shown = range(min(2 * SHOWN, count))
+    rows, labels = [[references[i].image for i in shown]], ["the image"]
+    for number, prompt in enumerate(prompts):
+        for name, store in stores.items():
+            classes = np.asarray(store.labels)
+            first = [np.flatnonzero(classes == number * count + i)[0] for i in shown]
+            rows.append([store[int(i)].image for i in first])
+            labels.append(f"{prompt}, {'the base' if name == 'base' else 'customised'}")
+    write_grid(work.folder / "images.png", rows, labels, headings=[""] * len(shown))

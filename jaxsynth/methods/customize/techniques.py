@@ -3,21 +3,34 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxsynth.adapters.inject import AdapterState, extract
-from jaxsynth.adapters.surgery.token_rows import new_rows
+from jaxsynth.adapters.inject import AdapterState, extract, mark_trainable
+from jaxsynth.adapters.surgery.token_rows import TABLE, new_rows
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.splits import few_shot
 from jaxsynth.methods.customize.config import Config
+from jaxsynth.models.diffusion.image_prompt import (
+    ImageProjection,
+    Resampler,
+    adapter_of,
+    initial_adapter,
+    with_image_prompts,
+)
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.shapes import transform
-from jaxsynth.tasks.customize import DreamBoothConfig, InversionConfig, Training
+from jaxsynth.tasks.customize import (
+    DreamBoothConfig,
+    ImagePromptConfig,
+    InversionConfig,
+    Training,
+)
 from jaxsynth.tasks.text_to_image import adapted
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.embeddings import (
@@ -28,7 +41,12 @@ from jaxsynth.weights.adapters.embeddings import (
     with_new_word,
     write_embedding,
 )
+from jaxsynth.weights.adapters.image_prompts import write_image_adapter
 from jaxsynth.weights.hf import StableDiffusion
+from jaxsynth.weights.image_encoder import ImageEncoder
+
+# Where a text encoder's new words are among what learns.
+_ROWS = f"{TABLE}.rows"
 
 
 def name_of(training: Training, word: str) -> str:
@@ -50,34 +68,63 @@ def templates_of(training: Training, template: str) -> tuple[str, ...]:
 
 
 def texts_of(
-    training: Training, word: str, data: Dataset, source: ImageSource
+    training: Training, word: str, data: Dataset, source: ImageSource, seed: int = 0
 ) -> list[tuple[str, ...]]:
-    """The texts of each training image."""
+    """The texts of each training image; `seed` is of the orders of captions' parts."""
     if not isinstance(training, InversionConfig | DreamBoothConfig):
-        return [(text,) for text in captions(data, source)]
+        orders = getattr(training, "caption_orders", 1)
+        return [reordered(text, orders, [seed, i]) for i, text in enumerate(captions(data, source))]
     return [filled(templates_of(training, data.template), name_of(training, word))] * len(source)
 
 
+def reordered(caption: str, orders: int, seed: Sequence[int]) -> tuple[str, ...]:
+    """The caption, and the orders of its parts between commas; the first part stays first."""
+    first, *rest = (part.strip() for part in caption.split(","))
+    rng = np.random.default_rng([3, *seed])
+    found = [caption]
+    for _ in range(orders - 1):
+        found.append(", ".join([first, *(rest[i] for i in rng.permutation(len(rest)))]))
+    return tuple(found)
+
+
 def prepared(
-    training: Training, word: str, base: StableDiffusion, key: jax.Array
+    training: Training,
+    word: str,
+    base: StableDiffusion,
+    key: jax.Array,
+    encoder: ImageEncoder | None = None,
 ) -> tuple[StableDiffusion, TextToImage]:
     """The pipeline that reads the technique's texts, and its networks with what learns in them.
 
+    `encoder` is for a technique that sees images.
     UserError for a token that is known already, an initializer that is not one token.
     """
     if isinstance(training, InversionConfig):
         start = training.initializer or word
         base = with_new_word(base, training.token, training.vectors, start)
         return base, TextToImage(base.unet, base.text_encoder)
+    if isinstance(training, ImagePromptConfig):
+        assert encoder is not None
+        width = base.unet.config.cross_attention_dim
+        config = training.projection_config(encoder.features(training.of_patches), width)
+        kind = Resampler if training.of_patches else ImageProjection
+        projection: Any = kind(config, dtype=base.unet.dtype, rngs=nnx.Rngs(key))
+        plain = TextToImage(base.unet, base.text_encoder)
+        model = with_image_prompts(plain, [initial_adapter(base.unet, projection)])
+        return base, mark_trainable(model, (r".*\.to_[kv]_ip\..*", r"image_projections\..*"))
+    if isinstance(training, DreamBoothConfig) and training.vectors:
+        base = with_new_word(base, training.identifier, training.vectors, word)
     return base, adapted(base, training, key)
 
 
-def shapes_of(training: Training, word: str, base: StableDiffusion) -> TextToImage:
+def shapes_of(
+    training: Training, word: str, base: StableDiffusion, encoder: ImageEncoder | None = None
+) -> TextToImage:
     """The networks of `prepared`, of shapes; `base` may be of shapes too."""
 
     def prepare(model: TextToImage) -> TextToImage:
         own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
-        return prepared(training, word, own, jax.random.key(0))[1]
+        return prepared(training, word, own, jax.random.key(0), encoder)[1]
 
     return transform(prepare, TextToImage(base.unet, base.text_encoder))
 
@@ -95,7 +142,7 @@ def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
     training, word = config.training, config.word
     if config.shots:
         few_shot(data, config.shots, config.seeds[0])
-    if isinstance(training, InversionConfig):
+    if isinstance(training, InversionConfig) or getattr(training, "vectors", 0):
         base, _ = prepared(training, word, base, jax.random.key(0))
     texts = {text for own in texts_of(training, word, data, data.train) for text in own}
     texts |= {*filled(config.prompts, name_of(training, word)), *filled(config.prompts, word)}
@@ -103,16 +150,27 @@ def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
 
 
 def save(folder: Path, training: Training, model: nnx.Module) -> Path:
-    """Writes what was learned: an embedding of diffusers' form, or an adapter's file."""
-    if isinstance(training, InversionConfig):
-        embedding = Embedding(training.token, np.asarray(new_rows(model), np.float32))
-        return write_embedding(folder, embedding)
-    return adapter_io.save(extract(model), folder)
+    """Writes what was learned: an embedding of diffusers' form, and the file of an adapter.
+
+    Returns the latter where there is one.
+    """
+    if isinstance(training, ImagePromptConfig):
+        return write_image_adapter(folder, adapter_of(model))
+    state = extract(model)
+    if not getattr(training, "vectors", 0):
+        return adapter_io.save(state, folder)
+    token = training.token if isinstance(training, InversionConfig) else training.identifier
+    embedding = Embedding(token, np.asarray(new_rows(model), np.float32))
+    file = write_embedding(folder, embedding)
+    rest = {path: value for path, value in state.arrays.items() if not path.endswith(_ROWS)}
+    return adapter_io.save(AdapterState(rest, state.config), folder) if rest else file
 
 
 def load(folder: Path, base: StableDiffusion) -> tuple[StableDiffusion, AdapterState | None]:
-    """The pipeline with the word of a folder of `save`, or with its adapter beside it."""
+    """The pipeline with the word of a folder of `save`, and the adapter, where it has them."""
     if file := embedding_file(folder):
-        return with_embedding(base, read_embedding(file), file), None
+        base = with_embedding(base, read_embedding(file), file)
+        if not any((folder / name).is_file() for name in adapter_io.FILES):
+            return base, None
     (file,) = adapter_io.find(folder)
     return base, adapter_io.load(file)

@@ -23,12 +23,17 @@ OWN = {
     "textual_inversion": ("textual_inversion.initializer=three",),
     "dreambooth": ("dreambooth.adapter=full",),
     "lora": ("data.class_names=0,1", "lora.evaluate_every=4"),
-}
+    "ip_adapter": (
+        "data.source=digits", "data.name=", "data.class_names=0,1", "ip_adapter.evaluate_every=4",
+        "ip_adapter.sample_every=4", "prompts=zero",
+    ),
+}  # fmt: skip
 PROGRAMS = {"dreambooth": ["draw, class"]}
 FILES = {
     "textual_inversion": "learned_embeds.safetensors",
     "dreambooth": "adapter.safetensors",
     "lora": "pytorch_lora_weights.safetensors",
+    "ip_adapter": "ip-adapter.safetensors",
 }
 
 
@@ -60,7 +65,8 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     stores = {name: ImageStore(workdir / f"{name}-seed0") for name in ("base", "images")}
     prompts = 3 if technique == "lora" else 2
     assert {len(store) for store in stores.values()} == {3 * prompts}
-    name = {"textual_inversion": "<subject>", "dreambooth": "sks three"}.get(technique, "seven")
+    names = {"textual_inversion": "<subject>", "dreambooth": "sks three", "lora": "seven"}
+    name = names.get(technique, "zero")
     assert all(name in entry.prompt for entry in stores["images"].entries[::prompts])
     changed = [
         not np.array_equal(base.image, drawn.image)
@@ -70,7 +76,10 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     if technique == "dreambooth":
         (prompt,) = ImageStore(workdir / "class-seed0").class_names
         assert prompt == "a photo of the digit three"
-    if technique == "lora":
+    if technique == "ip_adapter":
+        assert "like" in stores["images"].class_names[1]
+        assert "custom_others" in json.loads((workdir / "results.json").read_text())["seeds"][0]
+    if technique in ("lora", "ip_adapter"):
         lines = read_metrics(workdir / "learned-seed0" / ".training" / "metrics.jsonl")
         assert any("eval/held_out_error" in line for line in lines)
     found = json.loads((workdir / "results.json").read_text())
@@ -88,7 +97,14 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
 
 
 REFUSED = {
-    "technique": ("lora", "technique=ip_adapter", "technique: 'ip_adapter' is not implemented"),
+    "technique": ("lora", "technique=instantid", "(InstantID's base is SDXL), expected one of"),
+    "no references": ("ip_adapter", "references=0", "references: 0, but ip_adapter draws like"),
+    "too many references": ("ip_adapter", "references=99999", "references: 99999, but only"),
+    "references of none": ("lora", "references=2", "references: 2, but lora draws like no image"),
+    "an encoder of none": ("lora", "image_encoder=x", "image_encoder: lora sees no images"),
+    "a resampler's": ("ip_adapter", "ip_adapter.depth=4", "depth: 4 is of projection=resampler"),
+    "masks of none": ("lora", "mask_folder=x", "mask_folder: masks are for lora.unmasked_weight"),
+    "drops": ("ip_adapter", "ip_adapter.drop_text=0.95", "expected at most 1 in all"),
     "another's settings": ("lora", "technique=dreambooth", "lora: settings of another technique"),
     "several classes": ("dreambooth", "data.class_names=3,4", "data: 2 classes"),
     "no word": ("dreambooth", "word=", "word: '', but dreambooth needs the class"),
@@ -116,7 +132,8 @@ def test_each_technique_is_planned(base_folder, technique):
     values = override(
         values, [(f"{technique}.batch_size", "8"), *(x.split("=", 1) for x in OWN[technique])]
     )
-    config = to_dataclass(Config, {**values, "base": str(base_folder)})
+    clip = str(base_folder / "clip")
+    config = to_dataclass(Config, {**values, "base": str(base_folder), "clip": clip})
     plans = [one.compile() for one in plan(config, make_mesh(data=2, fsdp=4))]
     names = [technique, *PROGRAMS.get(technique, []), "draw, base", "draw, customised"]
     assert [one.name for one in plans] == names and all(one.flops > 0 for one in plans)
