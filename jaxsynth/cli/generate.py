@@ -63,8 +63,6 @@ def add_parser(verbs) -> argparse.ArgumentParser:
     for flag, metavar, text in (
         ("--adapter", "FILE[:WEIGHT]", "an adapter and its strength; may be repeated"),
         ("--embedding", "FILE[:WORD]", "a new word for prompts; may be repeated"),
-        ("--image", "FILE", "a picture to begin with; may be repeated"),
-        ("--mask", "FILE", "where to paint an image (white); one for each --image"),
         ("--prompt", "TEXT", "what to draw; may be repeated"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
@@ -78,8 +76,6 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         ("--sampler", str, "", "see below (default: the base's own)"),
         ("--steps", int, 50, "of the sampler (default 50)"),
         ("--guidance", float, 7.5, "how closely to follow the prompt (default 7.5; 1 is off)"),
-        ("--strength", float, None, "how far from --image, above 0 to 1 (default 0.8)"),
-        ("--image-guidance", float, None, "of a base that edits: how near to --image (1.5)"),
         ("--size", str, "", "pixels, such as 512 or 768x512 (width x height; default: the base's)"),
         ("--batch-size", int, 4, "images drawn at a time (default 4)"),
     ):
