@@ -19,10 +19,13 @@ from jaxsynth.bench.cases import (
     accelerator,
     adapters,
     attacks,
+    clones,
     corruptions,
     dit_train_step,
     generate,
+    points,
     routing,
+    supervised_step,
     train_step,
 )
 from jaxsynth.bench.timing import SHORTEST, Timing, Watch, alternate, cores
@@ -94,6 +97,9 @@ BENCHES = {
     "train-step": _of_torch(train_step),
     "generate": _of_torch(generate),
     "dit-train-step": _of_torch(dit_train_step),
+    "supervised-step": _of_torch(supervised_step),
+    "clones": _of_ours(clones, "method", "SimCLR"),
+    "points": _of_ours(points, "together", "in turn"),
     "routing": _of_ours(routing, "mixed", "one set"),
     "adapters": _of_ours(adapters, "kind", "LoRA"),
     "attacks": _of_peers(attacks, "foolbox", "torchattacks"),

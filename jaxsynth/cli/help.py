@@ -72,6 +72,10 @@ benchmarks:
   train-step      one LoRA update of the Stable Diffusion networks
   generate        a batch of images sampled from them
   dit-train-step  one update of DiffScaler's Affiners on a diffusion transformer (DiT)
+  supervised-step one update of a vision transformer from scratch
+  clones          one update of StableRep, SynCLR or SynCLIP, and of SimCLR; both sides are ours
+  points          one update of ten points of a scaling study in one program, and in turn; both
+                  sides are ours
   routing         drawing a batch that mixes three sets of Affiners, and the same with one set;
                   both sides are ours
   adapters        one update of DoRA, LoHa or LoKr, and the same of LoRA; both sides are ours
@@ -89,6 +93,10 @@ cases of train-step and generate:
 cases of dit-train-step and routing:
   tiny            the small DiT of configs/diffscaler.py, 8x8 latents
   dit-s2, dit-b2  DiT-S/2 and DiT-B/2 (the latter in dit-train-step only), 32x32 latents
+
+cases of supervised-step: tiny (32x32 pixels), vit-s16 (ViT-S/16, batches of 8 at 224x224)
+cases of clones: "tiny stablerep", "tiny synclr", "tiny synclip", "vit-s16 synclr"
+cases of points: tiny (the network of configs/scaling.py), small
 
 cases of adapters, rank 8:
   "dit-s2 dora" ...     on the linear layers of DiT-S/2

@@ -82,7 +82,7 @@ def generate_images(
         draw, work.folder, data.class_names, lambda *pair: bank.texts[choose(*pair)],
         config.generate, seed=config.seed, adapter_digests=digests, description="generate",
     )  # fmt: skip
-    return {"images": count, "prompts": len(bank.texts)}
+    return {"images": count, "prompts": len(bank.texts), "devices": jax.device_count()}
 
 
 @dataclass(frozen=True)

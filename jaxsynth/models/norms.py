@@ -4,7 +4,7 @@ Image-to-image networks take their statistics from the images at hand, in traini
 pix2pix runs its batch norm with the test batch's own statistics (Isola et al. 2017, arXiv
 1611.07004, section 3.3), which for one image is instance norm (Ulyanov et al. 2016, arXiv
 1607.08022). So `ChannelNorm` keeps no running averages, and is the same in training and in use. The
-classifiers' batch norm is only ever used here: `FrozenBatchNorm` applies what a checkpoint stored.
+classifiers' `BatchNorm` applies stored statistics, and in training those of the batch at hand.
 """
 
 from typing import Literal
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+Statistics = Literal["stored", "batch", "recorded"]
 Over = Literal["batch", "instance"]
 OVER: tuple[Over, ...] = ("batch", "instance")
 
@@ -51,17 +52,31 @@ class ChannelNorm(nnx.Module):
         return (centred * (factor * self.scale[...]) + self.bias[...]).astype(self.dtype)
 
 
-class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation by stored statistics."""
+class BatchNorm(nnx.Module):
+    """Batch normalisation by stored statistics, or in training by those of the batch.
+
+    `statistics`: "stored" ones, those of the "batch", or those of the batch "recorded" in the place
+    of the stored ones. Training keeps no running average: which statistics a trained network is
+    used with is decided afterwards, from as many batches as one likes (`tasks.networks.settled`). A
+    batch that is cut over devices has one mean all the same.
+    """
 
     def __init__(self, channels: int, *, epsilon: float = 1e-5):
         self.epsilon = epsilon
+        self.statistics: Statistics = "stored"
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.running_mean = nnx.BatchStat(jnp.zeros(channels))
         self.running_var = nnx.BatchStat(jnp.ones(channels))
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-        factor = self.scale[...] * jax.lax.rsqrt(self.running_var[...] + self.epsilon)
-        shift = self.bias[...] - self.running_mean[...] * factor
+        mean, variance = self.running_mean[...], self.running_var[...]
+        if self.statistics != "stored":
+            wide, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+            mean = wide.mean(axes)
+            variance = jnp.square(wide - mean).mean(axes)
+        if self.statistics == "recorded":
+            self.running_mean[...], self.running_var[...] = mean, variance
+        factor = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
+        shift = self.bias[...] - mean * factor
         return x * factor.astype(x.dtype) + shift.astype(x.dtype)

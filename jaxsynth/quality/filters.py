@@ -6,7 +6,8 @@
 - nearness to the shots: the cosine to the nearest shot of the image's class, not so small that the
   image shows something else, not so large that it is a copy;
 - near-duplicates: of images of a class whose features have a cosine above a limit the first stays;
-- a cap: at most so many of each class, those with the highest share.
+- a cap: at most so many of each class, those with the highest share;
+- uncertainty: those that a classifier is least certain of (`most_uncertain`).
 """
 
 from dataclasses import dataclass
@@ -148,3 +149,29 @@ def shot_shares(
 
 def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def entropy(shares: Float[np.ndarray, "n c"]) -> Float[np.ndarray, " n"]:
+    """-sum_c p_c log p_c of each row, in nats."""
+    logs = np.log(np.maximum(shares, np.finfo(np.float64).tiny))
+    return -(shares * logs).sum(1, dtype=np.float64)
+
+
+def most_uncertain(
+    shares: Float[np.ndarray, "n c"],
+    labels: Int[np.ndarray, " n"],
+    taken: Int[np.ndarray, " t"],
+    count: int,
+) -> Int[np.ndarray, " m"]:
+    """The `count` places of each class with the largest entropy that are not among `taken`.
+
+    Classes one after the other, the least certain first, of equal ones the earlier; fewer of a
+    class that has no more.
+    """
+    uncertain, free = entropy(shares), np.ones(len(labels), bool)
+    free[taken] = False
+    found = [np.zeros(0, np.int64)]
+    for label in np.unique(labels):
+        places = np.flatnonzero(free & (labels == label))
+        found.append(places[np.argsort(-uncertain[places], kind="stable")[:count]])
+    return np.concatenate(found)

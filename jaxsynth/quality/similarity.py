@@ -9,7 +9,7 @@ with each other alone.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from jaxsynth.weights.hf import Clip
 
@@ -35,6 +35,18 @@ def text_features(clip: Clip, texts: tuple[str, ...]) -> Float32[np.ndarray, "n 
             clip.model, jnp.asarray(clip.tokenizer(texts))
         )
     return np.asarray(found, np.float32)
+
+
+def class_spread(features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> float:
+    """How diverse images of a class are: sqrt(mean |f - m|^2), averaged over classes.
+
+    f are features of length 1, m their mean over the class: 0 where all are alike, up to 1.
+    """
+    unit, found = _unit(features), []
+    for label in np.unique(labels):
+        own = unit[labels == label]
+        found.append(np.sqrt(np.square(own - own.mean(0)).sum(1).mean()))
+    return float(np.mean(found))
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

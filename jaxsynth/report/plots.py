@@ -26,6 +26,8 @@ from jaxsynth.report.fonts import drawable, families
 _INK, _GRID = "#787e86", "#787e8638"
 COLOURS = ("#2f7fd1", "#e0801f", "#1d9e78", "#c95b9c", "#b39211", "#7d6bd6", "#4aa8d8", "#c9503f")
 _MARKERS = "osD^vPXd"
+# The most values of an axis that have a tick each.
+_TICKS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,8 @@ def plot_scaling(
         if law:
             axes.plot(*law, color=colour, linewidth=1.8)
     sizes = [x for line in series for x in line.x]
+    if len(set(sizes)) > _TICKS:
+        sizes = _round_ticks(sizes)
     errors = _round_ticks([y for line in series for y in line.y])
     for axis, values in ((axes.xaxis, sizes), (axes.yaxis, errors)):
         ticks = sorted({float(value) for value in values})
@@ -174,6 +178,38 @@ def plot_curves(
     if log_y:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return _save(figure, axes, path)
+
+
+def plot_scatter(
+    path: Path,
+    labels: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    shade: Sequence[float],
+    *,
+    xlabel: str,
+    ylabel: str,
+    shade_label: str,
+    title: str = "",
+) -> Path:
+    """A named point for each (x, y), colored by a third value, whose scale stands beside.
+
+    ValueError unless all have one length above 0.
+    """
+    if len({len(labels), len(x), len(y), len(shade)}) != 1 or not len(labels):
+        raise ValueError("plot_scatter: labels, x, y and shade must have one length above 0")
+    figure, axes = _figure(xlabel, ylabel, title)
+    points = axes.scatter(x, y, c=shade, cmap="viridis", s=64, edgecolors=_INK, linewidths=0.6)
+    for label, *place in zip(labels, x, y, strict=True):
+        axes.annotate(
+            drawable(label), tuple(place), xytext=(6, 5), textcoords="offset points",
+            color=_INK, fontsize=9, fontfamily=families([label]),
+        )  # fmt: skip
+    bar = figure.colorbar(points, ax=axes)
+    bar.set_label(shade_label, color=_INK)
+    bar.ax.tick_params(colors=_INK)
+    axes.margins(0.12)
     return _save(figure, axes, path)
 
 

@@ -28,9 +28,11 @@ from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.models.layers import Linear
 from jaxsynth.tasks import contrastive_losses as losses
 from jaxsynth.tasks.clone_network import CloneNetwork, HeadsConfig
-from jaxsynth.tasks.supervised import MEAN, STD, TABLE, NetworkConfig, Pool
+from jaxsynth.tasks.networks import NetworkConfig, started
+from jaxsynth.tasks.supervised import TABLE, Pool
 from jaxsynth.training.config import DECAYED, SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
+from jaxsynth.weights.networks.classifiers import Classifier
 
 METHODS = ("simclr", "stablerep", "synclr", "synclip")
 
@@ -138,7 +140,7 @@ class Contrastive:
     """The loss of a method over {"row", "caption"}; constants: the pool's "images", "tokens"."""
 
     config: CloneConfig
-    size: int
+    network: NetworkConfig
 
     def __call__(self, model: Any, constants: dict[str, Any], batch: dict, key: Array):
         method = getattr(self, f"_{self.config.method}")
@@ -148,8 +150,8 @@ class Contrastive:
     def _crops(self, constants, batch, key, number: int, recipe=None, size: int = 0) -> Array:
         own = jax.random.fold_in(key, number)
         pixels = constants["images"][batch["row"]]
-        images = augmented(pixels, own, recipe or self.config.augment, size or self.size)
-        return (images - MEAN) / STD
+        side = size or self.network.image_size
+        return self.network.normalized(augmented(pixels, own, recipe or self.config.augment, side))
 
     def _simclr(self, model: CloneNetwork, constants, batch, key):
         cls = [model.tokens(self._crops(constants, batch, key, i))[:, 0] for i in range(2)]
@@ -236,11 +238,15 @@ def clone_task(
     config: CloneConfig,
     *,
     seed: int,
+    backbone: Classifier | None = None,
 ) -> Task:
-    """Training of a backbone on the pool; `captions` numbers each image's, whose `tokens` are."""
+    """Training of a backbone on the pool; `captions` numbers each image's, whose `tokens` are.
+
+    It starts at random, or with `backbone`'s weights.
+    """
     members, counts = caption_members(captions)
     return _task(
-        clone_network(network, config, tokens, seed),
+        clone_network(network, config, tokens, seed, backbone),
         {"members": members, "counts": counts, "key": jax.random.key(seed)},
         {"images": jnp.asarray(pool.images), "tokens": jnp.asarray(tokens)},
         network,
@@ -277,7 +283,7 @@ def _task(model, data, constants, network, config, key) -> Task:
     known = data["counts"].shape[0]
     return Task(
         model=model,
-        loss=Contrastive(config, network.image_size),
+        loss=Contrastive(config, network),
         batches=Resident(data, CaptionRows(known, min(config.captions, known), config.per_caption)),
         table=TABLE,
         learns="table",
@@ -288,15 +294,20 @@ def _task(model, data, constants, network, config, key) -> Task:
 
 
 def clone_network(
-    network: NetworkConfig, config: CloneConfig, tokens: Int[np.ndarray, "c t"], seed: int
+    network: NetworkConfig,
+    config: CloneConfig,
+    tokens: Int[np.ndarray, "c t"],
+    seed: int,
+    backbone: Classifier | None = None,
 ) -> nnx.Module:
-    """The network of a method at its random start; every parameter learns."""
+    """The network of a method at its start; every parameter learns."""
     own_key = jax.random.fold_in(jax.random.key(seed), 3)
-    rngs = nnx.Rngs(params=own_key)
+    rngs, dtype = nnx.Rngs(params=own_key), jnp.dtype(network.dtype)
     parts = config.method == "synclr"
     clone = CloneNetwork(
-        backbone_start(network, seed), config.heads, projector=config.method != "synclip",
-        predictor=parts, patches=parts, rngs=rngs,
+        backbone_start(network, seed, backbone), config.heads,
+        projector=config.method != "synclip", predictor=parts, patches=parts, dtype=dtype,
+        rngs=rngs,
     )  # fmt: skip
     if config.method != "synclip":
         return mark_trainable(clone)
@@ -314,9 +325,19 @@ def clone_network(
     return mark_trainable(ImageText(clone, text, config.heads.outputs, rngs=rngs))
 
 
-def backbone_start(network: NetworkConfig, seed: int) -> nnx.Module:
-    """The backbone that every method begins with at a seed."""
-    return network.make(0, jax.random.fold_in(jax.random.key(seed), 2))
+def backbone_start(
+    network: NetworkConfig, seed: int, backbone: Classifier | None = None
+) -> nnx.Module:
+    """The vision transformer that every method begins with at a seed, or a checkpoint's.
+
+    ValueError for a network of another family, which has no tokens to hide or compare.
+    """
+    if network.family != "vit":
+        raise ValueError(
+            f"family: {network.family!r}, but clones compare tokens, which family 'vit' alone has"
+        )
+    model = network.make(0, jax.random.fold_in(jax.random.key(seed), 2))
+    return model if backbone is None else started(model, network, backbone)
 
 
 def backbone_of(model: nnx.Module) -> nnx.Module:

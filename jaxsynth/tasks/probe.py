@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters.inject import mark_trainable
 from jaxsynth.core.errors import UserError
@@ -33,7 +33,7 @@ from jaxsynth.core.limits import (
 from jaxsynth.core.words import counted
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.models.layers import Linear
-from jaxsynth.tasks.supervised import MEAN, STD, TABLE, by_batches, cross_entropy
+from jaxsynth.tasks.supervised import TABLE, cross_entropy
 from jaxsynth.training.config import OPTIMIZERS, SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task, train
 
@@ -234,14 +234,3 @@ def _heads(model: Heads, features: Array) -> Array:
 
 def _logits(model: Heads, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "h n c"]:
     return np.asarray(_heads(model, jnp.asarray(features)))
-
-
-def features_of(
-    backbone: nnx.Module, images: UInt8[np.ndarray, "n h w 3"], *, batch_size: int = 256
-) -> Float[np.ndarray, "n d"]:
-    """The class token of every image, in order."""
-    return by_batches(_class_token, backbone, images, batch_size=batch_size)
-
-
-def _class_token(model: nnx.Module, images: Array) -> Array:
-    return model.tokens((images - MEAN) / STD)[:, 0].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Classifiers trained from scratch on views over one pool of images, many of them together.
+"""Classifiers trained on views over one pool of images, many of them together.
 
 The images of all trainings lie on the device once; a training has the numbers of those that it
 sees, so that a study of sizes and mixtures copies no picture, and trainings on different numbers of
@@ -6,76 +6,56 @@ images have the same shapes: they stack in one program (`trainer.train_stacked`)
 
     loss = sum_i w_i CE(f(augment(x_i)), y_i) / sum_i w_i
 
-over a batch drawn with replacement, w_i being the weight of the image's origin.
+over a batch drawn with replacement, w_i being the weight of the image's origin. Where the images do
+not fit on a device (`streamed`), each training reads its own by Grain, epoch by epoch, and they
+train one after the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.tree_util import Partial
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.adapters.inject import Trainable, mark_trainable
-from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf, check_limits
+from jaxsynth.core.limits import BelowOne, Count, Natural, NotNegative, OneOf
+from jaxsynth.data.dataset import ImageSource
+from jaxsynth.data.decode import square
 from jaxsynth.data.pipeline.augment import Augment
+from jaxsynth.data.pipeline.batches import train_batches
 from jaxsynth.data.pipeline.mixing import one_hot
 from jaxsynth.data.pipeline.on_device import ON_DEVICE, augmented, check_on_device
-from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
+from jaxsynth.tasks.networks import SETTLING, NetworkConfig, in_training, settled, started
 from jaxsynth.training import sharding
-from jaxsynth.training.config import DECAYED, SCHEDULES, TrainingConfig
-from jaxsynth.training.trainer import Resident, Task
+from jaxsynth.training.config import DECAYED, SCHEDULES, TrainingConfig, aside
+from jaxsynth.training.loop import NonFiniteError
+from jaxsynth.training.trainer import Resident, Streamed, Task, train, train_stacked
+from jaxsynth.weights.networks.classifiers import Classifier
 
-# Pixels are normalized by these whatever the data: a network from scratch knows no other ones.
-MEAN, STD = 0.5, 0.25
 # Every parameter is a training's own; on a mesh the trainings of a stack lie along "data".
 TABLE: sharding.Table = ((r"", jax.sharding.PartitionSpec()),)
 # Pools are filled up to a multiple of so many images, so that settings share a compiled program. No
 # view has a row of the filling.
 _POOL = 1024
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """A vision transformer for square images of `image_size` pixels, cut into `patch_size`."""
-
-    image_size: Count = 32
-    patch_size: Count = 8
-    width: Count = 64
-    layers: Count = 4
-    heads: Count = 4
-
-    def __post_init__(self):
-        check_limits(self)
-        self.vit(0)
-
-    def vit(self, num_labels: int) -> ViTConfig:
-        """The network's own configuration; ValueError where the sizes do not fit each other."""
-        return ViTConfig(
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            intermediate_size=4 * self.width,
-            layer_norm_eps=1e-6,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_labels=num_labels,
-        )
-
-    def make(self, num_labels: int, key: Array) -> ViTForImageClassification:
-        """The network at its random start; 0 labels leave the head out."""
-        return ViTForImageClassification(self.vit(num_labels), rngs=nnx.Rngs(params=key))
+# Views likewise, to a power of two that is at least so many rows.
+_VIEW = 256
 
 
 @dataclass(frozen=True)
 class SupervisedConfig(TrainingConfig):
-    """How a classifier is trained; `augment` as far as it is done on the device."""
+    """How a classifier is trained; `augment` as far as it is done on the device.
+
+    `streamed`: images come from the host in batches, in an order of epochs, by `num_workers`
+    processes besides this one's threads, and each training has its own program run.
+    """
 
     steps: Natural = 1000
     batch_size: Count = 64
@@ -85,6 +65,8 @@ class SupervisedConfig(TrainingConfig):
     decay_on: Annotated[str, OneOf(*DECAYED)] = "matrices"
     label_smoothing: BelowOne = 0.1
     augment: Augment = field(default_factory=lambda: ON_DEVICE)
+    streamed: bool = False
+    num_workers: Natural = aside(0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,20 +103,29 @@ class ViewRows:
 
 @dataclass(frozen=True)
 class Supervised:
-    """The module's loss over {"row", "weight"}; constants: the pool's "images" and "labels"."""
+    """The module's loss over {"row", "weight"}; constants: the pool's "images" and "labels".
+
+    Streamed batches are {"image", "label", "index"}, and "weights", of each index, the constant.
+    """
 
     num_classes: int
-    size: int
+    network: NetworkConfig
     label_smoothing: float
     augment: Augment
 
-    def __call__(self, model: nnx.Module, constants: dict[str, Array], batch: dict, key: Array):
-        row = batch["row"]
-        images = augmented(constants["images"][row], key, self.augment, self.size)
-        labels = constants["labels"][row]
-        logits = model((images - MEAN) / STD).astype(jnp.float32)
+    def pixels(self, constants: Any, batch: Mapping[str, Array], key: Array) -> Array:
+        """What the network is given of a batch."""
+        images = batch["image"] if "image" in batch else constants["images"][batch["row"]]
+        return self.network.normalized(
+            augmented(images, key, self.augment, self.network.image_size)
+        )
+
+    def __call__(self, model: nnx.Module, constants: Any, batch: dict, key: Array):
+        labels = batch["label"] if "label" in batch else constants["labels"][batch["row"]]
+        logits = model(self.pixels(constants, batch, key)).astype(jnp.float32)
         each = cross_entropy(logits, labels, self.num_classes, self.label_smoothing)
-        weight = batch["weight"]
+        rows = batch.get("index")
+        weight = batch["weight"] if rows is None else constants["weights"][rows]
         right = (logits.argmax(-1) == labels).astype(jnp.float32)
         return (weight * each).sum() / weight.sum(), {"accuracy": right.mean()}
 
@@ -154,19 +145,15 @@ def supervised_tasks(
     *,
     seeds: Sequence[int],
     num_classes: int,
+    backbone: Classifier | None = None,
 ) -> list[Task]:
     """A task for each view, of one structure: views are filled up to the largest.
 
     The start of task i and all that is random in it follow from `seeds[i]`, so that views of one
-    seed are compared from one start.
+    seed are compared from one start. With `backbone` all but the head starts there.
     """
-    longest = max(len(view.rows) for view in views)
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(
-        jnp.asarray(seeds, jnp.uint32)
-    )
-    make = lambda key: mark_trainable(network.make(num_classes, key))  # noqa: E731
-    graphdef, _, rest = nnx.split(make(keys[0, 0]), Trainable, ...)
-    starts = jax.jit(jax.vmap(lambda key: nnx.state(make(key), Trainable)))(keys[:, 0])
+    longest = _filled(max(len(view.rows) for view in views))
+    models, keys = _starts(network, seeds, num_classes, backbone)
     short = -len(pool.images) % _POOL
     constants = {
         "images": jnp.asarray(np.pad(pool.images, ((0, short), (0, 0), (0, 0), (0, 0)))),
@@ -180,11 +167,39 @@ def supervised_tasks(
             "count": np.int32(len(view.rows)),
             "key": keys[i, 1],
         }
-        start = jax.tree.map(lambda x: x[i], starts)  # noqa: B023
-        task = _task(nnx.merge(graphdef, start, rest), data, constants, network, config,
-                     num_classes, keys[i, 2])  # fmt: skip
-        tasks.append(task)
+        batches = Resident(data, ViewRows(config.batch_size))
+        tasks.append(_task(models[i], batches, constants, network, config, num_classes, keys[i, 2]))
     return tasks
+
+
+def streamed_tasks(
+    sources: Sequence[tuple[ImageSource, Float[np.ndarray, " n"]]],
+    network: NetworkConfig,
+    config: SupervisedConfig,
+    *,
+    seeds: Sequence[int],
+    num_classes: int,
+    backbone: Classifier | None = None,
+) -> list[Task]:
+    """A task for each (images, their weights in the loss), which are read batch by batch."""
+    models, keys = _starts(network, seeds, num_classes, backbone)
+
+    def start(source: ImageSource, seed: int) -> Iterator[dict]:
+        return train_batches(
+            source, config.batch_size, seed, _Square(network.image_size), numbered=True,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+            num_workers=config.num_workers,
+        )  # fmt: skip
+
+    shapes = _batch_shapes(network, config)
+    return [
+        _task(
+            models[i], Streamed(partial(start, source, seeds[i]), shapes),
+            {"weights": jnp.asarray(weights, jnp.float32)}, network, config, num_classes,
+            keys[i, 2],
+        )
+        for i, (source, weights) in enumerate(sources)
+    ]  # fmt: skip
 
 
 def planned_task(
@@ -195,9 +210,14 @@ def planned_task(
     longest: int,
     num_classes: int,
 ) -> Task:
-    """A task of `supervised_tasks` of shapes alone: a pool of `images`, views of `longest`."""
+    """A task of shapes alone: a pool of `images`, views of `longest`; or streamed."""
     key, shape = jax.random.key(0), jax.ShapeDtypeStruct
-    model = nnx.eval_shape(lambda: mark_trainable(network.make(num_classes, jax.random.key(0))))
+    model = nnx.eval_shape(lambda: _made(network, num_classes, jax.random.key(0)))
+    if config.streamed:
+        batches = Streamed(None, _batch_shapes(network, config))
+        constants = {"weights": shape((longest,), np.float32)}
+        return _task(model, batches, constants, network, config, num_classes, key)
+    longest = _filled(longest)
     data = {
         "rows": shape((longest,), np.int32),
         "weights": shape((longest,), np.float32),
@@ -209,53 +229,128 @@ def planned_task(
         "images": shape((images, side, side, 3), np.uint8),
         "labels": shape((images,), np.int32),
     }
-    return _task(model, data, constants, network, config, num_classes, key)
+    batches = Resident(data, ViewRows(config.batch_size))
+    return _task(model, batches, constants, network, config, num_classes, key)
 
 
-def _task(model, data, constants, network, config, num_classes, key) -> Task:
+def _filled(longest: int) -> int:
+    return max(_VIEW, 1 << (longest - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class _Square:
+    """Images of a batch in one size; their augmentation is the device's."""
+
+    size: int
+
+    def __call__(self, image: np.ndarray, _: np.random.Generator | None) -> np.ndarray:
+        return square(image, self.size)
+
+
+def _batch_shapes(network: NetworkConfig, config: SupervisedConfig) -> dict[str, Any]:
+    shape, rows, side = jax.ShapeDtypeStruct, config.batch_size, network.image_size
+    return {
+        "image": shape((rows, side, side, 3), np.uint8),
+        "label": shape((rows,), np.int32),
+        "index": shape((rows,), np.int32),
+        "step": shape((rows,), np.int32),
+    }
+
+
+def _made(network: NetworkConfig, num_classes: int, key: Array) -> nnx.Module:
+    return mark_trainable(in_training(network.make(num_classes, key)))
+
+
+def _starts(
+    network: NetworkConfig, seeds: Sequence[int], num_classes: int, backbone: Classifier | None
+) -> tuple[list[nnx.Module], Array]:
+    """The networks of seeds at their start, and three keys of each."""
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(
+        jnp.asarray(seeds, jnp.uint32)
+    )
+    first = _made(network, num_classes, keys[0, 0])
+    if backbone is not None:
+        first = started(first, network, backbone)
+    graphdef, _, rest = nnx.split(first, Trainable, ...)
+    starts = jax.jit(jax.vmap(lambda key: nnx.state(_made(network, num_classes, key), Trainable)))(
+        keys[:, 0]
+    )
+    models = []
+    for i in range(len(seeds)):
+        model = nnx.merge(graphdef, jax.tree.map(lambda x: x[i], starts), rest)  # noqa: B023
+        models.append(model if backbone is None else started(model, network, backbone))
+    return models, keys
+
+
+def _task(model, batches, constants, network, config, num_classes, key) -> Task:
     return Task(
         model=model,
-        loss=Supervised(num_classes, network.image_size, config.label_smoothing, config.augment),
-        batches=Resident(data, ViewRows(config.batch_size)),
+        loss=Supervised(num_classes, network, config.label_smoothing, config.augment),
+        batches=batches,
         table=TABLE,
         key=key,
         constants=constants,
     )
 
 
-def of_pixels(model: nnx.Module) -> Partial:
-    """A function of images (b, h, w, 3) in [0, 1] to float32 logits; the weights are arguments."""
-    return Partial(_of_pixels, model)
+@dataclass(frozen=True)
+class Trained:
+    """Networks by the numbers of their tasks, and why the others have none."""
+
+    models: dict[int, nnx.Module]
+    failed: dict[int, str]
 
 
-def _of_pixels(model: nnx.Module, images: Array) -> Array:
-    return model((images - MEAN) / STD).astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply(function, model: nnx.Module, images: Array) -> Array:
-    return function(model, images)
-
-
-def by_batches(
-    function: Callable[[nnx.Module, Array], Array],
-    model: nnx.Module,
-    images: UInt8[np.ndarray, "n h w 3"],
+def train_tasks(
+    tasks: Sequence[Task],
+    config: TrainingConfig,
+    folder: Path,
     *,
-    batch_size: int = 256,
-) -> Float[np.ndarray, "n d"]:
-    """`function(model, images in [0, 1])` of all images, in order; one program for all models."""
-    found = []
-    for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
-        filled = np.resize(part, (min(batch_size, len(images)), *part.shape[1:]))
-        given = jnp.asarray(filled, jnp.float32) / 255
-        found.append(np.asarray(_apply(function, model, given))[: len(part)])
-    return np.concatenate(found)
+    at_once: int = 0,
+    mesh: Mesh | None = None,
+    description: str = "train",
+) -> Trained:
+    """Tasks of `supervised_tasks` together, `at_once` at a time (0: all); streamed ones in turn.
+
+    A task whose loss or gradient is not finite is left out, and those that it trained with begin
+    again without it. `config` is sized.
+    """
+    streamed = any(isinstance(task.batches, Streamed) for task in tasks)
+    group, models, failed = 1 if streamed else at_once or len(tasks), {}, {}
+    for start in range(0, len(tasks), group):
+        numbers = list(range(start, min(start + group, len(tasks))))
+        while numbers:
+            left_out = "".join(f"-{i}" for i in range(start, start + group) if i in failed)
+            own, some = folder / f"{start:04d}{left_out}", [tasks[i] for i in numbers]
+            try:
+                if streamed:
+                    found = [train(some[0], config, own, mesh=mesh, description=description)]
+                else:
+                    found = train_stacked(some, config, own, mesh=mesh, description=description)
+            except NonFiniteError as error:
+                # On a mesh the last task may be there several times.
+                places = {min(i, len(numbers) - 1) for i in error.which} or {*range(len(numbers))}
+                failed |= {numbers[i]: str(error).partition(":")[0] for i in places}
+                numbers = [number for i, number in enumerate(numbers) if i not in places]
+                continue
+            models |= {
+                i: _settled(tasks[i], model) for i, model in zip(numbers, found, strict=True)
+            }
+            break
+    return Trained(models, failed)
 
 
-def logits_of(
-    model: nnx.Module, images: UInt8[np.ndarray, "n h w 3"], *, batch_size: int = 256
-) -> Float[np.ndarray, "n c"]:
-    """Logits of all images, in order."""
-    return by_batches(_of_pixels, model, images, batch_size=batch_size)
+def _settled(task: Task, model: nnx.Module) -> nnx.Module:
+    """The trained network with the statistics of augmented batches of its own images."""
+    keys = jax.random.split(task.key, SETTLING)
+
+    def pixels() -> Iterator[Array]:
+        if isinstance(task.batches, Resident):
+            data = jax.tree.map(jnp.asarray, task.batches.data)
+            batches = (task.batches.next_batch(jnp.int32(i), data) for i in range(SETTLING))
+        else:
+            batches = task.batches.start()
+        for key, batch in zip(keys, batches, strict=False):
+            yield task.loss.pixels(task.constants, batch, key)
+
+    return settled(model, pixels())

@@ -5,7 +5,7 @@ as an uninterrupted one (Grain's iterators have all three). What is written to t
 resumed run equals an uninterrupted one's: speeds, which cannot, have a file of their own.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ PROFILED_CALLS = range(3, 8)  # past compilation, and short enough to read
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the gradient became NaN or infinite; the message names the step."""
+    """The loss or the gradient became NaN or infinite; the message names the step.
+
+    `which`: the numbers of those of several trainings where it did; () of a single one.
+    """
+
+    def __init__(self, message: str, which: Sequence[int] = ()):
+        super().__init__(message)
+        self.which = tuple(which)
 
 
 class Constant:
@@ -268,8 +275,9 @@ def _check_finite(step: int, steps_per_call: int, values: Mapping[str, Any]) -> 
             where = f"step {step}"
             if steps_per_call > 1:
                 where = f"one of the steps {step - steps_per_call + 1} to {step}"
-            which = f" of adapters {np.flatnonzero(bad).tolist()}" if bad.size > 1 else ""
-            raise NonFiniteError(f"{name}{which} is not finite at {where}: {values[name]}")
+            which = np.flatnonzero(bad).tolist() if bad.size > 1 else []
+            words = f" of adapters {which}" if which else ""
+            raise NonFiniteError(f"{name}{words} is not finite at {where}: {values[name]}", which)
 
 
 def _profile(call: int, folder: str | Path) -> None:

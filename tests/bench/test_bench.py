@@ -72,7 +72,8 @@ def test_smaller_cases_compute_the_same(module, case):
 
 
 @pytest.mark.parametrize(
-    ("name", "cases"), [("train-step", ("tiny",)), ("dit-train-step", ("tiny",))]
+    ("name", "cases"),
+    [("train-step", ("tiny",)), ("dit-train-step", ("tiny",)), ("supervised-step", ("tiny",))],
 )
 def test_both_sides_compute_the_same(name, cases, tmp_path):
     for package in PEERS:
@@ -193,6 +194,15 @@ def test_a_mixed_batch_is_what_its_sets_draw_alone():
     assert max(map(len, text.splitlines()[2:])) <= 80 and "overhead" in text
     with pytest.raises(UsageError, match="bench routing: compares two of our own programs"):
         bench.run("routing", peer="torch", console=out)
+
+
+def test_points_together_are_those_in_turn_and_methods_are_timed_beside_simclr():
+    out = printer()
+    (row,) = bench.run("points", cases=("tiny",), reps=1, shortest=0.0, console=out)
+    assert row.difference < 1e-3 and row.images == 320
+    (row,) = bench.run("clones", cases=("tiny synclr",), reps=1, shortest=0.0, console=out)
+    assert row.difference is None and row.peer is not None
+    assert "only their speed is compared: tiny synclr" in out.file.getvalue()
 
 
 def test_an_image_with_another_set_is_noticed():

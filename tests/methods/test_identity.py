@@ -101,6 +101,9 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "sets": ({"words": 1.0},),
     "classify": ({"label_smoothing": 0.5},),
     "space": ("features",),
+    "practice": (("adapted",),),
+    "family": ("resnet",),
+    "depths": ((1,),),
 }
 # Fields that no stage of these runs reads, and why that is right.
 EXEMPT = {
@@ -114,6 +117,7 @@ EXEMPT = {
     "text": "weights are identified by content",
     "pool": "photos are identified by content",
     "features": "weights are identified by content",
+    "backbone": "weights are identified by content",
     "checkpoint": "weights are identified by content",
     "head": "weights are identified by content",
     "source": "which data: identified by content",

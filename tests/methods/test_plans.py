@@ -87,6 +87,32 @@ def test_no_program_gathers_a_batch():
         assert math.prod(map(int, dims)) <= 2 * plan.images, (program.name, gathered)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "parameters", "programs"),
+    [
+        ("imagenet", 85.9e6, ("images", "training, real", "training, synthetic")),
+        ("imagenet,network=vit_s16", 21.7e6, ("images", "training, real", "training, synthetic")),
+        ("imagenet,network=resnet50", 23.7e6, ("images", "training, real", "training, synthetic")),
+        ("datadream", 85.9e6, ("adapter", "images", "training, real", "training, synthetic")),
+    ],
+)
+def test_full_size_studies_are_planned_from_their_configs_alone(variant, parameters, programs):
+    """Networks, batches and lengths of full size; the base's config alone is a small one's."""
+    values = override(load_config(f"{CONFIGS / 'scaling.py'}:{variant}"), [("base", "tiny")])
+    module = method_module("scaling")
+    found = module.plan(to_dataclass(module.Config, values), make_mesh(devices=jax.devices()[:2]))
+    assert tuple(one.name for one in found) == programs
+    training = found[-1]
+    plan = training.compile()
+    # 100 classes are assumed. Of every parameter there are two moments, all in float32; a device's
+    # half of the batch is bytes.
+    state = plan.arguments - plan.images // 2 * 224**2 * 3
+    assert 0.99 < state / (3 * 4 * parameters) < 1.03
+    assert "100 classes" in plan.note and training.updates(training.batch) > 50_000
+    assert plan.flops > 6 * parameters * plan.images / 2
+
+
 def test_a_method_without_training_has_nothing_to_plan():
     module, config = configured("robustness", "models.original.train_on=")
     with pytest.raises(UserError, match="none is trained here"):

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.slow
 # The folders of stages that write no more than lists and scores, and of one whose needs are known
 # only when the stages before it are made.
 SMALL = re.compile(
-    r"(shots|figures|answers|routing|following|tokenizer|ablation|comparison|robustness|probe|kept|alignment)$"
+    r"(shots|figures|answers|routing|following|tokenizer|ablation|comparison|robustness|probe|kept"
+    r"|alignment|chosen|measured)$"
     r"|^quality/|^measured-"
 )
 LATER = {"tiny_base": {"tiny"}}

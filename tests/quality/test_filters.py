@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from jaxsynth.quality.filters import FilterConfig, kept, nearest_shot, shot_shares
+from jaxsynth.quality.filters import (
+    FilterConfig,
+    entropy,
+    kept,
+    most_uncertain,
+    nearest_shot,
+    shot_shares,
+)
 
 LABELS = np.array([0, 0, 0, 1, 1, 1])
 SHARES = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.45, 0.55], [0.1, 0.9], [0.3, 0.7]])
@@ -80,3 +87,13 @@ def test_shots_judge_by_the_nearest_class_mean():
 def test_settings_that_cannot_be_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         FilterConfig(**fields)
+
+
+def test_the_least_certain_of_each_class_that_are_free_are_taken():
+    wanted = [-(p * np.log(p)).sum() for p in SHARES]
+    np.testing.assert_allclose(entropy(SHARES), wanted)
+    assert entropy(np.array([[1.0, 0.0]])) == 0
+    # Of class 0 entropies fall as 1, 2, 0, of class 1 as 3, 5, 4.
+    assert most_uncertain(SHARES, LABELS, np.array([], int), 2).tolist() == [1, 2, 3, 5]
+    assert most_uncertain(SHARES, LABELS, np.array([1, 3]), 1).tolist() == [2, 5]
+    assert most_uncertain(SHARES, LABELS, np.array([1, 3]), 9).tolist() == [2, 0, 5, 4]

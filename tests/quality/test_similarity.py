@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import transformers
 
-from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_features
+from jaxsynth.quality.similarity import class_spread, mean_cosine, paired_cosine, text_features
 from jaxsynth.weights.hf import load_clip
 
 
@@ -24,3 +24,12 @@ def test_texts_are_those_of_transformers(base_folder):
         pooled = peer.text_model(torch.tensor(clip.tokenizer(texts))).pooler_output
         expected = peer.text_projection(pooled).numpy()
     np.testing.assert_allclose(text_features(clip, texts), expected, atol=1e-5)
+
+
+def test_spread_within_classes_is_the_distance_from_their_means():
+    labels = np.array([0, 0, 1, 1])
+    alike = np.array([[1.0, 0], [3, 0], [0, 1], [0, 2]])
+    assert class_spread(alike, labels) == 0
+    apart = np.array([[1.0, 0], [0, 5], [0, 1], [0, 2]])
+    # Of class 0 the mean is (1/2, 1/2), sqrt(1/2) from both; class 1 is one direction.
+    np.testing.assert_allclose(class_spread(apart, labels), np.sqrt(0.5) / 2, rtol=1e-6)

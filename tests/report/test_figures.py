@@ -4,10 +4,11 @@ import csv
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from jaxsynth.report.figures import write_numbers
-from jaxsynth.report.plots import Series, _round_ticks, plot_scaling
+from jaxsynth.report.plots import Series, _round_ticks, plot_scaling, plot_scatter
 
 
 def test_numbers_are_json_and_csv_with_the_columns_of_all_rows(tmp_path):
@@ -35,3 +36,15 @@ def test_errors_are_drawn_with_and_without_a_law(tmp_path):
     one, other = (np.asarray(Image.open(path)) for path in (plain, fitted))
     assert one.shape == other.shape and (one != other).any()
     assert _round_ticks([20.0, 86.0]) == [20.0, 30.0, 50.0, 70.0, 100.0]
+
+
+def test_points_are_shaded_by_a_third_value(tmp_path):
+    given = {"xlabel": "diversity", "ylabel": "recognised, %", "shade_label": "guidance"}
+    args = (["a", "b"], [0.2, 0.4], [90.0, 70.0])
+    one, other = (
+        np.asarray(Image.open(plot_scatter(tmp_path / f"{i}.png", *args, shade, **given)))
+        for i, shade in enumerate(([1.0, 7.5], [7.5, 1.0]))
+    )
+    assert one.shape == other.shape and (one != other).any()
+    with pytest.raises(ValueError, match="one length above 0"):
+        plot_scatter(tmp_path / "none.png", [], [], [], [], **given)

@@ -21,7 +21,8 @@ from jaxsynth.tasks.contrastive import (
     clone_network,
     clone_task,
 )
-from jaxsynth.tasks.supervised import NetworkConfig, Pool
+from jaxsynth.tasks.networks import NetworkConfig
+from jaxsynth.tasks.supervised import Pool
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.training.trainer import train

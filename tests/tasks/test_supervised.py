@@ -10,16 +10,18 @@ import torch
 from flax import nnx
 
 from jaxsynth.data.pipeline.augment import RECIPES
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.tasks import networks
+from jaxsynth.tasks.networks import NetworkConfig, of_pixels
 from jaxsynth.tasks.supervised import (
-    NetworkConfig,
     Pool,
     SupervisedConfig,
     View,
     cross_entropy,
-    logits_of,
-    of_pixels,
     planned_task,
+    streamed_tasks,
     supervised_tasks,
+    train_tasks,
 )
 from jaxsynth.training import trainer
 from jaxsynth.training.sharding import make_mesh
@@ -29,6 +31,10 @@ NETWORK = NetworkConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2)
 CONFIG = SupervisedConfig(
     steps=4, batch_size=8, learning_rate=1e-2, augment=RECIPES["none"], log_every=4
 )
+
+
+def logits_of(model, images) -> np.ndarray:
+    return networks.logits_of(model, NETWORK, images)
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +102,43 @@ def test_it_learns_and_pixels_predict(pool, tmp_path):
     model = train(task, config, tmp_path)
     assert (logits_of(model, pool.images).argmax(-1) == pool.labels).all()
     given = jnp.asarray(pool.images, jnp.float32) / 255
-    np.testing.assert_allclose(of_pixels(model)(given), logits_of(model, pool.images), atol=1e-5)
+    np.testing.assert_allclose(
+        of_pixels(model, NETWORK)(given), logits_of(model, pool.images), atol=1e-5
+    )
 
 
-def test_the_plan_is_of_the_program_that_runs():
-    task = planned_task(NETWORK, CONFIG, images=24, longest=24, num_classes=2)
-    plan = trainer.plan("points", task, CONFIG, make_mesh(devices=jax.devices()[:2]), count=4)
+def test_a_point_that_is_not_finite_is_left_out_and_the_others_are_as_if_it_never_was(
+    pool, tmp_path
+):
+    views = [view(range(4)), view(range(8), np.inf), view(range(24))]
+    tasks = supervised_tasks(pool, views, NETWORK, CONFIG, seeds=(0, 0, 1), num_classes=2)
+    found = train_tasks(tasks, CONFIG, tmp_path / "three")
+    assert found.failed.keys() == {1} and "not finite at step" in found.failed[1]
+    wanted = train_tasks([tasks[0], tasks[2]], CONFIG, tmp_path / "two")
+    for number, other in ((0, 0), (2, 1)):
+        logits = logits_of(found.models[number], pool.images)
+        np.testing.assert_array_equal(logits, logits_of(wanted.models[other], pool.images))
+    none = train_tasks([tasks[1]], CONFIG, tmp_path / "one")
+    assert not none.models and none.failed.keys() == {0}
+
+
+def test_streamed_images_train_with_their_weights(pool, tmp_path):
+    config = replace(CONFIG, steps=40, streamed=True)
+    # Images of weight 0 have wrong labels, which would be learned otherwise.
+    labels = np.concatenate([pool.labels, 1 - pool.labels])
+    source = ArraySource(np.concatenate([pool.images] * 2), labels, [str(i) for i in range(48)])
+    weights = np.repeat([1.0, 0.0], 24)
+    tasks = streamed_tasks([(source, weights)], NETWORK, config, seeds=(0,), num_classes=2)
+    found = train_tasks(tasks, config, tmp_path)
+    assert (logits_of(found.models[0], pool.images).argmax(-1) == pool.labels).all()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_plan_is_of_the_program_that_runs(streamed):
+    config = replace(CONFIG, streamed=streamed)
+    task = planned_task(NETWORK, config, images=24, longest=24, num_classes=2)
+    mesh = make_mesh(devices=jax.devices()[:2])
+    plan = trainer.plan("points", task, config, mesh, count=0 if streamed else 4)
     assert plan.flops > 0
 
 

@@ -13,7 +13,7 @@ from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.scaling.points import pixels_of
-from jaxsynth.methods.scaling.stages import LABELS_FILE, LOGITS_FILE
+from jaxsynth.methods.scaling.trainings import LABELS_FILE, LOGITS_FILE, devices_of
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.contrastive import (
     CloneConfig,
@@ -22,12 +22,14 @@ from jaxsynth.tasks.contrastive import (
     clone_network,
     clone_task,
 )
-from jaxsynth.tasks.probe import ProbeConfig, features_of, probe
-from jaxsynth.tasks.supervised import NetworkConfig, Pool
+from jaxsynth.tasks.networks import NetworkConfig, features_of
+from jaxsynth.tasks.probe import ProbeConfig, probe
+from jaxsynth.tasks.supervised import Pool
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train
 from jaxsynth.weights.hf import StableDiffusion
+from jaxsynth.weights.networks.classifiers import Classifier
 
 BACKBONE_FILE, SCORES_FILE, NEIGHBORS_FILE = "backbone.npz", "scores.json", "neighbors.npy"
 # Of a training's last measures, the mean of so many lines.
@@ -43,7 +45,9 @@ class Cloning:
     seed: int
 
 
-def _clone_bytes(config: Cloning, *, base: StableDiffusion, images: Artifact) -> int:
+def _clone_bytes(
+    config: Cloning, *, base: StableDiffusion, images: Artifact, backbone: Classifier | None = None
+) -> int:
     # A batch's captions, of the longest text: what tokens do to the size is the vocabulary's.
     tokens = np.full((1, base.tokenizer.max_length), base.text_encoder.config.vocab_size - 1)
     network = nnx.eval_shape(lambda: clone_network(config.network, config.clone, tokens, 0))
@@ -51,13 +55,22 @@ def _clone_bytes(config: Cloning, *, base: StableDiffusion, images: Artifact) ->
 
 
 @stage(processes="all", space=_clone_bytes)
-def train_clone(work: Work, config: Cloning, *, base: StableDiffusion, images: Artifact) -> dict:
+def train_clone(
+    work: Work,
+    config: Cloning,
+    *,
+    base: StableDiffusion,
+    images: Artifact,
+    backbone: Classifier | None = None,
+) -> dict:
     """A backbone trained on a store's images, whose prompts are its captions."""
     store = ImageStore(images.path)
     captions, numbers = np.unique([entry.prompt for entry in store.entries], return_inverse=True)
     pool = Pool(pixels_of(store, config.network.image_size), store.labels)
     tokens = np.asarray(base.tokenizer(captions.tolist()))
-    task = clone_task(pool, numbers, tokens, config.network, config.clone, seed=config.seed)
+    task = clone_task(
+        pool, numbers, tokens, config.network, config.clone, seed=config.seed, backbone=backbone
+    )
     sized = config.clone.sized(len(store))
     model = train(
         task, sized, work.training, mesh=work.mesh, description=f"train {config.clone.method}"
@@ -71,7 +84,8 @@ def train_clone(work: Work, config: Cloning, *, base: StableDiffusion, images: A
         name: float(np.mean([line[name] for line in lines[-_LAST:]]))
         for name in ("loss", "feature_std", "effective_rank")
     }
-    return {"captions": len(captions), "steps": sized.steps, **measures}
+    counts = {"captions": len(captions), "steps": sized.steps, "devices": devices_of(work)}
+    return counts | measures
 
 
 @dataclass(frozen=True)
@@ -85,16 +99,24 @@ class Probing:
 
 @stage(processes="all")
 def probe_backbone(
-    work: Work, config: Probing, *, data: Dataset, clone: Artifact | None = None
+    work: Work,
+    config: Probing,
+    *,
+    data: Dataset,
+    clone: Artifact | None = None,
+    backbone: Classifier | None = None,
 ) -> dict:
-    """Heads on a clone's features of the real training images, or on those of its random start."""
-    backbone = backbone_start(config.network, config.seed)
+    """Heads on a clone's features of the real training images, or on those of its start."""
+    network = config.network
+    model = backbone_start(network, config.seed, backbone)
     if clone is not None:
-        backbone = load_backbone(clone.path, backbone)
-    size = config.network.image_size
-    features = features_of(backbone, pixels_of(data.train, size))
+        model = load_backbone(clone.path, model)
+    train, test = (
+        features_of(model, network, pixels_of(source, network.image_size))
+        for source in (data.train, data.test)
+    )
     found = probe(
-        features, np.asarray(data.train.labels), features_of(backbone, pixels_of(data.test, size)),
+        train, np.asarray(data.train.labels), test,
         config.probe, work.training, num_classes=data.num_classes, seed=config.seed,
         mesh=work.mesh,
     )  # fmt: skip

@@ -20,8 +20,9 @@ from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.tasks.contrastive import CloneConfig
+from jaxsynth.tasks.networks import NetworkConfig
 from jaxsynth.tasks.probe import ProbeConfig
-from jaxsynth.tasks.supervised import NetworkConfig, SupervisedConfig
+from jaxsynth.tasks.supervised import SupervisedConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig
 from jaxsynth.training.config import aside
 from jaxsynth.training.sharding import MeshConfig
@@ -78,10 +79,17 @@ class Config:
     `sizes` those of each source. `added_real` real images stand beside every size of a source in
     the curve "NAME + real" (0: no such curve). At the size `mixed_size`, `fractions` of the images
     are real in "NAME, mixed" (0: none). A synthetic image counts 1 in the loss, a real one
-    `real_weight`. `clones` are backbones trained without classes on all images of the source
-    `clone_source`, whose features `probe` tells the classes by. Each of `seeds` has its own real
-    images, adapters, synthetic images and start. `resamples` are those of the intervals on the
-    page; `points_at_once` bounds how many points train together (0: all of a setting).
+    `real_weight`. The sources in `practice` have a curve "NAME, practiced" too: each size has the
+    images of the last one and those about which the last one's classifier is least certain, of all
+    that were drawn.
+
+    The first `measured` images of each class tell how recognisable and diverse a source is to
+    `clip` (0: neither). Networks begin at random, or with the weights of `backbone`, a folder or
+    hub id that `load_classifier` reads and whose shape `network` has. `clones` are backbones
+    trained without classes on all images of the source `clone_source`, whose features `probe` tells
+    the classes by. Each of `seeds` has its own real images, adapters, synthetic images and start.
+    `resamples` are those of the intervals on the page; `points_at_once` bounds how many points
+    train together (0: all of a setting).
     """
 
     method: str = "scaling"
@@ -96,6 +104,9 @@ class Config:
     mixed_size: Natural = 0
     fractions: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = ()
     real_weight: Positive = 1.0
+    practice: tuple[str, ...] = ()
+    measured: Natural = 0
+    backbone: str = ""
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
     seeds: Annotated[tuple[Seed, ...], Distinct()] = (0, 1, 2)
@@ -118,6 +129,22 @@ class Config:
             raise ValueError(
                 f"generate.images_per_class: {self.generate.images_per_class}, but `sizes` asks "
                 f"for {max(self.sizes)}"
+            )
+        for name in self.practice:
+            if name not in self.sources:
+                raise ValueError(f"practice: {name!r}, expected some of {', '.join(self.sources)}")
+        if self.practice and self.generate.images_per_class <= max(self.sizes):
+            raise ValueError(
+                f"practice: {', '.join(self.practice)}: chooses the largest size, "
+                f"{max(self.sizes)}, of all images, but generate.images_per_class is "
+                f"{self.generate.images_per_class}; expected more"
+            )
+        if self.measured > self.generate.images_per_class:
+            raise ValueError(f"measured: {self.measured}, more than are generated")
+        if self.clones and self.network.family != "vit":
+            raise ValueError(
+                f"network.family: {self.network.family!r}, but `clones` compare tokens; expected "
+                "'vit', or no clones"
             )
         if "start" in self.clones:
             raise ValueError("clones: 'start' is the random backbone, expected another name")

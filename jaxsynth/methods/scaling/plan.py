@@ -90,7 +90,7 @@ def _generating(
 def _training(
     config: Config, name: str, points: int, classes: int, mesh: Mesh, note: str
 ) -> Program:
-    """All points of a setting together."""
+    """All points of a setting together, or one that is streamed."""
     longest = classes * max(config.real_sizes if name == REAL else config.sizes)
 
     def build(batch: int) -> Plan:
@@ -99,12 +99,26 @@ def _training(
             config.network, sized, images=len(config.seeds) * longest, longest=longest,
             num_classes=classes,
         )  # fmt: skip
+        count = 0 if sized.streamed else config.points_at_once or points
         return trainer.plan(
-            f"training, {name}", task, sized.sized(longest), mesh, count=points, note=note
+            f"training, {name}", task, sized.sized(longest), mesh, count=count, note=note
         )
 
-    batch = config.train.batch_size
-    return Program(f"training, {name}", build, "train.batch_size", batch, config.train.accumulate)
+    def updates(batch: int) -> int:
+        """Of every setting of this kind, in calls of this program."""
+        sized = replace(config.train, batch_size=batch)
+        chosen = [x for s, x in settings(config).items() if (s == REAL) == (name == REAL)]
+        if sized.streamed:
+            every = [point for own in chosen for point in own]
+            return sum(
+                sized.sized(classes * (point.real + point.synthetic)).steps for point in every
+            )
+        groups = [math.ceil(len(own) / (config.points_at_once or len(own))) for own in chosen]
+        return sum(groups) * sized.sized(longest).steps
+
+    batch, streamed = config.train.batch_size, config.train.streamed
+    unit = config.train.accumulate * (rows_of(mesh) if streamed else 1)
+    return Program(f"training, {name}", build, "train.batch_size", batch, unit, updates)
 
 
 def _clone(config: Config, name: str, classes: int, mesh: Mesh, note: str) -> Program:

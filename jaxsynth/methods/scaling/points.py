@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
-from jaxsynth.data.dataset import Dataset, ImageSource
+from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
 from jaxsynth.data.decode import square
+from jaxsynth.data.names import safe_name
 from jaxsynth.data.splits import Shots
-from jaxsynth.data.views import Subset, first_of_each, real_share
+from jaxsynth.data.views import Joined, Subset, first_of_each, real_share
 from jaxsynth.methods.scaling.config import REAL, Config
 from jaxsynth.tasks.supervised import Pool, View
+
+PRACTICED = ", practiced"
+
+Views = tuple[Subset | None, Subset | None]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ def settings(config: Config) -> dict[str, list[Point]]:
         found[name] = [(0, n) for n in config.sizes]
         if config.added_real:
             found[f"{name} + real"] = [(config.added_real, n) for n in config.sizes]
+        if name in config.practice:
+            found[f"{name}{PRACTICED}"] = [(0, n) for n in sorted(config.sizes)]
         shares = [real_share(config.mixed_size, f) for f in config.fractions]
         if shares:
             found[f"{name}, mixed"] = [(k, config.mixed_size - k) for k in shares]
@@ -51,7 +59,24 @@ def settings(config: Config) -> dict[str, list[Point]]:
 
 def source_of(setting: str) -> str:
     """The source of a setting's synthetic images."""
-    return setting.removesuffix(" + real").removesuffix(", mixed")
+    for end in (" + real", ", mixed", PRACTICED):
+        setting = setting.removesuffix(end)
+    return setting
+
+
+def trainings(config: Config, setting: str) -> dict[Path, list[Point]]:
+    """The points of each training of a setting, by its folder below the run's.
+
+    All of a setting train together, but for deliberate practice, where a size waits for the one
+    before it.
+    """
+    points, folder = settings(config)[setting], Path(safe_name(setting))
+    if not setting.endswith(PRACTICED):
+        return {folder / "training": points}
+    return {
+        folder / f"round{i}" / "training": [point for point in points if point.size == size]
+        for i, size in enumerate(sorted(config.sizes))
+    }
 
 
 def views_of(
@@ -59,34 +84,32 @@ def views_of(
     data: Dataset,
     shots: Mapping[int, Shots],
     synthetic: Mapping[int, ImageSource],
-) -> list[tuple[Subset | None, Subset | None]]:
-    """The real and the synthetic images of each point; None for none.
+) -> tuple[dict[Point, Views], dict[Point, str]]:
+    """The real and the synthetic images of each point, None for none; and why others have none.
 
     The real images of a seed are the first of its shots, the synthetic ones the first of its
-    store. SourceError where a class has too few.
+    store. A point of which a class has too few is left out, with the class in the reason.
     """
-    found = []
+    found, failed = {}, {}
     for point in points:
-        real = None
-        if point.real:
-            own = shots[point.seed].train_source(data)
-            real = first_of_each(own, data.class_names, point.real, f"real images ({point.name})")
-        drawn = None
-        if point.synthetic:
-            drawn = first_of_each(
-                synthetic[point.seed], data.class_names, point.synthetic,
-                f"{point.setting} ({point.name})",
-            )  # fmt: skip
-        found.append((real, drawn))
-    return found
+        try:
+            real = drawn = None
+            if point.real:
+                own = shots[point.seed].train_source(data)
+                real = first_of_each(own, data.class_names, point.real, "real images")
+            if point.synthetic:
+                kept, name = synthetic[point.seed], source_of(point.setting)
+                drawn = first_of_each(kept, data.class_names, point.synthetic, name)
+            found[point] = (real, drawn)
+        except SourceError as error:
+            failed[point] = str(error)
+    return found, failed
 
 
-def pooled(
-    views: Sequence[tuple[Subset | None, Subset | None]], size: int, real_weight: float
-) -> tuple[Pool, list[View], list[dict[str, list[str]]]]:
+def pooled(views: Sequence[Views], size: int, real_weight: float) -> tuple[Pool, list[View]]:
     """One pool of all images that views see, each once, and the views over it.
 
-    Also each view's ids. A synthetic image weighs 1, a real one `real_weight`.
+    A synthetic image weighs 1, a real one `real_weight`.
     """
     places: dict[tuple[int, int], int] = {}
     images, labels = [], []
@@ -103,7 +126,7 @@ def pooled(
             found.append(places[key])
         return found
 
-    out, ids = [], []
+    out = []
     for real, drawn in views:
         parts = [(rows(view), weight) for view, weight in ((real, real_weight), (drawn, 1.0))
                  if view is not None]  # fmt: skip
@@ -113,13 +136,25 @@ def pooled(
                 np.concatenate([np.full(len(own), weight) for own, weight in parts]),
             )
         )
-        ids.append(
-            {
-                name: [] if view is None else list(view.ids)
-                for name, view in (("real_ids", real), ("synthetic_ids", drawn))
-            }
-        )
-    return Pool(np.stack(images), np.asarray(labels, np.int32)), out, ids
+    return Pool(np.stack(images), np.asarray(labels, np.int32)), out
+
+
+def streamed(view: Views, real_weight: float) -> tuple[ImageSource, Float[np.ndarray, " n"]]:
+    """A view as one source, and the weights of its images; nothing is read."""
+    parts = [(own, weight) for own, weight in zip(view, (real_weight, 1.0), strict=True) if own]
+    sources = [own for own, _ in parts]
+    joined = Joined(
+        sources,
+        np.concatenate([own.labels for own in sources]),
+        [id_ for own in sources for id_ in own.ids],
+    )
+    return joined, np.concatenate([np.full(len(own), weight) for own, weight in parts])
+
+
+def ids_of(view: Views) -> dict[str, list[str]]:
+    """What a view saw, by the ids of its images."""
+    names = ("real_ids", "synthetic_ids")
+    return {k: [] if own is None else list(own.ids) for k, own in zip(names, view, strict=True)}
 
 
 def pixels_of(source: ImageSource, size: int) -> UInt8[np.ndarray, "n size size 3"]:

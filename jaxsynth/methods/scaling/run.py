@@ -11,7 +11,10 @@ Below the run's folder:
     <source>/seed0/adapter       what the generator learned of them, for a source with shots
     <source>/seed0/images        the source's images
     <source>/seed0/kept          those that its filters keep, as places in the store
+    <source>/seed0/measured      how recognisable and diverse they are
     <setting>/training           every point of a setting: networks, answers, ids of its images
+    <setting>/round0/...         the same of deliberate practice, a training for each size
+    <setting>/round1/seed0/chosen  the images that it takes next, as places in the store
     <setting>/robustness         the robustness suite's figures of the points that are judged
     clones/start/seed0/probe     what the features of a random backbone tell
     clones/<name>/seed0/{backbone,probe}
@@ -40,15 +43,23 @@ from jaxsynth.methods.scaling import report as pages
 from jaxsynth.methods.scaling.clones import Cloning, Probing, probe_backbone, train_clone
 from jaxsynth.methods.scaling.config import REAL, Config
 from jaxsynth.methods.scaling.plan import plan
-from jaxsynth.methods.scaling.points import Point, settings, source_of
+from jaxsynth.methods.scaling.points import Point, settings, source_of, trainings
 from jaxsynth.methods.scaling.stages import (
+    Choosing,
     Drawing,
     Finetuning,
+    Measuring,
+    choose_uncertain,
+    draw_real,
+    learn_shots,
+    measure_images,
+)
+from jaxsynth.methods.scaling.trainings import (
+    FAILED_FILE,
     Judging,
     Training,
-    draw_real,
+    failures_of,
     judge_points,
-    learn_shots,
     train_points,
 )
 from jaxsynth.runs.rehearsal import NotMade, rehearsing
@@ -56,13 +67,13 @@ from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source, StageError
+from jaxsynth.tasks.networks import started
 from jaxsynth.training.loop import NonFiniteError
 from jaxsynth.training.trainer import check_batches
 from jaxsynth.weights.hf import Clip, StableDiffusion
+from jaxsynth.weights.networks.classifiers import Classifier, load_classifier
 
 __all__ = ["Config", "make", "plan", "report", "run"]
-
-FAILED_FILE = "failed.json"
 
 T = TypeVar("T")
 
@@ -76,16 +87,20 @@ def run(config: Config, workdir: Path) -> Path:
 def make(config: Config, workdir: Path) -> None:
     """Every stage of the study.
 
-    A setting that fails is named at the end and on the page, and the others go on.
+    A source without prompts, a point that a class has too few images for, a training that is not
+    finite: each is named in one line and on the page, and the others go on.
     """
     run = _Run(config, Path(workdir))
-    run.check()
+    failed = run.check()
+    for what, why in failed.items():
+        console.print(f"{what}: failed: {why}", markup=False)
     keep_record(run.folder, config)
     shots = {seed: run.draw(seed) for seed in config.seeds}
-    failed: dict[str, str] = {}
 
     def attempt(what: str, *needed: str, work: Callable[[], T]) -> T | None:
         """What `work` makes; where it or what it needs failed, that is written down."""
+        if what in failed:
+            return None
         try:
             if broken := next((failed[name] for name in needed if name in failed), ""):
                 raise UserError(broken)
@@ -104,11 +119,11 @@ def make(config: Config, workdir: Path) -> None:
             f"images of {name}",
             work=lambda name=name: {s: run.generate(name, s, shots[s]) for s in config.seeds},
         )
-    for setting, points in settings(config).items():
+    for setting in settings(config):
         name = source_of(setting)
         attempt(
             setting, f"images of {name}",
-            work=lambda own=(setting, points), name=name: run.train(*own, shots, images[name]),
+            work=lambda setting=setting, name=name: run.train(setting, shots, images[name]),
         )  # fmt: skip
     for name in ("start", *config.clones) if config.clones else ():
         attempt(
@@ -119,6 +134,10 @@ def make(config: Config, workdir: Path) -> None:
             ],
         )  # fmt: skip
     if jax.process_index() == 0 and rehearsing() is None:
+        for setting in settings(config):
+            for folder in trainings(config, setting):
+                for point, why in failures_of(run.folder / folder).items():
+                    failed[f"{setting}: {point}"] = why
         write_json(run.folder / FAILED_FILE, failed)
     if all(setting in failed for setting in settings(config)):
         raise UserError(f"every setting failed, the first: {next(iter(failed.values()))}")
@@ -163,18 +182,38 @@ class _Run:
     def mesh(self) -> Mesh | None:
         return self.config.mesh.make()
 
-    def check(self) -> None:
-        """What is wrong with data, prompts, weights and devices is found before the first stage."""
+    @cached_property
+    def backbone(self) -> dict[str, Source[Classifier]]:
+        """The checkpoint that networks begin with, if there is one, as a stage's input."""
+        if not self.config.backbone:
+            return {}
+        path = self.config.backbone
+        return {"backbone": Source(lambda: load_classifier(path), lambda found: found.digest)}
+
+    def check(self) -> dict[str, str]:
+        """What is wrong with data, weights and devices is found before the first stage.
+
+        Returns what is wrong with a source's prompts, by what fails.
+        """
+        failed: dict[str, str] = {}
         data, config = self.data.value, self.config
         few_shot(data, config.most_real, config.seeds[0])
         if config.sources:
             tokenizer = self.base.value.tokenizer
-            if any(source.keep.takes_any for source in config.sources.values()):
+            if config.measured or any(x.keep.takes_any for x in config.sources.values()):
                 self.clip.value.tokenizer(list(class_prompts(data)))
-            for bank in self.banks.values():
-                tokenizer(list(bank.value.texts))
+            for name, bank in self.banks.items():
+                try:
+                    tokenizer(list(bank.value.texts))
+                except UserError as error:
+                    failed[f"images of {name}"] = str(error)
+        for given in self.backbone.values():
+            started(config.network.make(0, jax.random.key(0)), config.network, given.value)
         if any(source.shots for source in config.sources.values()):
             check_batches({"finetune": config.finetune}, self.mesh)
+        if config.train.streamed:
+            check_batches({"train": config.train}, self.mesh)
+        return failed
 
     def draw(self, seed: int) -> Artifact:
         return draw_real(
@@ -201,7 +240,7 @@ class _Run:
         generate = config.generate
         if source.guidance_scale is not None:
             generate = replace(generate, guidance_scale=source.guidance_scale)
-        return generate_images(
+        images = generate_images(
             folder / "images",
             Generating(generate, seed, config.dtype),
             label=f"images {name}: seed {seed}",
@@ -210,6 +249,16 @@ class _Run:
             bank=self.banks[name],
             adapter=adapter,
         )
+        if config.measured:
+            measure_images(
+                folder / "measured",
+                Measuring(config.measured),
+                label=f"recognisability {name}: seed {seed}",
+                data=self.data,
+                clip=self.clip,
+                images=images,
+            )
+        return images
 
     def filter(
         self, name: str, seed: int, images: Artifact, shots: Artifact
@@ -230,22 +279,51 @@ class _Run:
         )
         return {f"kept{seed}": made}
 
-    def train(
-        self,
-        setting: str,
-        points: list[Point],
-        shots: dict[int, Artifact],
-        images: dict[int, Artifact],
-    ) -> None:
-        """All points of a setting, and the robustness of those that are judged."""
-        config = self.config
-        inputs = {f"images{seed}": made for seed, made in images.items()}
+    def train(self, setting: str, shots: dict[int, Artifact], images: dict[int, Artifact]) -> None:
+        """All points of a setting and the robustness of those that are judged."""
+        config, kept = self.config, {}
         for seed, made in images.items():
-            inputs |= self.filter(source_of(setting), seed, made, shots[seed])
-        if any(point.real for point in points):
+            kept |= self.filter(source_of(setting), seed, made, shots[seed])
+        inputs = {f"images{seed}": made for seed, made in images.items()}
+        if any(point.real for point in settings(config)[setting]):
             inputs |= {f"shots{seed}": made for seed, made in shots.items()}
+        made: Artifact | None = None
+        for where, points in trainings(config, setting).items():
+            folder, chosen = self.folder / where.parent, kept
+            if made is not None:
+                chosen = {
+                    f"kept{point.seed}": self.choose(folder, point, inputs, kept, made)
+                    for point in points
+                }
+            made = self.points(folder, setting, points, inputs | chosen)
+
+    def choose(
+        self,
+        folder: Path,
+        point: Point,
+        inputs: dict[str, Artifact],
+        kept: dict[str, Artifact],
+        training: Artifact,
+    ) -> Artifact:
+        """The images of a point of deliberate practice, after the training of the size before."""
+        name = f"kept{point.seed}"
+        return choose_uncertain(
+            folder / f"seed{point.seed}" / "chosen",
+            Choosing(point.size, point.seed, self.config.network),
+            label=f"chosen images {point.setting}: {point.size}, seed {point.seed}",
+            data=self.data,
+            images=inputs[f"images{point.seed}"],
+            training=training,
+            **({"kept": kept[name]} if name in kept else {}),
+        )
+
+    def points(
+        self, folder: Path, setting: str, points: list[Point], inputs: dict[str, Artifact]
+    ) -> Artifact:
+        """One training of points, and the robustness of those that are judged."""
+        config = self.config
         made = train_points(
-            self.folder / safe_name(setting) / "training",
+            folder / "training",
             Training(
                 tuple(points),
                 config.network,
@@ -256,16 +334,18 @@ class _Run:
             label=f"training: {setting}",
             mesh=self.mesh,
             data=self.data,
+            **self.backbone,
             **inputs,
         )
         if {point.size for point in points} & {*config.judge.sizes} and ", mixed" not in setting:
             judge_points(
-                self.folder / safe_name(setting) / "robustness",
+                folder / "robustness",
                 Judging(config.judge, config.network, config.seeds[0]),
                 label=f"robustness: {setting}",
                 data=self.data,
                 training=made,
             )
+        return made
 
     def clone(self, name: str, seed: int, images: Artifact) -> None:
         """A backbone trained on images, and its probe; for "start" that of its random start."""
@@ -279,6 +359,7 @@ class _Run:
                 mesh=self.mesh,
                 base=self.base,
                 images=images,
+                **self.backbone,
             )
         probe_backbone(
             folder / "probe",
@@ -287,4 +368,5 @@ class _Run:
             mesh=self.mesh,
             data=self.data,
             clone=made,
+            **self.backbone,
         )

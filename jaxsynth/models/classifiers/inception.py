@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsynth.models.layers import InitKeys, convolve
-from jaxsynth.models.norms import FrozenBatchNorm
+from jaxsynth.models.norms import BatchNorm
 
 FEATURES = 2048
 # The side of the images that the network was trained on, and the least that leaves a pixel.
@@ -49,7 +49,7 @@ class ConvNorm(nnx.Module):
             conv_general_dilated=convolve,
             rngs=rngs,
         )
-        self.bn = FrozenBatchNorm(outputs, epsilon=_EPSILON)
+        self.bn = BatchNorm(outputs, epsilon=_EPSILON)
 
     def __call__(self, x: Array) -> Array:
         return jax.nn.relu(self.bn(self.conv(x)))

@@ -2,7 +2,7 @@
 
 The form of torchvision ("v1.5": the 3x3 convolution of a bottleneck has the stride), which timm's
 resnet18 to resnet152 and transformers' share. Modules carry the names of transformers' files.
-Inference only: batch norm applies its stored statistics.
+Batch norm applies its stored statistics, or in training the batch's (`norms.BatchNorm`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxsynth.models import layers
 from jaxsynth.models.fields import known_fields, unused_fields
-from jaxsynth.models.norms import FrozenBatchNorm
+from jaxsynth.models.norms import BatchNorm
 
 _UNUSED = unused_fields("")
 # A bottleneck's inner channels are a quarter of its outer ones.
@@ -77,7 +77,7 @@ class ConvNorm(nnx.Module):
         self.convolution = layers.conv2d(
             inputs, outputs, kernel, stride=stride, use_bias=False, dtype=dtype, rngs=rngs
         )
-        self.normalization = FrozenBatchNorm(outputs)
+        self.normalization = BatchNorm(outputs)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         x = self.normalization(self.convolution(x))
