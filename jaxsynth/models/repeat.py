@@ -32,10 +32,11 @@ def run_layers(
 ) -> list[PyTree]:
     """What each layer makes of the one's before it: `x = call(layer, x)` for every layer in order.
 
-    Layers in a row that differ in values alone become one scan, where there are `FEWEST` of them;
-    others (adapted in another way, say) are unrolled. `call` keeps the shapes and types of `x`.
-    Adapters inside may hold arrays that are no Variables: a strength, a key of dropout. `remat`
-    names what of each layer the backward pass computes again (`models.remat`).
+    Under `remat`, layers in a row that differ in values alone become one scan, where there are
+    `FEWEST` of them; others (adapted in another way, say) are unrolled. So are all without it: a
+    scan would keep more for the backward pass than XLA keeps of unrolled layers. `call` keeps the
+    shapes and types of `x`. Adapters inside may hold arrays that are no Variables: a strength, a
+    key of dropout. `remat` names what the backward pass computes again (`models.remat`).
     """
     flat = [_flatten(layer) for layer in layers]
     states: list[PyTree] = []
@@ -44,7 +45,7 @@ def run_layers(
         stop = start + 1
         while stop < len(layers) and _alike(flat[start], flat[stop]):
             stop += 1
-        if stop - start < FEWEST:
+        if remat is None or stop - start < FEWEST:
             for layer in layers[start:stop]:
                 run = checkpointed(lambda x, layer=layer: call(layer, x), remat)
                 states.append(x := run(x))

@@ -38,7 +38,7 @@ class Net(nnx.Module):
         self.layers = nnx.List(Block(rngs=rngs) for _ in range(depth))
 
     def __call__(self, x):
-        return run_layers(self.layers, x, lambda layer, x: layer(x))
+        return run_layers(self.layers, x, lambda layer, x: layer(x), remat="block")
 
 
 def both(model, x, key, monkeypatch):
