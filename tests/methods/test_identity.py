@@ -83,6 +83,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "adapter": ("dora", "lokr"),
     "technique": ("lora", "dreambooth"),
     "projection": ("resampler",),
+    "prompts": (("a drawing",),),
     "word": ("plant",),
     "token": ("<other>",),
     "initializer": ("red",),
