@@ -151,9 +151,13 @@ def _shards(index: Path) -> list[Path]:
 def write_tensors(
     path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that torch libraries read, through a temporary file."""
+    """Write a safetensors file that torch libraries read, through a temporary file.
+
+    Of a view the library writes the memory below it as it lies: here a view is copied first.
+    """
+    whole = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     with io.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def to_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -147,3 +147,18 @@ def test_counts_of_a_config_fit_its_weights(tmp_path, config, field):
     check_counts(tmp_path, DiTConfig(num_layers=100), 100, 10**6)
     with pytest.raises(UserError, match=f"{field}, but the weights have 100 tensors of 1000000 n"):
         check_counts(tmp_path, config, 100, 10**6)
+
+
+def test_views_and_scalars_are_written_as_they_are(tmp_path):
+    plain = np.arange(6, dtype=np.float32).reshape(2, 3)
+    given = {
+        "turned": plain.T,
+        "every other": plain[:, ::2],
+        "one": np.float32(7)[...],
+        "as": plain,
+    }
+    hub.write_tensors(tmp_path / "t.safetensors", given)
+    with opened(tmp_path / "t.safetensors") as file:
+        for name, expected in given.items():
+            found = file.read_any(name)
+            assert found.shape == expected.shape and np.array_equal(found, expected), name

@@ -82,7 +82,7 @@ def write_image_adapter(path: str | Path, adapter: ImageAdapter) -> Path:
     kernels = {}
     for row, pair in enumerate(adapter.kernels.values()):
         for name, kernel in zip("kv", pair, strict=True):
-            weight = np.ascontiguousarray(np.asarray(kernel, np.float32).T)
+            weight = np.asarray(kernel, np.float32).T
             kernels[f"{2 * row + 1}.to_{name}_ip.weight"] = weight
     parts = {_PROJECTION: to_file(adapter.projection, jnp.float32), _KERNELS: kernels}
     if path.suffix in PICKLED:
