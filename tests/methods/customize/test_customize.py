@@ -24,7 +24,8 @@ OWN = {
     "dreambooth": ("dreambooth.adapter=full",),
     "lora": ("data.class_names=0,1", "lora.evaluate_every=4"),
     "ip_adapter": (
-        "data.source=digits", "data.name=", "data.class_names=0,1", "ip_adapter.evaluate_every=4",
+        "data.source=digits", "data.name=", "data.images_per_class=500", "data.class_names=0,1",
+        "ip_adapter.evaluate_every=4",
         "ip_adapter.sample_every=4", "prompts=zero",
     ),
 }  # fmt: skip
