@@ -93,10 +93,10 @@ class Config:
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
     storage and compute type of the frozen networks; adapters stay float32. `modes`: "dset" is one
     adapter for the whole data set, "cls" one for each class, "stacked" one for each class that
-    learns on top of the data set's. `classes_at_once` bounds how many
-    class adapters train together (0: all). `validation_fraction` of the shots is kept from training
-    and chooses the classifier's step; at 0 the last step is taken. `adapter`, where it is given, is
-    what the generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
+    learns on top of the data set's. `classes_at_once` bounds how many class adapters train together
+    (0: all). `validation_fraction` of the shots is kept from training and chooses the classifier's
+    step; at 0 the last step is taken. `adapter`, where it is given, is what the generator learns by
+    (`finetune.adapter`); the classifier's is `classify.adapter`.
 
     `recipes` are more rows of the table by their names, and `sets` images that they use.
     `measure_sets` compares each set of images with the test images, and with the shots.
