@@ -425,7 +425,7 @@ _MIX = "base_model.model.mix"
         ({"fields": {"target_modules": None}}, "target_modules is None"),
         ({"fields": {"target_modules": ["down"]}}, "blocks.0 is not among the targets"),
         ({"fields": {"r": 5}}, r"blocks.0 has factors of shapes \(3, 8\) .* expected \(5, in\)"),
-        ({"fields": {"r": 0}}, "rank is 0, expected at least 1"),
+        ({"fields": {"r": 0}}, "r is 0, expected at least 1"),
         ({"drop": [f"{_MIX}.lora_B.weight"]}, "mix has no lora_B"),
         ({"tensors": {"mix.lora_A.weight": np.ones(2)}}, "key mix.lora_A.weight does not start"),
         ({"tensors": {f"{_MIX}.lora_C.weight": np.ones(2)}}, f"unknown key {_MIX}.lora_C"),
