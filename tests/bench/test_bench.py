@@ -196,6 +196,7 @@ def test_a_mixed_batch_is_what_its_sets_draw_alone():
         bench.run("routing", peer="torch", console=out)
 
 
+@pytest.mark.slow
 def test_points_together_are_those_in_turn_and_methods_are_timed_beside_simclr():
     out = printer()
     (row,) = bench.run("points", cases=("tiny",), reps=1, shortest=0.0, console=out)
