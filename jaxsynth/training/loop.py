@@ -142,7 +142,7 @@ def fit(
             with jax.profiler.StepTraceAnnotation(description, step_num=step):
                 if meter is not None:
                     meter.look()
-                batch = jax.device_put(batch) if place is None else place(batch)
+                batch = _on_device(batch) if place is None else place(batch)
                 if meter is None:
                     traced = program.trace(leaves, frozen_leaves, batch)
                     work = lambda: count_flops(traced.jaxpr) / steps_per_call  # noqa: B023, E731
@@ -189,6 +189,11 @@ def fit(
     if profile is not None and calls in PROFILED_CALLS:
         jax.profiler.stop_trace()
     return jax.tree.unflatten(structure, leaves)
+
+
+def _on_device(batch: PyTree) -> PyTree:
+    """Arrays of the host on the device; others lie where they shall, maybe on many hosts."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), batch)
 
 
 def _due(every: int, before: int, step: int, steps: int) -> bool:
