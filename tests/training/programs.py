@@ -20,6 +20,7 @@ def memory_of_programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
                 measured.append(program.lower(*values).compile().memory_analysis())
             return program(*values)
 
+        call.trace = program.trace  # pyrefly: ignore[missing-attribute]
         return call
 
     monkeypatch.setattr(loop, "_program", measuring)
