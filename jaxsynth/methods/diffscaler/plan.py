@@ -133,7 +133,7 @@ def _trainings(config: Config) -> list[_Training]:
     for group in [tuple(counted)] if config.together else [(name,) for name in counted]:
         made.append(
             _Training(
-                f"{counted(len(group), 'set')}" if len(group) > 1 else f"set of {group[0]}",
+                f"{len(group)} sets" if len(group) > 1 else f"set of {group[0]}",
                 recipe,
                 train,
                 max(counted[name][1] for name in group),
