@@ -110,6 +110,9 @@ def run(args: argparse.Namespace) -> None:
     """`jaxsynth run`: starts a run, or goes on with it."""
     name, method, config = _configured(args)
     check_config(config, args.workdir)
+    from jaxsynth.runs import reuse
+
+    reuse.look_in(args.reuse)
     if args.dry_run:
         _is_known(args.workdir, name)
         rehearsal_verb.rehearse(method, config, args.workdir)
@@ -119,10 +122,8 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from jaxsynth.core.console import console, duration, set_quiet
-    from jaxsynth.runs import reuse
     from jaxsynth.runs.run import write_record
 
-    reuse.look_in(args.reuse)
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
         install()
     first = jax.process_index() == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -61,15 +62,46 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         after = argv[argv.index(config[0]) + 1 :]
         spec = config[0].partition("=")[2] or (after[0] if after else "")
         argv = ["fields", spec]
+    if argv and argv[0] in subparsers:
+        _refuse_unknown(argv[0], subparsers[argv[0]], argv[1:])
+    return parser.parse_args(argv)
 
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = [o for action in subparsers[args.verb]._actions for o in action.option_strings]
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, [*options, "--config."], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"unknown argument {unknown[0]}{hint} (see jaxsynth {args.verb} --help)")
-    return args
+
+def _refuse_unknown(verb: str, parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """UsageError for a word that the verb has no use for, with what was probably meant.
+
+    argparse would first name what is missing, which a misspelt flag was to give.
+    """
+    actions = {name: action for action in parser._actions for name in action.option_strings}
+    placed = [action.dest for action in parser._actions if not action.option_strings]
+    value_next = False
+    for word in words:
+        is_value, value_next = value_next, False
+        if re.fullmatch(r"-+[A-Za-z][^\s=]*(=.*)?", word, re.DOTALL):
+            name, given, _ = word.partition("=")
+            if name not in actions:
+                raise _unknown(verb, word, list(actions), placed)
+            value_next = not given and actions[name].nargs != 0
+        elif not is_value and not placed:
+            raise _unknown(verb, word, list(actions), placed)
+
+
+def _unknown(verb: str, word: str, options: Sequence[str], placed: Sequence[str]) -> UsageError:
+    name, sign, value = word.partition("=")
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
+    meant = ""
+    if name.lstrip("-").startswith("config."):
+        meant = f"did you mean --{word.lstrip('-')}?"
+    elif close:
+        meant = f"did you mean {close[0]}{sign}{value}?"
+    elif value and difflib.get_close_matches(name.lstrip("-"), placed, n=1, cutoff=0.7):
+        meant = f"did you mean {value}, without a flag?"
+    elif verb in ("run", "plan") and re.search(r"\.py(:.*)?$", word):
+        meant = f"did you mean --config={word}?"
+    elif verb in ("run", "plan") and word.startswith("-"):
+        meant = f"a field of the config is set by --config.{name.lstrip('-')}={value or 'VALUE'}"
+    hint = f"; {meant}" if meant else ""
+    return UsageError(f"unknown argument {word}{hint} (see jaxsynth {verb} --help)")
 
 
 def _run_parser(verbs) -> argparse.ArgumentParser:

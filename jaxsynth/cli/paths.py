@@ -11,7 +11,10 @@ def local_path(text: str) -> Path:
     """A path on a file system, as a type of an argument; an address of a store is refused.
 
     As a path, gs://bucket/runs would be a folder "gs:" here, and every host would write its own.
+    Nothing, which a shell makes of a variable that is not set, would be the current folder.
     """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty, expected a path (. is the current folder)")
     found = _ADDRESS.match(text)
     if found is not None:
         mount = "; mount the bucket (gcsfuse BUCKET DIR) and give DIR" * (found[1] == "gs")

@@ -53,9 +53,7 @@ def load_config(spec: str) -> dict[str, Any]:
     name, _, variant = spec.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        there = f"; {path.parent}/ holds {', '.join(beside)}" if beside else ""
-        raise ConfigError(f"config file {name!r} does not exist{there}")
+        raise ConfigError(_no_config_file(name, path))
     module_spec = importlib.util.spec_from_file_location(f"jaxsynth_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"config file {name!r} is not a Python file (.py)")
@@ -76,11 +74,24 @@ def load_config(spec: str) -> dict[str, Any]:
         config = get_config(variant) if variant else get_config()
     except (ValueError, KeyError) as error:
         detail = error.args[0] if error.args else error
-        asked = f", variant {variant!r}" if variant else ""
+        asked = f", variant {variant!r}" if variant and repr(variant) not in str(detail) else ""
         raise ConfigError(f"config file {name}{asked}: {detail}") from error
     except Exception as error:
         raise _own_fault(name, variant, error) from error
     return _plain(config)
+
+
+def _no_config_file(name: str, path: Path) -> str:
+    """Why a name is that of no config file, and which are there."""
+    if not name.strip():
+        return "the config's name is empty, expected FILE[:VARIANT]"
+    folder = path if path.is_dir() else path.parent
+    beside = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
+    found = "is a folder, expected a Python file" if path.is_dir() else "does not exist"
+    close = difflib.get_close_matches(f"{path.stem}.py", beside, n=1)
+    meant = f"; did you mean {folder / close[0]}?" if close and not path.is_dir() else ""
+    there = f"; {folder}/ holds {', '.join(beside)}" if beside and not meant else ""
+    return f"config file {name!r} {found}{meant or there}"
 
 
 def _own_fault(name: str, variant: str, error: Exception) -> ConfigError:
