@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxsynth.adapters.inject import AdapterState, configs_of, matches
 from jaxsynth.adapters.kinds.lora import LoRAConfig
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.weights.adapters import factors, peft_settings
 from jaxsynth.weights.adapters.layer_names import TEXT_MODEL
 
@@ -172,7 +172,7 @@ def arrays_of(found: dict[tuple[str, str], np.ndarray], config: LoRAConfig, sour
                 f"(out, {rank}, 1, 1)"
             )
         if not any(matches(target, path) for target in config.targets):
-            raise UserError(f"{source}: {path} is not among the targets {config.targets}")
+            raise UserError(f"{source}: {path} is not among the targets {shown(config.targets)}")
         for factor, value in zip(pair, (down, up), strict=True):
             arrays[f"{path}.{factor}"] = jnp.asarray(factors.from_torch(factor, value), jnp.float32)
         if (path, "bias") in found:

@@ -23,7 +23,7 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.adapters.kinds.prefix import PrefixConfig
 from jaxsynth.adapters.kinds.vera import VeRAConfig, projections
 from jaxsynth.core.documents import take
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.weights.adapters import factors
 from jaxsynth.weights.adapters.lora_files import renamed
 from jaxsynth.weights.adapters.peft_settings import FORMS, Fields, Form, kind_of, targets_of
@@ -127,7 +127,7 @@ def from_peft(
     kept = {prefix + name.removeprefix(prefix): mask for name, mask in kept.items()}
     for path, own in sorted(found.items()):
         if not any(inject.matches(target, path) for target in config.targets):
-            raise UserError(f"{source}: {path} is not among the targets {config.targets}")
+            raise UserError(f"{source}: {path} is not among the targets {shown(config.targets)}")
         try:
             _check_names(form, path, own, kind)
             _check_layer(kind, path, layers.get(path))

@@ -424,6 +424,10 @@ _MIX = "base_model.model.mix"
         ({"fields": {"init_lora_weights": "pissa"}}, "init_lora_weights is 'pissa'"),
         ({"fields": {"target_modules": None}}, "target_modules is None"),
         ({"fields": {"target_modules": ["down"]}}, "blocks.0 is not among the targets"),
+        (
+            {"fields": {"target_modules": ["down" * 999]}},
+            r"blocks.0 is not among the targets \['(down){20}'\.\.\.\]$",
+        ),
         ({"fields": {"r": 5}}, r"blocks.0 has factors of shapes \(3, 8\) .* expected \(5, in\)"),
         ({"fields": {"r": 0}}, "r is 0, expected at least 1"),
         ({"drop": [f"{_MIX}.lora_B.weight"]}, "mix has no lora_B"),

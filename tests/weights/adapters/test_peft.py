@@ -269,6 +269,7 @@ def test_prompts_and_prefixes(tmp_path, targets):
         ("loha", {"peft_type": "LORA"}, "is of a LoHa adapter"),
         ("loha", {"r": 4}, r"linear.hada_w1_b has shape \(3, 12\), expected rank 4"),
         ("loha", {"target_modules": ["conv"]}, "linear is not among the targets"),
+        ("loha", {"target_modules": ["conv" * 99]}, r"the targets \['(conv){20}'\.\.\.\]$"),
         ("lora", {"r": 0}, r"adapter_config\.json: r is 0, expected at least 1"),
         ("lora", {"r": "2"}, r"adapter_config\.json: r='2' \(str\): expected an integer"),
         ("lora", {"rank_pattern": [1]}, r"rank_pattern=\[1\] \(list\): expected names with a va"),
