@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _is_known(workdir: Path, name: str) -> bool:
     """Whether a folder holds a run already; UsageError where it is of another method."""
-    from jaxsynth.runs.run import RUN_FILE, read_record
+    from jaxsynth.runs.record import RUN_FILE, read_record
 
     known = (workdir / RUN_FILE).is_file()
     if known and (there := read_record(workdir)["method"]) != name:
@@ -158,6 +158,7 @@ def _is_known(workdir: Path, name: str) -> bool:
 
 def plan(args: argparse.Namespace) -> None:
     """`jaxsynth plan`: what a config's programs need, on devices that need not be there."""
+    _values(args)
     plan_verb.plan(args, _configured, _enable_compile_cache)
 
 
@@ -167,7 +168,7 @@ def report(args: argparse.Namespace) -> None:
     Of several runs of one method that has such a page, also one of them side by side.
     """
     from jaxsynth.core.console import console
-    from jaxsynth.runs.run import read_record
+    from jaxsynth.runs.record import read_record
 
     names = [read_record(workdir)["method"] for workdir in args.workdirs]
     for workdir, name in zip(args.workdirs, names, strict=True):

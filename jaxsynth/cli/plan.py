@@ -1,6 +1,7 @@
 """`jaxsynth plan`: what each program of a config needs on machines that are not here."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -80,8 +81,11 @@ def add_parser(verbs) -> argparse.ArgumentParser:
 def plan(args: argparse.Namespace, configured: Callable, enable_cache: Callable[[], None]) -> None:
     """Compile and print; `configured(args)` gives the method's name, module and config."""
     if (args.topology is None) == (args.devices is None):
-        raise UsageError("expected --topology=KIND:SHAPE, such as v5e:4x4, or --devices=N")
-    if args.memory is not None and args.memory <= 0:
+        found = "neither" if args.topology is None else "both"
+        raise UsageError(
+            f"found {found}, expected --topology=KIND:SHAPE, such as v5e:4x4, or --devices=N"
+        )
+    if args.memory is not None and not 0 < args.memory < math.inf:
         raise UsageError(f"--memory={args.memory:g}: expected GiB above 0")
     if args.rows is not None and args.rows < 1:
         raise UsageError(f"--rows={args.rows}: expected at least 1")

@@ -11,13 +11,11 @@ from typing import Any, TypeVar
 import jax
 
 from jaxsynth.core.config import to_dataclass, to_dict
-from jaxsynth.core.documents import read_json, take
-from jaxsynth.core.errors import UsageError
 from jaxsynth.core.io import TEMPORARY, write_json
+from jaxsynth.runs.record import RUN_FILE, read_record
 from jaxsynth.runs.rehearsal import rehearsing
 from jaxsynth.runs.stage import versions
 
-RUN_FILE = "run.json"
 _STALE = 60.0  # seconds
 
 T = TypeVar("T")
@@ -53,18 +51,6 @@ def keep_record(workdir: Path, config: Any) -> None:
         return
     if jax.process_index() == 0 and not (workdir / RUN_FILE).is_file():
         write_record(workdir, config.method, config)
-
-
-def read_record(workdir: Path) -> dict[str, Any]:
-    """The record of a run's folder. UsageError where there is none."""
-    path = workdir / RUN_FILE
-    if not path.is_file():
-        kind = "holds no run" if workdir.is_dir() else "does not exist"
-        raise UsageError(f"{workdir} {kind}: {RUN_FILE} is missing")
-    found = read_json(path)
-    take(found, "method", str, path)
-    take(found, "config", dict, path)
-    return found
 
 
 def read_config(workdir: Path, kind: type[T]) -> T:

@@ -184,6 +184,7 @@ def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
         ((*RUN, "--num_processes=2"), 2, "needs --coordinator_address and --process_id too"),
         ((*RUN, "--num_processes=two"), 2, "argument --num_processes: invalid int value: 'two'"),
         (("report", "w"), 2, "w does not exist: run.json is missing"),
+        (("report", "counting.py"), 2, "counting.py is a file, not a run's folder: run.json is m"),
         (("report", "w", "--config.steps=1"), 2, "only `jaxsynth run` and `jaxsynth plan` have"),
         ((*RUN, "--config.steps=3"), 1, "three is refused"),
         ((*RUN, "--config.part.file=gone.txt"), 1, "gone.txt: No such file or directory"),
@@ -193,6 +194,18 @@ def test_a_mistake_is_one_line(command, argv, code, message):
     found, _, err = command(*argv)
     assert found == code and message in err, err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_folder_near_a_run_names_the_run(command):
+    command(*RUN)
+    Path("other").mkdir()
+    for folder in ("w/count", "w/cuont"):
+        code, _, err = command("report", folder)
+        assert code == 2 and f"there is a run at {Path('w').absolute()}" in err, err
+    code, _, err = command("report", ".")
+    assert code == 2 and "there is a run at w\n" in err, err
+    code, _, err = command("report", "other")
+    assert code == 2 and err.endswith("run.json is missing\n"), err
 
 
 def test_a_full_disk_is_one_line(command):

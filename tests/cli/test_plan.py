@@ -88,8 +88,9 @@ def test_slices_are_compared():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((), "expected --topology=KIND:SHAPE, such as v5e:4x4, or --devices=N"),
-        (("--devices=8", "--topology=v5e:4x4"), "expected --topology=KIND:SHAPE"),
+        ((), "found neither, expected --topology=KIND:SHAPE, such as v5e:4x4, or --devices=N"),
+        (("--devices=8", "--topology=v5e:4x4"), "found both, expected --topology=KIND:SHAPE"),
+        (("--devices=8", "--memory=nan"), "--memory=nan: expected GiB above 0"),
         (("--devices=0",), "--devices=0: expected at least 1"),
         (("--devices=4",), "--devices=4: this process has already started JAX with 8"),
         (("--topology=v9:4x4",), "--topology=v9:4x4: no such chip"),

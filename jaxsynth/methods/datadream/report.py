@@ -28,8 +28,9 @@ from jaxsynth.report.plots import Series, plot_scores
 from jaxsynth.report.tables import Measure, Table, to_markdown, to_rich
 from jaxsynth.robustness.metrics.crossed import crossed_interval
 from jaxsynth.robustness.metrics.limits import share_limits
+from jaxsynth.runs.record import read_record
 from jaxsynth.runs.results import how_it_was_made
-from jaxsynth.runs.run import read_config, read_record
+from jaxsynth.runs.run import read_config
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 
 COLUMNS_PER_SOURCE = 4
