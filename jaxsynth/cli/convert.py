@@ -11,15 +11,12 @@ Files that name layers by flattened paths, and kinds that only a network can tel
 base that they are for.
 """
 
+import difflib
 from pathlib import Path
 
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.words import counted
-from jaxsynth.data.export import export
-from jaxsynth.data.store import ImageStore
-from jaxsynth.weights import bases, recognize
-from jaxsynth.weights.adapters import embeddings
-from jaxsynth.weights.adapters.io import FORMATS, Networks, read, write
+from jaxsynth.weights.adapters.formats import FORMATS
 
 STORES = ("imagefolder", "webdataset", "parquet")
 TARGETS = (*FORMATS, *STORES)
@@ -37,12 +34,14 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
     for the adapter, the base is needed and not given, or the target exists; the readers' errors
     name file and key.
     """
-    if to not in TARGETS:
-        raise UserError(f"--to={to}: expected one of {', '.join(TARGETS)}")
-    if not source.exists():
-        raise UserError(f"{source} does not exist")
-    if target.exists():
-        raise UserError(f"{target} already exists; a conversion writes a new place")
+    _check(source, target, to)
+    # JAX, which takes seconds, comes with them.
+    from jaxsynth.data.export import export
+    from jaxsynth.data.store import ImageStore
+    from jaxsynth.weights import bases, recognize
+    from jaxsynth.weights.adapters import embeddings
+    from jaxsynth.weights.adapters.io import Networks, read, write
+
     if (source / _STORE_FILE).is_file():
         _expect(source, "an image store", to, STORES)
         store = ImageStore(source)
@@ -66,6 +65,21 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         raise UserError(f"{source} cannot be written as {to}: {error}") from error
     parts = ", ".join(f"{name} ({len(state.arrays)} arrays)" for name, state in states.items())
     return "\n".join([f"adapter of {parts} to {target} ({to})", *notes])
+
+
+def _check(source: Path, target: Path, to: str) -> None:
+    """UsageError for what is wrong with the arguments alone."""
+    if to not in TARGETS:
+        close = difflib.get_close_matches(to, TARGETS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"--to={to}: expected one of {', '.join(TARGETS)}{hint}")
+    if not source.exists():
+        raise UsageError(f"{source} does not exist")
+    if target.exists():
+        raise UsageError(f"{target} already exists; a conversion writes a new place")
+    there = next(place for place in target.absolute().parents if place.exists())
+    if not there.is_dir():
+        raise UsageError(f"{target}: {there} is a file, expected a folder")
 
 
 def _expect(source: Path, kind: str, to: str, formats: tuple[str, ...]) -> None:

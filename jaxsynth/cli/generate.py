@@ -100,6 +100,10 @@ def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
         raise UsageError("nothing to draw: give --prompt=TEXT or --prompts=FILE")
     if args.prompts and not args.prompts.is_file():
         raise UsageError(f"--prompts={args.prompts}: no such file")
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out={args.out}: is a file, expected a folder")
+    if not args.base.strip():
+        raise UsageError("--base is empty, expected a folder, a hub id or tiny")
     image_inputs.check(args)
     prepare()
     from jaxsynth.diffusion.samplers import NAMES
@@ -235,6 +239,8 @@ def _digest(path: Path) -> str:
 
 def _embedding(text: str) -> tuple[Path, str]:
     """The file and the word that is given to it, "" for the file's own."""
+    if not text.strip():
+        raise UsageError("--embedding is empty, expected FILE or FILE:WORD")
     path, _, word = (text, "", "") if Path(text).exists() else text.rpartition(":")
     if not path or not Path(path).exists():
         raise UsageError(f"--embedding={text}: {path or text} does not exist")
@@ -265,8 +271,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _check_out(out: Path) -> None:
     """What can be known of the folder before anything is loaded."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out={out}: is a file, expected a folder")
     from jaxsynth.generation.folder import REQUEST_FILE
 
     if out.is_dir() and any(out.iterdir()) and not (out / REQUEST_FILE).is_file():

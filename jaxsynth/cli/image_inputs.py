@@ -51,6 +51,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def weighted(flag: str, text: str) -> tuple[Path, float]:
     """The file or folder and its weight, 1 unless given; UsageError for neither."""
+    if not text.strip():
+        raise UsageError(f"{flag} is empty, expected FILE or FILE:WEIGHT")
     path, colon, weight = text.rpartition(":")
     if Path(text).exists() or not colon:
         path, weight = text, "1"

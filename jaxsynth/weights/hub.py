@@ -55,6 +55,9 @@ def resolve(name_or_path: str | os.PathLike, *, weights: bool = True) -> Path:
     """
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
+    if not text.strip():
+        # As a path it would be the current folder.
+        raise UserError("the name of a model is empty, expected a folder, a hub id or tiny")
     if path.is_dir():
         return path
     if path.exists():
@@ -64,7 +67,7 @@ def resolve(name_or_path: str | os.PathLike, *, weights: bool = True) -> Path:
         if packaged.is_dir():
             return packaged
         raise UserError(f"{text!r}: not among the package's files (looked for {packaged})")
-    if not text or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+    if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise UserError(f"{text!r}: no such folder, and not a hub id (owner/name)")
     name, _, revision = text.partition("@")
     return _download(name, revision, weights)

@@ -93,7 +93,8 @@ def opened(path: Path) -> Iterator[Safetensors]:
                 if what := signatures.named(head):
                     raise UserError(f"{path}: is {what}, not a safetensors file")
                 raise UserError(
-                    f"{path}: a header of {size} bytes, expected {_MOST_HEADER} at most"
+                    f"{path}: a header of {size} bytes, expected {_MOST_HEADER} at most; it is "
+                    "no safetensors file, or is damaged"
                 )
             file.seek(8)
             text = file.read(size)

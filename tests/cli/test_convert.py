@@ -79,10 +79,16 @@ def test_an_image_store_becomes_an_image_folder(tmp_path, capfd):
 
 def test_refusals_name_what_is_wrong(tmp_path, capfd):
     write_peft(tmp_path / "in", UNET)
+    (tmp_path / "note").write_text("Read me first.")
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF\0\1")
     for argv, message in [
         ((tmp_path / "gone", tmp_path / "x", "--to=peft"), "gone does not exist"),
         ((tmp_path / "in", tmp_path / "in", "--to=peft"), "in already exists"),
         ((tmp_path / "in", tmp_path / "x", "--to=kohia"), "--to=kohia: expected one of peft"),
+        ((tmp_path / "in", tmp_path / "x", "--to=kohia"), "parquet; did you mean kohya?"),
+        ((tmp_path / "in", tmp_path / "note" / "x", "--to=peft"), "note is a file, expected a fo"),
+        ((tmp_path / "note", tmp_path / "x", "--to=peft"), "note: is a text, not a safetensors"),
+        ((tmp_path / "a.jpg", tmp_path / "x", "--to=peft"), "a.jpg: is a JPEG picture, not a"),
         ((tmp_path / "in", tmp_path / "x", "--to=parquet"), "is an adapter: --to=parquet does"),
         ((tmp_path, tmp_path / "x", "--to=peft"), None),
     ]:
@@ -91,7 +97,7 @@ def test_refusals_name_what_is_wrong(tmp_path, capfd):
         if message is None:  # the parent of one peft folder is read as a folder of networks
             assert code == 0
         else:
-            assert code == 1 and message in err and err.count("\n") == 1
+            assert code in (1, 2) and message in err and err.count("\n") == 1, err
     (tmp_path / "empty").mkdir()
     assert cli.main(["convert", str(tmp_path / "empty"), str(tmp_path / "y"), "--to=peft"]) == 1
     assert "is nothing this command knows: expected store.json" in capfd.readouterr().err

@@ -91,7 +91,7 @@ def tiff_of_floats():
         (b"PK\3\4", "it is a ZIP archive, as PyTorch's files are, none of JPEG"),
         (b"version https://git-lfs", "a file that git-lfs has not fetched"),
         (tiff_of_floats(), "it is a TIFF that is damaged, or whose pixels are of a kind"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is none of JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript file, none of JPEG"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF", "cannot be decoded as an image"),
         (b"\x00\x00\x01\x00\x01\x00\x10\x10", "it is none of JPEG"),
     ],

@@ -44,7 +44,6 @@ from jaxsynth.weights.adapters.layered import read_layers
 from jaxsynth.weights.adapters.peft import PEFT_CONFIG, read_peft, weights_of, write_peft
 from jaxsynth.weights.hf import load_networks
 
-FORMATS = ("peft", "diffusers", "kohya", "lycoris", "comfyui", "a1111", "jaxsynth")
 FILES = (DIFFUSERS_WEIGHTS, native.STATE_FILE, TORCH_WEIGHTS)
 
 
