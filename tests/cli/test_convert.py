@@ -86,7 +86,7 @@ def test_refusals_name_what_is_wrong(tmp_path, capfd):
         ((tmp_path / "in", tmp_path / "in", "--to=peft"), "in already exists"),
         ((tmp_path / "in", tmp_path / "x", "--to=kohia"), "--to=kohia: expected one of peft"),
         ((tmp_path / "in", tmp_path / "x", "--to=kohia"), "parquet; did you mean kohya?"),
-        ((tmp_path / "in", tmp_path / "note" / "x", "--to=peft"), "note is a file, expected a fo"),
+        ((tmp_path / "in", tmp_path / "note" / "x", "--to=peft"), "note is a file, expected a"),
         ((tmp_path / "note", tmp_path / "x", "--to=peft"), "note: is a text, not a safetensors"),
         ((tmp_path / "a.jpg", tmp_path / "x", "--to=peft"), "a.jpg: is a JPEG picture, not a"),
         ((tmp_path / "in", tmp_path / "x", "--to=parquet"), "is an adapter: --to=parquet does"),
