@@ -17,6 +17,8 @@ def test_resolve_local_names(tmp_path):
         resolve(tmp_path / "absent")
     with pytest.raises(UserError, match="not a hub id"):
         resolve("a/b/c")
+    with pytest.raises(UserError, match="the name of a model is empty"):
+        resolve("")
     with pytest.raises(UserError, match="'tiny/absent': not among the package's files"):
         resolve("tiny/absent")
 

@@ -84,8 +84,11 @@ def test_headers_are_bounded(tmp_path):
         (b"PK\3\4 and so on", "a ZIP archive, as PyTorch's files are"),
         (b"\x80\2}q\0X\3\0\0", "a pickle"),
         (b"GGUF\3\0\0\0\0\0\0\0", "a GGUF file"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\r", "a PNG picture"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1", "a JPEG picture"),
+        (b"Put the weights here.", "a text"),
     ],
-    ids=["page", "json", "git-lfs", "zip", "pickle", "gguf"],
+    ids=["page", "json", "git-lfs", "zip", "pickle", "gguf", "png", "jpeg", "text"],
 )
 def test_other_files_of_that_name_are_named(tmp_path, content, what):
     path = tmp_path / "x.safetensors"
