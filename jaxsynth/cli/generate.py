@@ -193,8 +193,7 @@ def _read(path: Path, pipeline: Any) -> dict[str, Any]:
     """The states of an adapter by network; UserError naming the file where none fits."""
     from jaxsynth.weights.adapters.io import Networks, read
 
-    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    states, _ = read(path, Networks(lambda: networks))
+    states, _ = read(path, Networks(lambda: pipeline.adaptable))
     return states
 
 

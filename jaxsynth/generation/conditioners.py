@@ -45,7 +45,7 @@ class Conditioner(Protocol):
 class Text:
     """A prompt against a negative prompt (arXiv 2207.12598).
 
-    `tables` are the states of the prompts and of their negative prompts, (prompts, t, d) each, and
+    `tables` are the `TextCondition`s of the prompts and of their negative prompts, and
     `rows["prompt"]` says which prompt an image has. The model is a `TextToImage`.
     """
 
@@ -59,10 +59,10 @@ class Text:
 
     def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
         positive, negative = tables
-        return negative[rows["prompt"]], positive[rows["prompt"]]
+        return negative.take(rows["prompt"]), positive.take(rows["prompt"])
 
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
-        return model.unet(x, t, condition)
+        return model.denoise(x, t, condition)
 
 
 @dataclass(frozen=True)

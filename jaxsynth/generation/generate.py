@@ -33,7 +33,7 @@ from jaxsynth.generation.sampler import (
     latent_shape,
     sampler_of,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, whole_image
 from jaxsynth.weights.hf import StableDiffusion
 
 # ArrayRecord fills its files up to a multiple of so many bytes.
@@ -101,7 +101,6 @@ class Generator:
         conditioner = Text(config.guidance_scale)
         models = _adapted(pipeline, adapters) if model is None else [model]
         networks = Networks.of(models, mesh=mesh, table=conditioner.table)
-        ids = [jnp.asarray(pipeline.tokenizer(texts)) for texts in (self.prompts, negative)]
         self.sampler = ImageSampler(
             networks,
             pipeline.vae,
@@ -109,7 +108,7 @@ class Generator:
             sampler_of(pipeline, config.sampler, config.num_inference_steps),
             latent_shape(pipeline, size),
             batch_size=config.batch_size,
-            tables=_prompt_states(networks.structure, *networks.arrays, *ids),
+            tables=_conditions(pipeline, networks, (self.prompts, negative), size),
             mesh=mesh,
         )
         self.batch_size, self.networks = config.batch_size, networks
@@ -137,7 +136,7 @@ class Generator:
 
 def _adapted(pipeline: StableDiffusion, adapters) -> list[TextToImage]:
     """The pipeline's networks with each adapter; one alone is merged where nothing is lost."""
-    base = TextToImage(pipeline.unet, pipeline.text_encoder)
+    base = pipeline.networks
     if adapters is None:
         return [base]
     if isinstance(adapters, Sequence):
@@ -154,14 +153,28 @@ def merges(pipeline: StableDiffusion, model: TextToImage) -> bool:
     return pipeline.unet.conv_in.kernel.get_value().dtype == jnp.float32 and can_merge(model)
 
 
+def _conditions(
+    pipeline: StableDiffusion,
+    networks: Networks,
+    texts: tuple[Sequence[str], Sequence[str]],
+    size: tuple[int, int] | None,
+) -> tuple[TextCondition, TextCondition]:
+    """What each prompt says, and its negative prompt, of whole images of `size`."""
+    ids = [jnp.asarray(pipeline.tokenizer(own)) for own in texts]
+    positive, negative = _prompt_states(networks.structure, *networks.arrays, *ids)
+    if pipeline.zeroes_empty:
+        negative = negative.where(pipeline.given(texts[1]))
+    sizes = whole_image(size or (pipeline.image_size,) * 2)
+    return positive.sized(sizes), negative.sized(sizes)
+
+
 @partial(jax.jit, static_argnums=0)
-def _prompt_states(structure, own, shared, ids, negative) -> tuple[Array, Array]:
-    """Each text's states and those of its negative prompt, (texts, tokens, dim) each."""
+def _prompt_states(structure, own, shared, ids, negative) -> tuple[TextCondition, TextCondition]:
+    """Each text's condition and that of its negative prompt, without sizes."""
 
     def encode(own, ids, negative):
-        model = structure.merge(own, shared)
-        both = model.text_encoder(jnp.stack([ids, negative])).last_hidden_state
-        return both[0], both[1]
+        both = structure.merge(own, shared).encode(jnp.stack([ids, negative]))
+        return both.take(0), both.take(1)
 
     return jax.vmap(encode, in_axes=(0 if structure.routed else None, 0, 0))(own, ids, negative)
 

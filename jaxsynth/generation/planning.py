@@ -14,7 +14,7 @@ from jaxsynth.diffusion.samplers import Sampler
 from jaxsynth.generation.conditioners import Conditioner, Text
 from jaxsynth.generation.generate import GenerateConfig, merges
 from jaxsynth.generation.sampler import Structure, draw_images, latent_shape, sampler_of
-from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
 from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.models.shapes import transform
 from jaxsynth.training import sharding
@@ -94,7 +94,7 @@ def plan_images(
     `adapt` puts an adapter into the networks. One alone is merged where the generator merges it;
     of several `adapters` each image runs its own.
     """
-    model = TextToImage(pipeline.unet, pipeline.text_encoder)
+    model = pipeline.networks
     if adapt is not None:
         adapted = transform(adapt, model)
         model = model if adapters < 2 and merges(pipeline, adapted) else adapted
@@ -115,8 +115,8 @@ def plan_images(
     )
 
 
-def text_states(pipeline: StableDiffusion, texts: int) -> jax.ShapeDtypeStruct:
-    """The shape of the text encoder's states of so many texts."""
-    ids = jax.ShapeDtypeStruct((texts, pipeline.tokenizer.max_length), jnp.int32)
-    encode = lambda text, ids: text(ids).last_hidden_state  # noqa: E731
-    return jax.eval_shape(encode, pipeline.text_encoder, ids)
+def text_states(pipeline: StableDiffusion, texts: int) -> TextCondition:
+    """The shapes of what the denoiser is told by so many texts, with sizes where it reads them."""
+    ids = jax.ShapeDtypeStruct((texts, *pipeline.tokenizer.shape), jnp.int32)
+    found = jax.eval_shape(encode_texts, pipeline.networks, ids)
+    return jax.eval_shape(lambda text: text.sized(jnp.zeros(6)), found)

@@ -293,8 +293,9 @@ def latent_shape(
     """
     down, config = pipeline.vae.config.downscale, pipeline.unet.config
     channels = pipeline.vae.config.latent_channels
-    if size is None:
+    if size is None and not pipeline.size:
         return config.sample_size, config.sample_size, channels
+    size = size or (pipeline.size, pipeline.size)
     factor = down * 2 ** (len(config.block_out_channels) - 1)
     if min(size) < factor or any(side % factor for side in size):
         raise UserError(

@@ -1,7 +1,8 @@
 """CLIP's text and image towers (Radford et al. 2021, arXiv 2103.00020).
 
 The text tower conditions Stable Diffusion (OpenAI's L/14 in 1.x, OpenCLIP's H in 2.x, which ships
-with its last layer cut off); both towers together are the classifier that synthetic images train.
+with its last layer cut off, L/14 and OpenCLIP's bigG in XL); both towers together are the
+classifier that synthetic images train.
 Modules carry Hugging Face's names, `pre_layrnorm` included, so weight paths map one to one.
 """
 
@@ -138,6 +139,18 @@ class CLIPTextOutput(NamedTuple):
     end-of-text token; `hidden_states` are the embeddings and each layer's output, not normalised.
     """
 
+    last_hidden_state: Array
+    pooled: Array
+    hidden_states: tuple[Array, ...]
+
+
+class ProjectedText(NamedTuple):
+    """What the text tower with its projection gives.
+
+    `text_embeds` (b, p) is the projected `pooled`; the rest as in `CLIPTextOutput`.
+    """
+
+    text_embeds: Array
     last_hidden_state: Array
     pooled: Array
     hidden_states: tuple[Array, ...]
@@ -336,6 +349,29 @@ class CLIPTextModel(nnx.Module):
     ) -> CLIPTextOutput:
         """Encode token ids; `attention_mask` (b, t), if given, is non-zero where a token counts."""
         return self.text_model(input_ids, attention_mask)
+
+
+class CLIPTextModelWithProjection(nnx.Module):
+    """A text encoder with its projection, as SDXL ships its second; computes in `dtype`."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
+        self.text_projection = _linear(
+            config.hidden_size,
+            config.projection_dim,
+            std=config.hidden_size**-0.5,
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, input_ids: Int[Array, "b t"], attention_mask: Array | None = None
+    ) -> ProjectedText:
+        """Encode token ids, as `CLIPTextModel` does; the embeddings are not normalised."""
+        found = self.text_model(input_ids, attention_mask)
+        return ProjectedText(self.text_projection(found.pooled), *found)
 
 
 class CLIPVisionModel(nnx.Module):

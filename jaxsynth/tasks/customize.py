@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.adapters.inject import trainable_variables
 from jaxsynth.core.limits import Count, Natural, NotNegative, OneOf, Positive, Share
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
-from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
+from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source, learns_text
 from jaxsynth.training import sharding
 from jaxsynth.training.config import SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
@@ -102,6 +101,9 @@ class CaptionConfig(FinetuneConfig):
 # permutation splits its key, and the parts of a split are what folding with small numbers gives.
 _TEXTS, _OTHERS = 2**31 - 1, 2**31 - 2
 
+# Of `Told`: with crops on the second axis.
+CROPPED = ("mean", "std", "sizes")
+
 Training = InversionConfig | DreamBoothConfig | CaptionConfig
 
 
@@ -109,14 +111,14 @@ Training = InversionConfig | DreamBoothConfig | CaptionConfig
 class Told:
     """Encoded images, and the texts that each may be told by.
 
-    `mean` and `std` are the latents' posterior, scaled as the UNet wants it, one for each crop.
-    `ids` are the distinct texts, the empty one first; image i has the `choices[i]` texts from
-    `first[i]` on.
+    `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop. `ids` are
+    the distinct texts, the empty one first; image i has the `choices[i]` texts from `first[i]` on.
     """
 
     mean: Float[np.ndarray, "n k h w c"]
     std: Float[np.ndarray, "n k h w c"]
-    ids: Int[np.ndarray, "m t"]
+    sizes: Float[np.ndarray, "n k 6"]
+    ids: Int[np.ndarray, "m *e t"]
     first: Int[np.ndarray, " n"]
     choices: Int[np.ndarray, " n"]
 
@@ -133,7 +135,7 @@ def encode_told(
     seed: int,
 ) -> Told:
     """The images of a source as latents, each with its texts (`texts[i]`, at least one)."""
-    mean, std = encode_source(pipeline, source, crops=crops, seed=seed)
+    found = encode_source(pipeline, source, crops=crops, seed=seed)
     distinct = {("",): 0}
     rows = [""]
     for own in map(tuple, texts):
@@ -142,16 +144,17 @@ def encode_told(
             rows += own
     first = np.array([distinct[tuple(own)] for own in texts], np.int32)
     choices = np.array([len(own) for own in texts], np.int32)
-    return Told(mean, std, pipeline.tokenizer(rows), first, choices)
+    return Told(*found, pipeline.tokenizer(rows), first, choices)
 
 
 @dataclass(frozen=True)
 class ToldBatches:
     """Batches of `count` images in the order of `epoch_rows`, each told by one of its texts.
 
-    A share `dropout` of the texts is emptied. With `others`, whose rows follow those of the images,
-    as many of them follow in the batch, and the mean of the examples' losses times their weights is
-    that of the images plus `prior_weight` times that of the others.
+    A share `dropout` of the texts is emptied: the empty text stands for them or, with `zeroes`,
+    zeros for its condition, as in the pipeline's generation. With `others`, whose rows follow those
+    of the images, as many of them follow in the batch, and the mean of the examples' losses times
+    their weights is that of the images plus `prior_weight` times that of the others.
     """
 
     count: int
@@ -159,6 +162,7 @@ class ToldBatches:
     dropout: float = 0.0
     others: int = 0
     prior_weight: float = 0.0
+    zeroes: bool = False
 
     def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
         rows = epoch_rows(data["order"], step, self.count, self.batch_size)
@@ -177,9 +181,11 @@ class ToldBatches:
         if self.dropout:
             empty = jax.random.bernoulli(keys[1], self.dropout, rows.shape)
             text = jnp.where(empty, 0, text)
-        batch |= {name: data[name][rows] for name in ("mean", "std")}
-        if "states" in data:
-            return batch | {"text": data["states"][text]}
+            if self.zeroes:
+                batch["given"] = ~empty
+        batch |= {name: data[name][rows] for name in ("mean", "std", "sizes")}
+        if "texts" in data:
+            return batch | {"text": data["texts"].take(text)}
         return batch | {"ids": data["ids"][text]}
 
 
@@ -203,20 +209,20 @@ def customize_task(
     order_key, key = jax.random.split(jax.random.key(seed))
     data: dict[str, Any] = dict(vars(images) if others is None else _joined(images, others))
     data["order"] = order_key
-    frozen = not any(path.startswith("text_encoder.") for path in trainable_variables(model))
-    if frozen:
-        data["states"] = _states(model, data.pop("ids"))
+    if not learns_text(model):
+        data["texts"] = _conditions(model, data.pop("ids"))
     batches = ToldBatches(
         len(images),
         config.batch_size,
         getattr(config, "caption_dropout", 0.0),
         0 if others is None else len(others),
         getattr(config, "prior_weight", 0.0),
+        pipeline.zeroes_empty,
     )
     return Task(
         model=model,
         loss=Denoising(config.snr_gamma, config.remat, config.noise_offset),
-        batches=Resident(data, batches, sharded=("mean", "std", "first", "choices")),
+        batches=Resident(data, batches, sharded=("mean", "std", "sizes", "first", "choices")),
         table=(*sharding.UNET, *sharding.CLIP),
         key=key,
         constants=NoiseSchedule.from_config(pipeline.scheduler_config),
@@ -228,12 +234,13 @@ def customize_task(
 
 def planned_images(pipeline: StableDiffusion, count: int, texts: int, *, size: int = 0) -> Told:
     """The shapes of so many square images with so many texts in all."""
-    unet = pipeline.unet.config
-    side = size // pipeline.vae.config.downscale or unet.sample_size
-    latents: Any = jax.ShapeDtypeStruct((count, 1, side, side, unet.in_channels), np.float32)
+    channels, downscale = pipeline.unet.config.in_channels, pipeline.vae.config.downscale
+    side = (size or pipeline.image_size) // downscale
+    latents: Any = jax.ShapeDtypeStruct((count, 1, side, side, channels), np.float32)
+    sizes: Any = jax.ShapeDtypeStruct((count, 1, 6), np.float32)
     rows: Any = jax.ShapeDtypeStruct((count,), np.int32)
-    ids: Any = jax.ShapeDtypeStruct((texts + 1, pipeline.tokenizer.max_length), np.int32)
-    return Told(latents, latents, ids, rows, rows)
+    ids: Any = jax.ShapeDtypeStruct((texts + 1, *pipeline.tokenizer.shape), np.int32)
+    return Told(latents, latents, sizes, ids, rows, rows)
 
 
 def _joined(images: Told, others: Told) -> dict[str, Any]:
@@ -253,13 +260,13 @@ def _joined(images: Told, others: Told) -> dict[str, Any]:
     shifted = replace(others, first=others.first + len(images.ids))
     pairs = {name: (getattr(images, name), getattr(shifted, name)) for name in vars(images)}
     return {
-        name: np.concatenate([cropped(x) for x in pair] if name in ("mean", "std") else pair)
+        name: np.concatenate([cropped(x) for x in pair] if name in CROPPED else pair)
         for name, pair in pairs.items()
     }
 
 
-def _states(model: TextToImage, ids: Any) -> Any:
-    """The frozen text encoder's states of all texts."""
+def _conditions(model: TextToImage, ids: Any) -> TextCondition:
+    """What the denoiser is told by all texts."""
     if isinstance(ids, jax.ShapeDtypeStruct):
-        return jax.eval_shape(encode_text, model.text_encoder, ids)
-    return encode_text(model.text_encoder, ids)
+        return jax.eval_shape(encode_texts, model, ids)
+    return encode_texts(model, ids)

@@ -54,7 +54,7 @@ UNET: Table = (
     (r"\.ff\.net\.2\.kernel$", _ROWS),
     (r"\.ff\.net\.2\.bias$", _FREE),
     (r"\.(proj_in|proj_out|time_emb_proj)\.(kernel|bias)$", _FREE),
-    (r"(^|\.)time_embedding\.linear_[12]\.(kernel|bias)$", _FREE),
+    (r"(^|\.)(time|add)_embedding\.linear_[12]\.(kernel|bias)$", _FREE),
     (r"(^|\.)conv(_in|_out|_shortcut|[12])?\.(kernel|bias)$", _FREE),
     (r"(^|\.)(norm[123]?|conv_norm_out)\.(scale|bias)$", _FREE),
 )

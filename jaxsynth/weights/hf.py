@@ -25,25 +25,42 @@ from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
-    LEGACY_EOS,
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionModel,
 )
 from jaxsynth.models.diffusion.controlnet import ControlNet
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.unet import UNet2DCondition
+from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.weights import hub, single_file
 from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, stored, to_file
+from jaxsynth.weights.pipeline_parts import (
+    DIFFUSERS_VERSION,
+    EDITING,
+    PIPELINES,
+    SINGLE,
+    XL_PIPELINES,
+    TokenizerPair,
+    Tokenizing,
+    check_end,
+    check_pipeline,
+    check_tokenizer,
+    model_index,
+    parts_in,
+    read_tokenizer,
+    zeroes_empty,
+)
 from jaxsynth.weights.tensors import Tensors, expect_floats
 from jaxsynth.weights.tokenizer import Tokenizer
 
 __all__ = [
+    "EDITING",
     "Clip",
     "StableDiffusion",
     "describe",
@@ -62,6 +79,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 _TRANSFORMERS = {
     CLIPModel: "clip",
     CLIPTextModel: "clip_text_model",
+    CLIPTextModelWithProjection: "clip_text_model",
     CLIPVisionModel: "clip_vision_model",
 }
 _DIFFUSERS = {
@@ -71,31 +89,51 @@ _DIFFUSERS = {
     UNet2DCondition: "UNet2DConditionModel",
 }
 
-_PARTS = {"unet": UNet2DCondition, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-
-# model_index.json of the pipelines that differ only in what surrounds the networks.
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-# The one whose denoiser reads an image's latents beside the noisy ones.
-EDITING = "StableDiffusionInstructPix2PixPipeline"
-DIFFUSERS_VERSION = "0.40.0"
-
 
 @dataclasses.dataclass(frozen=True)
 class StableDiffusion:
-    """A latent diffusion pipeline; `digest` is the sha256 of its files, "" if not loaded."""
+    """A latent diffusion pipeline; `digest` is the sha256 of its files, "" if not loaded.
+
+    SDXL has a second text encoder, and a tokenizer for both; with `zeroes_empty` zeros stand for a
+    negative prompt that is empty. `size` is the side in pixels of the images that are learned and
+    drawn, 0 for that which the denoiser was trained on.
+    """
 
     unet: UNet2DCondition
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
-    tokenizer: Tokenizer
+    tokenizer: Tokenizing
     scheduler_config: dict[str, Any]
     folder: Path | None = None
     digest: str = ""
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    zeroes_empty: bool = False
+    size: int = 0
 
     @property
     def image_size(self) -> int:
-        """The side in pixels of the images that the denoiser was trained on."""
-        return self.unet.config.sample_size * self.vae.config.downscale
+        """The side in pixels of the images that are learned and drawn."""
+        return self.size or self.unet.config.sample_size * self.vae.config.downscale
+
+    @property
+    def networks(self) -> TextToImage:
+        """The networks that fine-tuning adapts, as one module."""
+        return TextToImage(self.unet, self.text_encoder, self.text_encoder_2)
+
+    def with_networks(self, model: TextToImage) -> "StableDiffusion":
+        """The pipeline with these in their place."""
+        own = {name: getattr(model, name) for name in self.adaptable}
+        return dataclasses.replace(self, **own)
+
+    @property
+    def adaptable(self) -> dict[str, nnx.Module]:
+        """The same by name: "unet", "text_encoder" and, in SDXL, "text_encoder_2"."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"unet": self.unet, "text_encoder": self.text_encoder, **second}
+
+    def given(self, texts: Sequence[str]) -> np.ndarray:
+        """Which texts count where nothing is to be said; the others are zeros (`zeroes_empty`)."""
+        return np.asarray([bool(text) or not self.zeroes_empty for text in texts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,11 +219,17 @@ def pipeline_configs(name_or_path: str | os.PathLike) -> tuple[dict[str, Any], d
     checkpoint = single_file.find(name_or_path)
     if checkpoint is not None:
         return checkpoint.configs, checkpoint.scheduler
-    return _configs_in(resolve(name_or_path, weights=False))
+    folder = resolve(name_or_path, weights=False)
+    index = read_json(folder / "model_index.json")
+    return _configs_in(folder, parts_in(folder, index, editing=index.get("_class_name") == EDITING))
 
 
-def _configs_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    configs = {part: single_file.read_config(folder, part) for part in _PARTS}
+def _configs_in(
+    folder: Path, parts: Mapping[str, tuple[type, type]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    configs = {
+        part: _config(kind, folder / part / "config.json") for part, (_, kind) in parts.items()
+    }
     return configs, read_json(folder / "scheduler" / "scheduler_config.json")
 
 
@@ -197,26 +241,30 @@ def describe_pipeline(
     checkpoint = single_file.find(name_or_path)
     if checkpoint is not None:
         configs, scheduler, folder = checkpoint.configs, checkpoint.scheduler, checkpoint.path
-        tokenizer = checkpoint.tokenizer
+        tokenizer, parts, zeroes = checkpoint.tokenizer, SINGLE, False
     else:
         folder = resolve(name_or_path, weights=False)
-        configs, scheduler = _configs_in(folder)
-        tokenizer = Tokenizer(folder / "tokenizer")
-    unet, vae, text = (
-        _stored_shapes(describe(kind, configs[part], compute), dtype)
-        for part, kind in _PARTS.items()
-    )
-    return StableDiffusion(unet, vae, text, tokenizer, scheduler, folder)
+        index = read_json(folder / "model_index.json")
+        parts = parts_in(folder, index, editing=index.get("_class_name") == EDITING)
+        configs, scheduler = _configs_in(folder, parts)
+        tokenizer, zeroes = read_tokenizer(folder, parts), zeroes_empty(folder, index, parts)
+    networks = {
+        part: _stored_shapes(describe(kind, configs[part], compute), dtype)
+        for part, (kind, _) in parts.items()
+    }
+    return StableDiffusion(
+        **networks, tokenizer=tokenizer, scheduler_config=scheduler, folder=folder,
+        zeroes_empty=zeroes,
+    )  # fmt: skip
 
 
 def load_networks(name_or_path: str | os.PathLike) -> dict[str, nnx.Module]:
     """The networks of a pipeline that adapters are for; of a file, without a tokenizer."""
     checkpoint = single_file.find(name_or_path)
-    names = ("unet", "text_encoder")
     if checkpoint is not None:
+        names = ("unet", "text_encoder")
         return _parts_of(checkpoint, names, dtype=jnp.float32, compute_dtype=None)
-    pipeline = load_pipeline(name_or_path)
-    return {name: getattr(pipeline, name) for name in names}
+    return load_pipeline(name_or_path).adaptable
 
 
 def describe_clip(
@@ -279,7 +327,7 @@ def load_pipeline(
     compute_dtype: Any = None,
     editing: bool = False,
 ) -> StableDiffusion:
-    """A Stable Diffusion 1.x or 2.x pipeline from a folder, the package ("tiny") or the hub.
+    """A Stable Diffusion 1.x, 2.x or XL pipeline from a folder, the package ("tiny") or the hub.
 
     Or from a checkpoint in one file, FILE or FILE@FOLDER (`single_file`). With `editing` an
     InstructPix2Pix one, whose denoiser reads an image's latents beside the noisy ones
@@ -293,23 +341,18 @@ def load_pipeline(
         return _load_checkpoint(checkpoint, editing=editing, **dtypes)
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    kinds = (EDITING,) if editing else _PIPELINES
-    if kind not in kinds:
-        raise UserError(
-            f"{folder / 'model_index.json'}: _class_name {quoted(kind)}, expected one of {kinds}"
-        )
-    unet = load_model(UNet2DCondition, UNet2DConditionConfig, folder / "unet", **dtypes)
-    vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
-    text = load_model(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", **dtypes)
-    tokenizer = Tokenizer(folder / "tokenizer")
-    _check_pipeline(folder, unet, vae, text, tokenizer, editing)
-    scheduler_config = read_scheduler(folder, index)
-    parts = ("unet", "vae", "text_encoder")
-    weights = [file for part in parts for file in hub.weight_files(folder / part)]
+    parts = parts_in(folder, index, editing=editing)
+    networks: dict[str, Any] = {
+        part: load_model(model, config, folder / part, **dtypes)
+        for part, (model, config) in parts.items()
+    }
+    tokenizer = read_tokenizer(folder, parts)
+    check_pipeline(folder, networks, tokenizer, editing=editing)
     return StableDiffusion(
-        unet, vae, text, tokenizer, scheduler_config, folder, _digest(folder, weights)
-    )
+        **networks, tokenizer=tokenizer, scheduler_config=read_scheduler(folder, index),
+        folder=folder, digest=_digest(folder, list(parts)),
+        zeroes_empty=zeroes_empty(folder, index, parts),
+    )  # fmt: skip
 
 
 def _parts_of(
@@ -320,7 +363,7 @@ def _parts_of(
     parts = {}
     for part in names:
         config = checkpoint.configs[part]
-        filling = Filling(describe_of(path, _PARTS[part], config, compute), dtype)
+        filling = Filling(describe_of(path, SINGLE[part][0], config, compute), dtype)
         fill(filling, checkpoint.tensors(part, filling.names))
         parts[part] = filling.finish(path)
     return parts
@@ -330,8 +373,8 @@ def _load_checkpoint(
     checkpoint: single_file.Checkpoint, *, editing: bool, **dtypes: Any
 ) -> StableDiffusion:
     path = checkpoint.path
-    parts = _parts_of(checkpoint, _PARTS, **dtypes)
-    _check_pipeline(path, *parts.values(), checkpoint.tokenizer, editing)
+    parts = _parts_of(checkpoint, SINGLE, **dtypes)
+    check_pipeline(path, parts, checkpoint.tokenizer, editing=editing)
     scheduler, notes = corrected(checkpoint.scheduler)
     _say_once(tuple(f"{path}: {note}" for note in (*checkpoint.notes, *notes)))
     return StableDiffusion(
@@ -340,11 +383,12 @@ def _load_checkpoint(
     )  # fmt: skip
 
 
-def _digest(folder: Path, weights: Sequence[Path]) -> str:
-    """Of all that a pipeline is read from."""
-    parts = ("unet", "vae", "text_encoder")
+def _digest(folder: Path, parts: Sequence[str]) -> str:
+    """Of all that a pipeline of these networks is read from."""
+    weights = [file for part in parts for file in hub.weight_files(folder / part)]
     settings = [folder / "model_index.json", *(folder / part / "config.json" for part in parts)]
-    return hub.digest(weights, [*settings, folder / "scheduler", folder / "tokenizer"])
+    tokenizers = [folder / "tokenizer_2"] if "text_encoder_2" in parts else []
+    return hub.digest(weights, [*settings, folder / "scheduler", folder / "tokenizer", *tokenizers])
 
 
 def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,7 +399,7 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     entry = index.get("scheduler")
     named = entry[-1] if isinstance(entry, list) and entry else None
-    text_to_image = index.get("_class_name") in _PIPELINES
+    text_to_image = index.get("_class_name") in (*PIPELINES, *XL_PIPELINES)
     config = read_json(path)
     checked(path, NoiseSchedule.from_config, config)
     config, notes = corrected(config, named, text_to_image=text_to_image)
@@ -370,50 +414,11 @@ def _say_once(lines: tuple[str, ...]) -> None:
         console.print(line, markup=False)
 
 
-def _check_pipeline(
-    folder: Path, unet, vae, text, tokenizer: Tokenizer, editing: bool = False
-) -> None:
-    width, latent = text.config.hidden_size, vae.config.latent_channels
-    read = ("twice vae latent_channels", 2 * latent) if editing else ("vae latent_channels", latent)
-    for field, other, expected in (
-        ("cross_attention_dim", "text_encoder hidden_size", width),
-        ("in_channels", *read),
-        ("out_channels", "vae latent_channels", latent),
-    ):
-        found = getattr(unet.config, field)
-        if found != expected:
-            raise UserError(f"{folder}: unet {field} is {found}, but {other} is {expected}")
-    _check_tokenizer(folder, tokenizer, text.config)
-
-
-def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
-    for what, found, field in (
-        ("ids", tokenizer.vocab_size, "vocab_size"),
-        ("tokens a text", tokenizer.max_length, "max_position_embeddings"),
-    ):
-        limit = getattr(config, field)
-        if found > limit:
-            raise UserError(
-                f"{folder}: the tokenizer gives {found} {what}, "
-                f"but the text encoder's {field} is {limit}"
-            )
-
-
-def _check_end(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
-    """Pooling looks for the end of text by its id, and takes the first token if it is not there."""
-    highest = tokenizer.vocab_size - 1
-    expected = highest if config.eos_token_id == LEGACY_EOS else config.eos_token_id
-    if tokenizer.eos_token_id != expected:
-        raise UserError(
-            f"{folder}: the tokenizer's end of text is {tokenizer.eos_token_id}, but the text "
-            f"tower's eos_token_id {config.eos_token_id} looks for {expected}"
-        )
-
-
 def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: Any = None) -> None:
     """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` and we load.
 
-    Of a pipeline for editing, one that diffusers' `StableDiffusionInstructPix2PixPipeline` loads.
+    Of a pipeline for editing, one that diffusers' `StableDiffusionInstructPix2PixPipeline` loads,
+    of SDXL, its `StableDiffusionXLPipeline`.
     `dtype` None keeps each parameter's. The scheduler's class is its config's `_class_name`.
     """
     folder = Path(folder)
@@ -421,27 +426,24 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
     if not scheduler:
         raise ValueError("save_pipeline: scheduler_config has no _class_name, e.g. 'DDIMScheduler'")
     editing = pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels
-    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
-    _check_pipeline(folder, *parts, editing)
-    text_config = dataclasses.asdict(pipeline.text_encoder.config) | _ids(pipeline.tokenizer)
-    for part, config in (("unet", None), ("vae", None), ("text_encoder", text_config)):
-        save_model(getattr(pipeline, part), config, folder / part, dtype)
-    pipeline.tokenizer.save(folder / "tokenizer")
+    networks = {"vae": pipeline.vae, **pipeline.adaptable}
+    check_pipeline(folder, networks, pipeline.tokenizer, editing=editing)
+    tokenizers = {"": pipeline.tokenizer}
+    if isinstance(pipeline.tokenizer, TokenizerPair):
+        tokenizers = {"": pipeline.tokenizer.first, "_2": pipeline.tokenizer.second}
+    for part in ("unet", "vae"):
+        save_model(networks[part], None, folder / part, dtype)
+    for end, tokenizer in tokenizers.items():
+        network = networks[f"text_encoder{end}"]
+        config = dataclasses.asdict(network.config) | _ids(tokenizer)
+        save_model(network, config, folder / f"text_encoder{end}", dtype)
+        tokenizer.save(folder / f"tokenizer{end}")
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler_config = {"_diffusers_version": DIFFUSERS_VERSION, **pipeline.scheduler_config}
     hub.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
-    index = {
-        "_class_name": EDITING if editing else "StableDiffusionPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    index = model_index(
+        scheduler, editing=editing, double=len(tokenizers) == 2, zeroes=pipeline.zeroes_empty
+    )
     hub.write_json(folder / "model_index.json", index)
 
 
@@ -456,8 +458,8 @@ def load_clip(
     folder = resolve(name_or_path)
     model = load_model(CLIPModel, CLIPConfig, folder, dtype=dtype, compute_dtype=compute_dtype)
     tokenizer = Tokenizer(folder)
-    _check_tokenizer(folder, tokenizer, model.config.text_config)
-    _check_end(folder, tokenizer, model.config.text_config)
+    check_tokenizer(folder, tokenizer, model.config.text_config)
+    check_end(folder, tokenizer, model.config.text_config)
     path = folder / "preprocessor_config.json"
     settings = read_json(path, optional=True)
     size = _image_size(path, settings, model.config.vision_config.image_size)
@@ -483,8 +485,8 @@ def _image_size(path: Path, settings: Mapping[str, Any], expected: int) -> int:
 def save_clip(clip: Clip, folder: str | os.PathLike, dtype: Any = None) -> None:
     """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPProcessor load."""
     folder = Path(folder)
-    _check_tokenizer(folder, clip.tokenizer, clip.model.config.text_config)
-    _check_end(folder, clip.tokenizer, clip.model.config.text_config)
+    check_tokenizer(folder, clip.tokenizer, clip.model.config.text_config)
+    check_end(folder, clip.tokenizer, clip.model.config.text_config)
     config = dataclasses.asdict(clip.model.config)
     config["text_config"].update(_ids(clip.tokenizer), model_type="clip_text_model")
     config["vision_config"]["model_type"] = "clip_vision_model"

@@ -164,6 +164,11 @@ class Tokenizer:
         )
         return backend
 
+    @property
+    def shape(self) -> tuple[int]:
+        """Of a text's ids."""
+        return (self.max_length,)
+
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b t"]:
         """Ids (b, max_length) int32: start, words, end, padding; long texts are cut before end."""
         if isinstance(texts, str):

@@ -23,7 +23,7 @@ from jaxsynth.generation.sampler import (
     latent_shape,
     sampler_of,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
@@ -45,8 +45,8 @@ def pipeline(base_folder):
 
 @pytest.fixture(scope="module")
 def tables(pipeline):
-    states = encode_text(pipeline.text_encoder, pipeline.tokenizer([*PROMPTS, ""]))
-    return states[:2], jnp.repeat(states[2:], 2, axis=0)
+    texts = encode_texts(pipeline.networks, pipeline.tokenizer([*PROMPTS, ""]))
+    return texts.take(np.array([0, 1])), texts.take(np.array([2, 2]))
 
 
 def adapted(pipeline, kind: str, seed: int) -> TextToImage:

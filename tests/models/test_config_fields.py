@@ -53,6 +53,9 @@ ENCODER = {
     "norm_num_groups": 4,
     "attention_head_dim": 2,
     "cross_attention_dim": 6,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 2,
+    "projection_class_embeddings_input_dim": 5 + 6 * 2,
 }
 ENCODER_CHANGES = {
     "in_channels": 5,
@@ -69,7 +72,12 @@ ENCODER_CHANGES = {
     "transformer_layers_per_block": 2,
     "attention_head_dim": 4,
     "use_linear_projection": True,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 18,
 }
+# What the networks with "text_time" read besides: a pooled text and sizes.
+ADDED = shapes((1, 5), (1, 6))
 ENCODER_UNREAD = {"upcast_attention": "attention scores are always float32"}
 TOWER = {
     "hidden_size": 8,
@@ -85,7 +93,7 @@ TOWER_CHANGES = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-4,
 }
-PROJECTION = {"projection_dim": "a tower alone is not projected; CLIPConfig's own counts"}
+PROJECTION = {"projection_dim": "a vision tower alone is not projected; CLIPConfig's own counts"}
 REFUSED = {"attention_dropout": "only 0 is accepted (test_clip)"}
 VIT = {
     "hidden_size": 8,
@@ -107,6 +115,13 @@ VIT_CHANGES = {
     "qkv_bias": False,
     "num_labels": 4,
 }
+
+
+def _with_added(model: nnx.Module, *inputs: Any) -> Any:
+    *others, pooled, sizes = inputs
+    return model(*others, text_embeds=pooled, time_ids=sizes)
+
+
 TEXT, VISION = clip.CLIPTextConfig, clip.CLIPVisionConfig
 CASES = {
     "AutoencoderKLConfig": Case(
@@ -143,7 +158,7 @@ CASES = {
     "UNet2DConditionConfig": Case(
         unet.UNet2DCondition,
         unet.UNet2DConditionConfig(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **ENCODER),
-        [*shapes((1, 4, 4, 4)), integers(1), *shapes((1, 3, 6))],
+        [*shapes((1, 4, 4, 4)), integers(1), *shapes((1, 3, 6)), *ADDED],
         {
             **ENCODER_CHANGES,
             "out_channels": 5,
@@ -152,17 +167,19 @@ CASES = {
             "conv_out_kernel": 1,
         },
         {**ENCODER_UNREAD, "sample_size": "the latents' size without another, for callers"},
+        call=_with_added,
     ),
     "ControlNetConfig": Case(
         controlnet.ControlNet,
         controlnet.ControlNetConfig(conditioning_embedding_out_channels=(4, 8), **ENCODER),
-        [*shapes((1, 4, 4, 4)), integers(1), *shapes((1, 3, 6), (1, 8, 8, 3))],
+        [*shapes((1, 4, 4, 4)), integers(1), *shapes((1, 3, 6), (1, 8, 8, 3)), *ADDED],
         {
             **ENCODER_CHANGES,
             "conditioning_channels": 4,
             "conditioning_embedding_out_channels": (4, 6),
         },
         ENCODER_UNREAD,
+        call=_with_added,
     ),
     "DiTConfig": Case(
         dit.DiT,
@@ -210,16 +227,17 @@ CASES = {
         },
     ),
     "CLIPTextConfig": Case(
-        clip.CLIPTextModel,
-        TEXT(vocab_size=20, max_position_embeddings=6, eos_token_id=19, **TOWER),
+        clip.CLIPTextModelWithProjection,
+        TEXT(vocab_size=20, max_position_embeddings=6, eos_token_id=19, projection_dim=5, **TOWER),
         [integers(2, 6)],
         {
             **TOWER_CHANGES,
             "vocab_size": 21,
             "max_position_embeddings": 7,
             "eos_token_id": 18,
+            "projection_dim": 6,
         },
-        PROJECTION | REFUSED,
+        REFUSED,
     ),
     "CLIPVisionConfig": Case(
         clip.CLIPVisionModel,

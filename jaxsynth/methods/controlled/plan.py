@@ -111,7 +111,7 @@ class _Shapes:
     def drawing(self, name: str, mesh: Mesh, batch: int) -> Plan:
         """One batch of a way's images."""
         config, base = self.config.generate, self.base
-        states = text_states(base, 1)
+        states = text_states(base, 1).states
         condition = self.triples.condition
         return plan_sampler(
             f"draw, {name}",

@@ -81,5 +81,4 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
 
 
 def _adapted(base: StableDiffusion, training: FinetuneConfig, model: TextToImage) -> TextToImage:
-    own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
-    return adapted(own, training, jax.random.key(0))
+    return adapted(base.with_networks(model), training, jax.random.key(0))

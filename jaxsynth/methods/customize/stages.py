@@ -29,7 +29,7 @@ from jaxsynth.methods.customize.techniques import (
     shapes_of,
     texts_of,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_features
@@ -152,12 +152,13 @@ def _held_out(
     source = data.test
     told = encoded(source, texts_of(training, word, data, source))
     x0, ids = told.mean[:MOST_HELD_OUT, 0], told.ids[told.first[:MOST_HELD_OUT]]
+    sizes = told.sizes[:MOST_HELD_OUT, 0]
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
 
     def evaluate(model: TextToImage, step: int) -> Mapping[str, Any]:
-        states = np.asarray(encode_text(model.text_encoder, ids))
+        texts = jax.tree.map(np.asarray, encode_texts(model, ids).sized(sizes))
         error = held_out_error(
-            model.unet, schedule, x0, lambda rows: {"encoder_hidden_states": states[rows]}, seed=0
+            model.unet, schedule, x0, lambda rows: texts.take(rows).inputs(), seed=0
         )
         return {"held_out_error": error}
 

@@ -1,7 +1,6 @@
 """What the techniques differ in: what learns, the texts that images are told by, the file."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -68,7 +67,7 @@ def prepared(
     if isinstance(training, InversionConfig):
         start = training.initializer or word
         base = with_new_word(base, training.token, training.vectors, start)
-        return base, TextToImage(base.unet, base.text_encoder)
+        return base, base.networks
     return base, adapted(base, training, key)
 
 
@@ -76,10 +75,9 @@ def shapes_of(training: Training, word: str, base: StableDiffusion) -> TextToIma
     """The networks of `prepared`, of shapes; `base` may be of shapes too."""
 
     def prepare(model: TextToImage) -> TextToImage:
-        own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
-        return prepared(training, word, own, jax.random.key(0))[1]
+        return prepared(training, word, base.with_networks(model), jax.random.key(0))[1]
 
-    return transform(prepare, TextToImage(base.unet, base.text_encoder))
+    return transform(prepare, base.networks)
 
 
 def class_prompt(training: Training, word: str, template: str) -> str:

@@ -31,13 +31,14 @@ from jaxsynth.models import fields, layers
 from jaxsynth.models.diffusion.unet import (
     IGNORED,
     ONLY,
+    AddedEmbedding,
     DownBlock,
     EncoderConfig,
     MidBlock,
     TimestepEmbedding,
     UNet2DCondition,
+    embed_time,
     encode,
-    time_features,
 )
 
 # As for the denoiser, what diffusers' class can do and this one does not.
@@ -49,7 +50,7 @@ _ONLY = {
 # Stable Diffusion's embedding; each entry after the first halves the condition's height and width.
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
 # What is a copy of the denoiser's.
-_COPIED = ("conv_in", "time_embedding", "down_blocks", "mid_block")
+_COPIED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,8 @@ class ControlNet(nnx.Module):
         last = len(widths) - 1
         self.conv_in = layers.conv2d(config.in_channels, widths[0], **make)
         self.time_embedding = TimestepEmbedding(config, **make)
+        if config.addition_embed_type:
+            self.add_embedding = AddedEmbedding(config, **make)
         self.down_blocks = nnx.List(
             DownBlock(config, level, downsample=level < last, **make) for level in range(last + 1)
         )
@@ -168,6 +171,8 @@ class ControlNet(nnx.Module):
         encoder_hidden_states: Float[Array, "b t d"],
         controlnet_cond: Float[Array, "b h2 w2 k"],
         *,
+        text_embeds: Float[Array, "b p"] | None = None,
+        time_ids: Float[Array, "b k"] | None = None,
         conditioning_scale: float | Float[Array, ""] = 1.0,
         guess_mode: bool = False,
         remat: str | None = None,
@@ -176,10 +181,10 @@ class ControlNet(nnx.Module):
 
         `controlnet_cond` is a condition in [0, 1], `config.downscale` times as high and wide as the
         sample; ValueError if it is not. `guess_mode` lets the residuals grow from a tenth at the
-        widest feature map to their full size in the middle, for use without prompts. `remat` as in
-        the denoiser.
+        widest feature map to their full size in the middle, for use without prompts.
+        `text_embeds`, `time_ids` and `remat` as in the denoiser.
         """
-        time = self.time_embedding(time_features(self.config, timesteps).astype(self.dtype))
+        time = embed_time(self, timesteps, text_embeds, time_ids)
         context = encoder_hidden_states.astype(self.dtype)
         x = self.conv_in(sample)
         condition = self.controlnet_cond_embedding(controlnet_cond)

@@ -1,8 +1,9 @@
-"""The text-conditioned denoiser of Stable Diffusion 1.x and 2.x.
+"""The text-conditioned denoiser of Stable Diffusion 1.x, 2.x and XL.
 
 A U-Net of residual blocks with transformers at most levels (Rombach et al. 2022, arXiv 2112.10752).
 Structure and weight names are those of diffusers' `UNet2DConditionModel`, in NHWC; what the output
-means (noise, velocity or sample) is the scheduler's business.
+means (noise, velocity or sample) is the scheduler's business. SDXL's (Podell et al. 2023, arXiv
+2307.01952) also reads a pooled text and the sizes of the training image (section 2.2).
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -21,7 +23,6 @@ from jaxsynth.models.remat import checkpointed
 
 # What diffusers' class can do and this one does not: only the value that switches it off is read.
 ONLY: dict[str, tuple[Any, ...]] = {
-    "addition_embed_type": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -50,10 +51,10 @@ ONLY: dict[str, tuple[Any, ...]] = {
 # Read only when one of the above is on, or never.
 IGNORED = (
     "addition_embed_type_num_heads",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
     *fields.EMA_NOTES,
 )
+# SDXL's addition to the embedding of the time.
+TEXT_TIME = "text_time"
 _ATTENDS = {
     "CrossAttnDownBlock2D": True,
     "DownBlock2D": False,
@@ -68,7 +69,9 @@ class EncoderConfig:
 
     `attention_head_dim` is the NUMBER of heads (one, or one per level): diffusers named it wrongly
     and every published config relies on that. `upcast_attention` changes nothing here, where
-    attention scores are always float32.
+    attention scores are always float32. With `addition_embed_type` "text_time" the time's embedding
+    has added to it one of `projection_class_embeddings_input_dim` features: those of a pooled text,
+    and `addition_time_embed_dim` of each size.
     """
 
     in_channels: int = 4
@@ -85,7 +88,10 @@ class EncoderConfig:
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     def __post_init__(self):
         name, levels = type(self).__name__, len(self.block_out_channels)
@@ -112,6 +118,15 @@ class EncoderConfig:
                     f"{name}.attention_head_dim: {heads} heads do not divide {channels} channels"
                 )
         layers.activation(self.act_fn)
+        if self.addition_embed_type not in (None, TEXT_TIME):
+            raise ValueError(
+                f"{name}.addition_embed_type: expected None or {TEXT_TIME!r}, got "
+                f"{self.addition_embed_type!r}"
+            )
+        if self.addition_embed_type:
+            for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+                if not getattr(self, field):
+                    raise ValueError(f"{name}.{field}: expected a number for {TEXT_TIME!r}")
 
     def _check_blocks(self, field: str, side: str) -> None:
         name, types = type(self).__name__, getattr(self, field)
@@ -165,6 +180,8 @@ class UNet2DCondition(nnx.Module):
         last = len(widths) - 1
         self.conv_in = layers.conv2d(config.in_channels, widths[0], config.conv_in_kernel, **make)
         self.time_embedding = TimestepEmbedding(config, **make)
+        if config.addition_embed_type:
+            self.add_embedding = AddedEmbedding(config, **make)
         self.down_blocks = nnx.List(
             DownBlock(config, level, downsample=level < last, **make) for level in range(last + 1)
         )
@@ -187,18 +204,21 @@ class UNet2DCondition(nnx.Module):
         timesteps: Int[Array, " b"] | Float[Array, " b"],
         encoder_hidden_states: Float[Array, "b t d"],
         *,
+        text_embeds: Float[Array, "b p"] | None = None,
+        time_ids: Float[Array, "b k"] | None = None,
         down_block_additional_residuals: Sequence[Float[Array, "b _h _w _c"]] | None = None,
         mid_block_additional_residual: Float[Array, "b _h _w _c"] | None = None,
         remat: str | None = None,
     ) -> Float[Array, "b h w o"]:
         """The prediction for `sample` at `timesteps` (any height and width).
 
+        `text_embeds` and `time_ids` are the pooled text and the sizes that SDXL's reads too.
         `down_block_additional_residuals` (one per skip connection, in the order they are made) and
         `mid_block_additional_residual` are what a ControlNet adds; ValueError if their number is
         wrong. `remat` names what of each block the backward pass computes again
         (`models.remat`).
         """
-        time = self.time_embedding(time_features(self.config, timesteps).astype(self.dtype))
+        time = embed_time(self, timesteps, text_embeds, time_ids)
         context = encoder_hidden_states.astype(self.dtype)
         x, skips = encode(self, self.conv_in(sample), time, context, remat=remat)
         extra = down_block_additional_residuals
@@ -229,6 +249,27 @@ def time_features(
         flip_sin_to_cos=config.flip_sin_to_cos,
         freq_shift=config.freq_shift,
     )
+
+
+def embed_time(
+    model: Any,
+    timesteps: Int[Array, " b"] | Float[Array, " b"],
+    text_embeds: Float[Array, "b p"] | None,
+    time_ids: Float[Array, "b k"] | None,
+) -> Float[Array, "b e"]:
+    """What the blocks of a denoiser or a ControlNet read of time, pooled text and sizes.
+
+    ValueError where these are missing for "text_time", or given without it.
+    """
+    config = model.config
+    time = model.time_embedding(time_features(config, timesteps).astype(model.dtype))
+    added = config.addition_embed_type is not None
+    if {text_embeds is not None, time_ids is not None} != {added}:
+        raise ValueError(
+            "text_embeds and time_ids: with addition_embed_type "
+            f"{config.addition_embed_type!r} expected {'both' if added else 'none'}"
+        )
+    return time + model.add_embedding(text_embeds, time_ids) if added else time
 
 
 def encode(
@@ -262,6 +303,42 @@ class TimestepEmbedding(nnx.Module):
 
     def __call__(self, features: Float[Array, "b f"]) -> Float[Array, "b e"]:
         return self.linear_2(self.act(self.linear_1(features)))
+
+
+class AddedEmbedding(nnx.Module):
+    """Two linear layers over a pooled text and the sinusoidal features of sizes.
+
+    Sizes in pixels are those of the original image, of the corner that its crop begins at, and of
+    the crop: (height, width, top, left, height, width) (arXiv 2307.01952, section 2.2).
+    """
+
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        make = {"dtype": dtype, "rngs": rngs}
+        width, out = config.projection_class_embeddings_input_dim, config.time_channels
+        self.config, self.dtype = config, dtype
+        self.linear_1 = layers.Linear(width, out, **make)
+        self.linear_2 = layers.Linear(out, out, **make)
+
+    def __call__(
+        self, text_embeds: Float[Array, "b p"], time_ids: Float[Array, "b k"]
+    ) -> Float[Array, "b e"]:
+        """ValueError where text and sizes have another number of features than the layer."""
+        config = self.config
+        sizes = layers.timestep_embedding(
+            time_ids.reshape(-1),
+            config.addition_time_embed_dim,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        ).reshape(len(time_ids), -1)
+        features = jnp.concatenate([text_embeds.astype(sizes.dtype), sizes], axis=-1)
+        if features.shape[-1] != config.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"text_embeds {text_embeds.shape} and time_ids {time_ids.shape}: "
+                f"{features.shape[-1]} features, expected "
+                f"{config.projection_class_embeddings_input_dim}"
+            )
+        hidden = jax.nn.silu(self.linear_1(features.astype(self.dtype)))
+        return self.linear_2(hidden)
 
 
 class DownBlock(nnx.Module):

@@ -77,7 +77,19 @@ SD_LIKE = tiny(
 )
 
 
-SETTINGS = {"tiny": TINY, "sd": SD_LIKE}
+SDXL_LIKE = tiny(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    attention_head_dim=(2, 4),
+    transformer_layers_per_block=(1, 2),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=10 + 6 * 4,
+    conditioning_embedding_out_channels=(4, 6, 8),
+)
+
+
+SETTINGS = {"tiny": TINY, "sd": SD_LIKE, "sdxl": SDXL_LIKE}
 
 
 def unet_settings(settings: dict) -> dict:
@@ -120,19 +132,30 @@ def inputs(config: ControlNetConfig, size=(4, 8)):
     return sample, np.array([3, 741], np.int32), text, condition
 
 
+def added(config: ControlNetConfig) -> dict[str, jax.Array]:
+    """A pooled text and sizes, for networks that read them."""
+    if not config.addition_embed_type:
+        return {}
+    pooled = np.random.default_rng(3).normal(size=(2, 10)).astype(np.float32)
+    sizes = np.array([[60, 80, 0, 12, 32, 32], [51, 38, 3, 0, 32, 64]], np.float32)
+    return {"text_embeds": jnp.asarray(pooled), "time_ids": jnp.asarray(sizes)}
+
+
 def controlled(controlnet, unet, *arguments, **options):
     """Residuals and the denoiser's output under them, as one program."""
+    more = added(controlnet.config)
 
     @jax.jit
     def run(states, sample, timesteps, text, condition):
         net, denoiser = nnx.merge(graphdefs[0], states[0]), nnx.merge(graphdefs[1], states[1])
-        found = net(sample, timesteps, text, condition, **options)
+        found = net(sample, timesteps, text, condition, **options, **more)
         out = denoiser(
             sample,
             timesteps,
             text,
             down_block_additional_residuals=found.down_block_res_samples,
             mid_block_additional_residual=found.mid_block_res_sample,
+            **more,
         )
         return found, out
 
@@ -143,8 +166,11 @@ def controlled(controlnet, unet, *arguments, **options):
 def controlled_torch(controlnet, unet, sample, timesteps, text, condition, **options):
     sample, condition = nchw(sample), nchw(condition)
     timesteps, text = torch.from_numpy(timesteps), torch.from_numpy(text)
+    more = {
+        name: torch.tensor(np.asarray(value)) for name, value in added(controlnet.config).items()
+    }
     with torch.no_grad():
-        found = controlnet(sample, timesteps, text, condition, **options)
+        found = controlnet(sample, timesteps, text, condition, added_cond_kwargs=more, **options)
         down, mid = found.down_block_res_samples, found.mid_block_res_sample
         out = unet(
             sample,
@@ -152,6 +178,7 @@ def controlled_torch(controlnet, unet, sample, timesteps, text, condition, **opt
             text,
             down_block_additional_residuals=down,
             mid_block_additional_residual=mid,
+            added_cond_kwargs=more,
         ).sample
     return [nhwc(x) for x in down], nhwc(mid), nhwc(out)
 
@@ -161,6 +188,7 @@ def controlled_torch(controlnet, unet, sample, timesteps, text, condition, **opt
     [
         ("tiny", {"conditioning_scale": 0.7}),
         ("sd", {"guess_mode": True, "conditioning_scale": 1.5}),
+        ("sdxl", {"conditioning_scale": 0.7}),
     ],
 )
 def test_same_as_diffusers(name, options):
@@ -175,7 +203,9 @@ def test_same_as_diffusers(name, options):
     assert relative_error(out, expected) < 1e-4
     with torch.no_grad():
         sample, timesteps, text, _ = arguments
-        plain = their_unet(nchw(sample), torch.from_numpy(timesteps), torch.from_numpy(text))
+        more = {name: torch.tensor(np.asarray(value)) for name, value in added(ours.config).items()}
+        known = nchw(sample), torch.from_numpy(timesteps), torch.from_numpy(text)
+        plain = their_unet(*known, added_cond_kwargs=more)
     assert relative_error(nhwc(plain.sample), expected) > 0.05, "the residuals must matter"
 
 

@@ -10,6 +10,8 @@ import torch
 from flax import nnx
 
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
+from jaxsynth.weights.hf import describe
+from jaxsynth.weights.names import hf_name, hf_shape
 from tests.models.torch_parity import copy_weights, nchw, nhwc, randomise, relative_error
 
 STABLE_DIFFUSION_2_1_BASE = {
@@ -35,6 +37,56 @@ STABLE_DIFFUSION_2_1_BASE = {
     "out_channels": 4,
     "sample_size": 64,
     "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "use_linear_projection": True,
+}
+
+SDXL_BASE = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
     "use_linear_projection": True,
 }
 
@@ -69,6 +121,17 @@ SD2_LIKE = tiny(
     upcast_attention=True,
     transformer_layers_per_block=(1, 2, 1),
 )
+SDXL_LIKE = tiny(
+    block_out_channels=(16, 32, 32),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(2, 4, 8),
+    use_linear_projection=True,
+    transformer_layers_per_block=(1, 2, 3),
+    addition_embed_type="text_time",
+    addition_time_embed_dim=6,
+    projection_class_embeddings_input_dim=10 + 6 * 6,
+)
 EIGHT_LATENT_CHANNELS = tiny(
     in_channels=8,
     out_channels=8,
@@ -87,6 +150,16 @@ def inputs(config: UNet2DConditionConfig, size=(8, 8), tokens=7):
     sample = rng.normal(size=(2, *size, config.in_channels)).astype(np.float32)
     text = rng.normal(size=(2, tokens, config.cross_attention_dim)).astype(np.float32)
     return sample, np.array([3, 741], np.int32), text
+
+
+def added(config: UNet2DConditionConfig) -> dict[str, np.ndarray]:
+    """A pooled text and sizes, for a denoiser that reads them."""
+    if not config.addition_embed_type:
+        return {}
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    pooled = np.random.default_rng(2).normal(size=(2, width)).astype(np.float32)
+    sizes = np.array([[600, 800, 0, 120, 512, 512], [512, 384, 31, 0, 512, 384]], np.float32)
+    return {"text_embeds": pooled, "time_ids": sizes}
 
 
 def build(settings: dict):
@@ -119,14 +192,23 @@ def apply_torch(model, sample, timesteps, text, **residuals):
         (SD1_LIKE, (7, 10)),
         (SD2_LIKE, (8, 12)),
         (EIGHT_LATENT_CHANNELS, (8, 8)),
+        (SDXL_LIKE, (8, 12)),
     ],
-    ids=["tiny", "sd1-odd-size", "sd2", "eight-latent-channels"],
+    ids=["tiny", "sd1-odd-size", "sd2", "eight-latent-channels", "sdxl"],
 )
 def test_same_as_diffusers(settings, size):
     reference, model = build(settings)
-    arguments = inputs(model.config, size)
-    expected = apply_torch(reference, *arguments)
-    assert relative_error(apply(model, *arguments), expected) < 1e-4
+    arguments, more = inputs(model.config, size), added(model.config)
+    theirs = {name: torch.from_numpy(value) for name, value in more.items()}
+    expected = apply_torch(reference, *arguments, added_cond_kwargs=theirs)
+    assert relative_error(apply(model, *arguments, **more), expected) < 1e-4
+    if more:
+        other = {**more, "time_ids": more["time_ids"][::-1]}
+        assert relative_error(apply(model, *arguments, **other), expected) > 1e-3
+        with pytest.raises(ValueError, match="'text_time' expected both"):
+            model(*arguments, text_embeds=more["text_embeds"])
+        with pytest.raises(ValueError, match="expected 46"):
+            model(*arguments, text_embeds=more["text_embeds"], time_ids=more["time_ids"][:, :5])
 
 
 def test_control_residuals_same_as_diffusers():
@@ -186,11 +268,21 @@ def test_gradients_same_as_diffusers():
         assert relative_error(grad["kernel"][...], kernel) < 1e-4, name
 
 
-def test_full_size_parameter_count():
-    config = UNet2DConditionConfig.from_dict(STABLE_DIFFUSION_2_1_BASE)
-    model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0)))
-    shapes = jax.tree.leaves(nnx.state(model, nnx.Param))
-    assert sum(int(np.prod(leaf.shape)) for leaf in shapes) == 865_910_724
+@pytest.mark.parametrize(
+    ("published", "numbers"),
+    [(STABLE_DIFFUSION_2_1_BASE, 865_910_724), (SDXL_BASE, 2_567_463_684)],
+    ids=["sd21", "sdxl"],
+)
+def test_full_size_shapes_are_those_of_diffusers(published, numbers):
+    model = describe(UNet2DCondition, UNet2DConditionConfig.from_dict(published))
+    shapes = {
+        hf_name(path): hf_shape(path[-1], leaf.shape)
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**published).state_dict()
+    assert shapes == {name: tuple(value.shape) for name, value in theirs.items()}
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == numbers
 
 
 def test_bfloat16_is_close_to_float32():
@@ -209,7 +301,8 @@ def test_bfloat16_is_close_to_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"addition_embed_type": "text_time"}, "addition_embed_type: expected None, got 'text_"),
+        ({"addition_embed_type": "image"}, "addition_embed_type: expected None or 'text_time'"),
+        ({"addition_embed_type": "text_time"}, "addition_time_embed_dim: expected a number"),
         ({"class_embed_type": "timestep"}, "class_embed_type: expected None"),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift: expected 'default'"),
         ({"only_cross_attention": True}, "only_cross_attention: expected False"),
