@@ -12,6 +12,8 @@ Variants:
   `--config.data.path=`.
 - `sd21`: the paper's configuration, Stable Diffusion 2.1 and CLIP ViT-B/16 on your own folder of
   class folders (`--config.data.path=photos/`) or a TFDS data set. On a TPU or GPU.
+- `sdxl`: Stable Diffusion XL in place of 2.1, at the 1024 pixels that it was trained on, and
+  `sdxl512` at 512, as 2.1 draws: the two text encoders learn with the UNet. On a TPU or GPU.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
 The generator learns by LoRA, as published, or by any other kind of adapter:
@@ -29,6 +31,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "digits": _digits,
         "photos": _photos,
         "sd21": _sd21,
+        "sdxl": _sdxl,
+        "sdxl512": _sdxl512,
         "smoke": _smoke,
     }
     if arg not in variants:
@@ -86,6 +90,22 @@ def _sd21() -> ConfigDict:
             },
         }
     )
+
+
+def _sdxl() -> ConfigDict:
+    """The paper's values on a larger base."""
+    config = _sd21()
+    config.base = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.image_size = 1024
+    config.generate.batch_size = 8
+    return config
+
+
+def _sdxl512() -> ConfigDict:
+    config = _sdxl()
+    config.image_size = 512
+    config.generate.batch_size = 32
+    return config
 
 
 def _tiny() -> ConfigDict:

@@ -21,7 +21,7 @@ VARIANTS = {
             for technique in ("textual_inversion", "dreambooth", "lora")
         ),
     ),
-    "datadream": ("", "tiny", "digits", "photos", "sd21", "smoke"),
+    "datadream": ("", "tiny", "digits", "photos", "sd21", "sdxl", "sdxl512", "smoke"),
     "diffscaler": (
         "",
         "base",

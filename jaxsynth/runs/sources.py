@@ -26,10 +26,16 @@ def data_source(config: DataConfig) -> Source[Dataset]:
     return Source(lambda: load_dataset(config), lambda data: data.digest, lambda data: data.listing)
 
 
-def pipeline_source(name: str, dtype: str = "float32") -> Source[StableDiffusion]:
-    """The Stable Diffusion that a config names, kept and computed in `dtype`."""
+def pipeline_source(
+    name: str, dtype: str = "float32", *, double: bool = True
+) -> Source[StableDiffusion]:
+    """The Stable Diffusion that a config names, kept and computed in `dtype`.
+
+    `double` is whether it may be SDXL, with two text encoders.
+    """
     return Source(
-        lambda: load_pipeline(name, dtype, compute_dtype=dtype), lambda found: found.digest
+        lambda: load_pipeline(name, dtype, compute_dtype=dtype, double=double),
+        lambda found: found.digest,
     )
 
 

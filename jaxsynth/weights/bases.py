@@ -62,6 +62,8 @@ def convert(source: Path, target: Path, to: str, settings: str = "") -> list[str
     if (found := single_file.find(name)) is not None:
         editing = found.configs["unet"].in_channels == 2 * found.configs["vae"].latent_channels
     pipeline = load_pipeline(name, Tensors(files).dtype(), editing=editing)
+    if to in FILES and pipeline.text_encoder_2 is not None:
+        raise UserError(f"{source}: is SDXL, which has no form in one file here; --to=diffusers")
     if to in FOLDERS:
         save_pipeline(pipeline, target)
         return []

@@ -33,7 +33,6 @@ from jaxsynth.models.clip import (
 )
 from jaxsynth.models.diffusion.controlnet import ControlNet
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.diffusion.unet import UNet2DCondition
 from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.weights import hub, single_file
@@ -46,8 +45,8 @@ from jaxsynth.weights.pipeline_parts import (
     PIPELINES,
     SINGLE,
     XL_PIPELINES,
+    StableDiffusion,
     TokenizerPair,
-    Tokenizing,
     check_end,
     check_pipeline,
     check_tokenizer,
@@ -88,52 +87,6 @@ _DIFFUSERS = {
     DiT: "DiTTransformer2DModel",
     UNet2DCondition: "UNet2DConditionModel",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class StableDiffusion:
-    """A latent diffusion pipeline; `digest` is the sha256 of its files, "" if not loaded.
-
-    SDXL has a second text encoder, and a tokenizer for both; with `zeroes_empty` zeros stand for a
-    negative prompt that is empty. `size` is the side in pixels of the images that are learned and
-    drawn, 0 for that which the denoiser was trained on.
-    """
-
-    unet: UNet2DCondition
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: Tokenizing
-    scheduler_config: dict[str, Any]
-    folder: Path | None = None
-    digest: str = ""
-    text_encoder_2: CLIPTextModelWithProjection | None = None
-    zeroes_empty: bool = False
-    size: int = 0
-
-    @property
-    def image_size(self) -> int:
-        """The side in pixels of the images that are learned and drawn."""
-        return self.size or self.unet.config.sample_size * self.vae.config.downscale
-
-    @property
-    def networks(self) -> TextToImage:
-        """The networks that fine-tuning adapts, as one module."""
-        return TextToImage(self.unet, self.text_encoder, self.text_encoder_2)
-
-    def with_networks(self, model: TextToImage) -> "StableDiffusion":
-        """The pipeline with these in their place."""
-        own = {name: getattr(model, name) for name in self.adaptable}
-        return dataclasses.replace(self, **own)
-
-    @property
-    def adaptable(self) -> dict[str, nnx.Module]:
-        """The same by name: "unet", "text_encoder" and, in SDXL, "text_encoder_2"."""
-        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
-        return {"unet": self.unet, "text_encoder": self.text_encoder, **second}
-
-    def given(self, texts: Sequence[str]) -> np.ndarray:
-        """Which texts count where nothing is to be said; the others are zeros (`zeroes_empty`)."""
-        return np.asarray([bool(text) or not self.zeroes_empty for text in texts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,9 +187,16 @@ def _configs_in(
 
 
 def describe_pipeline(
-    name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
+    name_or_path: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    *,
+    compute_dtype: Any = None,
+    double: bool = True,
 ) -> StableDiffusion:
-    """A pipeline of shapes, from its configs and tokenizer alone: no weights are read."""
+    """A pipeline of shapes, from its configs and tokenizer alone: no weights are read.
+
+    `double` as in `load_pipeline`.
+    """
     compute = dtype if compute_dtype is None else compute_dtype
     checkpoint = single_file.find(name_or_path)
     if checkpoint is not None:
@@ -245,7 +205,8 @@ def describe_pipeline(
     else:
         folder = resolve(name_or_path, weights=False)
         index = read_json(folder / "model_index.json")
-        parts = parts_in(folder, index, editing=index.get("_class_name") == EDITING)
+        editing = index.get("_class_name") == EDITING
+        parts = parts_in(folder, index, editing=editing, double=double)
         configs, scheduler = _configs_in(folder, parts)
         tokenizer, zeroes = read_tokenizer(folder, parts), zeroes_empty(folder, index, parts)
     networks = {
@@ -326,12 +287,13 @@ def load_pipeline(
     *,
     compute_dtype: Any = None,
     editing: bool = False,
+    double: bool = True,
 ) -> StableDiffusion:
     """A Stable Diffusion 1.x, 2.x or XL pipeline from a folder, the package ("tiny") or the hub.
 
     Or from a checkpoint in one file, FILE or FILE@FOLDER (`single_file`). With `editing` an
     InstructPix2Pix one, whose denoiser reads an image's latents beside the noisy ones
-    (`generation.edited`).
+    (`generation.edited`). Without `double` one with a single text encoder, not SDXL.
 
     UserError as for `load_model`, and where the parts do not fit together.
     """
@@ -341,7 +303,7 @@ def load_pipeline(
         return _load_checkpoint(checkpoint, editing=editing, **dtypes)
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
-    parts = parts_in(folder, index, editing=editing)
+    parts = parts_in(folder, index, editing=editing, double=double)
     networks: dict[str, Any] = {
         part: load_model(model, config, folder / part, **dtypes)
         for part, (model, config) in parts.items()

@@ -1,13 +1,15 @@
-"""The parts of a text-to-image pipeline's folder: which there are, and whether they fit together.
+"""A text-to-image pipeline and its parts: which there are, and whether they fit together.
 
 Stable Diffusion 1 and 2 have one text encoder, SDXL has two (arXiv 2307.01952, section 2.1).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from jaxtyping import Int
 
 from jaxsynth.core.documents import take
@@ -18,6 +20,7 @@ from jaxsynth.models.clip import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
 )
+from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights.tokenizer import Tokenizer
@@ -47,6 +50,10 @@ class TokenizerPair:
         self.first, self.second = first, second
 
     @property
+    def each(self) -> tuple[Tokenizer, Tokenizer]:
+        return self.first, self.second
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Of a text's ids."""
         return 2, self.first.max_length
@@ -61,17 +68,69 @@ class TokenizerPair:
 
     def with_word(self, word: str, vectors: int = 1) -> "TokenizerPair":
         """A copy with a new word in both; UserError as `Tokenizer.with_word`."""
-        both = (tokenizer.with_word(word, vectors) for tokenizer in (self.first, self.second))
-        return TokenizerPair(*both)
+        return TokenizerPair(*(one.with_word(word, vectors) for one in self.each))
 
 
 Tokenizing = Tokenizer | TokenizerPair
 
 
-def parts_in(folder: Path, index: Mapping[str, Any], *, editing: bool) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+    """A latent diffusion pipeline; `digest` is the sha256 of its files, "" if not loaded.
+
+    SDXL has a second text encoder, and a tokenizer for both; with `zeroes_empty` zeros stand for a
+    negative prompt that is empty. `size` is the side in pixels of the images that are learned and
+    drawn, 0 for that which the denoiser was trained on.
+    """
+
+    unet: UNet2DCondition
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: Tokenizing
+    scheduler_config: dict[str, Any]
+    folder: Path | None = None
+    digest: str = ""
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    zeroes_empty: bool = False
+    size: int = 0
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the images that are learned and drawn."""
+        return self.size or self.unet.config.sample_size * self.vae.config.downscale
+
+    def sized(self, side: int) -> "StableDiffusion":
+        """The pipeline for images of this side in pixels, 0 for that of the denoiser."""
+        return dataclasses.replace(self, size=side)
+
+    @property
+    def networks(self) -> TextToImage:
+        """The networks that fine-tuning adapts, as one module."""
+        return TextToImage(self.unet, self.text_encoder, self.text_encoder_2)
+
+    def with_networks(self, model: TextToImage) -> "StableDiffusion":
+        """The pipeline with these in their place."""
+        own = {name: getattr(model, name) for name in self.adaptable}
+        return dataclasses.replace(self, **own)
+
+    @property
+    def adaptable(self) -> dict[str, nnx.Module]:
+        """The same by name: "unet", "text_encoder" and, in SDXL, "text_encoder_2"."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"unet": self.unet, "text_encoder": self.text_encoder, **second}
+
+    def given(self, texts: Sequence[str]) -> np.ndarray:
+        """Which texts count where nothing is to be said; the others are zeros (`zeroes_empty`)."""
+        return np.asarray([bool(text) or not self.zeroes_empty for text in texts])
+
+
+def parts_in(
+    folder: Path, index: Mapping[str, Any], *, editing: bool, double: bool = True
+) -> dict[str, tuple[type, type]]:
     """The networks of a folder whose model_index.json is `index`: class and config's by part.
 
-    UserError naming what it is a pipeline of where it is none of those.
+    UserError naming what it is a pipeline of where it is none of those, or where it has two text
+    encoders and not `double`.
     """
     kind, where = index.get("_class_name"), folder / "model_index.json"
     if editing or kind not in XL_PIPELINES:
@@ -83,6 +142,11 @@ def parts_in(folder: Path, index: Mapping[str, Any], *, editing: bool) -> dict[s
         raise UserError(
             f"{where}: is SDXL's refiner, which goes on with the images of a base; expected a "
             "base, such as stabilityai/stable-diffusion-xl-base-1.0"
+        )
+    if not double:
+        raise UserError(
+            f"{where}: is SDXL, with two text encoders; expected a base with one here, such as "
+            "Stable Diffusion 1.5 or 2.1"
         )
     return DOUBLE
 

@@ -165,6 +165,11 @@ class Tokenizer:
         return backend
 
     @property
+    def each(self) -> tuple[Self]:
+        """It alone; a pipeline may have one for each of two text encoders."""
+        return (self,)
+
+    @property
     def shape(self) -> tuple[int]:
         """Of a text's ids."""
         return (self.max_length,)

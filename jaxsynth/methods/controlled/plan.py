@@ -80,7 +80,7 @@ class _Shapes:
                 "folder with the tokenizer and the config.json files of unet, vae, text_encoder "
                 "and scheduler is enough"
             )
-        base = describe_pipeline(config.base)
+        base = describe_pipeline(config.base, double=False)
         classes, images, note = count_data(config.data)
         side, text = base.unet.config.sample_size, base.text_encoder.config
         pixels = side * base.vae.config.downscale

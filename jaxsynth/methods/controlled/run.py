@@ -39,7 +39,7 @@ def run(config: Config, workdir: Path) -> Path:
 def make(config: Config, workdir: Path) -> None:
     """Every way at every rate, then every seed."""
     folder, mesh = Path(workdir), config.mesh.make()
-    base = pipeline_source(config.base)
+    base = pipeline_source(config.base, double=False)
     data = data_source(config.data)
     triples = stages.encode(
         folder / "triples", stages.Encoding(config.kind), label="triples", base=base, data=data,

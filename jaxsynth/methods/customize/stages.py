@@ -137,7 +137,7 @@ def learn(
     if not work.writes:
         return counts
     write_json(work.folder / "images.json", list(source.ids))
-    return counts | {"file": save(work.folder, training, model).name}
+    return counts | {"file": save(work.folder, training, base, model).name}
 
 
 def shots_of(data: Dataset, shots: int, seed: int) -> ImageSource:

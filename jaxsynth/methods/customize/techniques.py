@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
-from flax import nnx
 
 from jaxsynth.adapters.inject import AdapterState, extract
-from jaxsynth.adapters.surgery.token_rows import new_rows
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.sources.captioned import captions
@@ -20,8 +17,8 @@ from jaxsynth.tasks.customize import DreamBoothConfig, InversionConfig, Training
 from jaxsynth.tasks.text_to_image import adapted
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.embeddings import (
-    Embedding,
     embedding_file,
+    learned_embedding,
     read_embedding,
     with_embedding,
     with_new_word,
@@ -100,11 +97,10 @@ def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
     base.tokenizer(sorted(texts))
 
 
-def save(folder: Path, training: Training, model: nnx.Module) -> Path:
+def save(folder: Path, training: Training, base: StableDiffusion, model: TextToImage) -> Path:
     """Writes what was learned: an embedding of diffusers' form, or an adapter's file."""
     if isinstance(training, InversionConfig):
-        embedding = Embedding(training.token, np.asarray(new_rows(model), np.float32))
-        return write_embedding(folder, embedding)
+        return write_embedding(folder, learned_embedding(base, training.token, model))
     return adapter_io.save(extract(model), folder)
 
 

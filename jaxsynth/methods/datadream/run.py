@@ -25,6 +25,7 @@ from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
+from jaxsynth.generation.sampler import latent_shape
 from jaxsynth.methods.datadream import report as pages
 from jaxsynth.methods.datadream.config import Config
 from jaxsynth.methods.datadream.plan import plan
@@ -117,6 +118,7 @@ class _Run:
                 "it, so that accuracies say nothing",
                 markup=False,
             )
+        latent_shape(self.base.value.sized(self.config.image_size))
         for network in (self.base.value, self.clip.value):
             network.tokenizer(list(class_prompts(data)))
         trainings: dict[str, TrainingConfig] = {"classify": self.config.classify}
@@ -153,6 +155,7 @@ class _Run:
                     seed,
                     self.config.dtype,
                     self.config.classes_at_once if mode == "cls" else 0,
+                    self.config.image_size,
                 ),
                 label=f"adapter {mode}: {name}",
                 mesh=self.mesh,
@@ -169,7 +172,7 @@ class _Run:
     ) -> Artifact:
         return generate_images(
             folder,
-            Generating(self.config.generate, seed, self.config.dtype),
+            Generating(self.config.generate, seed, self.config.dtype, self.config.image_size),
             label=label,
             data=self.data,
             base=self.base,

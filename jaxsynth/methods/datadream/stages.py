@@ -73,12 +73,14 @@ class Finetuning:
     seed: int
     dtype: str
     classes_at_once: int = 0
+    image_size: int = 0
 
 
 def _adapter_bytes(
     config: Finetuning, *, shots: Artifact, data: Dataset, base: StableDiffusion
 ) -> int:
     train, count = config.finetune, data.num_classes if config.mode == "cls" else 1
+    base = base.sized(config.image_size)
     return training_bytes(planned_task(base, train, images=1).model, train, count=count)
 
 
@@ -88,6 +90,7 @@ def finetune_generator(
 ) -> dict:
     """One adapter for all classes, or one for each in a folder of its name."""
     drawn, finetuning = load_shots(shots.path / SHOTS_FILE), config.finetune
+    base = base.sized(config.image_size)
     examples = encode_examples(
         base,
         drawn.train_source(data),
@@ -139,12 +142,14 @@ class Generating:
     generate: GenerateConfig
     seed: int
     dtype: str
+    image_size: int = 0
 
 
 def _image_bytes(
     config: Generating, *, data: Dataset, base: StableDiffusion, adapter: Artifact | None = None
 ) -> int:
-    return drawn_bytes(data.num_classes, config.generate, base.image_size)
+    side = base.sized(config.image_size).image_size
+    return drawn_bytes(data.num_classes, config.generate, side)
 
 
 @stage(processes="all", space=_image_bytes)
@@ -158,6 +163,7 @@ def generate_images(
 ) -> dict:
     """A store of images of every class; each process fills its share of the shards."""
     prompts, states, digests = class_prompts(data), None, []
+    base = base.sized(config.image_size)
     if adapter is not None:
         files = adapter_io.find(adapter.path, [safe_name(name) for name in data.class_names])
         loaded = [adapter_io.load(file) for file in files]

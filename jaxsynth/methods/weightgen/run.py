@@ -95,7 +95,7 @@ class _Sources:
 
     @cached_property
     def text(self) -> Source[StableDiffusion]:
-        return pipeline_source(self.config.text)
+        return pipeline_source(self.config.text, double=False)
 
     @cached_property
     def editing(self) -> Source[StableDiffusion]:
