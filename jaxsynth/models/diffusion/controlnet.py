@@ -172,7 +172,7 @@ class ControlNet(nnx.Module):
         controlnet_cond: Float[Array, "b h2 w2 k"],
         *,
         text_embeds: Float[Array, "b p"] | None = None,
-        time_ids: Float[Array, "b k"] | None = None,
+        time_ids: Float[Array, "b s"] | None = None,
         conditioning_scale: float | Float[Array, ""] = 1.0,
         guess_mode: bool = False,
         remat: str | None = None,

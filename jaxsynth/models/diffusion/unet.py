@@ -205,7 +205,7 @@ class UNet2DCondition(nnx.Module):
         encoder_hidden_states: Float[Array, "b t d"],
         *,
         text_embeds: Float[Array, "b p"] | None = None,
-        time_ids: Float[Array, "b k"] | None = None,
+        time_ids: Float[Array, "b s"] | None = None,
         down_block_additional_residuals: Sequence[Float[Array, "b _h _w _c"]] | None = None,
         mid_block_additional_residual: Float[Array, "b _h _w _c"] | None = None,
         remat: str | None = None,
@@ -255,7 +255,7 @@ def embed_time(
     model: Any,
     timesteps: Int[Array, " b"] | Float[Array, " b"],
     text_embeds: Float[Array, "b p"] | None,
-    time_ids: Float[Array, "b k"] | None,
+    time_ids: Float[Array, "b s"] | None,
 ) -> Float[Array, "b e"]:
     """What the blocks of a denoiser or a ControlNet read of time, pooled text and sizes.
 
@@ -320,7 +320,7 @@ class AddedEmbedding(nnx.Module):
         self.linear_2 = layers.Linear(out, out, **make)
 
     def __call__(
-        self, text_embeds: Float[Array, "b p"], time_ids: Float[Array, "b k"]
+        self, text_embeds: Float[Array, "b p"], time_ids: Float[Array, "b s"]
     ) -> Float[Array, "b e"]:
         """ValueError where text and sizes have another number of features than the layer."""
         config = self.config
