@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from jaxsynth.adapters.inject import AdapterState, extract, load_state, trainable_variables
-from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.arrays import Cached
 from jaxsynth.diffusion.noising import drawn_crops, sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.generation.generate import GenerateConfig, sample_images
@@ -45,8 +45,9 @@ def pipeline(sdxl_folder):
 def images():
     """Two photos, one wide and one high, of other sizes than the base's."""
     rng = np.random.default_rng(0)
-    photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((12, 30), (40, 16))]
-    return ArraySource(photos, [0, 1], ["wide", "high"])
+    shapes = np.array([(12, 30), (40, 16)])
+    pixels = rng.integers(0, 256, 3 * shapes.prod(1).sum(), dtype=np.uint8)
+    return Cached(pixels, shapes, np.array([0, 1]), ("wide", "high"))
 
 
 @pytest.fixture(scope="module")

@@ -257,6 +257,8 @@ def _checked(
     model = ""
     if family and not networks.is_double:
         model = f" (the file is of {family}, and the base is not)"
+    elif networks.is_double and not family:
+        model = " (the base is SDXL, and nothing in the file says that it is for one)"
     for component, state in list(states.items()) if networks else ():
         network = networks.get(component)
         if network is None:
