@@ -63,6 +63,7 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         ("--sampler", str, "", "see below (default: the base's own)"),
         ("--steps", int, 50, "of the sampler (default 50)"),
         ("--guidance", float, 7.5, "how closely to follow the prompt (default 7.5; 1 is off)"),
+        ("--guidance-rescale", float, 0.0, "keep contrast under guidance, 0 to 1 (default 0)"),
         ("--size", str, "", "pixels, such as 512 or 768x512 (width x height; default: the base's)"),
         ("--batch-size", int, 4, "images drawn at a time (default 4)"),
     ):
@@ -148,12 +149,15 @@ def _generate(
         "width": width * down,
         "height": height * down,
     }
+    if args.guidance_rescale:
+        settings["guidance_rescale"] = args.guidance_rescale
     if words:
         settings["embeddings"] = words
     folder.begin(args.out, requests, args.count, {**settings, "store": args.store})
     config = GenerateConfig(
         images_per_class=args.count,
         guidance_scale=args.guidance,
+        guidance_rescale=args.guidance_rescale,
         num_inference_steps=args.steps,
         sampler=args.sampler,
         batch_size=min(args.batch_size, args.count * len(requests)),
@@ -251,6 +255,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed={args.seed}: expected 0 to {2**32 - 1}")
     if not math.isfinite(args.guidance) or args.guidance < 0:
         raise UsageError(f"--guidance={args.guidance}: expected a number from 0 on")
+    if not 0 <= args.guidance_rescale <= 1:
+        raise UsageError(f"--guidance-rescale={args.guidance_rescale}: expected 0 to 1")
 
 
 def _check_out(out: Path) -> None:

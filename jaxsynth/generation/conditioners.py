@@ -7,7 +7,8 @@ A conditioner is a frozen dataclass, part of the compiled program, that says thr
   pytrees with the batch first; a leaf may have batch 1. `tables` are arrays that all batches share
   (the states of the prompts), `rows` those of the batch;
 - `scales`: the guidance from each branch to the next, one fewer than branches, and `channels`, how
-  many of the first channels it holds for (None: all);
+  many of the first channels it holds for (None: all); `rescale`, the share of its result that is
+  brought to the standard deviation of the last branch;
 - `denoise(model, x, t, condition)`: the denoiser's output.
 
 `table` is the sharding table of the denoiser. A new way to steer is one more such class.
@@ -37,6 +38,8 @@ class Conditioner(Protocol):
     def scales(self) -> tuple[float, ...]: ...
     @property
     def channels(self) -> int | None: ...
+    @property
+    def rescale(self) -> float: ...
     def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]: ...
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array: ...
 
@@ -50,6 +53,7 @@ class Text:
     """
 
     guidance_scale: float
+    rescale: float = 0.0
     channels: None = None
     table: ClassVar = (*sharding.UNET, *sharding.CLIP)
 
@@ -78,6 +82,7 @@ class ClassLabel:
     null_label: int
     channels: int
     drops_variance: bool
+    rescale: float = 0.0
     table: ClassVar = sharding.DIT
 
     @property
@@ -104,6 +109,7 @@ class ConditionImage:
     """
 
     guidance_scale: float
+    rescale: float = 0.0
     channels: None = None
     table: ClassVar = sharding.CONTROLNET
 
@@ -131,6 +137,7 @@ class ImageEdit:
 
     guidance_scale: float
     image_guidance_scale: float
+    rescale: ClassVar = 0.0
     channels: None = None
     table: ClassVar = sharding.UNET
 

@@ -20,7 +20,7 @@ from jaxsynth.adapters.inject import AdapterState, can_merge, merge
 from jaxsynth.adapters.registry import attach
 from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
-from jaxsynth.core.limits import Count, Finite, check_limits
+from jaxsynth.core.limits import Count, Finite, Share, check_limits
 from jaxsynth.core.space import check_space, size_of
 from jaxsynth.core.words import counted
 from jaxsynth.data.store import Entry, StoreWriter
@@ -45,13 +45,15 @@ class GenerateConfig:
     """How images are sampled; the defaults are DataDream's.
 
     `images_per_class` are drawn in `num_inference_steps` each, guided by `guidance_scale` away from
-    `negative_prompt`. `sampler` "" takes the one the model's folder names. `batch_size` counts
-    images, each of which costs two rows of the UNet under guidance. `batches_per_shard` sets how
-    much a kill can lose.
+    `negative_prompt`. `guidance_rescale` is the share by which guided outputs are brought back to
+    their standard deviation without guidance (0.7 is usual for zero terminal SNR). `sampler` ""
+    takes the one the model's folder names. `batch_size` counts images, each of which costs two rows
+    of the UNet under guidance. `batches_per_shard` sets how much a kill can lose.
     """
 
     images_per_class: Count = 500
     guidance_scale: Finite = 2.0
+    guidance_rescale: Share = 0.0
     num_inference_steps: Count = 50
     sampler: str = ""
     negative_prompt: str = ""
@@ -98,7 +100,7 @@ class Generator:
                 f"Generator: {counted(len(negative), 'negative prompt')} for "
                 f"{counted(len(prompts), 'prompt')}"
             )
-        conditioner = Text(config.guidance_scale)
+        conditioner = Text(config.guidance_scale, config.guidance_rescale)
         models = _adapted(pipeline, adapters) if model is None else [model]
         networks = Networks.of(models, mesh=mesh, table=conditioner.table)
         self.sampler = ImageSampler(

@@ -103,7 +103,7 @@ def plan_images(
         name,
         model,
         pipeline.vae,
-        Text(config.guidance_scale),
+        Text(config.guidance_scale, config.guidance_rescale),
         sampler_of(pipeline, config.sampler, config.num_inference_steps),
         latent_shape(pipeline),
         {"prompt": ((), jnp.int32)},

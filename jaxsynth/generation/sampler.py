@@ -226,7 +226,10 @@ def _sample(structure, vae, conditioner, shape, arrays, tables, sampler, key_dat
         denoise = per_image(run, routed, shared, len(key_data), stacked=structure.stacked)
     else:
         denoise = partial(run, own, shared)
-    guided = guide(denoise, conditioner.scales, branches, channels=conditioner.channels)
+    guided = guide(
+        denoise, conditioner.scales, branches, channels=conditioner.channels,
+        rescale=conditioner.rescale,
+    )  # fmt: skip
     return sample(guided, initial_noise(keys, shape, sampler), sampler, keys=keys)
 
 

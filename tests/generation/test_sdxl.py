@@ -20,7 +20,9 @@ from jaxsynth.weights.hf import describe_pipeline, load_pipeline, save_pipeline
 from jaxsynth.weights.layout import to_file
 from tests.models.torch_parity import relative_error
 
-CONFIG = GenerateConfig(num_inference_steps=3, batch_size=2, guidance_scale=4.0)
+CONFIG = GenerateConfig(
+    num_inference_steps=3, batch_size=2, guidance_scale=4.0, guidance_rescale=0.7
+)
 # One that nothing is said against, whose negative prompt is zeros, and one with a negative prompt.
 PROMPTS, NEGATIVE = ["a photo of the digit two!", "zero"], ["", "one"]
 SIZE = (16, 24)
@@ -69,6 +71,7 @@ def test_images_are_those_of_diffusers(pipeline, oracle):
             width=SIZE[1],
             num_inference_steps=CONFIG.num_inference_steps,
             guidance_scale=CONFIG.guidance_scale,
+            guidance_rescale=CONFIG.guidance_rescale,
             latents=torch.from_numpy(latents),
             output_type="np",
         ).images[0]

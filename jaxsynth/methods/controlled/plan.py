@@ -117,7 +117,7 @@ class _Shapes:
             f"draw, {name}",
             self._model(name),
             base.vae,
-            ConditionImage(config.guidance_scale),
+            ConditionImage(config.guidance_scale, config.guidance_rescale),
             sampler_of(base, config.sampler, config.num_inference_steps),
             latent_shape(base),
             {
