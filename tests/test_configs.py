@@ -17,7 +17,7 @@ VARIANTS = {
         "",
         *(
             f"{variant},technique={technique}"
-            for variant in ("tiny", "sd21", "smoke")
+            for variant in ("tiny", "sd21", "sdxl", "smoke")
             for technique in ("textual_inversion", "dreambooth", "lora")
         ),
     ),

@@ -306,3 +306,11 @@ def latent_shape(
             "for this base"
         )
     return size[0] // down, size[1] // down, channels
+
+
+def check_size(pipeline: StableDiffusion, side: int) -> None:
+    """UserError naming `image_size` for a side in pixels that the base cannot draw (0: its own)."""
+    try:
+        latent_shape(pipeline.sized(side))
+    except UserError as error:
+        raise UserError(f"image_size: {side}: {error}") from None

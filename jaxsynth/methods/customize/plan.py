@@ -26,6 +26,7 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     UserError as `trainer.train`, and where the base's configs are not at hand.
     """
     base = describe_pipeline(config.base, dtype=config.dtype, compute_dtype=config.dtype)
+    base = base.sized(config.image_size)
     classes, images, note = count_data(config.data)
     training, prompts = config.training, len(config.prompts)
     if config.shots:

@@ -53,7 +53,8 @@ def make(config: Config, workdir: Path) -> None:
         if count:
             images = dataclasses.replace(images, images_per_class=count)
         return stages.draw(
-            folder / f"{name}-seed{seed}", stages.Drawing(prompts, images, seed, dtype),
+            folder / f"{name}-seed{seed}",
+            stages.Drawing(prompts, images, seed, dtype, config.image_size),
             label=f"{name}, seed {seed}", base=base, learned=learned,
         )  # fmt: skip
 
@@ -65,7 +66,9 @@ def make(config: Config, workdir: Path) -> None:
             others = draw("class", seed, (text,), count=training.class_images)
         learned = stages.learn(
             folder / f"learned-seed{seed}",
-            stages.Learning(training, config.word, config.shots, seed, dtype),
+            stages.Learning(
+                training, config.word, config.shots, seed, dtype, config.image_size
+            ),
             label=f"{config.technique}, seed {seed}", mesh=mesh, data=data, base=base,
             others=others,
         )  # fmt: skip

@@ -57,10 +57,12 @@ class Drawing:
     generate: GenerateConfig
     seed: int
     dtype: str
+    image_size: int = 0
 
 
 def _image_bytes(config: Drawing, *, base: StableDiffusion, learned: Artifact | None = None) -> int:
-    return drawn_bytes(len(config.prompts), config.generate, base.image_size)
+    side = base.sized(config.image_size).image_size
+    return drawn_bytes(len(config.prompts), config.generate, side)
 
 
 @stage(processes="all", space=_image_bytes)
@@ -68,7 +70,7 @@ def draw(
     work: Work, config: Drawing, *, base: StableDiffusion, learned: Artifact | None = None
 ) -> dict:
     """A store of images of every prompt; each process fills its share of the shards."""
-    adapters, digests = None, []
+    adapters, digests, base = None, [], base.sized(config.image_size)
     if learned is not None:
         base, adapters = load(learned.path, base)
         digests = [file_digest(learned.path / learned.counts["file"])]
@@ -92,6 +94,7 @@ class Learning:
     shots: int
     seed: int
     dtype: str
+    image_size: int = 0
 
 
 def _learned_bytes(
@@ -111,6 +114,7 @@ def learn(
 ) -> dict:
     """What the technique learned, in one file. `others` are images of the subject's class."""
     training, crops = config.training, config.training.crops_per_image
+    base = base.sized(config.image_size)
     pipeline, model = prepared(training, config.word, base, jax.random.key(config.seed))
     source = shots_of(data, config.shots, config.seed)
 

@@ -10,6 +10,7 @@ from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.splits import few_shot
+from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.shapes import transform
@@ -87,6 +88,7 @@ def class_prompt(training: Training, word: str, template: str) -> str:
 def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
     """UserError for what cannot be learned: of data, words, prompts and templates."""
     config.check(data)
+    check_size(base, config.image_size)
     training, word = config.training, config.word
     if config.shots:
         few_shot(data, config.shots, config.seeds[0])

@@ -25,7 +25,7 @@ from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
-from jaxsynth.generation.sampler import latent_shape
+from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.datadream import report as pages
 from jaxsynth.methods.datadream.config import Config
 from jaxsynth.methods.datadream.plan import plan
@@ -118,7 +118,7 @@ class _Run:
                 "it, so that accuracies say nothing",
                 markup=False,
             )
-        latent_shape(self.base.value.sized(self.config.image_size))
+        check_size(self.base.value, self.config.image_size)
         for network in (self.base.value, self.clip.value):
             network.tokenizer(list(class_prompts(data)))
         trainings: dict[str, TrainingConfig] = {"classify": self.config.classify}
