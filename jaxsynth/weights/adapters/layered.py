@@ -55,5 +55,6 @@ def _component(key: str, names: Mapping[str, Mapping[str, str]], source: Path) -
         if not others and any(key[:at] in modules for at in ends):
             return component
     if wanted not in names:
-        raise UserError(f"{source}: key {key} is of the {wanted}, which the base lacks")
+        more = ": the file is of SDXL, and the base is not" if wanted == SECOND else ""
+        raise UserError(f"{source}: key {key} is of the {wanted}, which the base lacks{more}")
     return wanted
