@@ -115,7 +115,11 @@ def test_every_format_is_written_and_read(sdxl_folder, networks, states, merged,
             agree(getattr(pipe, name), expected)
     if to == "peft":
         for name, expected in merged.items():
-            loaded = peft.PeftModel.from_pretrained(getattr(pipe, name), target / name)
+            plain = getattr(pipe, name)
+            # transformers since 5.6 leaves out a name in one class of text encoders.
+            renames = name != "unet" and not hasattr(plain, "text_model")
+            mapping = {r"^text_model\.": ""} if renames else None
+            loaded = peft.PeftModel.from_pretrained(plain, target / name, key_mapping=mapping)
             agree(loaded.merge_and_unload(), expected)
         # One network's folder says by its name which text encoder it is for.
         alone, _ = io.read(target / "text_encoder_2", networks)
