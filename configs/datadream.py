@@ -14,6 +14,8 @@ Variants:
   class folders (`--config.data.path=photos/`) or a TFDS data set. On a TPU or GPU.
 - `paper,dataset=NAME`: that for each of the ten data sets (imagenet, caltech101, dtd, eurosat,
   fgvc_aircraft, pets, cars, sun397, food101, flowers102), 16 shots, three seeds.
+- `sdxl`: `sd21` with Stable Diffusion XL as the base, at the 1024 pixels that it was trained on,
+  and `sdxl512` at 512, as 2.1 draws: the two text encoders learn with the UNet. On a TPU or GPU.
 - `recipes`: digits at 1, 4 and 16 shots, five seeds: the published recipe beside what costs less
   (augmentation, 2SFS, other prompts, retrieved photos) and beside later work (ProtoAug, two heads,
   filters, both generators' images together), each alone and combined.
@@ -60,6 +62,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "photos": _photos,
         "recipes": _recipes,
         "sd21": _sd21,
+        "sdxl": _sdxl,
+        "sdxl512": _sdxl512,
         "smoke": _smoke,
     }
     name, *rest = arg.split(",")
@@ -135,6 +139,22 @@ def _sd21() -> ConfigDict:
             },
         }
     )
+
+
+def _sdxl() -> ConfigDict:
+    """The paper's values on a larger base."""
+    config = _sd21()
+    config.base = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.image_size = 1024
+    config.generate.batch_size = 8
+    return config
+
+
+def _sdxl512() -> ConfigDict:
+    config = _sdxl()
+    config.image_size = 512
+    config.generate.batch_size = 32
+    return config
 
 
 def _tiny() -> ConfigDict:

@@ -120,3 +120,11 @@ def base_folder(tmp_path_factory) -> Path:
     from tests.methods.small_base import write_base
 
     return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory) -> Path:
+    """An SDXL of random weights."""
+    from tests.methods.small_base import write_sdxl
+
+    return write_sdxl(tmp_path_factory.mktemp("sdxl"))

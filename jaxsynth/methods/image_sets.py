@@ -31,11 +31,12 @@ KEPT_FILE, SHOTS_FILE = "kept.json", "shots.json"
 
 @dataclass(frozen=True)
 class Generating:
-    """How a source's images are drawn."""
+    """How a source's images are drawn; `image_size` is their side in pixels, 0 the base's own."""
 
     generate: GenerateConfig
     seed: int
     dtype: str
+    image_size: int = 0
 
 
 def _image_bytes(
@@ -46,7 +47,8 @@ def _image_bytes(
     bank: PromptBank,
     adapter: Artifact | None = None,
 ) -> int:
-    return drawn_bytes(data.num_classes, config.generate, base.image_size)
+    side = base.sized(config.image_size).image_size
+    return drawn_bytes(data.num_classes, config.generate, side)
 
 
 @stage(processes="all", space=_image_bytes)
@@ -66,8 +68,9 @@ def generate_images(
         (file,) = adapter_io.find(adapter.path, ())
         state, digests = adapter_io.load(file), [file_digest(file)]
     generator = Generator(
-        base, bank.texts, config.generate, seed=config.seed, adapters=state, mesh=local_mesh()
-    )
+        base.sized(config.image_size), bank.texts, config.generate, seed=config.seed,
+        adapters=state, mesh=local_mesh(),
+    )  # fmt: skip
 
     def choose(label: int, index: int) -> int:
         return bank.choose(config.seed, label, index)

@@ -4,16 +4,19 @@ and what a base whose scheduler is unusual says.
 
 import dataclasses
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import Constant, extract, load_state
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.store import ImageStore
+from jaxsynth.diffusion.samplers import initial_noise
 from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store, sample_images
 from jaxsynth.generation.sampler import (
@@ -23,7 +26,7 @@ from jaxsynth.generation.sampler import (
     latent_shape,
     sampler_of,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
@@ -45,8 +48,8 @@ def pipeline(base_folder):
 
 @pytest.fixture(scope="module")
 def tables(pipeline):
-    states = encode_text(pipeline.text_encoder, pipeline.tokenizer([*PROMPTS, ""]))
-    return states[:2], jnp.repeat(states[2:], 2, axis=0)
+    texts = encode_texts(pipeline.networks, pipeline.tokenizer([*PROMPTS, ""]))
+    return texts.take(np.array([0, 1])), texts.take(np.array([2, 2]))
 
 
 def adapted(pipeline, kind: str, seed: int) -> TextToImage:
@@ -175,3 +178,37 @@ def test_an_unusual_scheduler_names_its_file_and_the_way_out(pipeline):
     assert len(sampler_of(unusual, "euler_ancestral", 4).timesteps) == 4
     with pytest.raises(UserError, match=r"sampler=heun .*no sampler 'heun'"):
         sampler_of(unusual, "heun", 4)
+
+
+def test_zero_terminal_snr_draws_what_diffusers_draws(pipeline, base_folder):
+    """Velocities on a schedule that ends in noise alone, and guidance rescaled."""
+    settings = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    scheduler = {**pipeline.scheduler_config, **settings}
+    config = dataclasses.replace(CONFIG, guidance_scale=7.5, guidance_rescale=0.7)
+    prompts = list(PROMPTS)
+    generator = Generator(
+        dataclasses.replace(pipeline, scheduler_config=scheduler), prompts, config, seed=3
+    )
+    labels, numbers = np.arange(2), np.zeros(2, np.int32)
+    found = generator(labels, numbers)
+    oracle = diffusers.StableDiffusionPipeline.from_pretrained(base_folder, safety_checker=None)
+    oracle.scheduler = diffusers.DDIMScheduler.from_config(scheduler)
+    oracle.set_progress_bar_config(disable=True)
+    noise = initial_noise(
+        image_keys(3, labels, numbers), latent_shape(pipeline), sampler_of(pipeline, "", 2)
+    )
+    expected = oracle(
+        prompts,
+        negative_prompt=[""] * 2,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_rescale=config.guidance_rescale,
+        latents=torch.from_numpy(np.moveaxis(np.asarray(noise), -1, 1).copy()),
+        output_type="np",
+    ).images
+    assert expected.std() > 0.02
+    assert np.abs(found / 255 - expected).max() < 1.5 / 255

@@ -77,6 +77,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "kinds": (("fog",),),
     "split": ("train",),
     "kind": ("edges", "segmentation"),
+    "image_size": (64,),
     "condition_folder": ("maps",),
     "templates": ("imagenet7",),
     "preprocessing": ("imagenet",),

@@ -91,12 +91,13 @@ class Config:
 
     `shots` are the images of each class that are learned from; `seeds` those of every draw.
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
-    storage and compute type of the frozen networks; adapters stay float32. `modes`: "dset" is one
-    adapter for the whole data set, "cls" one for each class, "stacked" one for each class that
-    learns on top of the data set's. `classes_at_once` bounds how many class adapters train together
-    (0: all). `validation_fraction` of the shots is kept from training and chooses the classifier's
-    step; at 0 the last step is taken. `adapter`, where it is given, is what the generator learns by
-    (`finetune.adapter`); the classifier's is `classify.adapter`.
+    storage and compute type of the frozen networks; adapters stay float32. `image_size` is the side
+    in pixels of the images that the generator learns and draws (0: the base's own). `modes`: "dset"
+    is one adapter for the whole data set, "cls" one for each class, "stacked" one for each class
+    that learns on top of the data set's. `classes_at_once` bounds how many class adapters train
+    together (0: all). `validation_fraction` of the shots is kept from training and chooses the
+    classifier's step; at 0 the last step is taken. `adapter`, where it is given, is what the
+    generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
 
     `recipes` are more rows of the table by their names, and `sets` images that they use.
     `measure_sets` compares each set of images with the test images, and with the shots.
@@ -106,6 +107,7 @@ class Config:
     base: str = "tiny"
     clip: str = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
+    image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)
     shots: Annotated[tuple[Count, ...], Distinct()] = (16,)
     modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Distinct()] = ("dset",)

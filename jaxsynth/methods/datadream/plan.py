@@ -33,7 +33,8 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     """
     classes, _, note = count_data(config.data)
     dtypes = {"dtype": config.dtype, "compute_dtype": config.dtype}
-    base, clip = describe_pipeline(config.base, **dtypes), describe_clip(config.clip, **dtypes)
+    base = describe_pipeline(config.base, **dtypes).sized(config.image_size)
+    clip = describe_clip(config.clip, **dtypes)
     programs = [_finetuning(config, base, mode, classes, mesh, note) for mode in config.modes]
     for mode in config.modes:
         programs.append(_generating(config, base, mode, classes, mesh, note))

@@ -401,6 +401,10 @@ def indivisible_batch(base, photos, tmp_path):
     return {"classify.batch_size": 6}, "classify.batch_size 6"
 
 
+def indivisible_size(base, photos, tmp_path):
+    return {"image_size": 9}, "image_size: 9: size: 9x9 pixels (width x height), expected multiples"
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -415,6 +419,7 @@ def indivisible_batch(base, photos, tmp_path):
         unknown_source,
         missing_photos,
         indivisible_batch,
+        indivisible_size,
     ],
 )
 def test_bad_input_is_one_clear_line(mistake, base_folder, photos, tmp_path, command):
@@ -522,3 +527,26 @@ def test_a_config_that_cannot_be(values, message):
 def test_a_set_or_recipe_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.slow
+def test_sdxl_learns_and_draws_at_a_size_of_one_s_own(sdxl_folder, base_folder, tmp_path, settings):
+    """Every stage, and what is kept is of both text encoders; the plan is from configs alone."""
+    more = (
+        "--config.data.class_names=1,4",
+        "--config.image_size=16",
+        f"--config.clip={base_folder / 'clip'}",
+        "--config.generate.batch_size=8",
+    )
+    workdir = tmp_path / "w"
+    assert cli.main([str(a) for a in arguments(sdxl_folder, workdir, *SMALL, *more)]) == 0
+    for mode in ("dset", "cls"):
+        own = workdir / "shots2-seed0" / mode
+        assert ImageStore(own / "images")[0].image.shape == (16, 16, 3)
+        for file in (own / "adapter").rglob("pytorch_lora_weights.safetensors"):
+            assert set(read_diffusers(file)) == {"unet", "text_encoder", "text_encoder_2"}
+    bare = tmp_path / "configs"
+    shutil.copytree(sdxl_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = dataclasses.replace(read_config(workdir, Config), base=str(bare))
+    planned = plan(config, make_mesh(devices=jax.devices()[:1]))
+    assert all(one.compile().flops > 0 for one in planned)
