@@ -33,7 +33,15 @@ from jaxsynth.models.diffusion.image_prompt import (
 from jaxsynth.models.diffusion.text_to_image import encode_texts
 from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.weights.adapters.image_prompts import write_image_adapter
-from jaxsynth.weights.hf import describe_pipeline, load_pipeline, save_model, save_pipeline
+from jaxsynth.weights.bases import convert
+from jaxsynth.weights.hf import (
+    PIPELINES,
+    describe_pipeline,
+    load_pipeline,
+    pipeline_configs,
+    save_model,
+    save_pipeline,
+)
 from jaxsynth.weights.layout import to_file
 from tests.methods.small_base import XL_UNET, random_network
 from tests.models.torch_parity import relative_error
@@ -260,3 +268,11 @@ def test_parts_that_do_not_fit_are_refused(pipeline, base_folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             save_pipeline(dataclasses.replace(pipeline, **changes), tmp_path)
+
+
+def test_what_has_no_use_for_two_text_encoders_refuses_them(sdxl_folder, tmp_path):
+    for load in (load_pipeline, describe_pipeline, pipeline_configs):
+        with pytest.raises(UserError, match="is SDXL, with two text encoders; expected a base"):
+            load(sdxl_folder, kinds=PIPELINES)
+    with pytest.raises(UserError, match="is SDXL, which has no form in one file; --to=diffusers"):
+        convert(sdxl_folder, tmp_path / "x.safetensors", "comfyui")

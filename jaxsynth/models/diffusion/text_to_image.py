@@ -80,11 +80,7 @@ class TextToImage(nnx.Module):
 
     def encode(self, ids: Int[Array, "n *e t"]) -> TextCondition:
         """The texts' condition, without sizes; `ids` are (n, 2, t) for two text encoders."""
-        if self.text_encoder_2 is None:
-            return TextCondition(self.text_encoder(ids).last_hidden_state)
-        first, second = self.text_encoder(ids[:, 0]), self.text_encoder_2(ids[:, 1])
-        states = [first.hidden_states[-2], second.hidden_states[-2]]
-        return TextCondition(jnp.concatenate(states, axis=-1), second.text_embeds)
+        return _encode(self.text_encoder, self.text_encoder_2, ids)
 
     def denoise(
         self,
@@ -104,10 +100,25 @@ def whole_image(size: tuple[int, int]) -> Float[np.ndarray, "6"]:
     return np.asarray([*size, 0, 0, *size], np.float32)
 
 
-@jax.jit
 def encode_texts(model: TextToImage, ids: Int[Array, "n *e t"]) -> TextCondition:
     """What the model's denoiser is told by texts; compiled once for each shape of `ids`."""
-    return model.encode(ids)
+    # The denoiser stays out, so that one program serves whatever adapters are in it.
+    return _encode_jit(model.text_encoder, model.text_encoder_2, ids)
+
+
+def _encode(
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection | None,
+    ids: Int[Array, "n *e t"],
+) -> TextCondition:
+    if text_encoder_2 is None:
+        return TextCondition(text_encoder(ids).last_hidden_state)
+    first, second = text_encoder(ids[:, 0]), text_encoder_2(ids[:, 1])
+    states = [first.hidden_states[-2], second.hidden_states[-2]]
+    return TextCondition(jnp.concatenate(states, axis=-1), second.text_embeds)
+
+
+_encode_jit = jax.jit(_encode)
 
 
 @jax.jit
