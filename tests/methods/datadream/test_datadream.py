@@ -64,6 +64,9 @@ DIGITS = (
     "--config.modes=dset,cls,stacked",
     "--config.measure_sets=true",
     "--config.sets.names.prompts.weights.name=1",
+    "--config.sets.edited.kind=edited",
+    "--config.sets.edited.strength=0.5",
+    "--config.recipes.photos.sets.edited=1",
     "--config.sets.rest.kind=retrieved",
     "--config.sets.rest.query=shots",
     "--config.recipes.mixed.sets.dset=2",
@@ -120,13 +123,15 @@ STAGES = (
     ),
     "prompt-seed0/sets/names/images",
     "shots2-seed0/sets/rest/images",
+    "shots2-seed0/sets/edited/images",
     "shots2-seed0/recipes/mixed/dset/kept",
     "shots2-seed0/recipes/mixed/names/kept",
     "prompt-seed0/recipes/names/classifier",
     *(f"shots2-seed0/recipes/{name}/classifier" for name in ("mixed", "photos", "stages")),
     "prompt-seed0/alignment",
     "prompt-seed0/sets/names/alignment",
-    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked", "sets/rest")),
+    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked")),
+    *(f"shots2-seed0/sets/{name}/alignment" for name in ("rest", "edited")),
 )
 
 
@@ -150,6 +155,8 @@ def test_a_plan_counts_what_the_run_did(finished):
         done[f"generate, {mode}"] = shards * config.generate.batches_per_shard
     names = finished / "prompt-seed0/sets/names/images"
     done["generate, set names"] = len(list(names.glob("*.jsonl")))
+    edited = finished / "shots2-seed0/sets/edited/images"
+    done["generate, set edited"] = len(list(edited.glob("*.jsonl")))
     assert done == counts and all(done.values())
 
 
@@ -508,10 +515,19 @@ def test_a_config_that_cannot_be(values, message):
         Config(**values)
 
 
+def test_issynths_strength_falls_with_the_shots():
+    found = [SetConfig(kind="edited").strength_of(shots) for shots in (1, 2, 3, 4, 8, 16, 20)]
+    assert found == [0.5, 0.4, 0.4, 0.35, 0.2, 0.15, 0.15]
+    assert SetConfig(kind="edited", strength=0.7).strength_of(4) == 0.7
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SetConfig(kind="drawn"), "kind: 'drawn', expected one of prompts, retrieved"),
+        (
+            lambda: SetConfig(kind="drawn"),
+            "kind: 'drawn', expected one of prompts, retrieved",
+        ),
         (lambda: SetConfig(pool="photos"), "pool: given, but a set of kind 'prompts' has none"),
         (lambda: SetConfig(kind="retrieved", guidance_scale=1.0), "guidance_scale: given"),
         (lambda: Recipe(real=False), "sets: none, and real is false"),
