@@ -135,6 +135,7 @@ STAGES = (
 )
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_the_run_did(finished):
     """Updates of every training, and batches of images: a store has a shard for each."""
     config = read_config(finished, Config)
@@ -160,6 +161,7 @@ def test_a_plan_counts_what_the_run_did(finished):
     assert done == counts and all(done.values())
 
 
+@pytest.mark.slow
 def test_every_stage_is_made_and_reported(finished):
     found = {p.parent.relative_to(finished).as_posix() for p in finished.rglob(MANIFEST)}
     assert found == set(STAGES)
@@ -183,6 +185,7 @@ def test_every_stage_is_made_and_reported(finished):
         assert title in page, title
 
 
+@pytest.mark.slow
 def test_sets_are_measured_and_filtered(finished):
     """Photos of the training set are nearer to the test images than drawings of random weights."""
     found = {
@@ -209,6 +212,7 @@ def test_sets_are_measured_and_filtered(finished):
         assert load_artifact(path).counts["most"] == 3
 
 
+@pytest.mark.slow
 def test_the_generated_sets(finished):
     sets = {
         name: ImageStore(finished / name / "images")
@@ -241,6 +245,7 @@ def test_the_generated_sets(finished):
     assert all(np.any(first.arrays[name] != second.arrays[name]) for name in learnt)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_skips_every_stage(finished, base_folder, command):
     before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
     code, out, err = command(*arguments(base_folder, finished, *DIGITS))
@@ -249,6 +254,7 @@ def test_the_same_command_again_skips_every_stage(finished, base_folder, command
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -263,6 +269,7 @@ def test_a_changed_field_is_refused_by_name(finished, base_folder, command, fiel
     assert code == 1 and message in err, err
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     partial = tmp_path / "partial"
     shutil.copytree(finished, partial)
