@@ -224,6 +224,8 @@ def _recipes() -> ConfigDict:
     strong = {"randaugment_ops": 2, "magnitude": 9, "blur_p": 0.2, "relative_blur": True}
     regions = {"discrepancy": 20.0, "robustness": 200.0}
     near = {"judge": "shots", "agreement": True, "duplicates": 0.99}
+    # DISEF's filter takes all images of a class after many tries; here the likeliest.
+    agrees = {"judge": "shots", "agreement": True, "fewest": 1}
     both = {"dset": 1.0, "cls": 1.0}
     config.sets = ConfigDict(
         {
@@ -231,6 +233,8 @@ def _recipes() -> ConfigDict:
                 "kind": "prompts",
                 "prompts": {"weights": {"name": 1.0, "templates": 1.0}},
             },
+            "IsSynth": {"kind": "edited", "guidance_scale": 3.0},
+            "DISEF": {"kind": "edited", "guidance_scale": 8.0, "strength": 0.75},
             "retrieved": {"kind": "retrieved", "query": "texts"},
             "retrieved by shots": {"kind": "retrieved", "query": "shots"},
         }
@@ -242,6 +246,8 @@ def _recipes() -> ConfigDict:
             "shots, two heads": {"classify": {"visual_head": True}},
             "FakeIt prompts": {"sets": {"other prompts": 1.0}, "real": False},
             "FakeIt prompts + shots": {"sets": {"other prompts": 1.0}},
+            "IsSynth + shots": {"sets": {"IsSynth": 1.0}},
+            "DISEF + shots": {"sets": {"DISEF": 1.0}, "keep": agrees},
             "retrieved photos": {"sets": {"retrieved": 1.0}, "real": False},
             "retrieved photos + shots": {"sets": {"retrieved": 1.0}},
             "photos retrieved by shots + shots": {"sets": {"retrieved by shots": 1.0}},

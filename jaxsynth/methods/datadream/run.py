@@ -52,7 +52,14 @@ from jaxsynth.methods.datadream.stages import (
     finetune_generator,
     generate_images,
 )
-from jaxsynth.methods.image_sets import Filtering, Retrieving, filter_images, retrieve_images
+from jaxsynth.methods.image_sets import (
+    Filtering,
+    Retrieving,
+    Varying,
+    filter_images,
+    retrieve_images,
+    vary_images,
+)
 from jaxsynth.methods.image_sets import Generating as BankDrawing
 from jaxsynth.methods.image_sets import generate_images as draw_from_bank
 from jaxsynth.quality.evaluate import open_images
@@ -304,6 +311,18 @@ class _Run:
             )
         if one.guidance_scale is not None:
             config = replace(config, guidance_scale=one.guidance_scale)
+        if one.kind == "edited":
+            assert drawn is not None
+            return vary_images(
+                folder / "images",
+                Varying(
+                    config, one.strength_of(shots), seed, self.config.dtype, self.config.image_size
+                ),
+                label=f"images {label}",
+                data=self.data,
+                base=self.base,
+                shots=drawn,
+            )
         return draw_from_bank(
             folder / "images",
             BankDrawing(config, seed, self.config.dtype, self.config.image_size),

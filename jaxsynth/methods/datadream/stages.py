@@ -315,7 +315,7 @@ def _shared(
         if not counts.all():
             raise UserError(
                 f"{inputs[SET + name].path}: of class {class_names[int(counts.argmin())]!r} the "
-                "filters keep no image; loosen `keep` of the recipe"
+                "filters keep no image; loosen `keep` of the recipe, or give it a `keep.fewest`"
             )
         sources[name] = source
     return next(iter(sources.values())) if len(sources) == 1 else shared(sources, shares)

@@ -64,6 +64,9 @@ DIGITS = (
     "--config.modes=dset,cls,stacked",
     "--config.measure_sets=true",
     "--config.sets.names.prompts.weights.name=1",
+    "--config.sets.edited.kind=edited",
+    "--config.sets.edited.strength=0.5",
+    "--config.recipes.photos.sets.edited=1",
     "--config.sets.rest.kind=retrieved",
     "--config.sets.rest.query=shots",
     "--config.recipes.mixed.sets.dset=2",
@@ -120,16 +123,19 @@ STAGES = (
     ),
     "prompt-seed0/sets/names/images",
     "shots2-seed0/sets/rest/images",
+    "shots2-seed0/sets/edited/images",
     "shots2-seed0/recipes/mixed/dset/kept",
     "shots2-seed0/recipes/mixed/names/kept",
     "prompt-seed0/recipes/names/classifier",
     *(f"shots2-seed0/recipes/{name}/classifier" for name in ("mixed", "photos", "stages")),
     "prompt-seed0/alignment",
     "prompt-seed0/sets/names/alignment",
-    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked", "sets/rest")),
+    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked")),
+    *(f"shots2-seed0/sets/{name}/alignment" for name in ("rest", "edited")),
 )
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_the_run_did(finished):
     """Updates of every training, and batches of images: a store has a shard for each."""
     config = read_config(finished, Config)
@@ -150,9 +156,12 @@ def test_a_plan_counts_what_the_run_did(finished):
         done[f"generate, {mode}"] = shards * config.generate.batches_per_shard
     names = finished / "prompt-seed0/sets/names/images"
     done["generate, set names"] = len(list(names.glob("*.jsonl")))
+    edited = finished / "shots2-seed0/sets/edited/images"
+    done["generate, set edited"] = len(list(edited.glob("*.jsonl")))
     assert done == counts and all(done.values())
 
 
+@pytest.mark.slow
 def test_every_stage_is_made_and_reported(finished):
     found = {p.parent.relative_to(finished).as_posix() for p in finished.rglob(MANIFEST)}
     assert found == set(STAGES)
@@ -176,6 +185,7 @@ def test_every_stage_is_made_and_reported(finished):
         assert title in page, title
 
 
+@pytest.mark.slow
 def test_sets_are_measured_and_filtered(finished):
     """Photos of the training set are nearer to the test images than drawings of random weights."""
     found = {
@@ -202,6 +212,7 @@ def test_sets_are_measured_and_filtered(finished):
         assert load_artifact(path).counts["most"] == 3
 
 
+@pytest.mark.slow
 def test_the_generated_sets(finished):
     sets = {
         name: ImageStore(finished / name / "images")
@@ -234,6 +245,7 @@ def test_the_generated_sets(finished):
     assert all(np.any(first.arrays[name] != second.arrays[name]) for name in learnt)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_skips_every_stage(finished, base_folder, command):
     before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
     code, out, err = command(*arguments(base_folder, finished, *DIGITS))
@@ -242,6 +254,7 @@ def test_the_same_command_again_skips_every_stage(finished, base_folder, command
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -256,6 +269,7 @@ def test_a_changed_field_is_refused_by_name(finished, base_folder, command, fiel
     assert code == 1 and message in err, err
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     partial = tmp_path / "partial"
     shutil.copytree(finished, partial)
@@ -513,10 +527,19 @@ def test_a_config_that_cannot_be(values, message):
         Config(**values)
 
 
+def test_issynths_strength_falls_with_the_shots():
+    found = [SetConfig(kind="edited").strength_of(shots) for shots in (1, 2, 3, 4, 8, 16, 20)]
+    assert found == [0.5, 0.4, 0.4, 0.35, 0.2, 0.15, 0.15]
+    assert SetConfig(kind="edited", strength=0.7).strength_of(4) == 0.7
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SetConfig(kind="drawn"), "kind: 'drawn', expected one of prompts, retrieved"),
+        (
+            lambda: SetConfig(kind="drawn"),
+            "kind: 'drawn', expected one of prompts, retrieved",
+        ),
         (lambda: SetConfig(pool="photos"), "pool: given, but a set of kind 'prompts' has none"),
         (lambda: SetConfig(kind="retrieved", guidance_scale=1.0), "guidance_scale: given"),
         (lambda: Recipe(real=False), "sets: none, and real is false"),
