@@ -11,6 +11,8 @@ ip_adapter:
 - `sd21`: Stable Diffusion 2.1 at 512 pixels on a few photos of your own in a folder of one class
   folder (`--config.data.path=photos/ --config.word=dog`), or for lora on a folder of captioned
   images (metadata.jsonl, or a .txt beside each). On a GPU or TPU.
+- `sdxl`: the same on Stable Diffusion XL at 1024 pixels; a new word has vectors for both text
+  encoders. `--config.image_size=512` learns and draws smaller images.
 - `smoke`: every stage in a few steps, for the tests.
 
 DreamBooth and LoRA take any kind of adapter: `--config.dreambooth.adapter=full`.
@@ -23,7 +25,7 @@ TECHNIQUES = ("textual_inversion", "dreambooth", "lora", "ip_adapter")
 
 def get_config(arg: str = "tiny") -> ConfigDict:
     name, *assignments = arg.split(",")
-    variants = {"tiny": _tiny, "sd21": _sd21, "smoke": _smoke}
+    variants = {"tiny": _tiny, "sd21": _sd21, "sdxl": _sdxl, "smoke": _smoke}
     if name not in variants:
         raise ValueError(f"variant {name!r}, expected one of {', '.join(variants)}")
     technique = TECHNIQUES[0]
@@ -115,6 +117,16 @@ def _sd21(technique: str) -> ConfigDict:
     )
     if technique == "ip_adapter":
         config.references, config.image_encoder = 8, "h94/IP-Adapter"
+    return config
+
+
+def _sdxl(technique: str) -> ConfigDict:
+    config = _sd21(technique)
+    config.base = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.image_size = 1024
+    # The base is told the sizes that images had, so that they are not made smaller beforehand.
+    config.data.image_size = 0
+    config.generate.batch_size = 4
     return config
 
 

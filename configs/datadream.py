@@ -14,6 +14,8 @@ Variants:
   class folders (`--config.data.path=photos/`) or a TFDS data set. On a TPU or GPU.
 - `paper,dataset=NAME`: that for each of the ten data sets (imagenet, caltech101, dtd, eurosat,
   fgvc_aircraft, pets, cars, sun397, food101, flowers102), 16 shots, three seeds.
+- `sdxl`: `sd21` with Stable Diffusion XL as the base, at the 1024 pixels that it was trained on,
+  and `sdxl512` at 512, as 2.1 draws: the two text encoders learn with the UNet. On a TPU or GPU.
 - `recipes`: digits at 1, 4 and 16 shots, five seeds: the published recipe beside what costs less
   (augmentation, 2SFS, other prompts, retrieved photos) and beside later work (ProtoAug, two heads,
   filters, both generators' images together), each alone and combined.
@@ -60,6 +62,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "photos": _photos,
         "recipes": _recipes,
         "sd21": _sd21,
+        "sdxl": _sdxl,
+        "sdxl512": _sdxl512,
         "smoke": _smoke,
     }
     name, *rest = arg.split(",")
@@ -137,6 +141,22 @@ def _sd21() -> ConfigDict:
     )
 
 
+def _sdxl() -> ConfigDict:
+    """The paper's values on a larger base."""
+    config = _sd21()
+    config.base = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.image_size = 1024
+    config.generate.batch_size = 8
+    return config
+
+
+def _sdxl512() -> ConfigDict:
+    config = _sdxl()
+    config.image_size = 512
+    config.generate.batch_size = 32
+    return config
+
+
 def _tiny() -> ConfigDict:
     """Two cores, ten minutes: fewer images and steps, larger rates for the small networks."""
     config = _sd21()
@@ -204,6 +224,8 @@ def _recipes() -> ConfigDict:
     strong = {"randaugment_ops": 2, "magnitude": 9, "blur_p": 0.2, "relative_blur": True}
     regions = {"discrepancy": 20.0, "robustness": 200.0}
     near = {"judge": "shots", "agreement": True, "duplicates": 0.99}
+    # DISEF's filter takes all images of a class after many tries; here the likeliest.
+    agrees = {"judge": "shots", "agreement": True, "fewest": 1}
     both = {"dset": 1.0, "cls": 1.0}
     config.sets = ConfigDict(
         {
@@ -211,6 +233,8 @@ def _recipes() -> ConfigDict:
                 "kind": "prompts",
                 "prompts": {"weights": {"name": 1.0, "templates": 1.0}},
             },
+            "IsSynth": {"kind": "edited", "guidance_scale": 3.0},
+            "DISEF": {"kind": "edited", "guidance_scale": 8.0, "strength": 0.75},
             "retrieved": {"kind": "retrieved", "query": "texts"},
             "retrieved by shots": {"kind": "retrieved", "query": "shots"},
         }
@@ -222,6 +246,8 @@ def _recipes() -> ConfigDict:
             "shots, two heads": {"classify": {"visual_head": True}},
             "FakeIt prompts": {"sets": {"other prompts": 1.0}, "real": False},
             "FakeIt prompts + shots": {"sets": {"other prompts": 1.0}},
+            "IsSynth + shots": {"sets": {"IsSynth": 1.0}},
+            "DISEF + shots": {"sets": {"DISEF": 1.0}, "keep": agrees},
             "retrieved photos": {"sets": {"retrieved": 1.0}, "real": False},
             "retrieved photos + shots": {"sets": {"retrieved": 1.0}},
             "photos retrieved by shots + shots": {"sets": {"retrieved by shots": 1.0}},

@@ -18,12 +18,12 @@ VARIANTS = {
         "",
         *(
             f"{variant},technique={technique}"
-            for variant in ("tiny", "sd21", "smoke")
+            for variant in ("tiny", "sd21", "sdxl", "smoke")
             for technique in ("textual_inversion", "dreambooth", "lora", "ip_adapter")
         ),
     ),
     "datadream": (
-        "", "tiny", "digits", "photos", "recipes", "sd21", "smoke",
+        "", "tiny", "digits", "photos", "recipes", "sd21", "sdxl", "sdxl512", "smoke",
         *(
             f"paper,dataset={name}"
             for name in (

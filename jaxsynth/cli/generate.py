@@ -76,6 +76,7 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         ("--sampler", str, "", "see below (default: the base's own)"),
         ("--steps", int, 50, "of the sampler (default 50)"),
         ("--guidance", float, 7.5, "how closely to follow the prompt (default 7.5; 1 is off)"),
+        ("--guidance-rescale", float, 0.0, "keep contrast under guidance, 0 to 1 (default 0)"),
         ("--size", str, "", "pixels, such as 512 or 768x512 (width x height; default: the base's)"),
         ("--batch-size", int, 4, "images drawn at a time (default 4)"),
     ):
@@ -136,6 +137,7 @@ def _generate(
 
     from jaxsynth.core.console import console
     from jaxsynth.generation import folder
+    from jaxsynth.generation.conditioners import Text
     from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store
     from jaxsynth.generation.mixing import mix
     from jaxsynth.generation.pictures import beginning_of
@@ -156,7 +158,8 @@ def _generate(
     pictures = image_inputs.pictures(args, pixels, len(requests))
     image_prompts = image_inputs.image_prompts(args, pipeline, pixels, len(requests))
     controls = image_inputs.controls(args, pipeline, pixels, len(requests))
-    begins = beginning_of(pipeline, args.guidance, pictures, pixels)
+    text = Text(args.guidance, args.guidance_rescale)
+    begins = beginning_of(pipeline, text, pictures, pixels)
     sampler_of(pipeline, args.sampler, args.steps, begins.strength)
     pipeline.tokenizer([text for r in requests for text in (r.prompt, r.negative_prompt)])
     states = [(str(path), _read(path, pipeline), weight) for path, weight in adapters]
@@ -174,12 +177,15 @@ def _generate(
         "height": height * down,
         **image_inputs.kept(args, begins, _digest),
     }
+    if args.guidance_rescale:
+        settings["guidance_rescale"] = args.guidance_rescale
     if words:
         settings["embeddings"] = words
     folder.begin(args.out, requests, args.count, {**settings, "store": args.store})
     config = GenerateConfig(
         images_per_class=args.count,
         guidance_scale=args.guidance,
+        guidance_rescale=args.guidance_rescale,
         num_inference_steps=args.steps,
         sampler=args.sampler,
         batch_size=min(args.batch_size, args.count * len(requests)),
@@ -222,8 +228,7 @@ def _read(path: Path, pipeline: Any) -> dict[str, Any]:
     """The states of an adapter by network; UserError naming the file where none fits."""
     from jaxsynth.weights.adapters.io import Networks, read
 
-    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    states, _ = read(path, Networks(lambda: networks))
+    states, _ = read(path, Networks(lambda: pipeline.adaptable))
     return states
 
 
@@ -267,6 +272,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed={args.seed}: expected 0 to {2**32 - 1}")
     if not math.isfinite(args.guidance) or args.guidance < 0:
         raise UsageError(f"--guidance={args.guidance}: expected a number from 0 on")
+    if not 0 <= args.guidance_rescale <= 1:
+        raise UsageError(f"--guidance-rescale={args.guidance_rescale}: expected 0 to 1")
 
 
 def _check_out(out: Path) -> None:

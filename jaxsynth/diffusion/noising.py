@@ -1,12 +1,17 @@
 """The random inputs of one training step: latents of their posterior, noise and timesteps."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jaxsynth.diffusion.schedules import NoiseSchedule
+
+
+def drawn_crops(values: Shaped[Array, "b k ..."], key: Key[Array, ""]) -> Shaped[Array, "b ..."]:
+    """Of each example's k crops the one that `sample_noise` with this key takes."""
+    count, crops = values.shape[:2]
+    crop = jax.random.randint(jax.random.fold_in(key, 3), (count,), 0, crops)
+    return jnp.take_along_axis(values, crop.reshape(-1, *(1,) * (values.ndim - 1)), axis=1)[:, 0]
 
 
 def sample_noise(
@@ -22,11 +27,9 @@ def sample_noise(
     `offset` adds noise that is one number for each channel, so that a network learns to change the
     mean of an image, which noise of single elements hardly does (offset noise; 0.1 is usual).
     """
-    keys = [jax.random.fold_in(key, i) for i in range(4)]
-    count, crops = mean.shape[:2]
-    crop = jax.random.randint(keys[3], (count,), 0, crops)
-    pick = partial(jnp.take_along_axis, indices=crop[:, None, None, None, None], axis=1)
-    mean, std = pick(mean)[:, 0], pick(std)[:, 0]
+    keys = [jax.random.fold_in(key, i) for i in range(3)]
+    count = len(mean)
+    mean, std = (drawn_crops(values, key) for values in (mean, std))
     x0 = mean + std * jax.random.normal(keys[0], mean.shape)
     noise = jax.random.normal(keys[1], x0.shape)
     if offset:

@@ -130,6 +130,7 @@ def class_sampler(
         null_label=own.null_label,
         channels=guide_channels or own.in_channels,
         drops_variance=learned and not ancestral,
+        rescale=config.guidance_rescale,
     )
     if ancestral:
         return conditioner, make_learned_range(schedule, steps)

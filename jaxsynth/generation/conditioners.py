@@ -5,9 +5,10 @@ A conditioner is a frozen dataclass, part of the compiled program, that says thr
 
 - `branches(tables, rows, vae)`: the conditions of one batch from the least to the most informed,
   pytrees with the batch first; a leaf may have batch 1. `tables` are arrays that all batches share
-  (the states of the prompts), `rows` those of the batch;
+  (the conditions of the prompts), `rows` those of the batch;
 - `scales`: the guidance from each branch to the next, one fewer than branches, and `channels`, how
-  many of the first channels it holds for (None: all);
+  many of the first channels it holds for (None: all); `rescale`, the share of its result that is
+  brought to the standard deviation of the last branch;
 - `denoise(model, x, t, condition)`: the denoiser's output.
 
 `table` is the sharding table of the denoiser. A new way to steer is one more such class.
@@ -36,6 +37,8 @@ class Conditioner(Protocol):
     def scales(self) -> tuple[float, ...]: ...
     @property
     def channels(self) -> int | None: ...
+    @property
+    def rescale(self) -> float: ...
     def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]: ...
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array: ...
 
@@ -44,11 +47,12 @@ class Conditioner(Protocol):
 class Text:
     """A prompt against a negative prompt (arXiv 2207.12598).
 
-    `tables` are the states of the prompts and of their negative prompts, (prompts, t, d) each, and
+    `tables` are the `TextCondition`s of the prompts and of their negative prompts, and
     `rows["prompt"]` says which prompt an image has. The model is a `TextToImage`.
     """
 
     guidance_scale: float
+    rescale: float = 0.0
     channels: None = None
     table: ClassVar = (*sharding.UNET, *sharding.CLIP)
 
@@ -58,10 +62,10 @@ class Text:
 
     def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
         positive, negative = tables
-        return negative[rows["prompt"]], positive[rows["prompt"]]
+        return negative.take(rows["prompt"]), positive.take(rows["prompt"])
 
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
-        return model.unet(x, t, condition)
+        return model.denoise(x, t, condition)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class ClassLabel:
     null_label: int
     channels: int
     drops_variance: bool
+    rescale: float = 0.0
     table: ClassVar = sharding.DIT
 
     @property
@@ -103,6 +108,7 @@ class ConditionImage:
     """
 
     guidance_scale: float
+    rescale: float = 0.0
     channels: None = None
     table: ClassVar = sharding.CONTROLNET
 
@@ -141,7 +147,7 @@ class ImageEdit(Text):
 
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
         text, image = condition
-        return model.unet(jnp.concatenate([x, image.astype(x.dtype)], axis=-1), t, text)
+        return model.denoise(jnp.concatenate([x, image.astype(x.dtype)], axis=-1), t, text)
 
 
 @dataclass(frozen=True)
@@ -164,4 +170,4 @@ class Inpaint(Text):
 
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
         text, beside = condition
-        return model.unet(jnp.concatenate([x, beside.astype(x.dtype)], axis=-1), t, text)
+        return model.denoise(jnp.concatenate([x, beside.astype(x.dtype)], axis=-1), t, text)

@@ -44,7 +44,7 @@ def draw_controlled(
     sampler = ImageSampler(
         Networks.of([model], mesh=mesh, table=ConditionImage.table),
         pipeline.vae,
-        ConditionImage(config.guidance_scale),
+        ConditionImage(config.guidance_scale, config.guidance_rescale),
         sampler_of(pipeline, config.sampler, config.num_inference_steps),
         latent_shape(pipeline),
         batch_size=config.batch_size,

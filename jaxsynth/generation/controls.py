@@ -24,7 +24,7 @@ from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.training import sharding
 
 # What a ControlNet must have as its base has it.
-_SHARED = ("in_channels", "block_out_channels", "cross_attention_dim")
+_SHARED = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class WithControlNets(TextToImage):
     """The networks of a text-to-image pipeline and ControlNets."""
 
     def __init__(self, base: TextToImage, controlnets: Sequence[ControlNet]):
-        super().__init__(base.unet, base.text_encoder)
+        super().__init__(base.unet, base.text_encoder, base.text_encoder_2)
         self.controlnets = nnx.List(controlnets)
 
 
@@ -76,23 +76,25 @@ class ControlledText(Text):
     def branches(self, tables: PyTree, rows: Rows, vae: AutoencoderKL) -> tuple[PyTree, ...]:
         negative, positive = super().branches(tables, rows, vae)
         seen = tuple(as_fractions(rows[row_of(i)]) for i in range(len(self.controls)))
-        count = len(positive)
+        count = len(positive.states)
         return (negative, seen, jnp.zeros(count)), (positive, seen, jnp.ones(count))
 
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
-        states, seen, prompted = condition
-        text = states[:, : states.shape[1] - self.tokens]
+        text, seen, prompted = condition
+        told = text.without_last(self.tokens).inputs()
         total: list[Array] = []
         for net, (scale, guesses), own in zip(model.controlnets, self.controls, seen, strict=True):
-            found = net(x, t, text, own, conditioning_scale=scale, guess_mode=guesses)
+            found = net(
+                x, t, controlnet_cond=own, conditioning_scale=scale, guess_mode=guesses, **told
+            )
             parts = [*found.down_block_res_samples, found.mid_block_res_sample]
             if guesses:
                 parts = [part * prompted[:, None, None, None].astype(part.dtype) for part in parts]
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-        return model.unet(
+        return model.denoise(
             x,
             t,
-            states,
+            text,
             down_block_additional_residuals=total[:-1],
             mid_block_additional_residual=total[-1],
         )
@@ -112,7 +114,7 @@ def controlled(
     for control in controls:
         control.check(unet, pixels)
     settings = tuple((control.scale, control.guess_mode) for control in controls)
-    return ControlledText(base.guidance_scale, controls=settings, tokens=tokens)
+    return ControlledText(base.guidance_scale, base.rescale, controls=settings, tokens=tokens)
 
 
 def control_rows(

@@ -9,7 +9,6 @@ image-to-image networks learn from.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
@@ -20,7 +19,7 @@ from jaxsynth.core.words import counted
 from jaxsynth.diffusion.samplers import check_sampler
 from jaxsynth.generation.conditioners import ImageEdit
 from jaxsynth.generation.sampler import ImageSampler, Networks, sample_numbered, sampler_of
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.text_to_image import encode_texts
 from jaxsynth.weights.hf import StableDiffusion
 
 
@@ -80,18 +79,17 @@ def edit_images(
         )
     texts = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
     positive, negative = (
-        encode_text(pipeline.text_encoder, pipeline.tokenizer(own))
+        encode_texts(pipeline.networks, pipeline.tokenizer(own))
         for own in (list(texts), [config.negative_prompt])
     )
-    networks = TextToImage(pipeline.unet, pipeline.text_encoder)
     sampler = ImageSampler(
-        Networks.of([networks], mesh=mesh, table=ImageEdit.table),
+        Networks.of([pipeline.networks], mesh=mesh, table=ImageEdit.table),
         pipeline.vae,
         ImageEdit(config.guidance_scale, image_guidance_scale=config.image_guidance_scale),
         sampler_of(pipeline, config.sampler, config.num_inference_steps),
         (height // downscale, width // downscale, channels),
         batch_size=config.batch_size,
-        tables=(positive, jnp.repeat(negative, len(texts), axis=0)),
+        tables=(positive, negative.take(np.zeros(len(texts), np.int32))),
         mesh=mesh,
     )
     prompt = np.array([texts[text] for text in prompts], np.int32)

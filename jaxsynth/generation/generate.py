@@ -21,11 +21,12 @@ from jaxsynth.adapters.inject import AdapterState, can_merge, merge
 from jaxsynth.adapters.registry import attach
 from jaxsynth.core import preemption
 from jaxsynth.core.console import progress
-from jaxsynth.core.limits import Count, Finite, check_limits
+from jaxsynth.core.limits import Count, Finite, Share, check_limits
 from jaxsynth.core.space import check_space, size_of
 from jaxsynth.core.words import counted
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.diffusion.samplers import check_sampler
+from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.controls import Control, WithControlNets, control_rows, controlled
 from jaxsynth.generation.image_prompts import ImagePrompt, prompted, with_tokens
 from jaxsynth.generation.pictures import Pictures, beginning_of
@@ -36,7 +37,7 @@ from jaxsynth.generation.sampler import (
     latent_shape,
     sampler_of,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, whole_image
 from jaxsynth.weights.hf import StableDiffusion
 
 # ArrayRecord fills its files up to a multiple of so many bytes.
@@ -48,13 +49,15 @@ class GenerateConfig:
     """How images are sampled; the defaults are DataDream's.
 
     `images_per_class` are drawn in `num_inference_steps` each, guided by `guidance_scale` away from
-    `negative_prompt`. `sampler` "" takes the one the model's folder names. `batch_size` counts
-    images, each of which costs two rows of the UNet under guidance. `batches_per_shard` sets how
-    much a kill can lose.
+    `negative_prompt`. `guidance_rescale` is the share by which guided outputs are brought back to
+    their standard deviation without guidance (0.7 is usual for zero terminal SNR). `sampler` ""
+    takes the one the model's folder names. `batch_size` counts images, each of which costs two rows
+    of the UNet under guidance. `batches_per_shard` sets how much a kill can lose.
     """
 
     images_per_class: Count = 500
     guidance_scale: Finite = 2.0
+    guidance_rescale: Share = 0.0
     num_inference_steps: Count = 50
     sampler: str = ""
     negative_prompt: str = ""
@@ -108,7 +111,8 @@ class Generator:
             )
         shape = latent_shape(pipeline, size)
         pixels = tuple(side * pipeline.vae.config.downscale for side in shape[:2])
-        begins = beginning_of(pipeline, config.guidance_scale, pictures, pixels)
+        text = Text(config.guidance_scale, config.guidance_rescale)
+        begins = beginning_of(pipeline, text, pictures, pixels)
         self._begins, self._pictures, self._controls = begins, pictures, controls
         conditioner = begins.conditioner
         models = _adapted(pipeline, adapters) if model is None else [model]
@@ -125,8 +129,7 @@ class Generator:
             nets = [control.controlnet for control in controls]
             models = [WithControlNets(one, nets) for one in models]
         networks = Networks.of(models, mesh=mesh, table=conditioner.table)
-        ids = [jnp.asarray(pipeline.tokenizer(texts)) for texts in (self.prompts, negative)]
-        states = _prompt_states(networks.structure, *networks.arrays, *ids)
+        texts = _conditions(pipeline, networks, (self.prompts, negative), pixels)
         self.sampler = ImageSampler(
             networks,
             pipeline.vae,
@@ -134,7 +137,7 @@ class Generator:
             sampler_of(pipeline, config.sampler, config.num_inference_steps, begins.strength),
             shape,
             batch_size=config.batch_size,
-            tables=with_tokens(states, image_prompts),
+            tables=with_tokens(texts, image_prompts),
             mesh=mesh,
         )
         self.batch_size, self.networks = config.batch_size, networks
@@ -166,7 +169,7 @@ class Generator:
 
 def _adapted(pipeline: StableDiffusion, adapters) -> list[TextToImage]:
     """The pipeline's networks with each adapter; one alone is merged where nothing is lost."""
-    base = TextToImage(pipeline.unet, pipeline.text_encoder)
+    base = pipeline.networks
     if adapters is None:
         return [base]
     if isinstance(adapters, Sequence):
@@ -183,14 +186,28 @@ def merges(pipeline: StableDiffusion, model: TextToImage) -> bool:
     return pipeline.unet.conv_in.kernel.get_value().dtype == jnp.float32 and can_merge(model)
 
 
+def _conditions(
+    pipeline: StableDiffusion,
+    networks: Networks,
+    texts: tuple[Sequence[str], Sequence[str]],
+    size: tuple[int, int],
+) -> tuple[TextCondition, TextCondition]:
+    """What each prompt says, and its negative prompt, of whole images of `size` pixels."""
+    ids = [jnp.asarray(pipeline.tokenizer(own)) for own in texts]
+    positive, negative = _prompt_states(networks.structure, *networks.arrays, *ids)
+    if pipeline.zeroes_empty:
+        negative = negative.where(pipeline.given(texts[1]))
+    sizes = whole_image(size)
+    return positive.sized(sizes), negative.sized(sizes)
+
+
 @partial(jax.jit, static_argnums=0)
-def _prompt_states(structure, own, shared, ids, negative) -> tuple[Array, Array]:
-    """Each text's states and those of its negative prompt, (texts, tokens, dim) each."""
+def _prompt_states(structure, own, shared, ids, negative) -> tuple[TextCondition, TextCondition]:
+    """Each text's condition and that of its negative prompt, without sizes."""
 
     def encode(own, ids, negative):
-        model = structure.merge(own, shared)
-        both = model.text_encoder(jnp.stack([ids, negative])).last_hidden_state
-        return both[0], both[1]
+        both = structure.merge(own, shared).encode(jnp.stack([ids, negative]))
+        return both.take(0), both.take(1)
 
     return jax.vmap(encode, in_axes=(0 if structure.routed else None, 0, 0))(own, ids, negative)
 

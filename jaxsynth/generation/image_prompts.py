@@ -20,7 +20,7 @@ from jaxsynth.models.diffusion.image_prompt import (
     Resampler,
     with_image_prompts,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage
 from jaxsynth.weights.image_encoder import ImageEncoder
 
 
@@ -88,21 +88,22 @@ def prompted(model: TextToImage, prompts: Sequence[ImagePrompt]) -> ImagePrompte
     )
 
 
-def with_tokens(states: tuple[Array, Array], prompts: Sequence[ImagePrompt]) -> tuple[Array, Array]:
-    """The states of texts and of negative texts, each followed by the tokens of all prompts."""
-    positive, negative = states
-    seen, absent = [positive], [negative]
+def with_tokens(
+    texts: tuple[TextCondition, TextCondition], prompts: Sequence[ImagePrompt]
+) -> tuple[TextCondition, TextCondition]:
+    """What texts and negative texts say, their states followed by the tokens of all prompts."""
+    positive, negative = texts
+    texts_count = len(positive.states)
     for prompt in prompts:
         count, images = prompt.features.shape[:2]
-        if count != len(positive):
-            raise ValueError(f"images for {count} prompts, expected {len(positive)}")
+        if count != texts_count:
+            raise ValueError(f"images for {count} prompts, expected {texts_count}")
         flat = prompt.features.reshape(count * images, *prompt.features.shape[2:])
         tokens = _project(prompt.adapter.projection, np.concatenate([prompt.absent[None], flat]))
         own = tokens[1:].reshape(count, -1, tokens.shape[-1])
         none = jnp.tile(tokens[:1], (count, images, 1))
-        seen.append(own.astype(positive.dtype))
-        absent.append(none.astype(negative.dtype))
-    return jnp.concatenate(seen, axis=1), jnp.concatenate(absent, axis=1)
+        positive, negative = positive.followed_by(own), negative.followed_by(none)
+    return positive, negative
 
 
 @jax.jit

@@ -22,8 +22,8 @@ def mix(
     may be of a kind that cannot be merged; it stays apart, as do all updates of 16-bit weights.
     UserError naming an adapter that does not fit, or that cannot be mixed.
     """
-    plain = TextToImage(pipeline.unet, pipeline.text_encoder)
-    models = [_attached(plain, *adapter) for adapter in adapters]
+    plain = pipeline.networks
+    models = [_attached(pipeline, *adapter) for adapter in adapters]
     if not models:
         return plain
     merges = all(can_merge(model) for model in models)
@@ -40,9 +40,9 @@ def mix(
 
 
 def _attached(
-    plain: TextToImage, name: str, states: Mapping[str, AdapterState], strength: float
+    pipeline: StableDiffusion, name: str, states: Mapping[str, AdapterState], strength: float
 ) -> TextToImage:
-    networks = {"unet": plain.unet, "text_encoder": plain.text_encoder}
+    networks = pipeline.adaptable
     if unknown := sorted(states.keys() - networks.keys()):
         raise UserError(f"{name}: is for {unknown[0]}, expected {' or '.join(networks)}")
     for network, state in states.items():
@@ -50,5 +50,5 @@ def _attached(
             networks[network] = attach(networks[network], state)
         except UserError as error:
             raise UserError(f"{name}: {network}: {error}") from error
-    model = TextToImage(networks["unet"], networks["text_encoder"])
+    model = TextToImage(**networks)
     return model if strength == 1 else with_scale(model, strength)

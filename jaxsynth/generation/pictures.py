@@ -58,11 +58,13 @@ class Beginning:
 
 def beginning_of(
     pipeline: StableDiffusion,
-    guidance_scale: float,
+    text: Text,
     pictures: Pictures | None,
     size: tuple[int, int],
 ) -> Beginning:
     """How the base draws, with or without images of `size` pixels (height, width).
+
+    `text` is how a base of texts draws without any.
 
     UserError for a base that needs images or masks and has none, and for settings, masks, or images
     of a size that it has no use for.
@@ -72,7 +74,7 @@ def beginning_of(
     if pictures is None:
         if kind in (EDITING, INPAINTING):
             raise UserError(f"the base {name} and is given none: say which, as by --image=FILE")
-        return Beginning(Text(guidance_scale))
+        return Beginning(text)
     for images in (*pictures.images, *(pictures.masks or ())):
         if not len(images) or images.shape[1:3] != size:
             raise UserError(
@@ -85,6 +87,7 @@ def beginning_of(
             ("a mask", pictures.masks, (INPAINTING,)),
             ("a strength", pictures.strength, ("", INPAINTING)),
             ("a guidance of the image", pictures.image_guidance_scale, (EDITING,)),
+            ("a rescaled guidance", text.rescale or None, ("", INPAINTING)),
         )
         if given is not None and (kind if kind in (EDITING, INPAINTING) else "") not in users
     ]
@@ -93,14 +96,14 @@ def beginning_of(
     if kind == EDITING:
         scale = pictures.image_guidance_scale
         scale = IMAGE_GUIDANCE if scale is None else scale
-        edit = ImageEdit(guidance_scale, image_guidance_scale=scale)
+        edit = ImageEdit(text.guidance_scale, image_guidance_scale=scale)
         return Beginning(edit, rows=("pixels",))
     if kind == INPAINTING:
         if pictures.masks is None:
             raise UserError(f"the base {name} and is given no mask: say which, as by --mask=FILE")
-        paint = Inpaint(guidance_scale)
+        paint = Inpaint(text.guidance_scale, text.rescale)
         if pictures.strength is None or pictures.strength == 1:
             return Beginning(paint, rows=("pixels", "mask"))
         return Beginning(paint, pictures.strength, ("pixels", "mask", "start"))
     strength = STRENGTH if pictures.strength is None else pictures.strength
-    return Beginning(Text(guidance_scale), strength, ("start",))
+    return Beginning(text, strength, ("start",))

@@ -15,7 +15,7 @@ from jaxsynth.generation.conditioners import Conditioner, Text
 from jaxsynth.generation.generate import GenerateConfig, merges
 from jaxsynth.generation.sampler import Structure, draw_images, latent_shape, sampler_of
 from jaxsynth.models.diffusion.image_prompt import ImagePrompted
-from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
 from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.models.shapes import transform
 from jaxsynth.training import sharding
@@ -97,21 +97,22 @@ def plan_images(
     of several `adapters` each image runs its own. `prompted` puts adapters of images in, one image
     for each.
     """
-    model = TextToImage(pipeline.unet, pipeline.text_encoder)
+    model = pipeline.networks
     if adapt is not None:
         adapted = transform(adapt, model)
         model = model if adapters < 2 and merges(pipeline, adapted) else adapted
     states = text_states(pipeline, prompts)
     if prompted is not None:
         model = transform(prompted, model)
-        count, tokens, width = states.shape
-        tokens += sum(part.config.tokens for part in model.image_projections)
-        states = jax.ShapeDtypeStruct((count, tokens, width), states.dtype)
+        width, dtype = states.states.shape[-1], states.states.dtype
+        tokens = sum(part.config.tokens for part in model.image_projections)
+        more = jax.ShapeDtypeStruct((prompts, tokens, width), dtype)
+        states = jax.eval_shape(TextCondition.followed_by, states, more)
     return plan_sampler(
         name,
         model,
         pipeline.vae,
-        Text(config.guidance_scale),
+        Text(config.guidance_scale, config.guidance_rescale),
         sampler_of(pipeline, config.sampler, config.num_inference_steps),
         latent_shape(pipeline),
         {"prompt": ((), jnp.int32)},
@@ -123,8 +124,8 @@ def plan_images(
     )
 
 
-def text_states(pipeline: StableDiffusion, texts: int) -> jax.ShapeDtypeStruct:
-    """The shape of the text encoder's states of so many texts."""
-    ids = jax.ShapeDtypeStruct((texts, pipeline.tokenizer.max_length), jnp.int32)
-    encode = lambda text, ids: text(ids).last_hidden_state  # noqa: E731
-    return jax.eval_shape(encode, pipeline.text_encoder, ids)
+def text_states(pipeline: StableDiffusion, texts: int) -> TextCondition:
+    """The shapes of what the denoiser is told by so many texts, with sizes where it reads them."""
+    ids = jax.ShapeDtypeStruct((texts, *pipeline.tokenizer.shape), jnp.int32)
+    found = jax.eval_shape(encode_texts, pipeline.networks, ids)
+    return jax.eval_shape(lambda text: text.sized(jnp.zeros(6)), found)

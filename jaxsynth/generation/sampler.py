@@ -232,7 +232,10 @@ def _sample(structure, vae, conditioner, shape, arrays, tables, sampler, key_dat
         denoise = per_image(run, routed, shared, len(key_data), stacked=structure.stacked)
     else:
         denoise = partial(run, own, shared)
-    guided = guide(denoise, conditioner.scales, branches, channels=conditioner.channels)
+    guided = guide(
+        denoise, conditioner.scales, branches, channels=conditioner.channels,
+        rescale=conditioner.rescale,
+    )  # fmt: skip
     if "start" in rows:
         posterior = vae.encode(from_uint8(rows["start"]))
         scale = vae.config.scaling_factor
@@ -305,8 +308,9 @@ def latent_shape(
     """
     down, config = pipeline.vae.config.downscale, pipeline.unet.config
     channels = pipeline.vae.config.latent_channels
-    if size is None:
+    if size is None and not pipeline.size:
         return config.sample_size, config.sample_size, channels
+    size = size or (pipeline.size, pipeline.size)
     factor = down * 2 ** (len(config.block_out_channels) - 1)
     if min(size) < factor or any(side % factor for side in size):
         raise UserError(
@@ -314,3 +318,11 @@ def latent_shape(
             "for this base"
         )
     return size[0] // down, size[1] // down, channels
+
+
+def check_size(pipeline: StableDiffusion, side: int) -> None:
+    """UserError naming `image_size` for a side in pixels that the base cannot draw (0: its own)."""
+    try:
+        latent_shape(pipeline.sized(side))
+    except UserError as error:
+        raise UserError(f"image_size: {side}: {error}") from None

@@ -17,6 +17,7 @@ from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
 from jaxsynth.generation.generate import GenerateConfig, Generator, drawn_bytes, fill_store
+from jaxsynth.generation.pictures import Pictures
 from jaxsynth.generation.sampler import image_keys
 from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.filters import FilterConfig, kept, nearest_shot, shot_shares
@@ -31,11 +32,12 @@ KEPT_FILE, SHOTS_FILE = "kept.json", "shots.json"
 
 @dataclass(frozen=True)
 class Generating:
-    """How a source's images are drawn."""
+    """How a source's images are drawn; `image_size` is their side in pixels, 0 the base's own."""
 
     generate: GenerateConfig
     seed: int
     dtype: str
+    image_size: int = 0
 
 
 def _image_bytes(
@@ -46,7 +48,8 @@ def _image_bytes(
     bank: PromptBank,
     adapter: Artifact | None = None,
 ) -> int:
-    return drawn_bytes(data.num_classes, config.generate, base.image_size)
+    side = base.sized(config.image_size).image_size
+    return drawn_bytes(data.num_classes, config.generate, side)
 
 
 @stage(processes="all", space=_image_bytes)
@@ -66,8 +69,9 @@ def generate_images(
         (file,) = adapter_io.find(adapter.path, ())
         state, digests = adapter_io.load(file), [file_digest(file)]
     generator = Generator(
-        base, bank.texts, config.generate, seed=config.seed, adapters=state, mesh=local_mesh()
-    )
+        base.sized(config.image_size), bank.texts, config.generate, seed=config.seed,
+        adapters=state, mesh=local_mesh(),
+    )  # fmt: skip
 
     def choose(label: int, index: int) -> int:
         return bank.choose(config.seed, label, index)
@@ -83,6 +87,47 @@ def generate_images(
         config.generate, seed=config.seed, adapter_digests=digests, description="generate",
     )  # fmt: skip
     return {"images": count, "prompts": len(bank.texts), "devices": jax.device_count()}
+
+
+@dataclass(frozen=True)
+class Varying:
+    """How images are drawn that begin with real ones, with noise of `strength` on them."""
+
+    generate: GenerateConfig
+    strength: float
+    seed: int
+    dtype: str
+    image_size: int = 0
+
+
+def _varied_bytes(config: Varying, *, data: Dataset, base: StableDiffusion, shots: Artifact) -> int:
+    side = base.sized(config.image_size).image_size
+    return drawn_bytes(data.num_classes, config.generate, side)
+
+
+@stage(processes="all", space=_varied_bytes)
+def vary_images(
+    work: Work, config: Varying, *, data: Dataset, base: StableDiffusion, shots: Artifact
+) -> dict:
+    """A store of images of every class that begin with its shots, in turn (SDEdit)."""
+    base = base.sized(config.image_size)
+    real = load_shots(shots.path / SHOTS_FILE).train_source(data)
+    labels, prompts = np.asarray(real.labels), class_prompts(data)
+    images = [
+        np.stack(
+            [square(real[int(i)].image, base.image_size) for i in np.flatnonzero(labels == label)]
+        )
+        for label in range(data.num_classes)
+    ]
+    generator = Generator(
+        base, prompts, config.generate, seed=config.seed,
+        pictures=Pictures(images, strength=config.strength), mesh=local_mesh(),
+    )  # fmt: skip
+    count = fill_store(
+        generator, work.folder, data.class_names, prompts, config.generate, seed=config.seed,
+        description="generate",
+    )  # fmt: skip
+    return {"images": count, "strength": config.strength}
 
 
 @dataclass(frozen=True)

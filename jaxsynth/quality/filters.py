@@ -7,10 +7,11 @@
   image shows something else, not so large that it is a copy;
 - near-duplicates: of images of a class whose features have a cosine above a limit the first stays;
 - a cap: at most so many of each class, those with the highest share;
+- a floor: so many of each class at least, filled up by the highest share, as He et al. do;
 - uncertainty: those that a classifier is least certain of (`most_uncertain`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -32,6 +33,7 @@ class FilterConfig:
         says what share: a CLIP by the classes' "texts", or by the mean features of their "shots".
     least_cosine, most_cosine: to the nearest shot of the image's class. duplicates: the cosine
         above which an image of a class repeats an earlier one. most: images of each class.
+    fewest: images of each class that stay at least, filled up with those of the highest share.
     """
 
     least_share: BelowOne = 0.0
@@ -41,6 +43,7 @@ class FilterConfig:
     most_cosine: Cosine = 1.0
     duplicates: Annotated[float, Range(0, 1, above=True)] = 1.0
     most: Natural = 0
+    fewest: Natural = 0
 
     def __post_init__(self):
         check_limits(self)
@@ -48,6 +51,12 @@ class FilterConfig:
             raise ValueError(
                 f"least_cosine: {self.least_cosine}, most_cosine: {self.most_cosine}; expected the "
                 "first to be smaller"
+            )
+        if self.fewest and replace(self, fewest=0) == FilterConfig():
+            raise ValueError(f"fewest: {self.fewest}, but nothing else is filtered")
+        if 0 < self.most < self.fewest:
+            raise ValueError(
+                f"fewest: {self.fewest}, expected at most `most`, which is {self.most}"
             )
         if self.judge != "texts" and not (self.least_share or self.agreement or self.most):
             raise ValueError(
@@ -108,6 +117,13 @@ def kept(
             lowest = places[np.argsort(-own[places], kind="stable")[config.most :]]
             stays[lowest] = False
         counts["most"] = int(before - stays.sum())
+    if config.fewest:
+        before = stays.sum()
+        for label in np.unique(labels):
+            out = np.flatnonzero(~stays & (labels == label))
+            missing = max(config.fewest - int((stays & (labels == label)).sum()), 0)
+            stays[out[np.argsort(-own[out], kind="stable")[:missing]]] = True
+        counts["fewest"] = int(before - stays.sum())
     return np.flatnonzero(stays), counts
 
 

@@ -15,7 +15,7 @@ from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.runs.stage import Source
-from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, load_pipeline
+from jaxsynth.weights.hf import TEXT_TO_IMAGE, Clip, StableDiffusion, load_clip, load_pipeline
 from jaxsynth.weights.image_encoder import ImageEncoder, load_image_encoder
 
 # Of a data set that is not here: about that of the sets that networks are usually transferred to.
@@ -27,10 +27,16 @@ def data_source(config: DataConfig) -> Source[Dataset]:
     return Source(lambda: load_dataset(config), lambda data: data.digest, lambda data: data.listing)
 
 
-def pipeline_source(name: str, dtype: str = "float32") -> Source[StableDiffusion]:
-    """The Stable Diffusion that a config names, kept and computed in `dtype`."""
+def pipeline_source(
+    name: str, dtype: str = "float32", *, kinds: Sequence[str] = TEXT_TO_IMAGE
+) -> Source[StableDiffusion]:
+    """The Stable Diffusion that a config names, kept and computed in `dtype`.
+
+    `kinds` as in `load_pipeline`: `PIPELINES` for one with a single text encoder, not SDXL.
+    """
     return Source(
-        lambda: load_pipeline(name, dtype, compute_dtype=dtype), lambda found: found.digest
+        lambda: load_pipeline(name, dtype, compute_dtype=dtype, kinds=kinds),
+        lambda found: found.digest,
     )
 
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsynth.adapters.inject import trainable_variables
 from jaxsynth.core.limits import (
     Count,
     Natural,
@@ -33,8 +32,8 @@ from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.diffusion.image_prompt import ProjectionConfig, ResamplerConfig
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
-from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
+from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source, learns_text
 from jaxsynth.training import sharding
 from jaxsynth.training.config import SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task
@@ -181,6 +180,11 @@ class ImagePromptConfig(TrainingConfig):
 # permutation splits its key, and the parts of a split are what folding with small numbers gives.
 _TEXTS, _OTHERS = 2**31 - 1, 2**31 - 2
 
+# Of `Told`: with crops on the second axis, with images on the first, and what sets are joined by.
+CROPPED = ("mean", "std", "sizes")
+_SHARDED = (*CROPPED, "first", "choices", "images", "places")
+_JOINED = (*CROPPED, "ids", "first", "choices")
+
 Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfig
 
 
@@ -188,15 +192,16 @@ Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfi
 class Told:
     """Encoded images, and the texts that each may be told by.
 
-    `mean` and `std` are the latents' posterior, scaled as the UNet wants it, one for each crop.
-    `ids` are the distinct texts, the empty one first; image i has the `choices[i]` texts from
-    `first[i]` on. Where images prompt, `images` are an encoder's features of each and `absent`
-    those of no image. `places` say how much each position of the latents counts.
+    `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop. `ids` are
+    the distinct texts, the empty one first; image i has the `choices[i]` texts from `first[i]` on.
+    Where images prompt, `images` are an encoder's features of each and `absent` those of no image.
+    `places` say how much each position of the latents counts.
     """
 
     mean: Float[np.ndarray, "n k h w c"]
     std: Float[np.ndarray, "n k h w c"]
-    ids: Int[np.ndarray, "m t"]
+    sizes: Float[np.ndarray, "n k 6"]
+    ids: Int[np.ndarray, "m *e t"]
     first: Int[np.ndarray, " n"]
     choices: Int[np.ndarray, " n"]
     images: Float[np.ndarray, "n ..."] | None = None
@@ -220,7 +225,7 @@ def encode_told(
 
     `encoder` gives the features of no image and of each.
     """
-    mean, std = encode_source(pipeline, source, crops=crops, seed=seed)
+    found = encode_source(pipeline, source, crops=crops, seed=seed)
     distinct = {("",): 0}
     rows = [""]
     for own in map(tuple, texts):
@@ -229,7 +234,7 @@ def encode_told(
             rows += own
     first = np.array([distinct[tuple(own)] for own in texts], np.int32)
     choices = np.array([len(own) for own in texts], np.int32)
-    told = Told(mean, std, pipeline.tokenizer(rows), first, choices)
+    told = Told(*found, pipeline.tokenizer(rows), first, choices)
     if encoder is None:
         return told
     features = encoder([source[i].image for i in range(len(source))])
@@ -240,10 +245,11 @@ def encode_told(
 class ToldBatches:
     """Batches of `count` images in the order of `epoch_rows`, each told by one of its texts.
 
-    A share `dropout` of the texts is emptied. Of images that prompt, `drops` are the shares without
-    the image, the text, and both. With `others`, whose rows follow those of the images,
-    as many of them follow in the batch, and the mean of the examples' losses times their weights is
-    that of the images plus `prior_weight` times that of the others.
+    A share `dropout` of the texts is emptied: the empty text stands for them or, with `zeroes`,
+    zeros for its condition, as in the pipeline's generation. Of images that prompt, `drops` are the
+    shares without the image, the text, and both. With `others`, whose rows follow those of the
+    images, as many of them follow in the batch, and the mean of the examples' losses times their
+    weights is that of the images plus `prior_weight` times that of the others.
     """
 
     count: int
@@ -252,6 +258,7 @@ class ToldBatches:
     others: int = 0
     prior_weight: float = 0.0
     drops: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    zeroes: bool = False
 
     def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
         rows = epoch_rows(data["order"], step, self.count, self.batch_size)
@@ -267,19 +274,24 @@ class ToldBatches:
             batch["weight"] = jnp.repeat(weights, self.batch_size)
         chosen = jax.random.uniform(keys[0], rows.shape) * data["choices"][rows]
         text = data["first"][rows] + chosen.astype(jnp.int32)
+        empty = jnp.zeros(rows.shape, bool)
         if self.dropout:
             empty = jax.random.bernoulli(keys[1], self.dropout, rows.shape)
-            text = jnp.where(empty, 0, text)
         if "images" in data:
             seen = data["images"][rows]
             drawn = jax.random.uniform(jax.random.fold_in(own, 2), rows.shape)
             image, both, text_alone = np.cumsum(np.take(self.drops, (0, 2, 1)))
-            text = jnp.where((drawn >= image) & (drawn < text_alone), 0, text)
+            empty = empty | ((drawn >= image) & (drawn < text_alone))
             without = (drawn < both).reshape(-1, *[1] * (seen.ndim - 1))
             batch["image"] = jnp.where(without, data["absent"], seen)
-        batch |= {name: data[name][rows] for name in ("mean", "std", "places") if name in data}
-        if "states" in data:
-            return batch | {"text": data["states"][text]}
+        if self.dropout or "images" in data:
+            text = jnp.where(empty, 0, text)
+            if self.zeroes:
+                batch["given"] = ~empty
+        names = (*CROPPED, "places")
+        batch |= {name: data[name][rows] for name in names if name in data}
+        if "texts" in data:
+            return batch | {"text": data["texts"].take(text)}
         return batch | {"ids": data["ids"][text]}
 
 
@@ -304,9 +316,8 @@ def customize_task(
     data: dict[str, Any] = dict(vars(images) if others is None else _joined(images, others))
     data = {name: values for name, values in data.items() if values is not None}
     data["order"] = order_key
-    frozen = not any(path.startswith("text_encoder.") for path in trainable_variables(model))
-    if frozen:
-        data["states"] = _states(model, data.pop("ids"))
+    if not learns_text(model):
+        data["texts"] = _conditions(model, data.pop("ids"))
     batches = ToldBatches(
         len(images),
         config.batch_size,
@@ -314,12 +325,12 @@ def customize_task(
         0 if others is None else len(others),
         getattr(config, "prior_weight", 0.0),
         getattr(config, "drops", (0.0, 0.0, 0.0)),
+        pipeline.zeroes_empty,
     )
-    rows = ("mean", "std", "first", "choices", "images", "places")
     return Task(
         model=model,
         loss=Denoising(config.snr_gamma, config.remat, config.noise_offset),
-        batches=Resident(data, batches, sharded=tuple(x for x in rows if x in data)),
+        batches=Resident(data, batches, sharded=tuple(x for x in _SHARDED if x in data)),
         table=(*sharding.UNET, *sharding.CLIP),
         key=key,
         constants=NoiseSchedule.from_config(pipeline.scheduler_config),
@@ -352,28 +363,28 @@ def planned_images(
 
     `masked` images have `places`.
     """
-    unet = pipeline.unet.config
-    side = size // pipeline.vae.config.downscale or unet.sample_size
-    latents: Any = jax.ShapeDtypeStruct((count, 1, side, side, unet.in_channels), np.float32)
-    rows: Any = jax.ShapeDtypeStruct((count,), np.int32)
-    ids: Any = jax.ShapeDtypeStruct((texts + 1, pipeline.tokenizer.max_length), np.int32)
+
+    def shape(*dims: int, dtype: Any = np.float32) -> Any:
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    channels, downscale = pipeline.unet.config.in_channels, pipeline.vae.config.downscale
+    side = (size or pipeline.image_size) // downscale
+    latents, rows = shape(count, 1, side, side, channels), shape(count, dtype=np.int32)
+    told = Told(
+        latents, latents, shape(count, 1, 6),
+        shape(texts + 1, *pipeline.tokenizer.shape, dtype=np.int32), rows, rows,
+    )  # fmt: skip
     if masked:
-        places: Any = jax.ShapeDtypeStruct((count, side, side, 1), np.float32)
-        return Told(latents, latents, ids, rows, rows, places=places)
+        return replace(told, places=shape(count, side, side, 1))
     if features is None:
-        return Told(latents, latents, ids, rows, rows)
-    images: Any = jax.ShapeDtypeStruct((count, *features), np.float32)
-    absent: Any = jax.ShapeDtypeStruct(features, np.float32)
-    return Told(latents, latents, ids, rows, rows, images, absent)
+        return told
+    return replace(told, images=shape(count, *features), absent=shape(*features))
 
 
 def _joined(images: Told, others: Told) -> dict[str, Any]:
     """The arrays of both, whose images may have another number of crops."""
     if isinstance(images.first, jax.ShapeDtypeStruct):
-        pairs = {
-            name: (getattr(images, name), getattr(others, name))
-            for name in ("mean", "std", "ids", "first", "choices")
-        }
+        pairs = {name: (getattr(images, name), getattr(others, name)) for name in _JOINED}
         return {
             name: jax.ShapeDtypeStruct((x.shape[0] + y.shape[0], *x.shape[1:]), x.dtype)
             for name, (x, y) in pairs.items()
@@ -385,18 +396,15 @@ def _joined(images: Told, others: Told) -> dict[str, Any]:
 
     # Texts of the others come after those of the images, and their own empty text is left over.
     shifted = replace(others, first=others.first + len(images.ids))
-    pairs = {
-        name: (getattr(images, name), getattr(shifted, name))
-        for name in ("mean", "std", "ids", "first", "choices")
-    }
+    pairs = {name: (getattr(images, name), getattr(shifted, name)) for name in _JOINED}
     return {
-        name: np.concatenate([cropped(x) for x in pair] if name in ("mean", "std") else pair)
+        name: np.concatenate([cropped(x) for x in pair] if name in CROPPED else pair)
         for name, pair in pairs.items()
     }
 
 
-def _states(model: TextToImage, ids: Any) -> Any:
-    """The frozen text encoder's states of all texts."""
+def _conditions(model: TextToImage, ids: Any) -> TextCondition:
+    """What the denoiser is told by all texts."""
     if isinstance(ids, jax.ShapeDtypeStruct):
-        return jax.eval_shape(encode_text, model.text_encoder, ids)
-    return encode_text(model.text_encoder, ids)
+        return jax.eval_shape(encode_texts, model, ids)
+    return encode_texts(model, ids)

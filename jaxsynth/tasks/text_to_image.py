@@ -9,7 +9,7 @@ and their images, so all classes train in one compiled program around one frozen
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.losses import diffusion_loss
-from jaxsynth.diffusion.noising import sample_noise
+from jaxsynth.diffusion.noising import drawn_crops, sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.models.shapes import transform
 from jaxsynth.training import sharding
@@ -41,6 +41,8 @@ from jaxsynth.training.config import SCHEDULES, TrainingConfig
 from jaxsynth.training.trainer import Resident, Task, train, train_stacked
 from jaxsynth.weights.hf import StableDiffusion
 
+# Of what a batch is made of: arrays with the examples on their first axis.
+SHARDED = ("mean", "std", "sizes", "ids", "text")
 # Images of the adapted networks, uint8 (n, h, w, 3).
 Sampler = Callable[[TextToImage], UInt8[np.ndarray, "n h w 3"]]
 
@@ -94,19 +96,21 @@ class FinetuneConfig(TrainingConfig):
 class Examples:
     """Encoded training images and the token ids of their prompts.
 
-    `mean` and `std` are the latents' posterior, scaled as the UNet wants it, one for each crop.
+    `mean` and `std` are the latents' posterior, scaled as the UNet wants it, one for each crop;
+    `sizes` are those of the crops that SDXL's reads too (`TextCondition`).
     """
 
     mean: Float[np.ndarray, "n k h w c"]
     std: Float[np.ndarray, "n k h w c"]
-    ids: Int[np.ndarray, "n t"]
+    ids: Int[np.ndarray, "n *e t"]
+    sizes: Float[np.ndarray, "n k 6"]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def select(self, rows: np.ndarray) -> "Examples":
         """The examples at these rows."""
-        return Examples(self.mean[rows], self.std[rows], self.ids[rows])
+        return Examples(*(values[rows] for values in vars(self).values()))
 
 
 def encode_examples(
@@ -119,8 +123,17 @@ def encode_examples(
     batch_size: int = 8,
 ) -> Examples:
     """The images of `source` as latents, with the tokens of their classes' prompts."""
-    mean, std = encode_source(pipeline, source, crops=crops, seed=seed, batch_size=batch_size)
-    return Examples(mean, std, pipeline.tokenizer(list(prompts))[np.asarray(source.labels)])
+    found = encode_source(pipeline, source, crops=crops, seed=seed, batch_size=batch_size)
+    ids = pipeline.tokenizer(list(prompts))[np.asarray(source.labels)]
+    return Examples(found.mean, found.std, ids, found.sizes)
+
+
+class Encoded(NamedTuple):
+    """The latents of images, as in `Examples`."""
+
+    mean: Float[np.ndarray, "n k h w c"]
+    std: Float[np.ndarray, "n k h w c"]
+    sizes: Float[np.ndarray, "n k 6"]
 
 
 def encode_source(
@@ -130,40 +143,44 @@ def encode_source(
     crops: int,
     seed: int,
     batch_size: int = 8,
-) -> tuple[Float[np.ndarray, "n k h w c"], Float[np.ndarray, "n k h w c"]]:
-    """Mean and standard deviation of the latents of every image's crops (one of square images)."""
+) -> Encoded:
+    """The latents of every image's crops (one of square images), with the crops' sizes."""
     size = pipeline.image_size
     square = all(record.image.shape[0] == record.image.shape[1] for record in source)
     crops = 1 if square else crops
     cut = DiffusionTransform(size, random_crop=not square)
-    means, stds = [], []
+    means, stds, sizes = [], [], []
     # A few images at a time: the crops of a large set do not fit in memory.
     for start in range(0, len(source), batch_size):
         pixels = []
         for i in range(start, min(start + batch_size, len(source))):
             image = source[i].image
-            pixels += [cut(image, np.random.default_rng([seed, i, k])) for k in range(crops)]
+            for k in range(crops):
+                square, corner = cut.cut(image, np.random.default_rng([seed, i, k]))
+                pixels.append(square)
+                sizes.append((*image.shape[:2], *corner, size, size))
         for found, values in zip(
             (means, stds), encode_images(pipeline.vae, np.stack(pixels), batch_size), strict=True
         ):
             found.append(values.reshape(-1, crops, *values.shape[1:]))
-    return np.concatenate(means), np.concatenate(stds)
+    rows = np.asarray(sizes, np.float32).reshape(-1, crops, 6)
+    return Encoded(np.concatenate(means), np.concatenate(stds), rows)
 
 
 def adapted(pipeline: StableDiffusion, config: FinetuneConfig, key: Array) -> TextToImage:
     """The pipeline's networks with fresh adapters; the base weights are shared, not copied."""
-    model = TextToImage(pipeline.unet, pipeline.text_encoder)
-    return registry.add(model, config.adapter_config(), rngs=key)
+    return registry.add(pipeline.networks, config.adapter_config(), rngs=key)
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """The loss over a batch {"mean", "std", "ids"} of examples; its constant is the schedule.
+    """The loss over a batch {"mean", "std", "sizes", "ids"}; its constant is the schedule.
 
-    "text", the states that a frozen text encoder makes of the ids, may stand in their place. With
-    "image", an image encoder's features, the model is an `ImagePrompted` of one adapter. With
-    "weight" each example's loss counts so many times in the mean, and with "places" each of its
-    latents' positions. `noise_offset` as `sample_noise`.
+    "text", the conditions that frozen text encoders make of the ids, may stand in their place; the
+    texts that are not "given" are zeros. A denoiser that reads no sizes needs none. With "image",
+    an image encoder's features, the model is an `ImagePrompted` of one adapter. With "weight" each
+    example's loss counts so many times in the mean, and with "places" each of its latents'
+    positions. `noise_offset` as `sample_noise`.
     """
 
     snr_gamma: float | None = None
@@ -175,14 +192,15 @@ class Denoising:
         x0, noise, t = sample_noise(
             batch["mean"], batch["std"], key, schedule, offset=self.noise_offset
         )
-        text = batch.get("text")
-        if text is None:
-            text = model.text_encoder(batch["ids"]).last_hidden_state
+        text = batch["text"] if "text" in batch else model.encode(batch["ids"])
+        if "given" in batch:
+            text = text.where(batch["given"])
+        if "sizes" in batch:
+            text = text.sized(drawn_crops(batch["sizes"], key))
         if "image" in batch:
             (projection,) = model.image_projections
-            tokens = projection(batch["image"]).astype(text.dtype)
-            text = jnp.concatenate([text, tokens], axis=1)
-        output = model.unet(add_noise(schedule, x0, noise, t), t, text, remat=self.remat)
+            text = text.followed_by(projection(batch["image"]))
+        output = model.denoise(add_noise(schedule, x0, noise, t), t, text, remat=self.remat)
         losses = diffusion_loss(
             schedule, output, x0, noise, t, snr_gamma=self.snr_gamma, places=batch.get("places"),
             per_sample=True,
@@ -199,9 +217,10 @@ class EpochBatches:
 
     def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
         rows = epoch_rows(data["order"], step, self.count, self.batch_size)
-        batch = {name: data[name][rows] for name in ("mean", "std", "ids") if name in data}
-        if "states" in data:
-            batch["text"] = data["states"][data["state"][rows]]
+        names = ("mean", "std", "sizes", "ids")
+        batch: dict[str, Any] = {name: data[name][rows] for name in names if name in data}
+        if "texts" in data:
+            batch["text"] = data["texts"].take(data["text"][rows])
         return batch
 
 
@@ -230,13 +249,13 @@ def finetune_tasks(
     trainables = jax.vmap(lambda key: nnx.state(adapted(pipeline, config, key), Trainable))(
         init_keys
     )
-    frozen_text = not jax.tree.leaves(dict(trainables).get("text_encoder"))
-    texts = _texts(pipeline, sets, cache=frozen_text)
+    texts = _texts(pipeline, sets, cache=not learns_text(nnx.merge(graphdef, trainables, rest)))
     tasks = []
     for i, examples in enumerate(sets):
         values = jax.tree.map(lambda x: x[i], trainables)  # noqa: B023
-        own = {name: rows[i] for name, rows in texts.items()}
+        own = {name: jax.tree.map(lambda x: x[i], rows) for name, rows in texts.items()}  # noqa: B023
         data = {"mean": examples.mean, "std": examples.std, "order": order_keys[i], **own}
+        data["sizes"] = examples.sizes
         task = _task(pipeline, nnx.merge(graphdef, values, rest), data, config, step_keys[i])
         identity = {"base": pipeline.digest, "first": first, "adapters": len(sets)}
         tasks.append(replace(task, identity=identity))
@@ -253,20 +272,26 @@ def planned_task(
     """
     key = jax.random.key(0)
     model = transform(
-        lambda base: registry.add(base, config.adapter_config(), rngs=key),
-        TextToImage(pipeline.unet, pipeline.text_encoder),
+        lambda base: registry.add(base, config.adapter_config(), rngs=key), pipeline.networks
     )
-    unet = pipeline.unet.config
-    side = size // pipeline.vae.config.downscale or unet.sample_size
-    latents = jax.ShapeDtypeStruct((images, 1, side, side, unet.in_channels), np.float32)
+    side = (size or pipeline.image_size) // pipeline.vae.config.downscale
+    latents = jax.ShapeDtypeStruct(
+        (images, 1, side, side, pipeline.unet.config.in_channels), np.float32
+    )
     data: dict[str, Any] = {"mean": latents, "std": latents, "order": key}
-    tokens, width = pipeline.tokenizer.max_length, pipeline.text_encoder.config.hidden_size
-    if any(path.startswith("text_encoder.") for path in trainable_variables(model)):
-        data["ids"] = jax.ShapeDtypeStruct((images, tokens), np.int32)
+    data["sizes"] = jax.ShapeDtypeStruct((images, 1, 6), np.float32)
+    ids = jax.ShapeDtypeStruct((images, *pipeline.tokenizer.shape), np.int32)
+    if learns_text(model):
+        data["ids"] = ids
     else:
-        data["states"] = jax.ShapeDtypeStruct((images, tokens, width), np.float32)
-        data["state"] = jax.ShapeDtypeStruct((images,), np.int32)
+        data["texts"] = jax.eval_shape(encode_texts, model, ids)
+        data["text"] = jax.ShapeDtypeStruct((images,), np.int32)
     return _task(pipeline, model, data, config, key)
+
+
+def learns_text(model: TextToImage) -> bool:
+    """Whether anything learns in the text encoders."""
+    return any(path.startswith("text_encoder") for path in trainable_variables(model))
 
 
 def _task(
@@ -282,7 +307,7 @@ def _task(
         batches=Resident(
             data,
             EpochBatches(data["mean"].shape[0], config.batch_size),
-            sharded=tuple(name for name in ("mean", "std", "ids", "state") if name in data),
+            sharded=tuple(name for name in SHARDED if name in data),
         ),
         table=(*sharding.UNET, *sharding.CLIP),
         key=key,
@@ -337,19 +362,19 @@ def finetune_each(
 
 
 def _texts(pipeline: StableDiffusion, sets: Sequence[Examples], *, cache: bool) -> dict:
-    """Token ids of every example (sets, n, t), or the states of a frozen text encoder.
+    """Token ids of every example (sets, n, t), or the conditions of frozen text encoders.
 
-    `states` (sets, texts, t, dim) holds each set's distinct texts and `state` (sets, n) which of
-    them an example has.
+    `texts` (sets, texts, ...) holds those of each set's distinct texts and `text` (sets, n) which
+    of them an example has.
     """
     if not cache:
         return {"ids": np.stack([examples.ids for examples in sets])}
     found = [np.unique(examples.ids, axis=0, return_inverse=True) for examples in sets]
     most = max(len(texts) for texts, _ in found)
     # Filled up with repetitions, since sets are stacked.
-    ids = np.stack([np.resize(texts, (most, texts.shape[1])) for texts, _ in found])
-    states = encode_text(pipeline.text_encoder, ids.reshape(-1, ids.shape[-1]))
+    ids = np.stack([np.resize(texts, (most, *texts.shape[1:])) for texts, _ in found])
+    texts = encode_texts(pipeline.networks, ids.reshape(-1, *ids.shape[2:]))
     return {
-        "states": states.reshape(*ids.shape, -1),
-        "state": np.stack([rows.reshape(-1) for _, rows in found]),
+        "texts": jax.tree.map(lambda x: x.reshape(*ids.shape[:2], *x.shape[1:]), texts),
+        "text": np.stack([rows.reshape(-1) for _, rows in found]),
     }

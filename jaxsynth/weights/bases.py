@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights import hub, recognize, single_file
 from jaxsynth.weights.hf import KINDS, StableDiffusion, load_pipeline, save_pipeline
 from jaxsynth.weights.layout import to_file
+from jaxsynth.weights.pipeline_parts import XL_PIPELINES
 from jaxsynth.weights.single_file import HF_CLIP, OPEN_CLIP, PREFIXES, inferred, names_of
 from jaxsynth.weights.tensors import SUFFIXES, Tensors
 
@@ -53,6 +55,10 @@ def convert(source: Path, target: Path, to: str, settings: str = "") -> list[str
     """
     if to in FILES and target.suffix != ".safetensors":
         raise UserError(f"{target}: expected a file ending in .safetensors")
+    if to in FILES and source.is_dir():
+        index = read_json(source / "model_index.json")
+        if index.get("_class_name") in XL_PIPELINES:
+            raise UserError(f"{source}: is SDXL, which has no form in one file; --to=diffusers")
     files = hub.weight_files(source / "unet") if source.is_dir() else [source]
     name = f"{source}@{settings}" if settings and source.is_file() else source
     pipeline = load_pipeline(name, Tensors(files).dtype(), kinds=KINDS)

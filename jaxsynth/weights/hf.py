@@ -25,29 +25,54 @@ from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
-    LEGACY_EOS,
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionModel,
 )
 from jaxsynth.models.diffusion.controlnet import ControlNet
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.models.diffusion.unet import UNet2DCondition
+from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.weights import hub, published, single_file
 from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, stored, to_file
+from jaxsynth.weights.pipeline_parts import (
+    DIFFUSERS_VERSION,
+    EDITING,
+    INPAINTING,
+    KINDS,
+    PIPELINES,
+    SINGLE,
+    TEXT_TO_IMAGE,
+    XL_PIPELINES,
+    StableDiffusion,
+    TokenizerPair,
+    check_end,
+    check_pipeline,
+    check_tokenizer,
+    is_double,
+    kind_of,
+    model_index,
+    parts_in,
+    read_tokenizer,
+    zeroes_empty,
+)
 from jaxsynth.weights.tensors import Tensors, expect_floats
 from jaxsynth.weights.tokenizer import Tokenizer
 
 __all__ = [
+    "EDITING",
+    "INPAINTING",
+    "KINDS",
+    "PIPELINES",
+    "TEXT_TO_IMAGE",
     "Clip",
     "StableDiffusion",
     "describe",
+    "kind_of",
     "load_clip",
     "load_model",
     "load_pipeline",
@@ -72,34 +97,6 @@ _DIFFUSERS = {
     DiT: "DiTTransformer2DModel",
     UNet2DCondition: "UNet2DConditionModel",
 }
-
-_PARTS = {"unet": UNet2DCondition, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-
-# model_index.json of the pipelines that differ only in what surrounds the networks.
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-# Those whose denoisers read beside the noisy latents an image's, or a mask and an image's.
-EDITING = "StableDiffusionInstructPix2PixPipeline"
-INPAINTING = "StableDiffusionInpaintPipeline"
-KINDS = (*_PIPELINES, EDITING, INPAINTING)
-DIFFUSERS_VERSION = "0.40.0"
-
-
-@dataclasses.dataclass(frozen=True)
-class StableDiffusion:
-    """A latent diffusion pipeline; `digest` is the sha256 of its files, "" if not loaded."""
-
-    unet: UNet2DCondition
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: Tokenizer
-    scheduler_config: dict[str, Any]
-    folder: Path | None = None
-    digest: str = ""
-
-    @property
-    def image_size(self) -> int:
-        """The side in pixels of the images that the denoiser was trained on."""
-        return self.unet.config.sample_size * self.vae.config.downscale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,58 +182,95 @@ def has_shapes(name_or_path: str | os.PathLike) -> bool:
     return is_here(name_or_path) or os.fspath(name_or_path) in published.PIPELINES
 
 
-def pipeline_configs(name_or_path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+def pipeline_configs(
+    name_or_path: str | os.PathLike, kinds: Sequence[str] = TEXT_TO_IMAGE
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configs of a pipeline's networks by part, and its scheduler's; no weights are read.
 
-    Of a hub id that is known (`weights.published`) no file is read either.
+    Of a hub id that is known (`weights.published`) no file is read either. `kinds` as in
+    `load_pipeline`.
     """
-    known = None if is_here(name_or_path) else published.PIPELINES.get(os.fspath(name_or_path))
-    if known is not None:
-        return {part: getattr(known, part) for part in _PARTS}, dict(known.scheduler)
+    if (known := _known(name_or_path)) is not None:
+        parts_in(Path(name_or_path), _index_of_known(known), kinds)
+        return known.networks, dict(known.scheduler)
     checkpoint = single_file.find(name_or_path)
     if checkpoint is not None:
         return checkpoint.configs, checkpoint.scheduler
-    return _configs_in(resolve(name_or_path, weights=False))
+    folder = resolve(name_or_path, weights=False)
+    return _configs_in(folder, parts_in(folder, _index_of(folder), kinds))
 
 
-def _configs_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    configs = {part: single_file.read_config(folder, part) for part in _PARTS}
+def _known(name_or_path: str | os.PathLike) -> published.Published | None:
+    return None if is_here(name_or_path) else published.PIPELINES.get(os.fspath(name_or_path))
+
+
+def _index_of_known(known: published.Published) -> dict[str, Any]:
+    return model_index("", known.kind, zeroes=known.zeroes_empty)
+
+
+def _index_of(folder: Path) -> dict[str, Any]:
+    """model_index.json, or what it would say: a plan needs the networks' configs alone."""
+    if index := read_json(folder / "model_index.json", optional=True):
+        return index
+    double = (folder / "text_encoder_2").is_dir()
+    return model_index("", (XL_PIPELINES if double else PIPELINES)[0], zeroes=double)
+
+
+def _configs_in(
+    folder: Path, parts: Mapping[str, tuple[type, type]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    configs = {
+        part: _config(kind, folder / part / "config.json") for part, (_, kind) in parts.items()
+    }
     return configs, read_json(folder / "scheduler" / "scheduler_config.json")
 
 
 def describe_pipeline(
-    name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
+    name_or_path: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    *,
+    compute_dtype: Any = None,
+    kinds: Sequence[str] = TEXT_TO_IMAGE,
 ) -> StableDiffusion:
     """A pipeline of shapes, from its configs and tokenizer alone: no weights are read.
 
     Of a published one (`weights.published`) nothing is read: its tokenizer makes as many ids of a
-    text, of another vocabulary, and `folder` is None.
+    text, of another vocabulary, and `folder` is None. `kinds` as in `load_pipeline`.
     """
     compute = dtype if compute_dtype is None else compute_dtype
-    configs, scheduler = pipeline_configs(name_or_path)
-    checkpoint, folder = single_file.find(name_or_path), None
-    if checkpoint is not None:
-        folder, tokenizer = checkpoint.path, checkpoint.tokenizer
-    elif is_here(name_or_path) or os.fspath(name_or_path) not in published.PIPELINES:
-        folder = resolve(name_or_path, weights=False)
-        tokenizer = Tokenizer(folder / "tokenizer")
-    else:
+    folder, parts, zeroes = None, SINGLE, False
+    if (known := _known(name_or_path)) is not None:
+        parts = parts_in(Path(name_or_path), _index_of_known(known), kinds)
+        zeroes = known.zeroes_empty
+        configs, scheduler = known.networks, dict(known.scheduler)
         tokenizer = _stand_in_tokenizer(name_or_path)
-    unet, vae, text = (
-        _stored_shapes(describe(kind, configs[part], compute), dtype)
-        for part, kind in _PARTS.items()
-    )
-    return StableDiffusion(unet, vae, text, tokenizer, scheduler, folder)
+        tokenizer = TokenizerPair(tokenizer, tokenizer) if is_double(parts) else tokenizer
+    elif (checkpoint := single_file.find(name_or_path)) is not None:
+        configs, scheduler, folder = checkpoint.configs, checkpoint.scheduler, checkpoint.path
+        tokenizer = checkpoint.tokenizer
+    else:
+        folder = resolve(name_or_path, weights=False)
+        index = _index_of(folder)
+        parts = parts_in(folder, index, kinds)
+        configs, scheduler = _configs_in(folder, parts)
+        tokenizer, zeroes = read_tokenizer(folder, parts), zeroes_empty(folder, index, parts)
+    networks = {
+        part: _stored_shapes(describe(kind, configs[part], compute), dtype)
+        for part, (kind, _) in parts.items()
+    }
+    return StableDiffusion(
+        **networks, tokenizer=tokenizer, scheduler_config=scheduler, folder=folder,
+        zeroes_empty=zeroes,
+    )  # fmt: skip
 
 
 def load_networks(name_or_path: str | os.PathLike) -> dict[str, nnx.Module]:
     """The networks of a pipeline that adapters are for; of a file, without a tokenizer."""
     checkpoint = single_file.find(name_or_path)
-    names = ("unet", "text_encoder")
     if checkpoint is not None:
+        names = ("unet", "text_encoder")
         return _parts_of(checkpoint, names, dtype=jnp.float32, compute_dtype=None)
-    pipeline = load_pipeline(name_or_path)
-    return {name: getattr(pipeline, name) for name in names}
+    return load_pipeline(name_or_path).adaptable
 
 
 def describe_clip(
@@ -307,13 +341,14 @@ def load_pipeline(
     dtype: Any = jnp.float32,
     *,
     compute_dtype: Any = None,
-    kinds: Sequence[str] = _PIPELINES,
+    kinds: Sequence[str] = TEXT_TO_IMAGE,
 ) -> StableDiffusion:
-    """A Stable Diffusion 1.x or 2.x pipeline from a folder, the package ("tiny") or the hub.
+    """A Stable Diffusion 1.x, 2.x or XL pipeline from a folder, the package ("tiny") or the hub.
 
     Or from a checkpoint in one file, FILE or FILE@FOLDER (`single_file`). `kinds` are those that
-    are asked for: text to image, or also `EDITING` (InstructPix2Pix, whose denoiser reads an
-    image's latents beside the noisy ones) and `INPAINTING` (a mask and an image's latents).
+    are asked for: text to image, or only that with one text encoder (`PIPELINES`: not SDXL), or
+    also `EDITING` (InstructPix2Pix, whose denoiser reads an image's latents beside the noisy ones)
+    and `INPAINTING` (a mask and an image's latents).
 
     UserError as for `load_model`, and where the parts do not fit together.
     """
@@ -323,23 +358,18 @@ def load_pipeline(
         return _load_checkpoint(checkpoint, kinds, **dtypes)
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in kinds:
-        raise UserError(
-            f"{folder / 'model_index.json'}: _class_name {quoted(kind)}, "
-            f"expected one of {tuple(kinds)}"
-        )
-    unet = load_model(UNet2DCondition, UNet2DConditionConfig, folder / "unet", **dtypes)
-    vae = load_model(AutoencoderKL, AutoencoderKLConfig, folder / "vae", **dtypes)
-    text = load_model(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", **dtypes)
-    tokenizer = Tokenizer(folder / "tokenizer")
-    _check_pipeline(folder, unet, vae, text, tokenizer, kind)
-    scheduler_config = read_scheduler(folder, index)
-    parts = ("unet", "vae", "text_encoder")
-    weights = [file for part in parts for file in hub.weight_files(folder / part)]
+    parts = parts_in(folder, index, kinds)
+    networks: dict[str, Any] = {
+        part: load_model(model, config, folder / part, **dtypes)
+        for part, (model, config) in parts.items()
+    }
+    tokenizer = read_tokenizer(folder, parts)
+    check_pipeline(folder, networks, tokenizer, index["_class_name"])
     return StableDiffusion(
-        unet, vae, text, tokenizer, scheduler_config, folder, _digest(folder, weights)
-    )
+        **networks, tokenizer=tokenizer, scheduler_config=read_scheduler(folder, index),
+        folder=folder, digest=_digest(folder, list(parts)),
+        zeroes_empty=zeroes_empty(folder, index, parts),
+    )  # fmt: skip
 
 
 def _parts_of(
@@ -350,7 +380,7 @@ def _parts_of(
     parts = {}
     for part in names:
         config = checkpoint.configs[part]
-        filling = Filling(describe_of(path, _PARTS[part], config, compute), dtype)
+        filling = Filling(describe_of(path, SINGLE[part][0], config, compute), dtype)
         fill(filling, checkpoint.tensors(part, filling.names))
         parts[part] = filling.finish(path)
     return parts
@@ -360,10 +390,10 @@ def _load_checkpoint(
     checkpoint: single_file.Checkpoint, kinds: Sequence[str], **dtypes: Any
 ) -> StableDiffusion:
     path = checkpoint.path
-    parts = _parts_of(checkpoint, _PARTS, **dtypes)
+    parts = _parts_of(checkpoint, SINGLE, **dtypes)
     found = kind_of(parts["unet"], parts["vae"])
     kind = found if found in kinds else kinds[0]
-    _check_pipeline(path, *parts.values(), checkpoint.tokenizer, kind)
+    check_pipeline(path, parts, checkpoint.tokenizer, kind)
     scheduler, notes = corrected(checkpoint.scheduler)
     _say_once(tuple(f"{path}: {note}" for note in (*checkpoint.notes, *notes)))
     return StableDiffusion(
@@ -372,11 +402,12 @@ def _load_checkpoint(
     )  # fmt: skip
 
 
-def _digest(folder: Path, weights: Sequence[Path]) -> str:
-    """Of all that a pipeline is read from."""
-    parts = ("unet", "vae", "text_encoder")
+def _digest(folder: Path, parts: Sequence[str]) -> str:
+    """Of all that a pipeline of these networks is read from."""
+    weights = [file for part in parts for file in hub.weight_files(folder / part)]
     settings = [folder / "model_index.json", *(folder / part / "config.json" for part in parts)]
-    return hub.digest(weights, [*settings, folder / "scheduler", folder / "tokenizer"])
+    tokenizers = [folder / "tokenizer_2"] if "text_encoder_2" in parts else []
+    return hub.digest(weights, [*settings, folder / "scheduler", folder / "tokenizer", *tokenizers])
 
 
 def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,7 +418,7 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     entry = index.get("scheduler")
     named = entry[-1] if isinstance(entry, list) and entry else None
-    text_to_image = index.get("_class_name") in _PIPELINES
+    text_to_image = index.get("_class_name") in TEXT_TO_IMAGE
     config = read_json(path)
     checked(path, NoiseSchedule.from_config, config)
     config, notes = corrected(config, named, text_to_image=text_to_image)
@@ -402,58 +433,10 @@ def _say_once(lines: tuple[str, ...]) -> None:
         console.print(line, markup=False)
 
 
-def _check_pipeline(folder: Path, unet, vae, text, tokenizer: Tokenizer, kind: str) -> None:
-    width, latent = text.config.hidden_size, vae.config.latent_channels
-    read = {
-        EDITING: ("twice vae latent_channels", 2 * latent),
-        INPAINTING: ("twice vae latent_channels and one", 2 * latent + 1),
-    }.get(kind, ("vae latent_channels", latent))
-    for field, other, expected in (
-        ("cross_attention_dim", "text_encoder hidden_size", width),
-        ("in_channels", *read),
-        ("out_channels", "vae latent_channels", latent),
-    ):
-        found = getattr(unet.config, field)
-        if found != expected:
-            raise UserError(f"{folder}: unet {field} is {found}, but {other} is {expected}")
-    _check_tokenizer(folder, tokenizer, text.config)
-
-
-def kind_of(unet: UNet2DCondition, vae: AutoencoderKL) -> str:
-    """The pipeline that a denoiser is for, by what it reads; one of `KINDS`."""
-    latent = vae.config.latent_channels
-    further = {2 * latent: EDITING, 2 * latent + 1: INPAINTING}
-    return further.get(unet.config.in_channels, _PIPELINES[0])
-
-
-def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
-    for what, found, field in (
-        ("ids", tokenizer.vocab_size, "vocab_size"),
-        ("tokens a text", tokenizer.max_length, "max_position_embeddings"),
-    ):
-        limit = getattr(config, field)
-        if found > limit:
-            raise UserError(
-                f"{folder}: the tokenizer gives {found} {what}, "
-                f"but the text encoder's {field} is {limit}"
-            )
-
-
-def _check_end(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
-    """Pooling looks for the end of text by its id, and takes the first token if it is not there."""
-    highest = tokenizer.vocab_size - 1
-    expected = highest if config.eos_token_id == LEGACY_EOS else config.eos_token_id
-    if tokenizer.eos_token_id != expected:
-        raise UserError(
-            f"{folder}: the tokenizer's end of text is {tokenizer.eos_token_id}, but the text "
-            f"tower's eos_token_id {config.eos_token_id} looks for {expected}"
-        )
-
-
 def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: Any = None) -> None:
     """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` and we load.
 
-    Of a pipeline for editing or inpainting, one that diffusers' pipeline for it loads.
+    Of a pipeline for editing or inpainting, or of SDXL, one that diffusers' pipeline for it loads.
     `dtype` None keeps each parameter's. The scheduler's class is its config's `_class_name`.
     """
     folder = Path(folder)
@@ -461,27 +444,22 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
     if not scheduler:
         raise ValueError("save_pipeline: scheduler_config has no _class_name, e.g. 'DDIMScheduler'")
     kind = kind_of(pipeline.unet, pipeline.vae)
-    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
-    _check_pipeline(folder, *parts, kind)
-    text_config = dataclasses.asdict(pipeline.text_encoder.config) | _ids(pipeline.tokenizer)
-    for part, config in (("unet", None), ("vae", None), ("text_encoder", text_config)):
-        save_model(getattr(pipeline, part), config, folder / part, dtype)
-    pipeline.tokenizer.save(folder / "tokenizer")
+    networks = {"vae": pipeline.vae, **pipeline.adaptable}
+    check_pipeline(folder, networks, pipeline.tokenizer, kind)
+    tokenizers = {"": pipeline.tokenizer}
+    if isinstance(pipeline.tokenizer, TokenizerPair):
+        tokenizers = {"": pipeline.tokenizer.first, "_2": pipeline.tokenizer.second}
+    for part in ("unet", "vae"):
+        save_model(networks[part], None, folder / part, dtype)
+    for end, tokenizer in tokenizers.items():
+        network = networks[f"text_encoder{end}"]
+        config = dataclasses.asdict(network.config) | _ids(tokenizer)
+        save_model(network, config, folder / f"text_encoder{end}", dtype)
+        tokenizer.save(folder / f"tokenizer{end}")
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler_config = {"_diffusers_version": DIFFUSERS_VERSION, **pipeline.scheduler_config}
     hub.write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
-    index = {
-        "_class_name": kind,
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    index = model_index(scheduler, kind, zeroes=pipeline.zeroes_empty)
     hub.write_json(folder / "model_index.json", index)
 
 
@@ -496,8 +474,8 @@ def load_clip(
     folder = resolve(name_or_path)
     model = load_model(CLIPModel, CLIPConfig, folder, dtype=dtype, compute_dtype=compute_dtype)
     tokenizer = Tokenizer(folder)
-    _check_tokenizer(folder, tokenizer, model.config.text_config)
-    _check_end(folder, tokenizer, model.config.text_config)
+    check_tokenizer(folder, tokenizer, model.config.text_config)
+    check_end(folder, tokenizer, model.config.text_config)
     path = folder / "preprocessor_config.json"
     settings = read_json(path, optional=True)
     size = _image_size(path, settings, model.config.vision_config.image_size)
@@ -523,8 +501,8 @@ def _image_size(path: Path, settings: Mapping[str, Any], expected: int) -> int:
 def save_clip(clip: Clip, folder: str | os.PathLike, dtype: Any = None) -> None:
     """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPProcessor load."""
     folder = Path(folder)
-    _check_tokenizer(folder, clip.tokenizer, clip.model.config.text_config)
-    _check_end(folder, clip.tokenizer, clip.model.config.text_config)
+    check_tokenizer(folder, clip.tokenizer, clip.model.config.text_config)
+    check_end(folder, clip.tokenizer, clip.model.config.text_config)
     config = dataclasses.asdict(clip.model.config)
     config["text_config"].update(_ids(clip.tokenizer), model_type="clip_text_model")
     config["vision_config"]["model_type"] = "clip_vision_model"

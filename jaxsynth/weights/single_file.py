@@ -103,10 +103,14 @@ class Checkpoint:
         kind, key = recognize.kind_of(sorted(self.shapes))
         if kind != "a checkpoint of whole networks in one file":
             what = recognize.said(kind) if kind else "holds nothing known here"
-            hint = "; with a base, adapters are for --adapter= and `jaxsynth convert`"
+            hint = ""
+            if kind.startswith("an adapter"):
+                hint = "; with a base, adapters are for --adapter= and `jaxsynth convert`"
+            elif kind.endswith("of SDXL"):
+                hint = _WAY_OUT.replace("StableDiffusionP", "StableDiffusionXLP")
             raise UserError(
                 f"{path}: {what}{f' ({key}, ...)' if key else ''}, expected as a base a checkpoint "
-                f"of Stable Diffusion 1.x or 2.x{hint if kind.startswith('an adapter') else ''}"
+                f"of Stable Diffusion 1.x or 2.x{hint}"
             )
         self.open_clip = any(key.startswith(OPEN_CLIP) for key in self.shapes)
         self._given = hub.resolve(folder, weights=False) if folder else None

@@ -164,6 +164,16 @@ class Tokenizer:
         )
         return backend
 
+    @property
+    def each(self) -> tuple[Self]:
+        """It alone; a pipeline may have one for each of two text encoders."""
+        return (self,)
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Of a text's ids."""
+        return (self.max_length,)
+
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b t"]:
         """Ids (b, max_length) int32: start, words, end, padding; long texts are cut before end."""
         if isinstance(texts, str):

@@ -57,7 +57,11 @@ def _small(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "case"),
     [
-        (train_step, replace(train_step.CASES[1], batch_size=2, adapters=2)),
+        pytest.param(
+            train_step,
+            replace(train_step.CASES[1], batch_size=2, adapters=2),
+            marks=pytest.mark.slow,
+        ),
         (generate, replace(generate.CASES[0], images=2, steps=3)),
         (generate, replace(generate.CASES[1], images=3, steps=2, adapters=2)),
     ],

@@ -182,6 +182,11 @@ def test_what_a_base_has_no_use_for_is_refused(folders, images):
     ):
         with pytest.raises(UserError, match=words):
             drawn(bases[kind], images, **more)
+    rescaled = dataclasses.replace(CONFIG, guidance_rescale=0.7)
+    with pytest.raises(UserError, match="edits images, and has no use for a rescaled guidance"):
+        Generator(
+            bases[EDITING], PROMPTS, rescaled, seed=7, pictures=Pictures([images[:1], images[1:]])
+        )
     for kind, words in ((EDITING, "edits images and is given none"), (INPAINTING, "paints parts")):
         with pytest.raises(UserError, match=words):
             Generator(bases[kind], PROMPTS, CONFIG, seed=0)

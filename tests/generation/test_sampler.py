@@ -4,16 +4,19 @@ and what a base whose scheduler is unusual says.
 
 import dataclasses
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import Constant, extract, load_state
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.store import ImageStore
+from jaxsynth.diffusion.samplers import initial_noise
 from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store, sample_images
 from jaxsynth.generation.sampler import (
@@ -23,10 +26,12 @@ from jaxsynth.generation.sampler import (
     latent_shape,
     sampler_of,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
+from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
+from tests.methods.small_base import UNET, random_network
 
 CONFIG = GenerateConfig(num_inference_steps=2, batch_size=4)
 PROMPTS = ("a photo of the digit one", "zero")
@@ -44,9 +49,23 @@ def pipeline(base_folder):
 
 
 @pytest.fixture(scope="module")
+def shallow(pipeline):
+    """The base with a U-Net of one level, which has every layer that an adapter may change."""
+    config = UNet2DConditionConfig.from_dict(
+        UNET
+        | {
+            "block_out_channels": (8,),
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+        }
+    )
+    return dataclasses.replace(pipeline, unet=random_network(UNet2DCondition, config, 1))
+
+
+@pytest.fixture(scope="module")
 def tables(pipeline):
-    states = encode_text(pipeline.text_encoder, pipeline.tokenizer([*PROMPTS, ""]))
-    return states[:2], jnp.repeat(states[2:], 2, axis=0)
+    texts = encode_texts(pipeline.networks, pipeline.tokenizer([*PROMPTS, ""]))
+    return texts.take(np.array([0, 1])), texts.take(np.array([2, 2]))
 
 
 def adapted(pipeline, kind: str, seed: int) -> TextToImage:
@@ -78,14 +97,14 @@ def latents(pipeline, models, tables, mesh=None, **more) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", registry.KINDS)
-def test_every_kind_of_adapter_samples_on_a_mesh(pipeline, tables, kind):
+def test_every_kind_of_adapter_samples_on_a_mesh(shallow, tables, kind):
     """Two adapters in one batch, unmerged, over two devices that cut frozen arrays and batch."""
-    models = [adapted(pipeline, kind, seed) for seed in (0, 1)]
-    one = latents(pipeline, models, tables)
+    models = [adapted(shallow, kind, seed) for seed in (0, 1)]
+    one = latents(shallow, models, tables)
     mesh = make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
-    two = latents(pipeline, models, tables, mesh)
+    two = latents(shallow, models, tables, mesh)
     assert np.abs(one - two).max() < 1e-4 * np.abs(one).max()
-    assert not np.allclose(one, latents(pipeline, models[::-1], tables), atol=1e-3)
+    assert not np.allclose(one, latents(shallow, models[::-1], tables), atol=1e-3)
     buffers = nnx.state(models[0], Constant)
     assert bool(jax.tree.leaves(buffers)) == (kind in ("vera", "pissa", "olora"))
 
@@ -175,3 +194,37 @@ def test_an_unusual_scheduler_names_its_file_and_the_way_out(pipeline):
     assert len(sampler_of(unusual, "euler_ancestral", 4).timesteps) == 4
     with pytest.raises(UserError, match=r"sampler=heun .*no sampler 'heun'"):
         sampler_of(unusual, "heun", 4)
+
+
+def test_zero_terminal_snr_draws_what_diffusers_draws(pipeline, base_folder):
+    """Velocities on a schedule that ends in noise alone, and guidance rescaled."""
+    settings = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    scheduler = {**pipeline.scheduler_config, **settings}
+    config = dataclasses.replace(CONFIG, guidance_scale=7.5, guidance_rescale=0.7)
+    prompts = list(PROMPTS)
+    generator = Generator(
+        dataclasses.replace(pipeline, scheduler_config=scheduler), prompts, config, seed=3
+    )
+    labels, numbers = np.arange(2), np.zeros(2, np.int32)
+    found = generator(labels, numbers)
+    oracle = diffusers.StableDiffusionPipeline.from_pretrained(base_folder, safety_checker=None)
+    oracle.scheduler = diffusers.DDIMScheduler.from_config(scheduler)
+    oracle.set_progress_bar_config(disable=True)
+    noise = initial_noise(
+        image_keys(3, labels, numbers), latent_shape(pipeline), sampler_of(pipeline, "", 2)
+    )
+    expected = oracle(
+        prompts,
+        negative_prompt=[""] * 2,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_rescale=config.guidance_rescale,
+        latents=torch.from_numpy(np.moveaxis(np.asarray(noise), -1, 1).copy()),
+        output_type="np",
+    ).images
+    assert expected.std() > 0.02
+    assert np.abs(found / 255 - expected).max() < 1.5 / 255

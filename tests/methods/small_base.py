@@ -6,11 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsynth.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from jaxsynth.models.clip import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights.hf import Clip, StableDiffusion, describe, save_clip, save_pipeline
-from jaxsynth.weights.tokenizer import train_tokenizer
+from jaxsynth.weights.pipeline_parts import TokenizerPair
+from jaxsynth.weights.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB, LENGTH, WIDTH = 560, 12, 16
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -51,6 +58,27 @@ VAE = {
     "norm_num_groups": 4,
     "sample_size": 8,
     "scaling_factor": 0.5,
+}
+# SDXL's, small: encoders of two widths with more than one layer, of which the last is not read.
+XL_TEXT = TEXT | {"num_hidden_layers": 2}
+XL_TEXT_2 = XL_TEXT | {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "hidden_act": "gelu",
+    "num_attention_heads": 3,
+    "pad_token_id": 0,
+    "projection_dim": 10,
+}
+XL_UNET = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (1, 2),
+    "use_linear_projection": True,
+    "cross_attention_dim": 16 + 24,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 10 + 6 * 4,
 }
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -97,4 +125,23 @@ def write_base(folder: Path) -> Path:
     save_pipeline(pipeline, folder)
     model = random_network(CLIPModel, CLIPConfig.from_dict(clip_config), 4)
     save_clip(Clip(model, tokenizer, VISION["image_size"]), folder / "clip")
+    return folder
+
+
+def write_sdxl(folder: Path) -> Path:
+    """The folder of an SDXL of random weights."""
+    captions = [f"a photo of the digit {name}" for name in DIGITS] * 2
+    first = train_tokenizer(captions, VOCAB, LENGTH, folder / "words")
+    second = Tokenizer(folder / "words", pad_token="!")
+    text_2 = CLIPTextConfig.from_dict(XL_TEXT_2)
+    pipeline = StableDiffusion(
+        unet=random_network(UNet2DCondition, UNet2DConditionConfig.from_dict(XL_UNET), 1),
+        vae=random_network(AutoencoderKL, AutoencoderKLConfig.from_dict(VAE), 2),
+        text_encoder=random_network(CLIPTextModel, CLIPTextConfig.from_dict(XL_TEXT), 3),
+        tokenizer=TokenizerPair(first, second),
+        scheduler_config=SCHEDULER,
+        text_encoder_2=random_network(CLIPTextModelWithProjection, text_2, 4),
+        zeroes_empty=True,
+    )
+    save_pipeline(pipeline, folder)
     return folder

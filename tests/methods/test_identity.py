@@ -32,7 +32,8 @@ GIVEN = {
     "tiny_base": ("corpus.photos.source=digits", "corpus.photos.class_names=()"),
     "datadream": (
         "modes=dset,cls", "validation_fraction=0.5", "shots=2", "sets.words.kind=prompts",
-        "sets.photos.kind=retrieved", "recipes.all.sets.words=1", "recipes.all.sets.photos=1",
+        "sets.photos.kind=retrieved", "sets.edited.kind=edited", "recipes.all.sets.edited=1",
+        "recipes.all.sets.words=1", "recipes.all.sets.photos=1",
         "recipes.all.keep.agreement=true",
     ),
 }  # fmt: skip
@@ -77,6 +78,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "kinds": (("fog",),),
     "split": ("train",),
     "kind": ("edges", "segmentation"),
+    "image_size": (64,),
     "condition_folder": ("maps",),
     "templates": ("imagenet7",),
     "preprocessing": ("imagenet",),
@@ -138,7 +140,11 @@ PROMPT_FILES = ("templates", "hypernyms", "places", "captions", "contexts")
 UNTRIED = {
     "datadream": {
         # Files of prompts, and prompts of a set that has none.
-        *(f"sets.photos.prompts.{name}" for name in ("weights", *PROMPT_FILES)),
+        *(
+            f"sets.{name}.prompts.{field}"
+            for name in ("photos", "edited")
+            for field in ("weights", *PROMPT_FILES)
+        ),
         *(f"sets.words.prompts.{name}" for name in PROMPT_FILES),
     },
     "controlled": {"condition_folder"},  # maps on disk

@@ -31,6 +31,12 @@ FEATURES = np.array([[1, 0, 0], [2, 0.01, 0], [0, 1, 0], [0, 0, 1], [5, 0, 0], [
             [0, 4],
             {"least_share": 0, "agreement": 1, "duplicates": 2, "most": 1},
         ),
+        (FilterConfig(least_share=0.7, fewest=2), [0, 1, 4, 5], {"least_share": 3, "fewest": -1}),
+        (
+            FilterConfig(agreement=True, duplicates=0.99, fewest=3),
+            [0, 1, 2, 3, 4, 5],
+            {"least_share": 0, "agreement": 1, "duplicates": 2, "fewest": -3},
+        ),
     ],
 )
 def test_each_filter_takes_out_its_own(config, places, counts):
@@ -81,6 +87,7 @@ def test_shots_judge_by_the_nearest_class_mean():
     "fields",
     [
         {"least_share": 1.0}, {"duplicates": 0.0}, {"most": -1}, {"judge": "shots"},
+        {"fewest": 1}, {"fewest": 3, "most": 2},
         {"least_cosine": 0.5, "most_cosine": 0.4},
     ],
 )  # fmt: skip

@@ -158,7 +158,7 @@ def test_dreambooth_loss_is_the_sum_of_two_terms(pipeline, gamma, weight):
     found, _ = task.loss(model, schedule, batch, key)
 
     x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
-    output = model.unet(add_noise(schedule, x0, noise, t), t, batch["text"])
+    output = model.unet(add_noise(schedule, x0, noise, t), t, batch["text"].states)
     errors = np.square(np.asarray(output, np.float64) - np.asarray(noise, np.float64))
     losses = errors.reshape(4, -1).mean(1)
     if gamma is not None:
@@ -168,11 +168,12 @@ def test_dreambooth_loss_is_the_sum_of_two_terms(pipeline, gamma, weight):
     # The images come first, the others after them, each told by its own text.
     rows = [np.abs(np.asarray(images.mean) - x).sum((1, 2, 3, 4)).argmin() for x in batch["mean"]]
     assert sorted(rows[:2]) == [0, 1]
-    texts = np.asarray(batch["text"])
+    texts = np.asarray(batch["text"].states)
     assert np.array_equal(texts[0], texts[1]) and np.array_equal(texts[2], texts[3])
     assert not np.array_equal(texts[0], texts[2])
     if weight == 0:
-        alone = {name: batch[name][:2] for name in ("mean", "std", "text")}
+        alone = {name: batch[name][:2] for name in ("mean", "std")}
+        alone["text"] = batch["text"].take(np.arange(2))
         without, _ = Denoising(gamma)(model, schedule, alone, key)
         assert float(without) == pytest.approx(float(found), rel=1e-6)
 
@@ -183,6 +184,7 @@ def test_images_are_told_by_their_own_texts_and_some_by_none():
         "order": jax.random.key(0),
         "mean": jnp.arange(3.0).reshape(3, 1, 1, 1, 1),
         "std": jnp.zeros((3, 1, 1, 1, 1)),
+        "sizes": jnp.zeros((3, 1, 6)),
         "first": jnp.asarray([1, 2, 4]),
         "choices": jnp.asarray([1, 2, 4]),
         "ids": jnp.arange(8)[:, None],
@@ -238,7 +240,7 @@ def test_positions_outside_of_a_mask_count_less(pipeline):
     key = jax.random.key(7)
     found, _ = task.loss(model, schedule, batch, key)
     x0, noise, t = sample_noise(batch["mean"], batch["std"], key, schedule)
-    output = model.unet(add_noise(schedule, x0, noise, t), t, batch["text"])
+    output = model.unet(add_noise(schedule, x0, noise, t), t, batch["text"].states)
     errors = np.square(np.asarray(output, np.float64) - np.asarray(noise, np.float64)).mean(-1)
     weights = np.asarray(batch["places"], np.float64)[..., 0]
     expected = (errors * weights).sum((1, 2)) / weights.sum((1, 2))
@@ -260,7 +262,7 @@ def test_a_word_and_its_adapter_are_kept_and_read_together(pipeline, tmp_path):
     base, model = prepared(config, "three", pipeline, jax.random.key(1))
     shifted = {path: value + 0.5 for path, value in extract(model).arrays.items()}
     model = load_state(model, AdapterState(shifted, extract(model).config))
-    file = save(tmp_path, config, model)
+    file = save(tmp_path, config, base, model)
     assert file.name == "pytorch_lora_weights.safetensors"
     again, adapter = load(tmp_path, pipeline)
     assert again.tokenizer(["a <x>"]).tolist() == base.tokenizer(["a <x>"]).tolist()
@@ -278,11 +280,12 @@ def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, name):
     base = describe_pipeline(base_folder)
 
     def model(networks):
-        own = dataclasses.replace(base, unet=networks.unet, text_encoder=networks.text_encoder)
+        own = base.with_networks(networks)
         return prepared(config, "three", own, jax.random.key(1), encoder)[1]
 
-    shapes = nnx.eval_shape(model, TextToImage(base.unet, base.text_encoder))
-    texts = task.batches.data.get("ids", task.batches.data.get("states")).shape[0]
+    shapes = nnx.eval_shape(model, base.networks)
+    data = task.batches.data
+    texts = (data["ids"] if "ids" in data else data["texts"].states).shape[0]
     others = planned_images(base, 5, 1) if name == "dreambooth" else None
     seen = task.batches.data.get("absent")
     features = None if seen is None else seen.shape

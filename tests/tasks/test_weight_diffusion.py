@@ -218,30 +218,13 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     np.testing.assert_array_equal(values(resumed), values(whole))
 
 
-def test_a_short_trainings_average_is_near_what_it_learned(tmp_path):
-    """Not near the initial values, however slow the average is."""
-    start = WeightUNet(NETWORK, rngs=nnx.Rngs(1))
-    slow = dataclasses.replace(SHORT, ema_decay=0.9999)
-    plain = dataclasses.replace(SHORT, ema_decay=0.0)
-    found, last = (
-        values(train(start, drawn(), config, tmp_path / str(config.ema_decay), seed=3))
-        for config in (slow, plain)
-    )
-    way = last - values(start)
-    share = (found - values(start)) @ way / (way @ way)
-    assert 0.5 < share < 1  # the mean over six steps on the way
-
-
-@pytest.mark.parametrize(
-    ("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2), (1, 8, 1)], ids=["data", "all", "fsdp"]
-)
-def test_a_mesh_gives_what_one_device_gives(tmp_path, data, fsdp, tensor):
+def test_a_mesh_gives_what_one_device_gives(tmp_path):
     """Five concepts, so that those over the devices are filled up."""
     start, own = WeightUNet(NETWORK, rngs=nnx.Rngs(1)), drawn()
     own = WeightData(own.blocks[:5], own.context[:5], own.counts[:5], own.mask)
     config = dataclasses.replace(SHORT, steps=2)
     alone = train(start, own, config, tmp_path / "alone", seed=3)
-    mesh = make_mesh(data, fsdp, tensor)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     spread = train(start, own, config, tmp_path / "mesh", seed=3, mesh=mesh)
     # Adam's first steps are the gradients' signs, which rounding turns where they are nearly 0.
     assert np.mean(np.abs(values(spread) - values(alone)) < 1e-5) > 0.99

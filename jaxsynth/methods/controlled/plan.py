@@ -29,7 +29,7 @@ from jaxsynth.tasks.controlled import Triples, control_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.hf import StableDiffusion, describe_pipeline, has_shapes
+from jaxsynth.weights.hf import PIPELINES, StableDiffusion, describe_pipeline, has_shapes
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
@@ -80,7 +80,7 @@ class _Shapes:
                 "folder with the tokenizer and the config.json files of unet, vae, text_encoder "
                 "and scheduler is enough"
             )
-        base = describe_pipeline(config.base)
+        base = describe_pipeline(config.base, kinds=PIPELINES)
         classes, images, note = count_data(config.data)
         side, text = base.unet.config.sample_size, base.text_encoder.config
         pixels = side * base.vae.config.downscale
@@ -111,13 +111,13 @@ class _Shapes:
     def drawing(self, name: str, mesh: Mesh, batch: int) -> Plan:
         """One batch of a way's images."""
         config, base = self.config.generate, self.base
-        states = text_states(base, 1)
+        states = text_states(base, 1).states
         condition = self.triples.condition
         return plan_sampler(
             f"draw, {name}",
             self._model(name),
             base.vae,
-            ConditionImage(config.guidance_scale),
+            ConditionImage(config.guidance_scale, config.guidance_rescale),
             sampler_of(base, config.sampler, config.num_inference_steps),
             latent_shape(base),
             {

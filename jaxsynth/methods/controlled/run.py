@@ -26,6 +26,7 @@ from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import condition_files, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact
 from jaxsynth.runs.sweep import sweep
+from jaxsynth.weights.hf import PIPELINES
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -39,7 +40,7 @@ def run(config: Config, workdir: Path) -> Path:
 def make(config: Config, workdir: Path) -> None:
     """Every way at every rate, then every seed."""
     folder, mesh = Path(workdir), config.mesh.make()
-    base = pipeline_source(config.base)
+    base = pipeline_source(config.base, kinds=PIPELINES)
     data = data_source(config.data)
     triples = stages.encode(
         folder / "triples", stages.Encoding(config.kind), label="triples", base=base, data=data,

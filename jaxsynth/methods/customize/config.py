@@ -36,7 +36,8 @@ class Config:
     """One run: one technique with every seed.
 
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip"; `dtype` is the
-    type of the frozen networks. `shots` training images of each class of `data` are learned from
+    type of the frozen networks. `image_size` is the side in pixels of the images that are learned
+    and drawn (0: the base's own). `shots` training images of each class of `data` are learned from
     (0: all of them). `word` says what the subject is ("dog"): "textual_inversion" and "dreambooth"
     learn one subject, so that the data have one class; "lora" and "ip_adapter" learn images by
     their captions and have no word. `prompts` are held out from training, with {} for the subject
@@ -55,6 +56,7 @@ class Config:
     base: str = "tiny"
     clip: str = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
+    image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)
     shots: Natural = 0
     word: str = ""

@@ -38,6 +38,7 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     UserError as `trainer.train`, and where the base's configs are not at hand.
     """
     base = describe_pipeline(config.base, dtype=config.dtype, compute_dtype=config.dtype)
+    base = base.sized(config.image_size)
     classes, images, note = count_data(config.data)
     training, prompts = config.training, len(config.prompts)
     if config.shots:
@@ -106,11 +107,10 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
 def _prompted(
     base: StableDiffusion, training: ImagePromptConfig, encoder: ImageEncoder, model: TextToImage
 ) -> ImagePrompted:
-    own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
+    own = base.with_networks(model)
     adapter = adapter_of(prepared(training, "", own, jax.random.key(0), encoder)[1])
     return with_image_prompts(model, [adapter])
 
 
 def _adapted(base: StableDiffusion, training: FinetuneConfig, model: TextToImage) -> TextToImage:
-    own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
-    return adapted(own, training, jax.random.key(0))
+    return adapted(base.with_networks(model), training, jax.random.key(0))

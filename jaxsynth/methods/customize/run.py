@@ -65,7 +65,7 @@ def make(config: Config, workdir: Path) -> None:
         references = 0 if name == "class" else config.references
         return stages.draw(
             folder / f"{name}-seed{seed}",
-            stages.Drawing(prompts, images, seed, dtype, references),
+            stages.Drawing(prompts, images, seed, dtype, references, config.image_size),
             label=f"{name}, seed {seed}", base=base, learned=learned,
             data=data if references else None, encoder=encoder if learned else None,
         )  # fmt: skip
@@ -78,7 +78,9 @@ def make(config: Config, workdir: Path) -> None:
             others = draw("class", seed, (text,), count=training.class_images)
         learned = stages.learn(
             folder / f"learned-seed{seed}",
-            stages.Learning(training, config.word, config.shots, seed, dtype),
+            stages.Learning(
+                training, config.word, config.shots, seed, dtype, config.image_size
+            ),
             label=f"{config.technique}, seed {seed}", mesh=mesh, data=data, base=base,
             others=others, encoder=encoder, masks=condition_files(data, config.mask_folder),
         )  # fmt: skip

@@ -36,7 +36,7 @@ from jaxsynth.methods.customize.techniques import (
     texts_of,
 )
 from jaxsynth.models.diffusion.image_prompt import adapter_of
-from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_text
+from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_features
@@ -67,6 +67,7 @@ class Drawing:
     seed: int
     dtype: str
     references: int = 0
+    image_size: int = 0
 
     @property
     def texts(self) -> list[str]:
@@ -75,7 +76,8 @@ class Drawing:
 
 
 def _image_bytes(config: Drawing, *, base: StableDiffusion, **_: Any) -> int:
-    return drawn_bytes(len(config.texts), config.generate, base.image_size)
+    side = base.sized(config.image_size).image_size
+    return drawn_bytes(len(config.texts), config.generate, side)
 
 
 @stage(processes="all", space=_image_bytes)
@@ -94,6 +96,7 @@ def draw(
     something has learned to.
     """
     adapters, digests, prompts, names = None, [], [], list(config.texts)
+    base = base.sized(config.image_size)
     if data is not None:
         ids = references_of(data, config.references).ids
         names = [f"{text}, like {ids[i % len(ids)]}" for i, text in enumerate(names)]
@@ -138,6 +141,7 @@ class Learning:
     shots: int
     seed: int
     dtype: str
+    image_size: int = 0
 
 
 def _learned_bytes(
@@ -166,7 +170,7 @@ def learn(
     `encoder` sees images that prompt, and `masks` are a folder of masks of the images.
     """
     training, crops = config.training, config.training.crops_per_image
-    key = jax.random.key(config.seed)
+    key, base = jax.random.key(config.seed), base.sized(config.image_size)
     pipeline, model = prepared(training, config.word, base, key, encoder)
     source = shots_of(data, config.shots, config.seed)
 
@@ -200,7 +204,7 @@ def learn(
     if not work.writes:
         return counts
     write_json(work.folder / "images.json", list(source.ids))
-    return counts | {"file": save(work.folder, training, model).name}
+    return counts | {"file": save(work.folder, training, base, model).name}
 
 
 def _places(
@@ -231,15 +235,17 @@ def _held_out(
     source = Subset(data.test, np.arange(count))
     told = encoded(source, texts_of(training, word, data, source))
     x0, ids = told.mean[:MOST_HELD_OUT, 0], told.ids[told.first[:MOST_HELD_OUT]]
+    sizes = told.sizes[:MOST_HELD_OUT, 0]
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
 
     def evaluate(model: TextToImage, step: int) -> Mapping[str, Any]:
-        states = np.asarray(encode_text(model.text_encoder, ids))
+        texts = encode_texts(model, ids).sized(sizes)
         if told.images is not None:
             tokens = jax.jit(lambda part, x: part(x))(model.image_projections[0], told.images)
-            states = np.concatenate([states, tokens], axis=1)
+            texts = texts.followed_by(tokens)
+        texts = jax.tree.map(np.asarray, texts)
         error = held_out_error(
-            model.unet, schedule, x0, lambda rows: {"encoder_hidden_states": states[rows]}, seed=0
+            model.unet, schedule, x0, lambda rows: texts.take(rows).inputs(), seed=0
         )
         return {"held_out_error": error}
 

@@ -1,7 +1,6 @@
 """What the techniques differ in: what learns, the texts that images are told by, the file."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import numpy as np
 from flax import nnx
 
 from jaxsynth.adapters.inject import AdapterState, extract, mark_trainable
-from jaxsynth.adapters.surgery.token_rows import TABLE, new_rows
+from jaxsynth.adapters.surgery.token_rows import TABLE
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.splits import few_shot
+from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.models.diffusion.image_prompt import (
     ImageProjection,
@@ -34,8 +34,8 @@ from jaxsynth.tasks.customize import (
 from jaxsynth.tasks.text_to_image import adapted
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.embeddings import (
-    Embedding,
     embedding_file,
+    learned_embedding,
     read_embedding,
     with_embedding,
     with_new_word,
@@ -102,15 +102,14 @@ def prepared(
     if isinstance(training, InversionConfig):
         start = training.initializer or word
         base = with_new_word(base, training.token, training.vectors, start)
-        return base, TextToImage(base.unet, base.text_encoder)
+        return base, base.networks
     if isinstance(training, ImagePromptConfig):
         assert encoder is not None
         width = base.unet.config.cross_attention_dim
         config = training.projection_config(encoder.features(training.of_patches), width)
         kind = Resampler if training.of_patches else ImageProjection
         projection: Any = kind(config, dtype=base.unet.dtype, rngs=nnx.Rngs(key))
-        plain = TextToImage(base.unet, base.text_encoder)
-        model = with_image_prompts(plain, [initial_adapter(base.unet, projection)])
+        model = with_image_prompts(base.networks, [initial_adapter(base.unet, projection)])
         return base, mark_trainable(model, (r".*\.to_[kv]_ip\..*", r"image_projections\..*"))
     if isinstance(training, DreamBoothConfig) and training.vectors:
         base = with_new_word(base, training.identifier, training.vectors, word)
@@ -123,10 +122,10 @@ def shapes_of(
     """The networks of `prepared`, of shapes; `base` may be of shapes too."""
 
     def prepare(model: TextToImage) -> TextToImage:
-        own = replace(base, unet=model.unet, text_encoder=model.text_encoder)
+        own = base.with_networks(model)
         return prepared(training, word, own, jax.random.key(0), encoder)[1]
 
-    return transform(prepare, TextToImage(base.unet, base.text_encoder))
+    return transform(prepare, base.networks)
 
 
 def class_prompt(training: Training, word: str, template: str) -> str:
@@ -139,6 +138,7 @@ def class_prompt(training: Training, word: str, template: str) -> str:
 def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
     """UserError for what cannot be learned: of data, words, prompts and templates."""
     config.check(data)
+    check_size(base, config.image_size)
     training, word = config.training, config.word
     if config.shots:
         few_shot(data, config.shots, config.seeds[0])
@@ -149,7 +149,7 @@ def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
     base.tokenizer(sorted(texts))
 
 
-def save(folder: Path, training: Training, model: nnx.Module) -> Path:
+def save(folder: Path, training: Training, base: StableDiffusion, model: TextToImage) -> Path:
     """Writes what was learned: an embedding of diffusers' form, and the file of an adapter.
 
     Returns the latter where there is one.
@@ -160,8 +160,7 @@ def save(folder: Path, training: Training, model: nnx.Module) -> Path:
     if not getattr(training, "vectors", 0):
         return adapter_io.save(state, folder)
     token = training.token if isinstance(training, InversionConfig) else training.identifier
-    embedding = Embedding(token, np.asarray(new_rows(model), np.float32))
-    file = write_embedding(folder, embedding)
+    file = write_embedding(folder, learned_embedding(base, token, model))
     rest = {path: value for path, value in state.arrays.items() if not path.endswith(_ROWS)}
     return adapter_io.save(AdapterState(rest, state.config), folder) if rest else file
 

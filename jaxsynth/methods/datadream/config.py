@@ -16,6 +16,7 @@ from jaxsynth.core.limits import (
     Natural,
     OneOf,
     Positive,
+    Range,
     Seed,
     check_limits,
 )
@@ -31,6 +32,9 @@ from jaxsynth.training.sharding import MeshConfig
 MODES = ("dset", "cls", "stacked")
 # The set of images that the base draws from each class's prompt, in every run.
 PROMPTS = "prompts"
+# Real guidance of IsSynth (He et al. 2023, arXiv 2210.07574): from so many shots on, the share of
+# the noise that a shot gets; of 100 steps 15, 20, 35, 40 and 50.
+ISSYNTH = ((16, 0.15), (8, 0.20), (4, 0.35), (2, 0.40), (1, 0.50))
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,38 @@ class SetConfig:
     `kind`: "prompts" are drawn by the base from `prompts` (FakeIt's families), guided by
     `guidance_scale` in the place of `generate`'s; "retrieved" are real photos of the folder `pool`,
     the nearest of each class by the run's CLIP to its `query`, the class's "texts" or its "shots".
-    Without a pool they are the training images that are no shots, their labels unseen.
+    Without a pool they are the training images that are no shots, their labels unseen. "edited" are
+    drawn by the base from each class's prompt, beginning with its shots in turn, with noise of the
+    given `strength` (DISEF), or of IsSynth's for that many shots where it is left open.
     """
 
-    kind: Annotated[str, OneOf("prompts", "retrieved")] = "prompts"
+    kind: Annotated[str, OneOf("prompts", "retrieved", "edited")] = "prompts"
     prompts: PromptConfig = field(default_factory=PromptConfig)
     guidance_scale: Finite | None = None
     pool: str = ""
     query: Annotated[str, OneOf("texts", "shots")] = "texts"
+    strength: Annotated[float, Range(0, 1, above=True)] | None = None
 
     def __post_init__(self):
         check_limits(self)
-        used = {"prompts": ("prompts", "guidance_scale"), "retrieved": ("pool", "query")}
-        plain = {"prompts": PromptConfig(), "guidance_scale": None, "pool": "", "query": "texts"}
+        used = {
+            "prompts": ("prompts", "guidance_scale"),
+            "retrieved": ("pool", "query"),
+            "edited": ("guidance_scale", "strength"),
+        }
+        plain = {
+            "prompts": PromptConfig(), "guidance_scale": None, "pool": "", "query": "texts",
+            "strength": None,
+        }  # fmt: skip
         for name, default in plain.items():
             if name not in used[self.kind] and getattr(self, name) != default:
                 raise ValueError(f"{name}: given, but a set of kind {self.kind!r} has none")
+
+    def strength_of(self, shots: int) -> float:
+        """The strength for so many shots of each class."""
+        if self.strength is not None:
+            return self.strength
+        return next(found for least, found in ISSYNTH if shots >= least)
 
 
 @dataclass(frozen=True)
@@ -91,12 +111,13 @@ class Config:
 
     `shots` are the images of each class that are learned from; `seeds` those of every draw.
     `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
-    storage and compute type of the frozen networks; adapters stay float32. `modes`: "dset" is one
-    adapter for the whole data set, "cls" one for each class, "stacked" one for each class that
-    learns on top of the data set's. `classes_at_once` bounds how many class adapters train together
-    (0: all). `validation_fraction` of the shots is kept from training and chooses the classifier's
-    step; at 0 the last step is taken. `adapter`, where it is given, is what the generator learns by
-    (`finetune.adapter`); the classifier's is `classify.adapter`.
+    storage and compute type of the frozen networks; adapters stay float32. `image_size` is the side
+    in pixels of the images that the generator learns and draws (0: the base's own). `modes`: "dset"
+    is one adapter for the whole data set, "cls" one for each class, "stacked" one for each class
+    that learns on top of the data set's. `classes_at_once` bounds how many class adapters train
+    together (0: all). `validation_fraction` of the shots is kept from training and chooses the
+    classifier's step; at 0 the last step is taken. `adapter`, where it is given, is what the
+    generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
 
     `recipes` are more rows of the table by their names, and `sets` images that they use.
     `measure_sets` compares each set of images with the test images, and with the shots.
@@ -106,6 +127,7 @@ class Config:
     base: str = "tiny"
     clip: str = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
+    image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)
     shots: Annotated[tuple[Count, ...], Distinct()] = (16,)
     modes: Annotated[tuple[Annotated[str, OneOf(*MODES)], ...], Distinct()] = ("dset",)

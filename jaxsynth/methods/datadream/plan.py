@@ -33,12 +33,13 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     """
     classes, _, note = count_data(config.data)
     dtypes = {"dtype": config.dtype, "compute_dtype": config.dtype}
-    base, clip = describe_pipeline(config.base, **dtypes), describe_clip(config.clip, **dtypes)
+    base = describe_pipeline(config.base, **dtypes).sized(config.image_size)
+    clip = describe_clip(config.clip, **dtypes)
     programs = [_finetuning(config, base, mode, classes, mesh, note) for mode in config.modes]
     for mode in config.modes:
         programs.append(_generating(config, base, mode, classes, mesh, note))
     for name, one in config.sets.items():
-        if one.kind == "prompts":
+        if one.kind != "retrieved":
             programs.append(_drawing(config, base, name, classes, mesh, note))
     # Real shots, prompts alone, and in each mode synthetic images without and with the shots.
     trainings = 1 + len(config.shots) * (1 + 2 * len(config.modes))
@@ -79,7 +80,10 @@ def _classifying(
 def _drawing(
     config: Config, base: StableDiffusion, name: str, classes: int, mesh: Mesh, note: str
 ) -> Program:
-    """A set that the base draws from sentences; as many are assumed as there are classes."""
+    """A set that the base draws from sentences, as many as there are classes, or from the shots.
+
+    The latter needs a part of the steps and an encoder besides, which are not counted.
+    """
     title = f"generate, set {name}"
 
     def build(batch: int) -> Plan:
@@ -89,7 +93,8 @@ def _drawing(
         )  # fmt: skip
 
     def updates(batch: int) -> int:
-        return len(config.seeds) * math.ceil(classes * config.generate.images_per_class / batch)
+        draws = len(config.seeds) * (len(config.shots) if config.needs_shots(name) else 1)
+        return draws * math.ceil(classes * config.generate.images_per_class / batch)
 
     batch = config.generate.batch_size
     return Program(title, build, "generate.batch_size", batch, rows_of(mesh), updates)

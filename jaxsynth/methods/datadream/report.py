@@ -248,6 +248,9 @@ def _set_words(one: SetConfig) -> str:
     if one.kind == "retrieved":
         where = f"photos of {one.pool}" if one.pool else "training images that are no shots"
         return f"the {where} that are nearest to a class's {one.query}, labels unseen"
+    if one.kind == "edited":
+        strength = "IsSynth's for their number" if one.strength is None else f"{one.strength:g}"
+        return f"drawn by the untouched base beginning with the shots, strength {strength}"
     return f"drawn by the untouched base from {', '.join(one.prompts.weights)}"
 
 

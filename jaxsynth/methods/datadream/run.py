@@ -33,6 +33,7 @@ from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank, make_bank
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
+from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.datadream import report as pages
 from jaxsynth.methods.datadream.alignment import Measuring, measure_set, too_few
 from jaxsynth.methods.datadream.comparison import compare
@@ -51,10 +52,16 @@ from jaxsynth.methods.datadream.stages import (
     finetune_generator,
     generate_images,
 )
-from jaxsynth.methods.image_sets import Filtering, Retrieving, filter_images, retrieve_images
+from jaxsynth.methods.image_sets import (
+    Filtering,
+    Retrieving,
+    Varying,
+    filter_images,
+    retrieve_images,
+    vary_images,
+)
 from jaxsynth.methods.image_sets import Generating as BankDrawing
 from jaxsynth.methods.image_sets import generate_images as draw_from_bank
-from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.quality.evaluate import open_images
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
@@ -165,6 +172,7 @@ class _Run:
                 "it, so that accuracies say nothing",
                 markup=False,
             )
+        check_size(self.base.value, self.config.image_size)
         for network in (self.base.value, self.clip.value):
             network.tokenizer(list(class_prompts(data)))
         for bank in self.banks.values():
@@ -183,9 +191,9 @@ class _Run:
             trainings["finetune"] = self.config.finetune
         check_batches(trainings, self.mesh)
         if "stacked" in self.config.modes:
-            model = TextToImage(self.base.value.unet, self.base.value.text_encoder)
             adapter = self.config.finetuning.adapter_config()
-            check_merges(self.base.value, registry.add(model, adapter, rngs=jax.random.key(0)))
+            model = registry.add(self.base.value.networks, adapter, rngs=jax.random.key(0))
+            check_merges(self.base.value, model)
         if self.config.measure_sets and self.too_few:
             console.print(self.too_few, markup=False)
 
@@ -291,9 +299,10 @@ class _Run:
         one, config = self.config.sets[name], self.config.generate
         if one.kind == "retrieved":
             assert drawn is not None
+            side = self.base.value.sized(self.config.image_size).image_size
             return retrieve_images(
                 folder / "images",
-                Retrieving(one.query, config, self.base.value.image_size),
+                Retrieving(one.query, config, side),
                 label=f"images {label}",
                 data=self.data,
                 clip=self.clip,
@@ -302,9 +311,21 @@ class _Run:
             )
         if one.guidance_scale is not None:
             config = replace(config, guidance_scale=one.guidance_scale)
+        if one.kind == "edited":
+            assert drawn is not None
+            return vary_images(
+                folder / "images",
+                Varying(
+                    config, one.strength_of(shots), seed, self.config.dtype, self.config.image_size
+                ),
+                label=f"images {label}",
+                data=self.data,
+                base=self.base,
+                shots=drawn,
+            )
         return draw_from_bank(
             folder / "images",
-            BankDrawing(config, seed, self.config.dtype),
+            BankDrawing(config, seed, self.config.dtype, self.config.image_size),
             label=f"images {name}: seed {seed}",
             data=self.data,
             base=self.base,
@@ -330,6 +351,7 @@ class _Run:
                     seed,
                     self.config.dtype,
                     0 if mode == "dset" else self.config.classes_at_once,
+                    self.config.image_size,
                 ),
                 label=f"adapter {mode}: {_name(shots, seed)}",
                 mesh=self.mesh,
@@ -350,7 +372,7 @@ class _Run:
     ) -> Artifact:
         return generate_images(
             folder,
-            Generating(self.config.generate, seed, self.config.dtype),
+            Generating(self.config.generate, seed, self.config.dtype, self.config.image_size),
             label=label,
             data=self.data,
             base=self.base,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -81,6 +81,7 @@ class Finetuning:
     seed: int
     dtype: str
     classes_at_once: int = 0
+    image_size: int = 0
 
 
 def _adapter_bytes(
@@ -92,6 +93,7 @@ def _adapter_bytes(
     under: Artifact | None = None,
 ) -> int:
     train, count = config.finetune, 1 if config.mode == "dset" else data.num_classes
+    base = base.sized(config.image_size)
     return training_bytes(planned_task(base, train, images=1).model, train, count=count)
 
 
@@ -110,7 +112,7 @@ def finetune_generator(
     Those of the classes learn on top of the adapter `under`, where there is one.
     """
     drawn, finetuning = load_shots(shots.path / SHOTS_FILE), config.finetune
-    base = with_adapter(base, under)
+    base = with_adapter(base.sized(config.image_size), under)
     examples = encode_examples(
         base,
         drawn.train_source(data),
@@ -162,6 +164,7 @@ class Generating:
     generate: GenerateConfig
     seed: int
     dtype: str
+    image_size: int = 0
 
 
 def with_adapter(base: StableDiffusion, adapter: Artifact | None) -> StableDiffusion:
@@ -172,10 +175,9 @@ def with_adapter(base: StableDiffusion, adapter: Artifact | None) -> StableDiffu
     if adapter is None:
         return base
     (file,) = adapter_io.find(adapter.path, ())
-    model = attach(TextToImage(base.unet, base.text_encoder), adapter_io.load(file))
+    model = attach(base.networks, adapter_io.load(file))
     check_merges(base, model)
-    merged = merge(model)
-    return replace(base, unet=merged.unet, text_encoder=merged.text_encoder)
+    return base.with_networks(merge(model))
 
 
 def check_merges(base: StableDiffusion, model: TextToImage) -> None:
@@ -196,7 +198,8 @@ def _image_bytes(
     adapter: Artifact | None = None,
     under: Artifact | None = None,
 ) -> int:
-    return drawn_bytes(data.num_classes, config.generate, base.image_size)
+    side = base.sized(config.image_size).image_size
+    return drawn_bytes(data.num_classes, config.generate, side)
 
 
 @stage(processes="all", space=_image_bytes)
@@ -211,7 +214,7 @@ def generate_images(
 ) -> dict:
     """A store of images of every class; each process fills its share of the shards."""
     prompts, states, digests = class_prompts(data), None, []
-    base = with_adapter(base, under)
+    base = with_adapter(base.sized(config.image_size), under)
     if adapter is not None:
         files = adapter_io.find(adapter.path, [safe_name(name) for name in data.class_names])
         loaded = [adapter_io.load(file) for file in files]
@@ -312,7 +315,7 @@ def _shared(
         if not counts.all():
             raise UserError(
                 f"{inputs[SET + name].path}: of class {class_names[int(counts.argmin())]!r} the "
-                "filters keep no image; loosen `keep` of the recipe"
+                "filters keep no image; loosen `keep` of the recipe, or give it a `keep.fewest`"
             )
         sources[name] = source
     return next(iter(sources.values())) if len(sources) == 1 else shared(sources, shares)

@@ -49,7 +49,9 @@ def _clone_bytes(
     config: Cloning, *, base: StableDiffusion, images: Artifact, backbone: Classifier | None = None
 ) -> int:
     # A batch's captions, of the longest text: what tokens do to the size is the vocabulary's.
-    tokens = np.full((1, base.tokenizer.max_length), base.text_encoder.config.vocab_size - 1)
+    tokens = np.full(
+        (1, base.tokenizer.each[0].max_length), base.text_encoder.config.vocab_size - 1
+    )
     network = nnx.eval_shape(lambda: clone_network(config.network, config.clone, tokens, 0))
     return training_bytes(network, config.clone)
 
@@ -67,7 +69,7 @@ def train_clone(
     store = ImageStore(images.path)
     captions, numbers = np.unique([entry.prompt for entry in store.entries], return_inverse=True)
     pool = Pool(pixels_of(store, config.network.image_size), store.labels)
-    tokens = np.asarray(base.tokenizer(captions.tolist()))
+    tokens = np.asarray(base.tokenizer.each[0](captions.tolist()))
     task = clone_task(
         pool, numbers, tokens, config.network, config.clone, seed=config.seed, backbone=backbone
     )

@@ -122,7 +122,7 @@ def _training(
 
 
 def _clone(config: Config, name: str, classes: int, mesh: Mesh, note: str) -> Program:
-    train, tokenizer = config.clones[name], describe_pipeline(config.base).tokenizer
+    train, tokenizer = config.clones[name], describe_pipeline(config.base).tokenizer.each[0]
     tokens = np.asarray(tokenizer(["a photo"] * classes))
     images = classes * config.generate.images_per_class
 

@@ -34,7 +34,7 @@ from jaxsynth.tasks.weight_diffusion import recover, weight_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, compile_plan, rows_of
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.hf import has_shapes, pipeline_configs
+from jaxsynth.weights.hf import PIPELINES, has_shapes, pipeline_configs
 
 # Stable Diffusion 1.x's, where the text encoder is not at hand.
 ASSUMED_WIDTH, ASSUMED_TOKENS = 768, 77
@@ -274,7 +274,7 @@ class _Shapes:
 def _text(config: Config) -> tuple[int, int, str]:
     """Width and number of the text's states."""
     if has_shapes(config.text):
-        found = pipeline_configs(config.text)[0]["text_encoder"]
+        found = pipeline_configs(config.text, PIPELINES)[0]["text_encoder"]
         return found.hidden_size, found.max_position_embeddings, ""
     note = f"{config.text}: texts of {ASSUMED_TOKENS} x {ASSUMED_WIDTH} states are assumed"
     return ASSUMED_WIDTH, ASSUMED_TOKENS, note

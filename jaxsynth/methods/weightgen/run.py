@@ -53,7 +53,7 @@ from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.training.sharding import make_mesh
-from jaxsynth.weights.hf import EDITING, StableDiffusion, load_pipeline
+from jaxsynth.weights.hf import EDITING, PIPELINES, StableDiffusion, load_pipeline
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -95,7 +95,7 @@ class _Sources:
 
     @cached_property
     def text(self) -> Source[StableDiffusion]:
-        return pipeline_source(self.config.text)
+        return pipeline_source(self.config.text, kinds=PIPELINES)
 
     @cached_property
     def editing(self) -> Source[StableDiffusion]:

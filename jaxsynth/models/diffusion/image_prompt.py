@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsynth.models import layers
-from jaxsynth.models.clip import CLIPTextModel
+from jaxsynth.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.diffusion.transformer2d import Attention
 from jaxsynth.models.diffusion.unet import UNet2DCondition
@@ -225,9 +225,10 @@ class ImagePrompted(TextToImage):
         self,
         unet: UNet2DCondition,
         text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection | None,
         projections: Sequence[ImageProjection | Resampler],
     ):
-        super().__init__(unet, text_encoder)
+        super().__init__(unet, text_encoder, text_encoder_2)
         self.image_projections = nnx.List(projections)
 
 
@@ -285,7 +286,8 @@ def with_image_prompts(
         return DecoupledAttention(layer, kernels, tokens, own, masks)
 
     unet = _map_attentions(decouple, model.unet)
-    return ImagePrompted(unet, model.text_encoder, [one.projection for one in adapters])
+    projections = [one.projection for one in adapters]
+    return ImagePrompted(unet, model.text_encoder, model.text_encoder_2, projections)
 
 
 def adapter_of(model: ImagePrompted) -> ImageAdapter:

@@ -6,12 +6,13 @@
 | A1111 | .pt | string_to_token, string_to_param {"*": (n, width)}, name, step, sd_checkpoint |
 | the authors (rinongal) | .pt | string_to_token, string_to_param, which may be a ParameterDict |
 | kohya | .safetensors, .pt | {"emb_params": (n, width)} |
+| all, for SDXL | .safetensors, .pt | {"clip_l": (n, width), "clip_g": (n, width of the second)} |
 
-The word is the name in the file, or the file's own where it has none. The files of SDXL, which hold
-vectors for each of its two text encoders, are named as such.
+The word is the name in the file, or the file's own where it has none, as other tools' of SDXL.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,31 +21,39 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxsynth.adapters.surgery.token_rows import add_rows, with_rows
+from jaxsynth.adapters.surgery.token_rows import add_rows, new_rows, with_rows
 from jaxsynth.core import io
 from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.core.words import counted
+from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import tensor_files
 from jaxsynth.weights.hf import StableDiffusion
-from jaxsynth.weights.tokenizer import Tokenizer
+from jaxsynth.weights.pipeline_parts import Tokenizing
 from jaxsynth.weights.torch_files.writer import write_pickled
 
 FORMATS = ("diffusers", "a1111", "kohya")
 DIFFUSERS_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 _ENDINGS = {"diffusers": ".safetensors", "a1111": ".pt", "kohya": ".safetensors"}
 _KOHYA, _PARAMS, _ANY = "emb_params", "string_to_param", "*"
-_SDXL = {"clip_l", "clip_g"}
+# Of the first text encoder, and of the second; in the metadata, the word that no key gives.
+_SDXL, _WORD = ("clip_l", "clip_g"), "jaxsynth.word"
 # The families whose text encoders have these widths.
 _WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's second encoder"}
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A word and the vectors that stand for it, float32."""
+    """A word and the vectors that stand for it, float32; `second` are SDXL's second encoder's."""
 
     word: str
     vectors: Float[np.ndarray, "n d"]
+    second: Float[np.ndarray, "n e"] | None = None
+
+    @property
+    def both(self) -> list[Float[np.ndarray, "n _"]]:
+        """The vectors for each text encoder."""
+        return [self.vectors] if self.second is None else [self.vectors, self.second]
 
 
 def embedding_file(source: str | Path) -> Path | None:
@@ -69,11 +78,8 @@ def read_embedding(source: str | Path, word: str = "") -> Embedding:
         raise UserError(f"{source}: no embedding here, expected a file or {DIFFUSERS_FILES[0]}")
     content = _content(file)
     names = [str(key) for key in content]
-    if _SDXL & set(names):
-        raise UserError(
-            f"{file}: holds vectors for the two text encoders of SDXL ({', '.join(names)}), "
-            "expected those of one"
-        )
+    if set(_SDXL) & set(names):
+        return _of_two(content, file, word)
     kind, key = _kind(list(content))
     # A word may have any signs in it, so that a lone key without a meaning is one.
     if kind != recognize.EMBEDDING and (kind or len(content) != 1):
@@ -98,10 +104,14 @@ def write_embedding(target: str | Path, embedding: Embedding, to: str = "diffuse
 
     kohya's has no place for the word, so that the file is to be called like it.
     """
-    target, ending = Path(target), _ENDINGS[to]
+    target = Path(target)
+    ending = _ENDINGS[to] if embedding.second is None else ".safetensors"
     if target.suffix != ending:
         name = DIFFUSERS_FILES[0] if to == "diffusers" else f"{_file_name(embedding.word)}{ending}"
         target = target / name
+    if embedding.second is not None:
+        _write(target, dict(zip(_SDXL, embedding.both, strict=True)), {_WORD: embedding.word})
+        return target
     vectors = np.asarray(embedding.vectors, np.float32)
     if to == "a1111":
         content = {
@@ -114,10 +124,33 @@ def write_embedding(target: str | Path, embedding: Embedding, to: str = "diffuse
         }
         write_pickled(target, content)
         return target
-    name = embedding.word if to == "diffusers" else _KOHYA
-    target.parent.mkdir(parents=True, exist_ok=True)
-    io.write_bytes(target, hub.to_bytes({name: vectors}, {"format": "pt"}))
+    _write(target, {embedding.word if to == "diffusers" else _KOHYA: vectors})
     return target
+
+
+def _write(
+    target: Path, vectors: Mapping[str, np.ndarray], more: Mapping[str, str] | None = None
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    wide = {name: np.asarray(value, np.float32) for name, value in vectors.items()}
+    io.write_bytes(target, hub.to_bytes(wide, {"format": "pt", **(more or {})}))
+
+
+def _of_two(content: Mapping[Any, Any], file: Path, word: str) -> Embedding:
+    """The embedding of a file for SDXL, which keys give no word."""
+    if sorted(map(str, content)) != sorted(_SDXL):
+        raise UserError(
+            f"{file}: holds {shown(sorted(map(str, content)))}, expected {' and '.join(_SDXL)}, "
+            "the vectors for SDXL's two text encoders"
+        )
+    first, second = (_vectors(content[name], file) for name in _SDXL)
+    if len(first) != len(second):
+        raise UserError(
+            f"{file}: {len(first)} vectors for the first text encoder and {len(second)} for the "
+            "second, expected as many"
+        )
+    own = tensor_files.metadata_of(file).get(_WORD, "")
+    return Embedding(word or own or file.stem, first, second)
 
 
 def with_embedding(
@@ -128,20 +161,29 @@ def with_embedding(
     UserError naming `source` for vectors of another base's width (naming both), or a word that the
     pipeline knows already.
     """
-    width = pipeline.text_encoder.config.hidden_size
-    found = embedding.vectors.shape[-1]
-    if found != width:
+    encoders, both = _encoders(pipeline), embedding.both
+    if len(both) != len(encoders):
         raise UserError(
-            f"{source}: vectors of width {_family(found)}, and the base's text encoder has width "
-            f"{_family(width)}: the embedding is for another base"
+            f"{source}: vectors for {len(both)} text encoder{'s (SDXL)' * (len(both) > 1)}, and "
+            f"the base has {len(encoders)}: the embedding is for another base"
         )
+    for vectors, encoder in zip(both, encoders.values(), strict=True):
+        found, width = vectors.shape[-1], encoder.config.hidden_size
+        if found != width:
+            raise UserError(
+                f"{source}: vectors of width {_family(found)}, and the base's text encoder has "
+                f"width {_family(width)}: the embedding is for another base"
+            )
     try:
         tokenizer = _with_word(pipeline, embedding.word, len(embedding.vectors))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    encoder = with_rows(pipeline.text_encoder, jnp.asarray(embedding.vectors))
-    encoder.config = dataclasses.replace(encoder.config, vocab_size=tokenizer.vocab_size)
-    return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
+    changed: dict[str, Any] = {}
+    for vectors, (name, encoder) in zip(both, encoders.items(), strict=True):
+        longer = with_rows(encoder, jnp.asarray(vectors))
+        longer.config = dataclasses.replace(longer.config, vocab_size=tokenizer.vocab_size)
+        changed[name] = longer
+    return dataclasses.replace(pipeline, tokenizer=tokenizer, **changed)
 
 
 def with_new_word(
@@ -149,17 +191,37 @@ def with_new_word(
 ) -> StableDiffusion:
     """The pipeline with a word to be learned: trainable rows that start as that of `initializer`.
 
+    In SDXL both text encoders have rows.
+
     UserError for a word that is known already, and an initializer that is not one token.
     """
-    start = pipeline.tokenizer.single(initializer)
     tokenizer = _with_word(pipeline, word, vectors)
-    encoder = add_rows(pipeline.text_encoder, vectors, start=start)
-    return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
+    starts = [one.single(initializer) for one in pipeline.tokenizer.each]
+    changed: dict[str, Any] = {
+        name: add_rows(encoder, vectors, start=start)
+        for (name, encoder), start in zip(_encoders(pipeline).items(), starts, strict=True)
+    }
+    return dataclasses.replace(pipeline, tokenizer=tokenizer, **changed)
 
 
-def _with_word(pipeline: StableDiffusion, word: str, vectors: int) -> Tokenizer:
-    """The tokenizer with a word, whose ids are those of the rows after the text encoder's."""
-    known, rows = pipeline.tokenizer.vocab_size, pipeline.text_encoder.config.vocab_size
+def learned_embedding(pipeline: StableDiffusion, word: str, model: TextToImage) -> Embedding:
+    """What the rows of `with_new_word` have become in the trained `model`."""
+    names = _encoders(pipeline)
+    return Embedding(
+        word, *(np.asarray(new_rows(getattr(model, name)), np.float32) for name in names)
+    )
+
+
+def _encoders(pipeline: StableDiffusion) -> dict[str, Any]:
+    """The text encoders by name."""
+    return {name: network for name, network in pipeline.adaptable.items() if name != "unet"}
+
+
+def _with_word(pipeline: StableDiffusion, word: str, vectors: int) -> Tokenizing:
+    """The tokenizer with a word, whose ids are those of the rows after the text encoders'."""
+    known = pipeline.tokenizer.vocab_size
+    sizes = [encoder.config.vocab_size for encoder in _encoders(pipeline).values()]
+    rows = next((size for size in sizes if size != known), known)
     if known != rows:
         raise UserError(
             f"the base's tokenizer has {counted(known, 'token')} and its text encoder "

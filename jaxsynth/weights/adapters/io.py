@@ -2,7 +2,7 @@
 
 It stands here and not in `adapters/`, because it names the formats, which stand above adapters:
 each is a module beside this one, and a new one is added in `read`. A state is over the networks of
-a pipeline, its paths starting with "unet." or "text_encoder.".
+a pipeline, its paths starting with "unet.", "text_encoder." or "text_encoder_2.".
 
     from jaxsynth.weights.adapters import io
     state = io.load("lora.safetensors", networks=io.Networks.of("tiny"))
@@ -39,7 +39,7 @@ from jaxsynth.weights.adapters.diffusers import (
     read_diffusers,
     write_diffusers,
 )
-from jaxsynth.weights.adapters.layer_names import PREFIXES
+from jaxsynth.weights.adapters.layer_names import SECOND
 from jaxsynth.weights.adapters.layered import read_layers
 from jaxsynth.weights.adapters.peft import PEFT_CONFIG, read_peft, weights_of, write_peft
 from jaxsynth.weights.hf import load_networks
@@ -61,6 +61,11 @@ class Networks:
 
     def __bool__(self) -> bool:
         return self._load is not None
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the base has two text encoders, as SDXL."""
+        return bool(self) and SECOND in self._loaded
 
     def need(self, why: str) -> Mapping[str, nnx.Module]:
         """All of them; UserError where no base is given."""
@@ -136,7 +141,7 @@ def read(source: str | Path, networks: Networks) -> tuple[dict[str, AdapterState
     if source.is_file() and beside.is_file() and source == weights_of(source.parent):
         source = source.parent  # peft's weights without their settings have no scale
     if (source / PEFT_CONFIG).is_file():
-        network = _network(tensor_files.keys(weights_of(source)))
+        network = _network(tensor_files.keys(weights_of(source)), source)
         states = {network: read_peft(source, networks.get(network))}
         return _checked(states, networks, source), []
     folders = sorted(path.parent for path in source.glob(f"*/{PEFT_CONFIG}"))
@@ -157,7 +162,7 @@ def read(source: str | Path, networks: Networks) -> tuple[dict[str, AdapterState
     metadata = tensor_files.metadata_of(file)
     if native.is_state(metadata):
         state = native.read_state(file)
-        states = split_networks(state) or {_network(list(state.arrays)): state}
+        states = split_networks(state) or {_network(list(state.arrays), file.parent): state}
         return _checked(states, networks, file), []
     names = [str(key) for key in content] or tensor_files.keys(file)
     recognize.check_adapter(names, file)
@@ -213,10 +218,7 @@ def write(
         if any(getattr(s.config, "decompose", "") == "output" for s in states.values()):
             notes.append("DoRA's magnitudes are for the base's norms, by which ComfyUI divides")
     else:
-        if unknown := sorted(models.keys() - PREFIXES):
-            raise ValueError(f"kohya's files of Stable Diffusion have no {unknown[0]}")
-        named = {PREFIXES[name]: model for name, model in models.items()}
-        lycoris.write_networks(target, named)
+        lycoris.write_kohya(target, models, double=networks.is_double)
     return notes
 
 
@@ -239,10 +241,11 @@ def _as_lora(
     return found, notes
 
 
-def _network(names: Sequence[str]) -> str:
-    """The network that an adapter without a name is for, by the names of its layers."""
-    clip = any(".encoder.layers." in f".{name}" for name in names)
-    return "text_encoder" if clip else "unet"
+def _network(names: Sequence[str], folder: Path) -> str:
+    """The network that an adapter without a name is for, by its layers' names and its folder's."""
+    if not any(".encoder.layers." in f".{name}" for name in names):
+        return "unet"
+    return SECOND if folder.name == SECOND else "text_encoder"
 
 
 def _checked(
@@ -250,7 +253,11 @@ def _checked(
 ) -> dict[str, AdapterState]:
     """The states; UserError naming the file where one does not fit the base that is given."""
     family = recognize.family_of(f"{c}.{n}" for c, state in states.items() for n in state.arrays)
-    model = f" (the file is of {family}, and the base is not)" if family else ""
+    model = ""
+    if family and not networks.is_double:
+        model = f" (the file is of {family}, and the base is not)"
+    elif networks.is_double and not family:
+        model = " (the base is SDXL, and nothing in the file says that it is for one)"
     for component, state in list(states.items()) if networks else ():
         network = networks.get(component)
         if network is None:

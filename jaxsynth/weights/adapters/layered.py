@@ -13,11 +13,11 @@ from flax import nnx
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights import recognize
 from jaxsynth.weights.adapters import comfyui, lora_files, lycoris, tensor_files
-from jaxsynth.weights.adapters.layer_names import spellings
+from jaxsynth.weights.adapters.layer_names import SECOND, component_of, spellings
 
 
 def read_layers(source: str | Path, networks: Mapping[str, nnx.Module]) -> dict[str, nnx.Module]:
-    """The plain `networks` ("unet", "text_encoder") that a file is for, with its adapters.
+    """The plain `networks` (`StableDiffusion.adaptable`) that a file is for, with its adapters.
 
     Embeddings bundled with them are left out. Raises UserError naming the file and what is no
     adapter, a key that fits no layer, or factors that fit no kind or layer.
@@ -37,7 +37,8 @@ def read_layers(source: str | Path, networks: Mapping[str, nnx.Module]) -> dict[
         own[plain] = value
     found = {}
     for component, own in sorted(parts.items(), reverse=True):
-        model = lycoris.fill(own, networks[component], names[component], source)
+        family = recognize.family_of(f"{name}.{x}" for name, own in names.items() for x in own)
+        model = lycoris.fill(own, networks[component], names[component], source, family=family)
         if comfyui.is_for_base_norms(metadata):
             model = comfyui.from_base_norms(model)
         found[component] = model
@@ -47,11 +48,13 @@ def read_layers(source: str | Path, networks: Mapping[str, nnx.Module]) -> dict[
 def _component(key: str, names: Mapping[str, Mapping[str, str]], source: Path) -> str:
     """The network that a key is of; where no layer is so called, the one that it looks like."""
     ends = [at for at, letter in enumerate(key) if letter == "."]
+    wanted = component_of(key)
     for component, modules in names.items():
-        if any(key[:at] in modules for at in ends):
+        # One text encoder may be called by the name of any; of two each has its own.
+        others = wanted == SECOND and SECOND in names and component != SECOND
+        if not others and any(key[:at] in modules for at in ends):
             return component
-    text = key.startswith(("lora_te", "text_encoder", "text_model.", "encoder."))
-    wanted = "text_encoder" if text else "unet"
     if wanted not in names:
-        raise UserError(f"{source}: key {key} is of the {wanted}, which the base lacks")
+        more = ": the file is of SDXL, and the base is not" if wanted == SECOND else ""
+        raise UserError(f"{source}: key {key} is of the {wanted}, which the base lacks{more}")
     return wanted

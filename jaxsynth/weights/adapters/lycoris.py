@@ -32,6 +32,7 @@ from jaxsynth.core.words import counted
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import factors, layer_configs
 from jaxsynth.weights.adapters.layer_configs import NUMBERS, SIGNS
+from jaxsynth.weights.adapters.layer_names import kohya_names
 
 # The prefixes of a pipeline's networks; LyCORIS' own, for any module, is "lycoris".
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lycoris")
@@ -80,6 +81,22 @@ def write_networks(
     save(target, tensors, dtype=dtype)
 
 
+def write_kohya(target: str | Path, adapted: Mapping[str, nnx.Module], *, double: bool) -> None:
+    """Writes the adapters of a pipeline's networks as one file, in kohya's names.
+
+    `double` is whether the pipeline has two text encoders. ValueError for a layer or a network that
+    such files have no name for.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for component, model in adapted.items():
+        try:
+            names = kohya_names(component, model, double=double)
+        except KeyError as error:
+            raise ValueError(f"kohya's files of SDXL have no layer {error}") from None
+        tensors |= tensors_of(model, names)
+    save(target, tensors)
+
+
 def save(
     target: str | Path,
     tensors: Mapping[str, np.ndarray],
@@ -113,10 +130,18 @@ def tensors_of(adapted: nnx.Module, names: Mapping[str, str]) -> dict[str, np.nd
     return tensors
 
 
-def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], source: Any) -> T:
+def fill(
+    tensors: dict[str, np.ndarray],
+    model: T,
+    modules: Mapping[str, str],
+    source: Any,
+    *,
+    family: str = "",
+) -> T:
     """A copy of the plain network `model` with adapters of these tensors around its layers.
 
-    `modules` are the paths of its layers by the names that files have for them.
+    `modules` are the paths of its layers by the names that files have for them; `family` is the
+    base's (`recognize.family_of`).
 
     Raises UserError naming the file and a key that fits no layer, a layer whose factors are not one
     kind's, or a shape that does not fit, in the file's layout.
@@ -127,7 +152,7 @@ def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], s
     for key, value in tensors.items():
         module = next((key[:at] for at in _dots(key) if key[:at] in modules), None)
         if module is None:
-            raise UserError(f"{source}: {_unknown(key, tensors, modules)}")
+            raise UserError(f"{source}: {_unknown(key, tensors, modules, family)}")
         suffix, path = key[len(module) + 1 :], modules[module]
         factor = suffix if suffix in NUMBERS else _ours(suffix)
         if factor is None:
@@ -158,13 +183,16 @@ def fill(tensors: dict[str, np.ndarray], model: T, modules: Mapping[str, str], s
     return inject.load_state(adapted, inject.AdapterState(arrays, config))
 
 
-def _unknown(key: str, tensors: Mapping[str, Any], modules: Mapping[str, str]) -> str:
+def _unknown(key: str, tensors: Mapping[str, Any], modules: Mapping[str, str], base: str) -> str:
     """What is wrong with a key whose module no layer is called."""
     family = recognize.family_of(tensors)
-    if family:
+    if family != base:
+        # Parts of an SDXL's file look as those of Stable Diffusion 1 and 2 do.
+        what = f"the file is of {family}" if family else "the file's layers are not"
+        is_not = "the base is not" if family else f"the base is of {base}"
         return (
-            f"key {key} names no layer of the network: the file is of {family}, and the base is "
-            "not; give a base of that model"
+            f"key {key} names no layer of the network: {what}, and {is_not}; give a base of the "
+            "file's model"
         )
     others = sorted({name[: next(_dots(name), len(name))] for name in tensors})[:3]
     return (

@@ -64,6 +64,9 @@ DIGITS = (
     "--config.modes=dset,cls,stacked",
     "--config.measure_sets=true",
     "--config.sets.names.prompts.weights.name=1",
+    "--config.sets.edited.kind=edited",
+    "--config.sets.edited.strength=0.5",
+    "--config.recipes.photos.sets.edited=1",
     "--config.sets.rest.kind=retrieved",
     "--config.sets.rest.query=shots",
     "--config.recipes.mixed.sets.dset=2",
@@ -120,16 +123,19 @@ STAGES = (
     ),
     "prompt-seed0/sets/names/images",
     "shots2-seed0/sets/rest/images",
+    "shots2-seed0/sets/edited/images",
     "shots2-seed0/recipes/mixed/dset/kept",
     "shots2-seed0/recipes/mixed/names/kept",
     "prompt-seed0/recipes/names/classifier",
     *(f"shots2-seed0/recipes/{name}/classifier" for name in ("mixed", "photos", "stages")),
     "prompt-seed0/alignment",
     "prompt-seed0/sets/names/alignment",
-    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked", "sets/rest")),
+    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked")),
+    *(f"shots2-seed0/sets/{name}/alignment" for name in ("rest", "edited")),
 )
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_the_run_did(finished):
     """Updates of every training, and batches of images: a store has a shard for each."""
     config = read_config(finished, Config)
@@ -150,9 +156,12 @@ def test_a_plan_counts_what_the_run_did(finished):
         done[f"generate, {mode}"] = shards * config.generate.batches_per_shard
     names = finished / "prompt-seed0/sets/names/images"
     done["generate, set names"] = len(list(names.glob("*.jsonl")))
+    edited = finished / "shots2-seed0/sets/edited/images"
+    done["generate, set edited"] = len(list(edited.glob("*.jsonl")))
     assert done == counts and all(done.values())
 
 
+@pytest.mark.slow
 def test_every_stage_is_made_and_reported(finished):
     found = {p.parent.relative_to(finished).as_posix() for p in finished.rglob(MANIFEST)}
     assert found == set(STAGES)
@@ -176,6 +185,7 @@ def test_every_stage_is_made_and_reported(finished):
         assert title in page, title
 
 
+@pytest.mark.slow
 def test_sets_are_measured_and_filtered(finished):
     """Photos of the training set are nearer to the test images than drawings of random weights."""
     found = {
@@ -202,6 +212,7 @@ def test_sets_are_measured_and_filtered(finished):
         assert load_artifact(path).counts["most"] == 3
 
 
+@pytest.mark.slow
 def test_the_generated_sets(finished):
     sets = {
         name: ImageStore(finished / name / "images")
@@ -234,6 +245,7 @@ def test_the_generated_sets(finished):
     assert all(np.any(first.arrays[name] != second.arrays[name]) for name in learnt)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_skips_every_stage(finished, base_folder, command):
     before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
     code, out, err = command(*arguments(base_folder, finished, *DIGITS))
@@ -242,6 +254,7 @@ def test_the_same_command_again_skips_every_stage(finished, base_folder, command
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -256,6 +269,7 @@ def test_a_changed_field_is_refused_by_name(finished, base_folder, command, fiel
     assert code == 1 and message in err, err
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     partial = tmp_path / "partial"
     shutil.copytree(finished, partial)
@@ -401,6 +415,10 @@ def indivisible_batch(base, photos, tmp_path):
     return {"classify.batch_size": 6}, "classify.batch_size 6"
 
 
+def indivisible_size(base, photos, tmp_path):
+    return {"image_size": 9}, "image_size: 9: size: 9x9 pixels (width x height), expected multiples"
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -415,6 +433,7 @@ def indivisible_batch(base, photos, tmp_path):
         unknown_source,
         missing_photos,
         indivisible_batch,
+        indivisible_size,
     ],
 )
 def test_bad_input_is_one_clear_line(mistake, base_folder, photos, tmp_path, command):
@@ -508,10 +527,19 @@ def test_a_config_that_cannot_be(values, message):
         Config(**values)
 
 
+def test_issynths_strength_falls_with_the_shots():
+    found = [SetConfig(kind="edited").strength_of(shots) for shots in (1, 2, 3, 4, 8, 16, 20)]
+    assert found == [0.5, 0.4, 0.4, 0.35, 0.2, 0.15, 0.15]
+    assert SetConfig(kind="edited", strength=0.7).strength_of(4) == 0.7
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SetConfig(kind="drawn"), "kind: 'drawn', expected one of prompts, retrieved"),
+        (
+            lambda: SetConfig(kind="drawn"),
+            "kind: 'drawn', expected one of prompts, retrieved",
+        ),
         (lambda: SetConfig(pool="photos"), "pool: given, but a set of kind 'prompts' has none"),
         (lambda: SetConfig(kind="retrieved", guidance_scale=1.0), "guidance_scale: given"),
         (lambda: Recipe(real=False), "sets: none, and real is false"),
@@ -522,3 +550,26 @@ def test_a_config_that_cannot_be(values, message):
 def test_a_set_or_recipe_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.slow
+def test_sdxl_learns_and_draws_at_a_size_of_one_s_own(sdxl_folder, base_folder, tmp_path, settings):
+    """Every stage, and what is kept is of both text encoders; the plan is from configs alone."""
+    more = (
+        "--config.data.class_names=1,4",
+        "--config.image_size=16",
+        f"--config.clip={base_folder / 'clip'}",
+        "--config.generate.batch_size=8",
+    )
+    workdir = tmp_path / "w"
+    assert cli.main([str(a) for a in arguments(sdxl_folder, workdir, *SMALL, *more)]) == 0
+    for mode in ("dset", "cls"):
+        own = workdir / "shots2-seed0" / mode
+        assert ImageStore(own / "images")[0].image.shape == (16, 16, 3)
+        for file in (own / "adapter").rglob("pytorch_lora_weights.safetensors"):
+            assert set(read_diffusers(file)) == {"unet", "text_encoder", "text_encoder_2"}
+    bare = tmp_path / "configs"
+    shutil.copytree(sdxl_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = dataclasses.replace(read_config(workdir, Config), base=str(bare))
+    planned = plan(config, make_mesh(devices=jax.devices()[:1]))
+    assert all(one.compile().flops > 0 for one in planned)

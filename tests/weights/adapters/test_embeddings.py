@@ -132,7 +132,7 @@ def test_the_command_converts_them(tmp_path, capfd):
 
 
 REFUSED = {
-    "of SDXL": ({"clip_l": VECTORS, "clip_g": VECTORS}, "the two text encoders of SDXL"),
+    "half of SDXL's": ({"clip_l": VECTORS}, "expected clip_l and clip_g, the vectors for SDXL's"),
     "an adapter": ({"a.lora_down.weight": VECTORS, "a.lora_up.weight": VECTORS}, "is an adapter"),
     "several words": ({"<a>": VECTORS, "<b>": VECTORS}, "holds 2 words"),
     "another shape": ({WORD: VECTORS[None]}, r"float32 \(1, 3, 16\), expected float vectors"),

@@ -23,7 +23,7 @@ from jaxsynth.models.diffusion.image_prompt import (
     initial_adapter,
     with_image_prompts,
 )
-from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import tensor_files
 from jaxsynth.weights.adapters.image_prompts import (
@@ -105,8 +105,8 @@ def outputs(pipeline, adapter, features, inputs, scale, mask=None) -> np.ndarray
     plain = TextToImage(pipeline.unet, pipeline.text_encoder)
     model = with_image_prompts(plain, [adapter], scales=[prompt.scale_at], masks=masks)
     x, t, text = inputs
-    states, _ = with_tokens((jnp.asarray(text),) * 2, [prompt])
-    return np.asarray(call(model.unet, x, t, states))
+    told, _ = with_tokens((TextCondition(jnp.asarray(text)),) * 2, [prompt])
+    return np.asarray(call(model.unet, x, t, told.states))
 
 
 def torch_outputs(oracle, features, inputs, **more) -> np.ndarray:
