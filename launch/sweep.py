@@ -69,7 +69,7 @@ class Sweep:
     def command(self, point: Point) -> list[str]:
         """What runs a point."""
         return [
-            sys.executable, "-m", "jaxsynth.cli", "run", f"--config={self.config}",
+            sys.executable, "-m", "jaxsynth", "run", f"--config={self.config}",
             f"--workdir={self.workdir / point.name}", f"--reuse={self.workdir}",
             *(f"--config.{field}={value}" for field, value in (*self.common, *point.settings)),
         ]  # fmt: skip

@@ -39,7 +39,7 @@ class Figures:
 
 def command(method: str, workdir: Path, more: Sequence[str] = ()) -> list[str]:
     return [
-        sys.executable, "-m", "jaxsynth.cli", "run", f"--config={ROOT}/configs/{method}.py:smoke",
+        sys.executable, "-m", "jaxsynth", "run", f"--config={ROOT}/configs/{method}.py:smoke",
         f"--workdir={workdir}", *(f"--config.{field}" for field in more),
     ]  # fmt: skip
 

@@ -45,7 +45,7 @@ def run(method: str, workdir: Path, count: int, base: Path, cache: Path) -> list
         port = free.getsockname()[1]
     more = [field.format(base=base) for field in SMALLER.get(method, ())]
     command = [
-        sys.executable, "-m", "jaxsynth.cli", "run", f"--config={ROOT}/configs/{method}.py:smoke",
+        sys.executable, "-m", "jaxsynth", "run", f"--config={ROOT}/configs/{method}.py:smoke",
         f"--workdir={workdir}", *(f"--config.{field}" for field in more),
     ]  # fmt: skip
     environment = {

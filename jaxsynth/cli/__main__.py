@@ -1,7 +1,0 @@
-"""`python -m jaxsynth.cli`: the command where its script is not on the path."""
-
-import sys
-
-from jaxsynth.cli.main import main
-
-sys.exit(main())
