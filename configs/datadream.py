@@ -19,6 +19,7 @@ Variants:
 - `recipes`: digits at 1, 4 and 16 shots, five seeds: the published recipe beside what costs less
   (augmentation, 2SFS, other prompts, retrieved photos) and beside later work (ProtoAug, two heads,
   filters, both generators' images together), each alone and combined.
+- `worth`: a part of it in half an hour on two cores: 4 shots, three seeds, one adapter a seed.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
 The generator learns by LoRA, as published, or by any other kind of adapter:
@@ -61,6 +62,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "digits": _digits,
         "photos": _photos,
         "recipes": _recipes,
+        "worth": _worth,
         "sd21": _sd21,
         "sdxl": _sdxl,
         "sdxl512": _sdxl512,
@@ -272,6 +274,20 @@ def _recipes() -> ConfigDict:
             },
         }
     )  # fmt: skip
+    return config
+
+
+def _worth() -> ConfigDict:
+    """What is nearest to the question whether synthetic images add to real ones."""
+    config = _recipes()
+    config.shots, config.seeds, config.modes = (4,), (0, 1, 2), ("dset",)
+    config.measure_sets = False
+    config.sets = ConfigDict({name: config.sets[name] for name in ("IsSynth", "retrieved")})
+    kept = (
+        "shots, augmented and mixed", "shots, two heads", "IsSynth + shots",
+        "retrieved photos + shots", "dset, ProtoAug", "dset, two heads", "dset, filtered",
+    )  # fmt: skip
+    config.recipes = ConfigDict({name: config.recipes[name] for name in kept})
     return config
 
 
