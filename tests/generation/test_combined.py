@@ -114,6 +114,7 @@ def test_a_controlnet_and_an_image_prompt_are_those_of_diffusers(
     assert expected.std() > 0.02
 
 
+@pytest.mark.slow
 def test_all_combine_in_one_command(base_folder, controlnet, adapter, tmp_path, capfd):
     """At weight 0 each leaves the others' picture as it is, to the bit; at 1 it changes it."""
     pipeline = load_pipeline(base_folder)

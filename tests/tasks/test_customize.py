@@ -108,7 +108,14 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
+# All of the table is in the slow tests, the plainest of it in the quick ones too.
+QUICK = ("textual_inversion", "lora", "ip_adapter")
+TABLE = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TECHNIQUES
+]
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_techniques_learn_resume_and_use_devices(pipeline, encoder, tmp_path, monkeypatch, name):
     """Only what the technique learns changes; cut and on two devices it ends as in one go."""
     config, task = task_of(pipeline, name, encoder)
@@ -274,7 +281,7 @@ def test_a_word_and_its_adapter_are_kept_and_read_together(pipeline, tmp_path):
         np.testing.assert_array_equal(value, shifted[path])
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("name", TABLE)
 def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, name):
     config, task = task_of(pipeline, name, encoder)
     base = describe_pipeline(base_folder)

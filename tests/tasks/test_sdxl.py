@@ -96,6 +96,7 @@ def test_loss_is_that_of_diffusers(pipeline, examples, sdxl_folder):
     assert float(found) == pytest.approx(errors.mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_program_that_runs(pipeline, sdxl_folder, examples):
     (task,) = finetune_tasks(pipeline, [examples], CONFIG, seed=0)
     one = dataclasses.replace(examples, **{
@@ -152,7 +153,13 @@ MOVED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
+# All of the table is in the slow tests, the plainest of it in the quick ones too.
+TABLE = [
+    name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in TECHNIQUES
+]
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_techniques_learn_and_keep_what_they_learned(pipeline, base_folder, images, tmp_path, name):
     config = TECHNIQUES[name](steps=2, batch_size=2, learning_rate=1e-2, **SETTINGS[name])
     encoder = load_image_encoder(str(base_folder / "clip")) if name == "ip_adapter" else None

@@ -34,6 +34,7 @@ def made(tmp_path_factory) -> Path:
     return run(smoke(), tmp_path_factory.mktemp("run")).parent
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_page_and_does_nothing_twice(made, capsys):
     page = made / "report.html"
     found = json.loads((made / "figures" / "figures.json").read_text())
@@ -111,6 +112,7 @@ def test_a_checkpoint_is_one_more_model(tmp_path):
             run(asked, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_published_sets_are_asked_about(made, tmp_path):
     """Of other sizes than the model's, some of its classes, corrupted already; all on one page."""
     root = write_sets(tmp_path / "sets")
@@ -131,6 +133,7 @@ def test_published_sets_are_asked_about(made, tmp_path):
     assert "sketch" in page.read_text()
 
 
+@pytest.mark.slow
 def test_both_modes_are_beside_each_other(made):
     """On the page: every figure that is not the same in both, and why."""
     found = json.loads((made / "figures" / "figures.json").read_text())

@@ -220,6 +220,7 @@ def test_settings_that_cannot_be_are_refused(generator):
         generator(PROMPTS[:1], seed=0, t=1000)
 
 
+@pytest.mark.slow
 def test_another_kind_of_adapter_from_another_kind_of_name(read, tmp_path):
     """Affiners of a diffusion transformer, from the names of the data sets that they stand for."""
     base = random_network(DiT, DIT, 0)
