@@ -134,9 +134,9 @@ def test_the_command_writes_animations(base_folder, pipeline, modules, tmp_path,
     assert [path.name for path in frames] == [f"{i:03d}.png" for i in range(5)]
     assert json.loads(Image.open(frames[2]).text["jaxsynth"]) == lines[1] | {"frame": 2}
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    (out / "00000-001.gif").unlink()
+    (out / "metadata.jsonl").unlink()
     assert generate(base_folder, out, *asked) == 0
-    assert "1 of them there already" in capfd.readouterr().out
+    assert "2 of them there already" in capfd.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert generate(base_folder, out, *asked, "--frames=4") == 2
     assert "another request: frames was 5, now 4" in capfd.readouterr().err

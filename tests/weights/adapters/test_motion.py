@@ -71,7 +71,7 @@ def test_a_file_is_the_authors(modules, tmp_path, name):
         np.testing.assert_array_equal(converted[key], value)
 
 
-def test_the_command_converts_both_ways(tmp_path, base_folder, capfd):
+def test_the_command_converts_both_ways(modules, tmp_path, base_folder, capfd):
     wide = random_network(MotionModules, MotionConfig((32, 64), 1, 8, 32, 24, False), 1)
     folder = write_motion(tmp_path / "motion", wide)
     file, again = tmp_path / "mm.ckpt", tmp_path / "again"
@@ -79,13 +79,12 @@ def test_the_command_converts_both_ways(tmp_path, base_folder, capfd):
     assert cli.main(["convert", str(file), str(again), "--to=diffusers"]) == 0
     assert f"motion modules v1 to {again}" in capfd.readouterr().out
     same(read_motion(again), wide)
-    narrow = random_network(MotionModules, CONFIG, 1)
-    write_motion(tmp_path / "narrow.ckpt", narrow, "comfyui")
+    write_motion(tmp_path / "narrow.ckpt", modules, "comfyui")
     argv = ["convert", str(tmp_path / "narrow.ckpt"), str(tmp_path / "narrow"), "--to=diffusers"]
     assert cli.main(argv) == 1
     assert "norm_num_groups: 32 does not divide 8" in capfd.readouterr().err
     assert cli.main([*argv, f"--base={base_folder}"]) == 0
-    same(read_motion(tmp_path / "narrow"), narrow)
+    same(read_motion(tmp_path / "narrow"), modules)
     assert cli.main(["convert", str(folder), str(tmp_path / "x"), "--to=kohya"]) == 1
     assert "--to=kohya does not apply, only diffusers, comfyui" in capfd.readouterr().err
 
