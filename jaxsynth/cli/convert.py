@@ -1,11 +1,12 @@
 """`jaxsynth convert`: anything the tool reads, in the formats that other tools read.
 
 Adapters go between the files of peft, diffusers, kohya, LyCORIS, ComfyUI and A1111 and this
-package's own, embeddings (Textual Inversion) between those of diffusers, A1111 and kohya, whole
-Stable Diffusions between diffusers' folders and checkpoints in one file, image stores to
-ImageFolder, WebDataset and Parquet. What the source is, is seen from its files, so only the target
-is asked for; what its files leave open (alpha, the axis of DoRA's magnitudes) is read from shapes
-and metadata and said in the answer.
+package's own, embeddings (Textual Inversion) between those of diffusers, A1111 and kohya, motion
+modules (AnimateDiff) between diffusers' folders and the authors' files, whole Stable Diffusions
+between diffusers' folders and checkpoints in one file, image stores to ImageFolder, WebDataset and
+Parquet. What the source is, is seen from its files, so only the target is asked for; what its files
+leave open (alpha, the axis of DoRA's magnitudes) is read from shapes and metadata and said in the
+answer.
 
 Files that name layers by flattened paths, and kinds that only a network can tell apart, need the
 base that they are for.
@@ -39,8 +40,9 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
     from jaxsynth.data.export import export
     from jaxsynth.data.store import ImageStore
     from jaxsynth.weights import bases, recognize
-    from jaxsynth.weights.adapters import embeddings
+    from jaxsynth.weights.adapters import embeddings, motion
     from jaxsynth.weights.adapters.io import Networks, read, write
+    from jaxsynth.weights.hf import pipeline_configs
 
     if (source / _STORE_FILE).is_file():
         _expect(source, "an image store", to, STORES)
@@ -56,6 +58,12 @@ def convert(source: Path, target: Path, to: str, base: str = "") -> str:
         embedding = embeddings.read_embedding(source)
         file = embeddings.write_embedding(target, embedding, to)
         return f"{embedding.word!r} of {counted(len(embedding.vectors), 'vector')} to {file} ({to})"
+    if motion.is_motion(source):
+        _expect(source, "motion modules (AnimateDiff)", to, motion.FOLDERS + motion.FILES)
+        unet = pipeline_configs(base)[0]["unet"] if base else None
+        modules = motion.read_motion(source, unet)
+        file = motion.write_motion(target, modules, to)
+        return f"motion modules {modules.config.version} to {file} ({to})"
     networks = Networks.of(base)
     states, notes = read(source, networks)
     _expect(source, "an adapter", to, FORMATS)

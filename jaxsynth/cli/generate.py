@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsynth.cli import image_inputs
+from jaxsynth.cli import animation_inputs, image_inputs
 from jaxsynth.cli.paths import local_path
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.words import counted
@@ -29,6 +29,7 @@ the same folder are refused.
               ..., "seed": ...}
 """
     + image_inputs.HELP
+    + animation_inputs.HELP
     + """\
   --sampler   ddim, pndm, dpmsolver++, euler, euler_ancestral, ddpm or lcm (default: the base's own)
 
@@ -78,11 +79,12 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         ("--guidance", float, 7.5, "how closely to follow the prompt (default 7.5; 1 is off)"),
         ("--guidance-rescale", float, 0.0, "keep contrast under guidance, 0 to 1 (default 0)"),
         ("--size", str, "", "pixels, such as 512 or 768x512 (width x height; default: the base's)"),
-        ("--batch-size", int, 4, "images drawn at a time (default 4)"),
+        ("--batch-size", int, 4, "images or frames drawn at a time (default 4)"),
     ):
         name = flag.removeprefix("--").replace("-", "_").upper()
         parser.add_argument(flag, type=kind, default=default, metavar=name, help=text)
     image_inputs.add_flags(parser)
+    animation_inputs.add_flags(parser)
     parser.add_argument("--store", action="store_true", help="write an image store, not PNG files")
     return parser
 
@@ -106,6 +108,7 @@ def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
     if not args.base.strip():
         raise UsageError("--base is empty, expected a folder, a hub id or tiny")
     image_inputs.check(args)
+    animation_inputs.check(args)
     prepare()
     from jaxsynth.diffusion.samplers import NAMES
 
@@ -146,6 +149,7 @@ def _generate(
     from jaxsynth.weights.adapters.embeddings import read_embedding, with_embedding
     from jaxsynth.weights.hf import KINDS, load_pipeline
 
+    film = animation_inputs.film(args)
     pipeline = load_pipeline(args.base, kinds=KINDS)
     words = []
     for path, word in embeddings:
@@ -158,6 +162,7 @@ def _generate(
     pictures = image_inputs.pictures(args, pixels, len(requests))
     image_prompts = image_inputs.image_prompts(args, pipeline, pixels, len(requests))
     controls = image_inputs.controls(args, pipeline, pixels, len(requests))
+    motion = animation_inputs.motion(args, pipeline)
     text = Text(args.guidance, args.guidance_rescale)
     begins = beginning_of(pipeline, text, pictures, pixels)
     sampler_of(pipeline, args.sampler, args.steps, begins.strength)
@@ -176,19 +181,21 @@ def _generate(
         "width": width * down,
         "height": height * down,
         **image_inputs.kept(args, begins, _digest),
+        **animation_inputs.kept(args, motion, film, _digest),
     }
     if args.guidance_rescale:
         settings["guidance_rescale"] = args.guidance_rescale
     if words:
         settings["embeddings"] = words
     folder.begin(args.out, requests, args.count, {**settings, "store": args.store})
+    frames = 1 if motion is None else motion.frames
     config = GenerateConfig(
         images_per_class=args.count,
         guidance_scale=args.guidance,
         guidance_rescale=args.guidance_rescale,
         num_inference_steps=args.steps,
         sampler=args.sampler,
-        batch_size=min(args.batch_size, args.count * len(requests)),
+        batch_size=min(args.batch_size, args.count * len(requests) * frames),
     )
     prompts = [request.prompt for request in requests]
     generator = Generator(
@@ -202,16 +209,16 @@ def _generate(
         pictures=pictures,
         image_prompts=image_prompts,
         controls=controls,
+        motion=motion,
         mesh=make_mesh() if device_count() > 1 else None,
     )
     total = args.count * len(requests)
-    console.print(
-        f"{counted(total, 'image')} of {width * down}x{height * down}: compiling, then drawing"
-    )
+    what = counted(total, "image" if motion is None else "animation")
+    console.print(f"{what} of {width * down}x{height * down}: compiling, then drawing")
     if not args.store:
-        drawn = folder.fill_folder(generator, args.out, requests, args.count, settings)
+        drawn = folder.fill_folder(generator, args.out, requests, args.count, settings, film)
         kept = f", {total - drawn} of them there already" if drawn < total else ""
-        return f"{counted(total, 'image')} to {args.out}{kept}"
+        return f"{what} to {args.out}{kept}"
 
     def numbered(labels, indices):
         return generator.draw(image_keys(args.seed, 0 * labels, indices), labels, indices)

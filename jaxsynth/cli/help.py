@@ -58,6 +58,11 @@ formats of a whole Stable Diffusion 1.x or 2.x:
   diffusers    a pipeline's folder, from a checkpoint in one file; --base=FOLDER has its tokenizer
   comfyui      one .safetensors, from a pipeline's folder; a1111 is the same
 
+formats of motion modules (AnimateDiff):
+  diffusers    a folder of a MotionAdapter
+  comfyui      one .safetensors or .ckpt in the authors' names; --base tells the groups of norms
+               that are not the published 32
+
 formats of an image store:
   imagefolder  a folder per class, for torchvision and Hugging Face datasets
   webdataset   numbered tar files

@@ -1,6 +1,8 @@
 """Pictures of prompts as PNG files, each with how it was made, in a folder to go on with.
 
     00000-000.png ...   image 0 of prompt 0; its settings are in it too, as the text "jaxsynth"
+    00000-000.gif ...   or an animation, with its settings as comment, and its frames as PNG files
+    00000-000/000.png   in a folder
     generate.json       what was asked for, written first: another request is refused
     metadata.jsonl      one line an image, written last, in the form that image folders have
 
@@ -23,6 +25,7 @@ from jaxsynth.core.console import progress
 from jaxsynth.core.documents import parse_json, read_text
 from jaxsynth.core.errors import UsageError, UserError, quoted
 from jaxsynth.core.io import read_json, write_bytes, write_json, write_text
+from jaxsynth.generation.animations import Film
 from jaxsynth.generation.generate import Generator
 from jaxsynth.generation.sampler import image_keys
 
@@ -110,13 +113,16 @@ def fill_folder(
     requests: Sequence[Request],
     count: int,
     settings: Mapping[str, Any],
+    film: Film | None = None,
 ) -> int:
     """Draws the images that are not there yet, `count` of each request; returns how many it drew.
 
-    The generator's prompts are the requests'. `folder` is one that `begin` was called for.
+    The generator's prompts are the requests'. `folder` is one that `begin` was called for. With a
+    `film` the generator draws animations, which are written so.
     """
+    ending = "png" if film is None else "gif"
     wanted = [(row, index) for row in range(len(requests)) for index in range(count)]
-    missing = [place for place in wanted if not (folder / file_name(*place)).is_file()]
+    missing = [place for place in wanted if not (folder / file_name(*place, ending)).is_file()]
     seeds = np.array([request.seed for request in requests], np.int64)
     with progress("images", len(wanted), start=len(wanted) - len(missing)) as bar:
         for start in range(0, len(missing), generator.batch_size):
@@ -125,10 +131,18 @@ def fill_folder(
             images = generator.draw(keys, labels, indices)
             for image, label, index in zip(images, labels, indices, strict=True):
                 record = _record(requests[label], index, settings)
-                write_bytes(folder / file_name(label, index), _png(image, record))
+                path = folder / file_name(label, index, ending)
+                if film is None:
+                    write_bytes(path, _png(image, record))
+                    continue
+                path.with_suffix("").mkdir(exist_ok=True)
+                for number, frame in enumerate(image):
+                    own = {**record, "frame": number}
+                    write_bytes(path.with_suffix("") / f"{number:03d}.png", _png(frame, own))
+                film.write(path, image, json.dumps(record))
             bar.advance(len(images))
     lines = [
-        {"file_name": file_name(row, index), **_record(requests[row], index, settings)}
+        {"file_name": file_name(row, index, ending), **_record(requests[row], index, settings)}
         for row, index in wanted
     ]
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
@@ -136,9 +150,9 @@ def fill_folder(
     return len(missing)
 
 
-def file_name(row: int, index: int) -> str:
+def file_name(row: int, index: int, ending: str = "png") -> str:
     """The file of image `index` of request `row`."""
-    return f"{row:05d}-{index:03d}.png"
+    return f"{row:05d}-{index:03d}.{ending}"
 
 
 def _record(request: Request, index: int, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from jaxsynth.core.space import check_space, size_of
 from jaxsynth.core.words import counted
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.diffusion.samplers import check_sampler
+from jaxsynth.generation.animations import Motion, frame_keys, on_linear_schedule
 from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.controls import Control, WithControlNets, control_rows, controlled
 from jaxsynth.generation.image_prompts import ImagePrompt, prompted, with_tokens
@@ -77,7 +78,8 @@ class Generator:
     or one state per class, which is then picked per image. `model`, the pipeline's networks with
     adapters in them, replaces both. `size` (height, width) in pixels is the base's unless given.
     `pictures` are images to begin with, those of class c at number c, `image_prompts` such that
-    prompt it beside the text, and `controls` ControlNets with conditions that it follows.
+    prompt it beside the text, and `controls` ControlNets with conditions that it follows. With
+    `motion` each image is an animation, and a batch as many of them as have its number of frames.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Generator:
         pictures: Pictures | None = None,
         image_prompts: Sequence[ImagePrompt] = (),
         controls: Sequence[Control] = (),
+        motion: Motion | None = None,
         mesh: Mesh | None = None,
     ):
         self._seed, self.prompts = seed, list(prompts)
@@ -109,6 +112,12 @@ class Generator:
                 f"Generator: {counted(len(negative), 'negative prompt')} for "
                 f"{counted(len(prompts), 'prompt')}"
             )
+        if motion is not None:
+            if isinstance(adapters, Sequence):
+                raise ValueError(
+                    "Generator: motion with an adapter for each prompt; give one for all"
+                )
+            pipeline = on_linear_schedule(pipeline)
         shape = latent_shape(pipeline, size)
         pixels = tuple(side * pipeline.vae.config.downscale for side in shape[:2])
         text = Text(config.guidance_scale, config.guidance_rescale)
@@ -118,6 +127,8 @@ class Generator:
         models = _adapted(pipeline, adapters) if model is None else [model]
         if image_prompts:
             models = [prompted(one, image_prompts) for one in models]
+        if motion is not None:
+            models = [motion.moving(one) for one in models]
         if controls:
             conditioner = controlled(
                 conditioner,
@@ -130,21 +141,24 @@ class Generator:
             models = [WithControlNets(one, nets) for one in models]
         networks = Networks.of(models, mesh=mesh, table=conditioner.table)
         texts = _conditions(pipeline, networks, (self.prompts, negative), pixels)
+        images = config.batch_size
+        self.batch_size = images if motion is None else motion.at_once(images, mesh)
+        self._motion = motion
         self.sampler = ImageSampler(
             networks,
             pipeline.vae,
             conditioner,
             sampler_of(pipeline, config.sampler, config.num_inference_steps, begins.strength),
             shape,
-            batch_size=config.batch_size,
+            batch_size=self.batch_size * (1 if motion is None else motion.frames),
             tables=with_tokens(texts, image_prompts),
             mesh=mesh,
         )
-        self.batch_size, self.networks = config.batch_size, networks
+        self.networks = networks
 
     def __call__(
         self, labels: Int[np.ndarray, " b"], indices: Int[np.ndarray, " b"]
-    ) -> UInt8[np.ndarray, "b h w 3"]:
+    ) -> UInt8[np.ndarray, "b *f h w 3"]:
         """Images number `indices` of classes `labels`, at most a batch of them."""
         labels, indices = np.asarray(labels, np.int32), np.asarray(indices, np.int32)
         return self.draw(image_keys(self._seed, labels, indices), labels, indices)
@@ -154,8 +168,12 @@ class Generator:
         keys: Key[Array, " b"],
         labels: Int[np.ndarray, " b"],
         indices: Int[np.ndarray, " b"],
-    ) -> UInt8[np.ndarray, "b h w 3"]:
+    ) -> UInt8[np.ndarray, "b *f h w 3"]:
         """Images of classes `labels` from keys of one's own; `indices` are for messages."""
+        frames = 1 if self._motion is None else self._motion.frames
+        if self._motion is not None:
+            keys = frame_keys(keys, frames)
+            labels, indices = np.repeat(labels, frames), np.repeat(indices, frames)
 
         def describe(i: int) -> str:
             return f"image {indices[i]} of {self.prompts[labels[i]]!r}"
@@ -164,7 +182,10 @@ class Generator:
         if self._pictures is not None:
             rows |= self._pictures.rows(self._begins.rows, labels, indices)
         rows |= control_rows(self._controls, labels)
-        return self.sampler(keys, rows, labels, describe=describe)
+        images = self.sampler(keys, rows, labels, describe=describe)
+        if self._motion is None:
+            return images
+        return images.reshape(-1, frames, *images.shape[1:])
 
 
 def _adapted(pipeline: StableDiffusion, adapters) -> list[TextToImage]:

@@ -27,12 +27,16 @@ _COMFYUI = ("diffusion_model.", "text_encoders.")
 _BUNDLE = "bundle_emb."
 _CHECKPOINT = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "conditioner.")
 _CONTROL = ("control_model.", "controlnet_cond_embedding.", "input_hint_block.")
+# What only AnimateDiff's modules and LoRA on them have in their keys.
+MOTION_PLACE = ".motion_modules."
+MOTION = "motion modules (AnimateDiff)"
 _IMAGES = {"image_proj", "ip_adapter"}
 EMBEDDING = "an embedding (textual inversion)"
 _HINTS = {
     EMBEDDING: "; a prompt's new word is given by --embedding=FILE",
     "an IP-Adapter": "; it is given by --image-adapter=FILE, with --image-prompt",
     "a checkpoint": "; an adapter's file holds factors such as lora_up and lora_down",
+    MOTION: "; they are given by --motion=PATH",
     "the weights": "; a network is loaded from a folder with its config.json",
 }
 _EMBEDDING_KEYS = {"emb_params", "string_to_param", "string_to_token", "clip_l", "clip_g", "t5"}
@@ -75,8 +79,8 @@ def kind_of(keys: Sequence[str]) -> tuple[str, str]:
     """What a file is, by most of its keys, and one of them that says so.
 
     "an adapter", "a checkpoint of whole networks in one file", "an embedding (textual inversion)",
-    "an IP-Adapter", "a ControlNet", "the weights of a network", with the family where it is another
-    than Stable Diffusion 1 and 2; "" for none of these.
+    "an IP-Adapter", "a ControlNet", `MOTION`, "the weights of a network", with the family where it
+    is another than Stable Diffusion 1 and 2; "" for none of these.
     """
     if not keys:
         return "a file without tensors", ""
@@ -94,6 +98,8 @@ def kind_of(keys: Sequence[str]) -> tuple[str, str]:
     if len(known) > len(keys) / 2:
         return f"an adapter{of}", known[0]
     others = [key for key in keys if key not in known]
+    if all(MOTION_PLACE in key for key in others):
+        return MOTION, others[0]
     if any(key.startswith(_CONTROL) for key in others):
         return f"a ControlNet{of}", next(key for key in others if key.startswith(_CONTROL))
     if found := next((key for key in others if key.startswith(_CHECKPOINT)), ""):
@@ -109,6 +115,11 @@ def check_adapter(keys: Sequence[str], source: Any) -> None:
     """UserError naming what the file is where most of its keys are of no adapter."""
     kind, key = kind_of(keys)
     if kind.startswith("an adapter"):
+        if moving := next((key for key in keys if MOTION_PLACE in key), ""):
+            raise UserError(
+                f"{source}: is a LoRA of {MOTION}, not of the base ({moving}); it is given by "
+                "--motion-lora=FILE"
+            )
         return
     if not keys:
         raise UserError(f"{source}: holds no tensors")
@@ -121,4 +132,4 @@ def check_adapter(keys: Sequence[str], source: Any) -> None:
 
 def said(kind: str) -> str:
     """A kind with its verb."""
-    return f"{'holds' if kind.startswith('the weights') else 'is'} {kind}"
+    return f"{'holds' if kind.startswith(('the weights', 'motion')) else 'is'} {kind}"

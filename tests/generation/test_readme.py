@@ -17,7 +17,7 @@ def snippets(language: str) -> list[str]:
 
 def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(snippets("python")) == 5
+    assert len(snippets("python")) == 6
     names: dict = {}
     for code in snippets("python"):
         exec(compile(code, "README.md", "exec"), names)
