@@ -15,6 +15,8 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.diffusion.samplers import initial_noise
 from jaxsynth.generation.animations import Motion, frame_keys, on_linear_schedule
 from jaxsynth.generation.generate import GenerateConfig, Generator
+from jaxsynth.generation.image_prompts import ImagePrompt
+from jaxsynth.generation.pictures import Pictures
 from jaxsynth.generation.sampler import image_keys, sampler_of
 from jaxsynth.models.diffusion.controlnet import ControlNet, ControlNetConfig, embedding_channels
 from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
@@ -24,8 +26,9 @@ from jaxsynth.weights.adapters.motion import write_motion
 from jaxsynth.weights.hf import load_pipeline, save_model
 from tests.adapters.nets import randomised
 from tests.cli.test_generate import generate
+from tests.generation.test_combined import image_adapter
 from tests.generation.test_generate import same_images
-from tests.methods.small_base import UNET, random_network
+from tests.methods.small_base import UNET, WIDTH, random_network
 from tests.weights.adapters.test_motion import lora_of
 
 FRAMES = 3
@@ -88,14 +91,26 @@ def test_two_devices_draw_what_one_does(pipeline, modules, drawn):
 
 
 def test_weight_0_is_the_base_frame_by_frame(pipeline, modules):
-    still = Generator(pipeline, PROMPTS, CONFIG, seed=7, motion=Motion(modules, FRAMES, 0.0))
-    found = still(np.array([1]), np.array([2]))
-    plain = Generator(on_linear_schedule(pipeline), PROMPTS, CONFIG, seed=7)
+    """Prompted by images and begun with a picture, too; at another weight it is not."""
+    rng = np.random.default_rng(0)
+    prompt = ImagePrompt(
+        image_adapter(pipeline.unet), rng.normal(size=(2, 1, WIDTH)), np.zeros(WIDTH)
+    )
+    begins = Pictures([rng.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)] * 2, strength=0.9)
+    more = {"seed": 7, "image_prompts": [prompt], "pictures": begins}
+    still, moving = (
+        Generator(pipeline, PROMPTS, CONFIG, motion=Motion(modules, FRAMES, weight), **more)
+        for weight in (0.0, 1.0)
+    )
+    found, other = (each(np.array([1]), np.array([2])) for each in (still, moving))
+    assert np.abs(found.astype(int) - other).max() > 5
+    plain = Generator(on_linear_schedule(pipeline), PROMPTS, CONFIG, **more)
     keys = frame_keys(image_keys(7, np.array([1]), np.array([2])), FRAMES)
     alone = plain.draw(keys, np.full(FRAMES, 1), np.arange(FRAMES))
     np.testing.assert_array_equal(found[0], alone)
 
 
+@pytest.mark.slow
 def test_the_command_writes_animations(base_folder, pipeline, modules, tmp_path, capfd):
     """With a LoRA, a LoRA of motion and a ControlNet, of more frames than the modules have places.
 

@@ -53,8 +53,7 @@ def controlnet():
     return random_network(ControlNet, config, 8)
 
 
-@pytest.fixture(scope="module")
-def adapter(pipeline):
+def image_adapter(unet):
     """An IP-Adapter of the features that the small CLIP makes."""
     rng = np.random.default_rng(0)
 
@@ -62,10 +61,15 @@ def adapter(pipeline):
         shape = layer.kernel.get_value().shape
         return jax.numpy.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), np.float32)
 
-    places = attention_places(pipeline.unet)
+    places = attention_places(unet)
     kernels = {path: (kernel(x.to_k), kernel(x.to_v)) for path, x in places.items()}
     projection = random_network(ImageProjection, ProjectionConfig(WIDTH, WIDTH), 1)
     return ImageAdapter(projection, kernels)
+
+
+@pytest.fixture(scope="module")
+def adapter(pipeline):
+    return image_adapter(pipeline.unet)
 
 
 @pytest.mark.parametrize("guess", [False, True])
