@@ -25,8 +25,8 @@ TECHNIQUES: dict[str, type] = {
 }
 # Of other programs, and not of this one yet.
 _WAITING = {
-    "instantid": "InstantID's base is SDXL",
-    "animatediff": "AnimateDiff's motion modules",
+    "instantid": "InstantID needs an encoder of faces",
+    "animatediff": "jaxsynth generate --motion draws with motion modules, none are trained",
     "controlnet": "ControlNet is the method controlled (configs/controlled.py)",
 }
 

@@ -98,7 +98,7 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
 
 
 REFUSED = {
-    "technique": ("lora", "technique=instantid", "(InstantID's base is SDXL), expected one of"),
+    "technique": ("lora", "technique=instantid", "(InstantID needs an encoder of faces)"),
     "no references": ("ip_adapter", "references=0", "references: 0, but ip_adapter draws like"),
     "too many references": ("ip_adapter", "references=99999", "references: 99999, but only"),
     "references of none": ("lora", "references=2", "references: 2, but lora draws like no image"),
