@@ -46,6 +46,7 @@ install_import_hook([f"jaxsynth.{room}" for room in _ROOMS], "tests.shapes.check
 
 FAKE_DEVICES = 8
 MOST_MAPS = 25_000
+MOST_BYTES = 3 << 30
 CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsynth" / "test-programs"
 )
@@ -80,10 +81,14 @@ def _few_programs():
     """Forgets compiled programs after a file of tests, where they have become many.
 
     Each takes several memory maps, of which Linux gives a process 65,530; beyond that it crashes.
+    Together with what they were traced from they would take 8 GB of a test process.
     """
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
+    maps, pages = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return
+    used = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if used > MOST_BYTES or maps.read_text().count("\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
 
