@@ -22,6 +22,7 @@ from jaxsynth.weights.adapters.embeddings import (
     with_embedding,
     write_embedding,
 )
+from jaxsynth.weights.adapters.formats import FORMATS as FILE_FORMATS
 from jaxsynth.weights.hf import load_pipeline
 from jaxsynth.weights.layout import to_file
 from tests.adapters.nets import randomised
@@ -98,7 +99,7 @@ def agree(module: torch.nn.Module, expected: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("to", [name for name in io.FORMATS if name != "a1111"])
+@pytest.mark.parametrize("to", [name for name in FILE_FORMATS if name != "a1111"])
 def test_every_format_is_written_and_read(sdxl_folder, networks, states, merged, tmp_path, to):
     target = tmp_path / ("adapter" if to == "peft" else "adapter.safetensors")
     assert io.write(target, states, to, networks) == []
