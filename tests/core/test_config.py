@@ -139,9 +139,9 @@ def test_load_config_reads_variants_and_names_what_is_wrong(tmp_path):
     )
     assert load_config(f"{good}:tiny") == {"a": {"b": (1, 2)}, "variant": "tiny"}
     assert load_config(str(good))["variant"] == "full"
-    with pytest.raises(ConfigError, match=r"good\.py, variant 'tny': unknown variant 'tny'"):
+    with pytest.raises(ConfigError, match=r"good\.py: unknown variant 'tny'"):
         load_config(f"{good}:tny")
-    with pytest.raises(ConfigError, match=r"goood\.py' does not exist; .* holds good\.py"):
+    with pytest.raises(ConfigError, match=r"goood\.py' does not exist; did you mean .*/good"):
         load_config(str(tmp_path / "goood.py"))
     (tmp_path / "bad.py").write_text("def get_config(:\n")
     with pytest.raises(ConfigError, match=r"bad\.py, line 1"):
