@@ -19,7 +19,7 @@ Variants:
 - `recipes`: digits at 1, 4 and 16 shots, five seeds: the published recipe beside what costs less
   (augmentation, 2SFS, other prompts, retrieved photos) and beside later work (ProtoAug, two heads,
   filters, both generators' images together), each alone and combined.
-- `worth`: a part of it in half an hour on two cores: 4 shots, three seeds, one adapter a seed.
+- `worth`: a part of it: 4 shots, three seeds, one adapter a seed.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
 The generator learns by LoRA, as published, or by any other kind of adapter:
