@@ -11,10 +11,10 @@ from jaxsynth.core.errors import UsageError
 HELP = """\
   --motion    motion modules of AnimateDiff (diffusers' folder or the authors' file) and their
               weight: each picture becomes an animation of --frames, a GIF with its frames as PNG
-              files in a folder beside it, and an MP4 with --mp4. --motion-lora are LoRA on them;
-              --adapter is also for the domain adapter of v3. Further frames than the modules have
-              places for are drawn in windows. --motion-norm is over each frame, as the published
-              modules were trained, or over all, as diffusers draws
+              files in a folder beside it, and an MP4 with --mp4. --motion-lora are LoRA on them.
+              More frames than the modules have places for are drawn in windows. --motion-norm is
+              over each frame, as the published modules were trained, or over all, as diffusers
+              draws
 """
 _NORMS = ("frame", "all")
 
