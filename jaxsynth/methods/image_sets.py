@@ -41,12 +41,7 @@ class Generating:
 
 
 def _image_bytes(
-    config: Generating,
-    *,
-    data: Dataset,
-    base: StableDiffusion,
-    bank: PromptBank,
-    adapter: Artifact | None = None,
+    config: "Generating | Varying", *, data: Dataset, base: StableDiffusion, **_: object
 ) -> int:
     side = base.sized(config.image_size).image_size
     return drawn_bytes(data.num_classes, config.generate, side)
@@ -100,12 +95,7 @@ class Varying:
     image_size: int = 0
 
 
-def _varied_bytes(config: Varying, *, data: Dataset, base: StableDiffusion, shots: Artifact) -> int:
-    side = base.sized(config.image_size).image_size
-    return drawn_bytes(data.num_classes, config.generate, side)
-
-
-@stage(processes="all", space=_varied_bytes)
+@stage(processes="all", space=_image_bytes)
 def vary_images(
     work: Work, config: Varying, *, data: Dataset, base: StableDiffusion, shots: Artifact
 ) -> dict:

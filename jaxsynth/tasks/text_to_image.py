@@ -156,8 +156,8 @@ def encode_source(
         for i in range(start, min(start + batch_size, len(source))):
             image = source[i].image
             for k in range(crops):
-                square, corner = cut.cut(image, np.random.default_rng([seed, i, k]))
-                pixels.append(square)
+                crop, corner = cut.cut(image, np.random.default_rng([seed, i, k]))
+                pixels.append(crop)
                 sizes.append((*image.shape[:2], *corner, size, size))
         for found, values in zip(
             (means, stds), encode_images(pipeline.vae, np.stack(pixels), batch_size), strict=True

@@ -186,7 +186,7 @@ def read(source: str | Path, networks: Networks) -> tuple[dict[str, AdapterState
 def write(
     target: str | Path, states: Mapping[str, AdapterState], to: str, networks: Networks
 ) -> list[str]:
-    """Writes adapters by component in one of `FORMATS`; returns what has become of them.
+    """Writes adapters by component in one of `formats.FORMATS`; returns what has become of them.
 
     A state of one network is a peft folder, of several a folder of those; all else is a file (or
     diffusers' folder). Raises ValueError or TypeError naming what the format has no form for, and
