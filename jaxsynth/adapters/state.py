@@ -136,7 +136,12 @@ def stack(states: Sequence[T]) -> T:
 def unstack(stacked: T) -> list[T]:
     """The states that `stack` put together."""
     count = jax.tree.leaves(stacked)[0].shape[0]
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
+    return [_take(stacked, i) for i in range(count)]
+
+
+@jax.jit
+def _take(stacked: T, i: int) -> T:
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
 
 
 def route(stacked: T, index: Int[Array, " b"]) -> T:

@@ -196,7 +196,7 @@ def with_statistics(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
     """`model` with the statistics that `statistics_of` gave."""
     graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)
     flat = nnx.to_flat_state(stats)
-    filled = [(p, x.replace(jnp.asarray(arrays[".".join(map(str, p))]))) for p, x in flat]
+    filled = [(p, x.replace(jax.device_put(arrays[".".join(map(str, p))]))) for p, x in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(filled), rest)
 
 

@@ -74,10 +74,14 @@ class Checkpoints:
         self._seconds, self._saved = 60 * minutes, time.monotonic()
         self.identity = to_json(identity or {}, "identity")
         logging.getLogger("absl").addFilter(_RAISED_ANYWAY)
+        context = ocp.Context()
+        # The devices of one process share its disk: parts of copies would only be more programs.
+        context.array.saving.use_replica_parallel = jax.process_count() > 1
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
+            context=context,
         )
 
     @property

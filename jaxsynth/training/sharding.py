@@ -238,7 +238,7 @@ def gather(tree: PyTree) -> PyTree:
             from jax.experimental import multihost_utils
 
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        return jnp.asarray(np.asarray(leaf))
+        return jax.device_put(np.asarray(leaf))
 
     return jax.tree.map(whole, tree)
 

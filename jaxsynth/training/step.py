@@ -165,6 +165,7 @@ def make_train_step(
     return step
 
 
+@partial(jax.jit, static_argnames="ema_decay")
 def averaged(state: TrainState, ema_decay: float) -> PyTree:
     """The debiased exponential average of the parameters, or the parameters where there is none.
 

@@ -245,15 +245,10 @@ def _assemble(
         together,
         task.teacher,
     )
-    tx = optim_hooks.optimiser(adapter, make_optimizer(config), config.steps)
-    ema, parts = bool(config.ema_decay), tuple(task.loss) if isinstance(task.loss, Mapping) else ()
-    rates = [Rate.of(one) for one in configs or [config]]
-
-    def init(values: PyTree, key: Array, rate: Rate) -> TrainState:
-        if together:
-            return init_stacked(values, tx, key, rate, ema=ema)
-        return init_state(values, tx, key, rate, parts=parts, ema=ema)
-
+    parts = tuple(task.loss) if isinstance(task.loss, Mapping) else ()
+    init = _init(_program_of(config, adapter), adapter, parts, together)
+    # As arrays: a number would be of a weak type, and the second step another program.
+    rates = [jax.tree.map(np.asarray, Rate.of(one)) for one in configs or [config]]
     start = (trainable, task.key, rates[0])
     if together and abstract:
         start = jax.tree.map(lambda leaf: _repeated(leaf, len(tasks)), start)
@@ -285,9 +280,23 @@ def _assemble(
             rows = NamedSharding(mesh, sharding.BATCH)
             data = place(data, jax.tree.map(lambda _: rows, data))
     elif not abstract:
-        frozen, data = jax.tree.map(jnp.asarray, (frozen, data))
+        frozen, data = jax.device_put((frozen, data))
     return _Built(
         step, state, frozen, data, task, graphdef, (buffers, base), len(tasks), together, mesh
+    )
+
+
+@lru_cache(maxsize=64)
+def _init(
+    config: TrainingConfig, adapter: Any, parts: tuple[str, ...], together: bool
+) -> Callable[[PyTree, Array, Rate], TrainState]:
+    """The first state in one program: array by array, each shape would compile several."""
+    tx = optim_hooks.optimiser(adapter, make_optimizer(config), config.steps)
+    ema = bool(config.ema_decay)
+    if together:
+        return jax.jit(lambda values, key, rate: init_stacked(values, tx, key, rate, ema=ema))
+    return jax.jit(
+        lambda values, key, rate: init_state(values, tx, key, rate, parts=parts, ema=ema)
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -149,7 +150,8 @@ class Filling:
                 self._values[path] = np.empty((depth, *shape), self._dtypes[path])
             self._values[path][number] = tensor
         elif path not in self._values:
-            self._values[path] = jnp.asarray(tensor)
+            # jnp.asarray would compile a program for every shape.
+            self._values[path] = jax.device_put(tensor)
         elif not np.array_equal(self._values[path], tensor):
             first = next(other for other in self._keys[path].names if other in self._sources)
             raise UserError(
@@ -159,7 +161,7 @@ class Filling:
         self._sources[name] = (file, key)
         self._missing[path] -= 1
         if stacked and not self._missing[path]:
-            self._values[path] = jnp.asarray(self._values[path])
+            self._values[path] = jax.device_put(self._values[path])
 
     def finish(self, where: Path) -> nnx.Module:
         """The filled network; UserError naming `where` and the first key that never came."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -106,7 +106,7 @@ def random_network(model_cls, config, seed: int) -> nnx.Module:
             value = np.float32(2.0)
         else:
             value = 0.1 * noise + (path[-1] == "scale")
-        flat.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
+        flat.append((path, variable.replace(jax.device_put(value.astype(np.float32)))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -140,5 +140,5 @@ def probe_backbone(
 
 def load_backbone(folder: Path, start: nnx.Module) -> nnx.Module:
     """The backbone of a finished `train_clone`, of the structure of `start`."""
-    arrays = {k: jnp.asarray(x) for k, x in read_arrays(folder / BACKBONE_FILE).items()}
+    arrays = {k: jax.device_put(x) for k, x in read_arrays(folder / BACKBONE_FILE).items()}
     return load_state(mark_trainable(start), AdapterState(arrays, None))

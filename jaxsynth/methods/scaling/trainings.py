@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -243,7 +242,7 @@ def load_models(folder: Path, network: NetworkConfig, num_classes: int) -> list[
     """The trained networks of a finished `train_points`, in the order of its points."""
     model = mark_trainable(network.make(num_classes, jax.random.key(0)))
     arrays, names = read_arrays(folder / MODELS_FILE), statistics_of(model)
-    states = {k: jnp.asarray(x) for k, x in arrays.items() if k not in names}
+    states = {k: jax.device_put(x) for k, x in arrays.items() if k not in names}
     return [
         with_statistics(load_state(model, state), {name: arrays[name][i] for name in names})
         for i, state in enumerate(unstack(AdapterState(states, None)))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -75,7 +75,7 @@ def read_state(path: Path) -> AdapterState:
                 f"{path}: format {quoted(metadata.get('format'))}, expected {_FORMAT!r}; adapters "
                 "of peft and diffusers are read by weights.adapters"
             )
-        arrays = {key: jnp.asarray(file.read_any(key)) for key in sorted(file.keys)}
+        arrays = {key: jax.device_put(file.read_any(key)) for key in sorted(file.keys)}
     kind = metadata.get("kind")
     if kind == _NO_CONFIG:
         return AdapterState(arrays, None)

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -47,7 +47,7 @@ def load_inception(path: str | os.PathLike) -> tuple[InceptionV3, str]:
         expect_floats(file, key, tensor, shape)
         tensor = np.ascontiguousarray(tensor, np.float32)
         digests[key] = hashlib.sha256(tensor.tobytes()).hexdigest()
-        values[path] = jnp.asarray(from_hf(path[-1], tensor))
+        values[path] = jax.device_put(from_hf(path[-1], tensor))
     missing = sorted(targets.keys() - digests.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
