@@ -6,19 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsynth.adapters.inject import AdapterState
+from jaxsynth.adapters.inject import merge
+from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, write_json
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.decode import square
+from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
-from jaxsynth.generation.generate import GenerateConfig, Generator, drawn_bytes, fill_store
+from jaxsynth.generation.generate import (
+    GenerateConfig,
+    Generator,
+    drawn_bytes,
+    fill_store,
+    merges,
+)
 from jaxsynth.generation.pictures import Pictures
 from jaxsynth.generation.sampler import image_keys
+from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.filters import FilterConfig, kept, nearest_shot, shot_shares
 from jaxsynth.runs.stage import Artifact, Work, stage
@@ -32,17 +41,44 @@ KEPT_FILE, SHOTS_FILE = "kept.json", "shots.json"
 
 @dataclass(frozen=True)
 class Generating:
-    """How a source's images are drawn; `image_size` is their side in pixels, 0 the base's own."""
+    """How a set's images are drawn.
+
+    Args:
+        image_size: their side in pixels, 0 the base's own.
+        strength: that of the noise on the real images with which they begin, where they do.
+    """
 
     generate: GenerateConfig
     seed: int
     dtype: str
     image_size: int = 0
+    strength: float | None = None
 
 
-def _image_bytes(
-    config: "Generating | Varying", *, data: Dataset, base: StableDiffusion, **_: object
-) -> int:
+def with_adapter(base: StableDiffusion, adapter: Artifact | None) -> StableDiffusion:
+    """The base with an adapter of all classes in its weights, the base itself for None.
+
+    UserError where the adapter cannot be merged without loss.
+    """
+    if adapter is None:
+        return base
+    (file,) = adapter_io.find(adapter.path, ())
+    model = attach(base.networks, adapter_io.load(file))
+    check_merges(base, model)
+    return base.with_networks(merge(model))
+
+
+def check_merges(base: StableDiffusion, model: TextToImage) -> None:
+    """UserError for an adapter that other adapters cannot learn on top of."""
+    if not merges(base, model):
+        raise UserError(
+            "modes: 'stacked' merges the data set's adapter into the base's weights, which needs "
+            "dtype float32 and a kind of adapter that can be merged; change one of them, or leave "
+            "'stacked' out"
+        )
+
+
+def _image_bytes(config: Generating, *, data: Dataset, base: StableDiffusion, **_: object) -> int:
     side = base.sized(config.image_size).image_size
     return drawn_bytes(data.num_classes, config.generate, side)
 
@@ -54,70 +90,59 @@ def generate_images(
     *,
     data: Dataset,
     base: StableDiffusion,
-    bank: PromptBank,
     adapter: Artifact | None = None,
+    under: Artifact | None = None,
+    bank: PromptBank | None = None,
+    shots: Artifact | None = None,
 ) -> dict:
-    """A store of images of every class, each with the sentence that it was drawn from."""
-    state: AdapterState | None = None
-    digests = []
+    """A store of images of every class; each process fills its share of the shards.
+
+    Args:
+        adapter: one adapter, or without a bank one for each class.
+        under: an adapter of all classes that `adapter` was trained on top of.
+        bank: where each image's prompt is chosen from, in place of its class's one.
+        shots: the real images of its class that images begin with, in turn (SDEdit).
+    """
+    base, states, digests = with_adapter(base.sized(config.image_size), under), None, []
+    prompts = class_prompts(data) if bank is None else bank.texts
     if adapter is not None:
-        (file,) = adapter_io.find(adapter.path, ())
-        state, digests = adapter_io.load(file), [file_digest(file)]
+        own = [safe_name(name) for name in data.class_names] if bank is None else []
+        files = adapter_io.find(adapter.path, own)
+        loaded = [adapter_io.load(file) for file in files]
+        states = loaded if len(files) > 1 else loaded[0]
+        digests = [file_digest(file) for file in files]
+    pictures = None
+    if shots is not None:
+        pictures = Pictures(_by_class(shots, data, base.image_size), strength=config.strength)
     generator = Generator(
-        base.sized(config.image_size), bank.texts, config.generate, seed=config.seed,
-        adapters=state, mesh=local_mesh(),
+        base, prompts, config.generate, seed=config.seed, adapters=states, pictures=pictures,
+        mesh=local_mesh(),
     )  # fmt: skip
 
     def choose(label: int, index: int) -> int:
-        return bank.choose(config.seed, label, index)
+        return label if bank is None else bank.choose(config.seed, label, index)
 
     def draw(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        chosen = np.array([choose(*map(int, pair)) for pair in zip(labels, indices, strict=True)])
+        chosen = [choose(*map(int, pair)) for pair in zip(labels, indices, strict=True)]
         # By class and number, so that a picture's noise is the same whatever it is drawn from.
         keys = image_keys(config.seed, labels.astype(np.int32), indices.astype(np.int32))
-        return generator.draw(keys, chosen.astype(np.int32), indices.astype(np.int32))
+        return generator.draw(keys, np.array(chosen, np.int32), indices.astype(np.int32))
 
     count = fill_store(
-        draw, work.folder, data.class_names, lambda *pair: bank.texts[choose(*pair)],
-        config.generate, seed=config.seed, adapter_digests=digests, description="generate",
+        draw, work.folder, data.class_names, lambda *pair: prompts[choose(*pair)], config.generate,
+        seed=config.seed, adapter_digests=digests, description="generate",
     )  # fmt: skip
-    return {"images": count, "prompts": len(bank.texts), "devices": jax.device_count()}
+    return {"images": count, "prompts": len(prompts), "devices": jax.device_count()}
 
 
-@dataclass(frozen=True)
-class Varying:
-    """How images are drawn that begin with real ones, with noise of `strength` on them."""
-
-    generate: GenerateConfig
-    strength: float
-    seed: int
-    dtype: str
-    image_size: int = 0
-
-
-@stage(processes="all", space=_image_bytes)
-def vary_images(
-    work: Work, config: Varying, *, data: Dataset, base: StableDiffusion, shots: Artifact
-) -> dict:
-    """A store of images of every class that begin with its shots, in turn (SDEdit)."""
-    base = base.sized(config.image_size)
+def _by_class(shots: Artifact, data: Dataset, size: int) -> list[np.ndarray]:
+    """The shots of each class as squares (n, size, size, 3)."""
     real = load_shots(shots.path / SHOTS_FILE).train_source(data)
-    labels, prompts = np.asarray(real.labels), class_prompts(data)
-    images = [
-        np.stack(
-            [square(real[int(i)].image, base.image_size) for i in np.flatnonzero(labels == label)]
-        )
+    labels = np.asarray(real.labels)
+    return [
+        np.stack([square(real[int(i)].image, size) for i in np.flatnonzero(labels == label)])
         for label in range(data.num_classes)
     ]
-    generator = Generator(
-        base, prompts, config.generate, seed=config.seed,
-        pictures=Pictures(images, strength=config.strength), mesh=local_mesh(),
-    )  # fmt: skip
-    count = fill_store(
-        generator, work.folder, data.class_names, prompts, config.generate, seed=config.seed,
-        description="generate",
-    )  # fmt: skip
-    return {"images": count, "strength": config.strength}
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,17 @@ def plot_scaling(
 ) -> Path:
     """Errors against numbers of images, both logarithmic, with fitted laws `{label: (x, y)}`.
 
-    A law has the color of the series of its label, whose points it does not join.
+    A law has the color of the series of its label, whose points it does not join. Where an error
+    is 0 the axis is linear from 0 to the smallest of the others.
     """
     figure, axes = _figure(xlabel, ylabel, title)
-    axes.set_xscale("log"), axes.set_yscale("log")
+    above = [y for line in series for y in line.y if y > 0]
+    has_zero = any(y <= 0 for line in series for y in line.y)
+    axes.set_xscale("log")
+    if has_zero:
+        axes.set_yscale("symlog", linthresh=min(above, default=1.0))
+    else:
+        axes.set_yscale("log")
     for index, line in enumerate(series):
         colour = COLOURS[index % len(COLOURS)]
         law = laws.get(line.label)
@@ -133,7 +140,7 @@ def plot_scaling(
     sizes = [x for line in series for x in line.x]
     if len(set(sizes)) > _TICKS:
         sizes = _round_ticks(sizes)
-    errors = _round_ticks([y for line in series for y in line.y])
+    errors = [0.0] * has_zero + (_round_ticks(above) if above else [])
     for axis, values in ((axes.xaxis, sizes), (axes.yaxis, errors)):
         ticks = sorted({float(value) for value in values})
         axis.set_major_locator(FixedLocator(ticks))

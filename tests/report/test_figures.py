@@ -35,6 +35,10 @@ def test_errors_are_drawn_with_and_without_a_law(tmp_path):
     fitted = plot_scaling(tmp_path / "law.png", series, {"real": (sizes, [51, 30, 19])}, **args)
     one, other = (np.asarray(Image.open(path)) for path in (plain, fitted))
     assert one.shape == other.shape and (one != other).any()
+    perfect = [Series("real", sizes, [20.0, 5.0, 0.0], [1.0, 2.0, 0.0])]
+    assert plot_scaling(tmp_path / "zero.png", perfect, {}, **args).exists()
+    nothing = [Series("real", sizes[:1], [0.0])]
+    assert plot_scaling(tmp_path / "nothing.png", nothing, {}, **args).exists()
     assert _round_ticks([20.0, 86.0]) == [20.0, 30.0, 50.0, 70.0, 100.0]
 
 

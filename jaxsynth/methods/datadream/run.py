@@ -45,23 +45,19 @@ from jaxsynth.methods.datadream.stages import (
     Classifying,
     Drawing,
     Finetuning,
-    Generating,
-    check_merges,
     classify,
     draw_shots,
     finetune_generator,
-    generate_images,
 )
 from jaxsynth.methods.image_sets import (
     Filtering,
+    Generating,
     Retrieving,
-    Varying,
+    check_merges,
     filter_images,
+    generate_images,
     retrieve_images,
-    vary_images,
 )
-from jaxsynth.methods.image_sets import Generating as BankDrawing
-from jaxsynth.methods.image_sets import generate_images as draw_from_bank
 from jaxsynth.quality.evaluate import open_images
 from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
@@ -313,19 +309,18 @@ class _Run:
             config = replace(config, guidance_scale=one.guidance_scale)
         if one.kind == "edited":
             assert drawn is not None
-            return vary_images(
+            size, strength = self.config.image_size, one.strength_of(shots)
+            return generate_images(
                 folder / "images",
-                Varying(
-                    config, one.strength_of(shots), seed, self.config.dtype, self.config.image_size
-                ),
+                Generating(config, seed, self.config.dtype, size, strength),
                 label=f"images {label}",
                 data=self.data,
                 base=self.base,
                 shots=drawn,
             )
-        return draw_from_bank(
+        return generate_images(
             folder / "images",
-            BankDrawing(config, seed, self.config.dtype, self.config.image_size),
+            Generating(config, seed, self.config.dtype, self.config.image_size),
             label=f"images {name}: seed {seed}",
             data=self.data,
             base=self.base,

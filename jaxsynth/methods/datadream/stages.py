@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxsynth.adapters.inject import merge
-from jaxsynth.adapters.registry import attach
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.io import file_digest, write_json
+from jaxsynth.core.io import write_json
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
 from jaxsynth.data.names import safe_name
@@ -18,15 +16,8 @@ from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset, shared
-from jaxsynth.generation.generate import (
-    GenerateConfig,
-    Generator,
-    drawn_bytes,
-    fill_store,
-    merges,
-    sample_images,
-)
-from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE
+from jaxsynth.generation.generate import GenerateConfig, sample_images
+from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE, with_adapter
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import (
@@ -155,79 +146,6 @@ def _sampler(base: StableDiffusion, prompts: Sequence[str]) -> Callable[[TextToI
         return sample_images(base, shown, SAMPLES, seed=0, model=model)[:, 0]
 
     return sample
-
-
-@dataclass(frozen=True)
-class Generating:
-    """How images are drawn."""
-
-    generate: GenerateConfig
-    seed: int
-    dtype: str
-    image_size: int = 0
-
-
-def with_adapter(base: StableDiffusion, adapter: Artifact | None) -> StableDiffusion:
-    """The base with an adapter of all classes in its weights, the base itself for None.
-
-    UserError where the adapter cannot be merged without loss.
-    """
-    if adapter is None:
-        return base
-    (file,) = adapter_io.find(adapter.path, ())
-    model = attach(base.networks, adapter_io.load(file))
-    check_merges(base, model)
-    return base.with_networks(merge(model))
-
-
-def check_merges(base: StableDiffusion, model: TextToImage) -> None:
-    """UserError for an adapter that other adapters cannot learn on top of."""
-    if not merges(base, model):
-        raise UserError(
-            "modes: 'stacked' merges the data set's adapter into the base's weights, which needs "
-            "dtype float32 and a kind of adapter that can be merged; change one of them, or leave "
-            "'stacked' out"
-        )
-
-
-def _image_bytes(
-    config: Generating,
-    *,
-    data: Dataset,
-    base: StableDiffusion,
-    adapter: Artifact | None = None,
-    under: Artifact | None = None,
-) -> int:
-    side = base.sized(config.image_size).image_size
-    return drawn_bytes(data.num_classes, config.generate, side)
-
-
-@stage(processes="all", space=_image_bytes)
-def generate_images(
-    work: Work,
-    config: Generating,
-    *,
-    data: Dataset,
-    base: StableDiffusion,
-    adapter: Artifact | None = None,
-    under: Artifact | None = None,
-) -> dict:
-    """A store of images of every class; each process fills its share of the shards."""
-    prompts, states, digests = class_prompts(data), None, []
-    base = with_adapter(base.sized(config.image_size), under)
-    if adapter is not None:
-        files = adapter_io.find(adapter.path, [safe_name(name) for name in data.class_names])
-        loaded = [adapter_io.load(file) for file in files]
-        states = loaded if len(files) > 1 else loaded[0]
-        digests = [file_digest(file) for file in files]
-    generator = Generator(
-        base, prompts, config.generate, seed=config.seed, adapters=states, mesh=local_mesh()
-    )
-    count = fill_store(
-        generator, work.folder, data.class_names, prompts, config.generate, seed=config.seed,
-        adapter_digests=digests, description="generate",
-    )  # fmt: skip
-    return {"images": count}
 
 
 @dataclass(frozen=True)
