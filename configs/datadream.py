@@ -20,6 +20,9 @@ Variants:
   (augmentation, 2SFS, other prompts, retrieved photos) and beside later work (ProtoAug, two heads,
   filters, both generators' images together), each alone and combined.
 - `worth`: a part of it: 4 shots, three seeds, one adapter a seed.
+- `students`: `sd21` with a ResNet-50 and a DINOv2 ViT-S/14 beside CLIP, each trained on the shots
+  and on shots and synthetic images. Any checkpoint that `jaxsynth.load_classifier` reads may learn:
+  `--config.students.NAME.checkpoint=FOLDER --config.recipes.ROW.student=NAME`. On a TPU or GPU.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
 The generator learns by LoRA, as published, or by any other kind of adapter:
@@ -63,6 +66,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "photos": _photos,
         "recipes": _recipes,
         "worth": _worth,
+        "students": _students,
         "sd21": _sd21,
         "sdxl": _sdxl,
         "sdxl512": _sdxl512,
@@ -288,6 +292,28 @@ def _worth() -> ConfigDict:
         "retrieved photos + shots", "dset, ProtoAug", "dset, two heads", "dset, filtered",
     )  # fmt: skip
     config.recipes = ConfigDict({name: config.recipes[name] for name in kept})
+    return config
+
+
+def _students() -> ConfigDict:
+    """Fine-tuned whole, streamed from the host, with an epoch count and rates of common use."""
+    config = _sd21()
+    train = {
+        "steps": 0, "epochs": 30, "warmup_epochs": 3, "batch_size": 128, "learning_rate": 1e-4,
+        "streamed": True, "num_workers": 4,
+        "augment": {"randaugment_ops": 0, "crop_scale": (0.5, 1.0), "flip_p": 0.5},
+    }  # fmt: skip
+    checkpoints = {"resnet50": "microsoft/resnet-50", "dinov2": "facebook/dinov2-small"}
+    config.students = ConfigDict(
+        {name: {"checkpoint": found, "train": train} for name, found in checkpoints.items()}
+    )
+    config.recipes = ConfigDict(
+        {
+            f"{name}, {title}": {"sets": sets, "student": name}
+            for name in checkpoints
+            for title, sets in (("shots", {}), ("dset and shots", {"dset": 1.0}))
+        }
+    )
     return config
 
 

@@ -23,7 +23,8 @@ VARIANTS = {
         ),
     ),
     "datadream": (
-        "", "tiny", "digits", "photos", "recipes", "worth", "sd21", "sdxl", "sdxl512", "smoke",
+        "", "tiny", "digits", "photos", "recipes", "worth", "students", "sd21", "sdxl",
+        "sdxl512", "smoke",
         *(
             f"paper,dataset={name}"
             for name in (

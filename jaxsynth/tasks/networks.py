@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -108,11 +108,65 @@ class NetworkConfig:
         return ((images - mean) / std).astype(self.dtype)
 
 
-def started(model: nnx.Module, network: NetworkConfig, backbone: Classifier) -> nnx.Module:
+class Network(Protocol):
+    """What a training knows of its network; compared by value, as programs are kept by it."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    def make(self, num_labels: int, key: Array) -> nnx.Module: ...
+
+    def normalized(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]: ...
+
+
+@dataclass(frozen=True)
+class CheckpointNetwork:
+    """The network of a checkpoint, whatever it is, with a head for other classes."""
+
+    kind: type[nnx.Module]
+    config: Any
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, found: Classifier) -> "CheckpointNetwork":
+        seen = found.preprocessing
+        mean, std = (tuple(map(float, values)) for values in (seen.mean, seen.std))
+        return cls(type(found.model), found.model.config, found.image_size, mean, std)
+
+    def make(self, num_labels: int, key: Array) -> nnx.Module:
+        """The network at a random start."""
+        config = dataclasses.replace(self.config, num_labels=num_labels)
+        return self.kind(config, rngs=nnx.Rngs(params=key))
+
+    def normalized(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """What the network is given of images in [0, 1]."""
+        return (images - np.float32(self.mean)) / np.float32(self.std)
+
+
+def started(model: nnx.Module, network: Network, backbone: Classifier) -> nnx.Module:
     """`model` with the weights of a checkpoint of the same network; the head keeps its start.
 
     UserError naming a field of the checkpoint that `network` does not agree with.
     """
+    if isinstance(network, NetworkConfig):
+        _check_fits(network, backbone)
+    graphdef, state = nnx.split(model)
+    arrays = dict(nnx.to_flat_state(nnx.state(backbone.model)))
+    filled = [
+        (path, leaf if _of_head(path) else leaf.replace(arrays[path].get_value()))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _of_head(path: tuple) -> bool:
+    """The classifier, or one of a distilled network's two."""
+    return "classifier" in str(path[0])
+
+
+def _check_fits(network: NetworkConfig, backbone: Classifier) -> None:
     folder = backbone.folder or Path("backbone")
     own = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
     for name in ("mean", "std"):
@@ -135,13 +189,6 @@ def started(model: nnx.Module, network: NetworkConfig, backbone: Classifier) -> 
             f"backbone: {folder}: {field.name} {values[0]}, but that of `network` is {values[1]}; "
             "set network's fields to the checkpoint's"
         )
-    graphdef, state = nnx.split(model)
-    arrays = dict(nnx.to_flat_state(nnx.state(backbone.model)))
-    filled = [
-        (path, leaf if "classifier" in path else leaf.replace(arrays[path].get_value()))
-        for path, leaf in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def in_training(model: nnx.Module) -> nnx.Module:
@@ -204,7 +251,7 @@ def with_statistics(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
 class _Logits:
     """Compared by value, so that all networks of one shape share a compiled program."""
 
-    network: NetworkConfig
+    network: Network
 
     def __call__(self, model: nnx.Module, images: Array) -> Array:
         return model(self.network.normalized(images)).astype(jnp.float32)
@@ -225,7 +272,7 @@ def of_pixels(model: nnx.Module, network: NetworkConfig) -> Partial:
 
 def logits_of(
     model: nnx.Module,
-    network: NetworkConfig,
+    network: Network,
     images: UInt8[np.ndarray, "n h w 3"],
     *,
     batch_size: int = 256,

@@ -33,7 +33,7 @@ from jaxsynth.data.pipeline.augment import Augment
 from jaxsynth.data.pipeline.batches import train_batches
 from jaxsynth.data.pipeline.mixing import one_hot
 from jaxsynth.data.pipeline.on_device import ON_DEVICE, augmented, check_on_device
-from jaxsynth.tasks.networks import SETTLING, NetworkConfig, in_training, settled, started
+from jaxsynth.tasks.networks import SETTLING, Network, in_training, settled, started
 from jaxsynth.training import sharding
 from jaxsynth.training.config import DECAYED, SCHEDULES, TrainingConfig, aside
 from jaxsynth.training.loop import NonFiniteError
@@ -109,7 +109,7 @@ class Supervised:
     """
 
     num_classes: int
-    network: NetworkConfig
+    network: Network
     label_smoothing: float
     augment: Augment
 
@@ -140,7 +140,7 @@ def cross_entropy(
 def supervised_tasks(
     pool: Pool,
     views: Sequence[View],
-    network: NetworkConfig,
+    network: Network,
     config: SupervisedConfig,
     *,
     seeds: Sequence[int],
@@ -174,7 +174,7 @@ def supervised_tasks(
 
 def streamed_tasks(
     sources: Sequence[tuple[ImageSource, Float[np.ndarray, " n"]]],
-    network: NetworkConfig,
+    network: Network,
     config: SupervisedConfig,
     *,
     seeds: Sequence[int],
@@ -203,7 +203,7 @@ def streamed_tasks(
 
 
 def planned_task(
-    network: NetworkConfig,
+    network: Network,
     config: SupervisedConfig,
     *,
     images: int,
@@ -247,7 +247,7 @@ class _Square:
         return square(image, self.size)
 
 
-def _batch_shapes(network: NetworkConfig, config: SupervisedConfig) -> dict[str, Any]:
+def _batch_shapes(network: Network, config: SupervisedConfig) -> dict[str, Any]:
     shape, rows, side = jax.ShapeDtypeStruct, config.batch_size, network.image_size
     return {
         "image": shape((rows, side, side, 3), np.uint8),
@@ -257,12 +257,12 @@ def _batch_shapes(network: NetworkConfig, config: SupervisedConfig) -> dict[str,
     }
 
 
-def _made(network: NetworkConfig, num_classes: int, key: Array) -> nnx.Module:
+def _made(network: Network, num_classes: int, key: Array) -> nnx.Module:
     return mark_trainable(in_training(network.make(num_classes, key)))
 
 
 def _starts(
-    network: NetworkConfig, seeds: Sequence[int], num_classes: int, backbone: Classifier | None
+    network: Network, seeds: Sequence[int], num_classes: int, backbone: Classifier | None
 ) -> tuple[list[nnx.Module], Array]:
     """The networks of seeds at their start, and three keys of each."""
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(

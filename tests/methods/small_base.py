@@ -15,8 +15,11 @@ from jaxsynth.models.clip import (
 )
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.tasks.networks import NetworkConfig
 from jaxsynth.weights.hf import Clip, StableDiffusion, describe, save_clip, save_pipeline
+from jaxsynth.weights.networks.classifiers import Classifier, save_classifier
 from jaxsynth.weights.pipeline_parts import TokenizerPair
+from jaxsynth.weights.preprocessing import Preprocessing
 from jaxsynth.weights.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB, LENGTH, WIDTH = 560, 12, 16
@@ -144,4 +147,12 @@ def write_sdxl(folder: Path) -> Path:
         zeroes_empty=True,
     )
     save_pipeline(pipeline, folder)
+    return folder
+
+
+def write_classifier(folder: Path) -> Path:
+    """The folder of a residual network of random weights, of images of 16 pixels."""
+    network = NetworkConfig("resnet", image_size=16, width=4, depths=(1,))
+    seen = Preprocessing(16, 16, False, "bicubic", network.mean, network.std, "floor")
+    save_classifier(Classifier(network.make(2, jax.random.key(0)), seen), folder)
     return folder

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jaxsynth.methods.customize.config import TECHNIQUES
 from jaxsynth.runs import sources
 from jaxsynth.runs import stage as stages
 from jaxsynth.runs.stage import Artifact
+from tests.methods.small_base import write_classifier
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +36,8 @@ GIVEN = {
         "modes=dset,cls", "validation_fraction=0.5", "shots=2", "sets.words.kind=prompts",
         "sets.photos.kind=retrieved", "sets.edited.kind=edited", "recipes.all.sets.edited=1",
         "recipes.all.sets.words=1", "recipes.all.sets.photos=1",
-        "recipes.all.keep.agreement=true",
+        "recipes.all.keep.agreement=true", "students.own.checkpoint={classifier}",
+        "recipes.taught.student=own", "recipes.taught.sets.dset=1",
     ),
 }  # fmt: skip
 # Other values of fields whose neighbors on the number line are no valid ones.
@@ -295,10 +298,16 @@ def smoke(method: str, variant: str = "") -> Any:
     module = importlib.import_module(METHODS[method])
     values = load_config(f"{CONFIGS / method}.py:smoke{variant}")
     given = [tuple(text.split("=", 1)) for text in GIVEN.get(method, ())]
+    given = [(name, value.format(classifier=classifier())) for name, value in given]
     values = override(values, given)
     if "method" not in module.Config.__dataclass_fields__:
         values.pop("method", None)
     return to_dataclass(module.Config, values)
+
+
+@cache
+def classifier() -> Path:
+    return write_classifier(Path(tempfile.mkdtemp()))
 
 
 # Methods whose config has other fields in each variant.

@@ -18,6 +18,7 @@ from jaxsynth.core.limits import (
     Positive,
     Range,
     Seed,
+    Share,
     check_limits,
 )
 from jaxsynth.data.dataset import DataConfig
@@ -26,6 +27,7 @@ from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
 from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
+from jaxsynth.tasks.supervised import SupervisedConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig
 from jaxsynth.training.sharding import MeshConfig
 
@@ -79,21 +81,47 @@ class SetConfig:
 
 
 @dataclass(frozen=True)
+class StudentConfig:
+    """A classifier besides CLIP: a checkpoint whose head is replaced, and all of which is trained.
+
+    `checkpoint`: a folder, hub id or file that `load_classifier` takes (ViT, DeiT, ResNet,
+    ConvNeXt, Swin, DINOv2, MAE, of transformers or timm). `train`: how; an epoch is that of
+    `classify`. `real_weight`: the shots' weight in the loss where other images are seen too.
+    """
+
+    checkpoint: str = ""
+    train: SupervisedConfig = field(default_factory=SupervisedConfig)
+    real_weight: Share = 0.8
+
+    def __post_init__(self):
+        check_limits(self)
+        if not self.checkpoint:
+            raise ValueError("checkpoint: empty, expected a folder, hub id or file of a classifier")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A row of the table beside the published ones: which images, and how a classifier learns them.
 
     `sets` has the share of each set of images: a mode's, "prompts", or one of the run's `sets`;
     none trains on the shots alone. `real`: whether the shots are seen too. `keep` filters every
-    set. `classify` has the fields of the run's `classify` that differ.
+    set. `classify` has the fields of the run's `classify` that differ. `student`: one of the run's
+    `students`, which learns in the place of CLIP.
     """
 
     sets: Mapping[str, Positive] = field(default_factory=dict)
     real: bool = True
     keep: FilterConfig = field(default_factory=FilterConfig)
     classify: Mapping[str, Any] = field(default_factory=dict)
+    student: str = ""
 
     def __post_init__(self):
         check_limits(self)
+        if self.student and self.classify:
+            raise ValueError(
+                f"classify: given, but the student is {self.student!r}, whose settings are those "
+                f"of students.{self.student}.train; leave one out"
+            )
         # As JSON holds it, so that a run's record gives the same recipe again.
         object.__setattr__(self, "classify", _as_typed(self.classify))
         for name, share in self.sets.items():
@@ -119,7 +147,8 @@ class Config:
     classifier's step; at 0 the last step is taken. `adapter`, where it is given, is what the
     generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
 
-    `recipes` are more rows of the table by their names, and `sets` images that they use.
+    `recipes` are more rows of the table by their names, `sets` images that they use, and `students`
+    classifiers besides CLIP.
     `measure_sets` compares each set of images with the test images, and with the shots.
     """
 
@@ -139,6 +168,7 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     sets: dict[str, SetConfig] = field(default_factory=dict)
+    students: dict[str, StudentConfig] = field(default_factory=dict)
     recipes: dict[str, Recipe] = field(default_factory=dict)
     measure_sets: bool = False
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -162,7 +192,14 @@ class Config:
                     raise ValueError(
                         f"recipes.{name}.sets: {one!r}, expected some of {', '.join(known)}"
                     )
+            if recipe.student and recipe.student not in self.students:
+                raise ValueError(
+                    f"recipes.{name}.student: {recipe.student!r}, expected one of `students` ("
+                    f"{', '.join(self.students) or 'none are given'}), or empty for CLIP"
+                )
             self.classify_of(name)
+        if unused := self.students.keys() - {one.student for one in self.recipes.values()}:
+            raise ValueError(f"students: {min(unused)!r} is the student of none of `recipes`")
         if self.adapter is not None and self.finetune.adapter not in (None, self.adapter):
             raise ValueError(
                 "adapter and finetune.adapter are both given, and are one setting; give one"

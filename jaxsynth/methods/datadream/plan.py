@@ -17,10 +17,13 @@ from jaxsynth.methods.datadream.config import Config
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.clip_classifier import ANY_REGIONS, classifier_task
+from jaxsynth.tasks.networks import CheckpointNetwork
+from jaxsynth.tasks.supervised import planned_task as supervised_task
 from jaxsynth.tasks.text_to_image import planned_task
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.weights.hf import Clip, StableDiffusion, describe_clip, describe_pipeline
+from jaxsynth.weights.networks.classifiers import load_classifier
 
 
 def plan(config: Config, mesh: Mesh) -> list[Program]:
@@ -46,8 +49,38 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     programs.append(_classifying(config, clip, "", trainings, classes, mesh, note))
     for name in config.recipes:
         trainings = len(config.shots) if config.depends_on_shots(name) else 1
-        programs.append(_classifying(config, clip, name, trainings, classes, mesh, note))
+        if config.recipes[name].student:
+            programs.append(_teaching(config, name, trainings, classes, mesh, note))
+        else:
+            programs.append(_classifying(config, clip, name, trainings, classes, mesh, note))
     return programs
+
+
+def _teaching(
+    config: Config, recipe: str, trainings: int, classes: int, mesh: Mesh, note: str
+) -> Program:
+    """A student's training, `trainings` with each seed; its checkpoint is read for its shapes."""
+    own, name = config.recipes[recipe], f"recipe {recipe}"
+    student = config.students[own.student]
+    network = CheckpointNetwork.of(load_classifier(student.checkpoint))
+    images = config.generate.images_per_class * classes
+    shots = max(config.shots) * classes
+    # Of both the shots come as often as the images.
+    longest = images * (2 if own.real else 1) if own.sets else shots
+
+    def build(batch: int) -> Plan:
+        sized = replace(student.train, batch_size=batch).sized(images)
+        task = supervised_task(network, sized, images=longest, longest=longest, num_classes=classes)
+        count = 0 if sized.streamed else 1
+        return trainer.plan(name, task, sized, mesh, count=count, note=note)
+
+    def updates(batch: int) -> int:
+        steps = replace(student.train, batch_size=batch).sized(images).steps
+        return len(config.seeds) * trainings * steps
+
+    unit = (rows_of(mesh) if student.train.streamed else 1) * student.train.accumulate
+    field, batch = f"students.{own.student}.train.batch_size", student.train.batch_size
+    return Program(name, build, field, batch, unit, updates)
 
 
 def _classifying(

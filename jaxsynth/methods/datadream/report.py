@@ -20,7 +20,14 @@ from jaxsynth.data.names import safe_name
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.datadream import alignment
-from jaxsynth.methods.datadream.config import MODES, PROMPTS, Config, SetConfig, set_folder
+from jaxsynth.methods.datadream.config import (
+    MODES,
+    PROMPTS,
+    Config,
+    Recipe,
+    SetConfig,
+    set_folder,
+)
 from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.report.grids import write_grid
 from jaxsynth.report.page import Picture, Section, write_page
@@ -233,15 +240,21 @@ def _recipes(config: Config) -> list[Section]:
                 ", ".join(sets) or "none",
                 "yes" if recipe.real else "no",
                 json.dumps(keep) if keep else "all",
-                json.dumps(recipe.classify) if recipe.classify else "as published",
+                _classifier_words(recipe),
             ]
         )
     columns = ["Recipe", "Images (shares)", "Real shots", "Kept", "Classifier"]
     text = (
         "The rows below the method's own. Each classifier takes as many steps as the others, from "
-        "the same CLIP. "
+        "the same CLIP, a student as many as its own settings say, from its checkpoint. "
     ) + " ".join(f"`{name}`: {_set_words(one)}." for name, one in config.sets.items())
     return [Section("What the recipes are", text, tables=[Table(columns, body, better=None)])]
+
+
+def _classifier_words(recipe: Recipe) -> str:
+    if recipe.student:
+        return f"student {recipe.student}"
+    return json.dumps(recipe.classify) if recipe.classify else "as published"
 
 
 def _set_words(one: SetConfig) -> str:

@@ -49,6 +49,7 @@ from jaxsynth.methods.datadream.stages import (
     draw_shots,
     finetune_generator,
 )
+from jaxsynth.methods.datadream.students import Teaching, train_student
 from jaxsynth.methods.image_sets import (
     Filtering,
     Generating,
@@ -63,9 +64,11 @@ from jaxsynth.runs.results import check_stages
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source
+from jaxsynth.tasks.networks import CheckpointNetwork
 from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.trainer import check_batches
 from jaxsynth.weights.hf import Clip, StableDiffusion
+from jaxsynth.weights.networks.classifiers import Classifier, load_classifier
 
 __all__ = ["Config", "compare", "make", "plan", "report", "run"]
 
@@ -129,6 +132,13 @@ class _Run:
             name: self._bank(one) for name, one in self.config.sets.items() if one.kind == "prompts"
         }
 
+    @cached_property
+    def students(self) -> dict[str, Source[Classifier]]:
+        return {
+            name: Source(lambda path=one.checkpoint: load_classifier(path), lambda x: x.digest)
+            for name, one in self.config.students.items()
+        }
+
     def _bank(self, config: SetConfig) -> Source[PromptBank]:
         return Source(lambda: make_bank(self.data.value, config.prompts), lambda bank: bank.digest)
 
@@ -181,8 +191,12 @@ class _Run:
                     "class (generate.images_per_class)"
                 )
         trainings: dict[str, TrainingConfig] = {"classify": self.config.classify}
-        for name in self.config.recipes:
-            trainings[f"recipes.{name}.classify"] = self.config.classify_of(name)
+        for name, recipe in self.config.recipes.items():
+            if not recipe.student:
+                trainings[f"recipes.{name}.classify"] = self.config.classify_of(name)
+        for name, student in self.students.items():
+            CheckpointNetwork.of(student.value)
+            trainings[f"students.{name}.train"] = self.config.students[name].train
         if "dset" in self.config.modes:
             trainings["finetune"] = self.config.finetune
         check_batches(trainings, self.mesh)
@@ -250,6 +264,19 @@ class _Run:
                     shots=drawn if needed else None,
                 )
         count = self.config.generate.images_per_class * self.data.value.num_classes
+        if recipe.student:
+            own = self.config.students[recipe.student]
+            train_student(
+                folder / "classifier",
+                Teaching(own.train, own.real_weight, count, seed, dict(recipe.sets)),
+                label=title,
+                mesh=self.mesh,
+                data=self.data,
+                student=self.students[recipe.student],
+                shots=drawn if recipe.real else None,
+                **inputs,
+            )
+            return
         classify(
             folder / "classifier",
             Classifying(config, count, seed, self.config.dtype, dict(recipe.sets)),

@@ -204,7 +204,7 @@ def classify(
             validation = drawn.val_source(data)
         synthetic = None if images is None else ImageStore(images.path)
         if config.shares:
-            synthetic = _shared(config.shares, sets, data.class_names)
+            synthetic = shared_sets(config.shares, sets, data.class_names)
         model = train_classifier(
             clip, prompts, config.classify, work.training, images=config.images, seed=config.seed,
             real=None if drawn is None else drawn.train_source(data),
@@ -220,7 +220,7 @@ def classify(
     return {"top1": found["top1"], "macro": found["macro"]}
 
 
-def _shared(
+def shared_sets(
     shares: Mapping[str, float], inputs: Mapping[str, Artifact], class_names: Sequence[str]
 ) -> ImageSource:
     """The images of several sets, filtered where they are, each with its share."""

@@ -22,7 +22,7 @@ from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.datadream.config import Config, Recipe, SetConfig
+from jaxsynth.methods.datadream.config import Config, Recipe, SetConfig, StudentConfig
 from jaxsynth.methods.datadream.plan import plan
 from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.runs.run import read_config
@@ -31,6 +31,7 @@ from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
+from tests.methods.small_base import write_classifier
 
 REPOSITORY = Path(__file__).parents[3]
 WORKER = Path(__file__).parents[1] / "worker.py"
@@ -80,6 +81,10 @@ DIGITS = (
     "--config.recipes.stages.classify.rank=None",
     "--config.recipes.stages.classify.learns=norms",
     "--config.recipes.stages.classify.head_share=0.5",
+    "--config.students.net.train.steps=2",
+    "--config.students.net.train.batch_size=8",
+    "--config.recipes.taught.student=net",
+    "--config.recipes.taught.sets.dset=1",
 )
 
 
@@ -106,7 +111,9 @@ def command(settings, capfd):
 def finished(base_folder, tmp_path_factory, settings):
     """The workdir of a run on eight devices."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    assert cli.main(list(arguments(base_folder, workdir, *DIGITS))) == 0
+    student = write_classifier(tmp_path_factory.mktemp("student"))
+    given = (*DIGITS, f"--config.students.net.checkpoint={student}")
+    assert cli.main(list(arguments(base_folder, workdir, *given))) == 0
     return workdir
 
 
@@ -127,7 +134,10 @@ STAGES = (
     "shots2-seed0/recipes/mixed/dset/kept",
     "shots2-seed0/recipes/mixed/names/kept",
     "prompt-seed0/recipes/names/classifier",
-    *(f"shots2-seed0/recipes/{name}/classifier" for name in ("mixed", "photos", "stages")),
+    *(
+        f"shots2-seed0/recipes/{name}/classifier"
+        for name in ("mixed", "photos", "stages", "taught")
+    ),
     "prompt-seed0/alignment",
     "prompt-seed0/sets/names/alignment",
     *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked")),
@@ -520,6 +530,8 @@ def test_adapters_of_different_settings_keep_them(tmp_path):
         ({"recipes": {"a": Recipe({"dset": 1.0, "x": 1.0})}}, "recipes.a.sets: 'x', expected"),
         ({"recipes": {"a": Recipe(classify={"lr": 1.0})}}, "recipes.a.classify.lr: no such field"),
         ({"sets": {"cls": SetConfig()}}, "sets: 'cls', expected another name"),
+        ({"recipes": {"a": Recipe(student="b")}}, "recipes.a.student: 'b', expected one of"),
+        ({"students": {"b": StudentConfig("x")}}, "students: 'b' is the student of none of"),
     ],
 )
 def test_a_config_that_cannot_be(values, message):
