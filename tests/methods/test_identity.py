@@ -76,6 +76,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "labels": ("labels.csv",),
     "files": ("files.txt",),
     "depth": ("depth",),
+    "student": ("own", ""),
     "class_map": ("map.json",),
     "classes": ("classes.json",),
     "kinds": (("fog",),),

@@ -179,7 +179,7 @@ def test_every_stage_is_made_and_reported(finished):
         load_artifact(finished / stage).verify()
     results = json.loads((finished / "results.json").read_text())
     rows = {r["row"]: r for r in results}
-    assert len(results) == len(rows) == 13
+    assert len(results) == len(rows) == 14
     for row in rows.values():
         assert 0 <= row["top1"] <= 1 and set(row["per_class"]) == {"1", "4", "7"}
         logits = np.load(finished / row["artifact"] / "logits.npy")
