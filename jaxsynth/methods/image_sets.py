@@ -1,6 +1,8 @@
 """Stages that make sets of images and views of them, for the methods that compare such sets."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxsynth.data.decode import square
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank
 from jaxsynth.data.prompts import prompts as class_prompts
+from jaxsynth.data.sources.captioned import Captions
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
@@ -94,6 +97,7 @@ def generate_images(
     under: Artifact | None = None,
     bank: PromptBank | None = None,
     shots: Artifact | None = None,
+    captions: Captions | None = None,
 ) -> dict:
     """A store of images of every class; each process fills its share of the shards.
 
@@ -102,6 +106,7 @@ def generate_images(
         under: an adapter of all classes that `adapter` was trained on top of.
         bank: where each image's prompt is chosen from, in place of its class's one.
         shots: the real images of its class that images begin with, in turn (SDEdit).
+        captions: what the shots show; an image has that of another shot of its class (DISEF).
     """
     base, states, digests = with_adapter(base.sized(config.image_size), under), None, []
     prompts = class_prompts(data) if bank is None else bank.texts
@@ -111,16 +116,20 @@ def generate_images(
         loaded = [adapter_io.load(file) for file in files]
         states = loaded if len(files) > 1 else loaded[0]
         digests = [file_digest(file) for file in files]
-    pictures = None
+    pictures, choose = None, _chooser(config.seed, bank)
     if shots is not None:
-        pictures = Pictures(_by_class(shots, data, base.image_size), strength=config.strength)
+        real = load_shots(shots.path / SHOTS_FILE).train_source(data)
+        images, labels = _by_class(real, data, base.image_size), np.asarray(real.labels)
+        if captions is not None:
+            own = captions.of(real)
+            order = np.argsort(labels, kind="stable")
+            prompts, choose = tuple(own[i] for i in order), _of_another(labels)
+            images = [images[label] for label in labels[order]]
+        pictures = Pictures(images, strength=config.strength)
     generator = Generator(
         base, prompts, config.generate, seed=config.seed, adapters=states, pictures=pictures,
         mesh=local_mesh(),
     )  # fmt: skip
-
-    def choose(label: int, index: int) -> int:
-        return label if bank is None else bank.choose(config.seed, label, index)
 
     def draw(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
         chosen = [choose(*map(int, pair)) for pair in zip(labels, indices, strict=True)]
@@ -135,9 +144,27 @@ def generate_images(
     return {"images": count, "prompts": len(prompts), "devices": jax.device_count()}
 
 
-def _by_class(shots: Artifact, data: Dataset, size: int) -> list[np.ndarray]:
-    """The shots of each class as squares (n, size, size, 3)."""
-    real = load_shots(shots.path / SHOTS_FILE).train_source(data)
+def _chooser(seed: int, bank: PromptBank | None) -> Callable[[int, int], int]:
+    """Which prompt image `index` of class `label` is drawn from."""
+    return (lambda label, _: label) if bank is None else partial(bank.choose, seed)
+
+
+def _of_another(labels: np.ndarray) -> Callable[[int, int], int]:
+    """Prompts are of the shots, class by class: of n the image takes its picture's neighbor's, from
+    the n-th image on that of the next, so that pictures meet all captions but their own."""
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+
+    def choose(label: int, index: int) -> int:
+        turn, place = divmod(index, int(counts[label]))
+        others = max(int(counts[label]) - 1, 1)
+        return int(starts[label] + (place + 1 + turn % others) % counts[label])
+
+    return choose
+
+
+def _by_class(real: ImageSource, data: Dataset, size: int) -> list[np.ndarray]:
+    """The images of each class as squares (n, size, size, 3)."""
     labels = np.asarray(real.labels)
     return [
         np.stack([square(real[int(i)].image, size) for i in np.flatnonzero(labels == label)])

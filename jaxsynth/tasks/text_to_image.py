@@ -121,10 +121,17 @@ def encode_examples(
     crops: int,
     seed: int,
     batch_size: int = 8,
+    captions: Sequence[str] | None = None,
 ) -> Examples:
-    """The images of `source` as latents, with the tokens of their classes' prompts."""
+    """The images of `source` as latents, with the tokens of their classes' prompts.
+
+    `captions` of every image take the place of `prompts` of the classes.
+    """
     found = encode_source(pipeline, source, crops=crops, seed=seed, batch_size=batch_size)
-    ids = pipeline.tokenizer(list(prompts))[np.asarray(source.labels)]
+    if captions is None:
+        ids = pipeline.tokenizer(list(prompts))[np.asarray(source.labels)]
+    else:
+        ids = pipeline.tokenizer(list(captions))
     return Examples(found.mean, found.std, ids, found.sizes)
 
 

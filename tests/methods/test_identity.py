@@ -150,6 +150,7 @@ UNTRIED = {
             for field in ("weights", *PROMPT_FILES)
         ),
         *(f"sets.words.prompts.{name}" for name in PROMPT_FILES),
+        "captions",
     },
     "controlled": {"condition_folder"},  # maps on disk
     "customize": {"mask_folder"},

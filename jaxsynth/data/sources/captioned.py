@@ -10,14 +10,15 @@ All images are of one class, which is called as the folder is; a part of them is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jaxsynth.core.documents import parse_json, read_text
-from jaxsynth.core.errors import shown
+from jaxsynth.core.errors import UserError, shown
+from jaxsynth.core.io import json_digest
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource, Indices, SourceError
 from jaxsynth.data.names import class_of_folder, natural_key
@@ -63,7 +64,8 @@ def load_captioned(config: DataConfig) -> Loaded:
     if not images:
         raise SourceError(f"{root}: no images; expected them side by side, each with a text")
     ids = sorted((path.name for path in images), key=natural_key)
-    texts = _of_table(root, ids) if (root / TABLE).is_file() else _of_files(root)
+    table = root / TABLE
+    texts = _of_table(table, set(ids)) if table.is_file() else _beside(root, ids)
     missing = [id_ for id_ in ids if not texts.get(id_)]
     if missing:
         raise SourceError(
@@ -79,6 +81,48 @@ def load_captioned(config: DataConfig) -> Loaded:
     return names, train, test, f"{config.test_fraction:g} held out, seed {config.split_seed}"
 
 
+@dataclass(frozen=True)
+class Captions:
+    """A text for each of a data set's images that has one, by the images' ids."""
+
+    path: Path
+    texts: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all of it."""
+        return json_digest(dict(self.texts))
+
+    def of(self, source: ImageSource) -> list[str]:
+        """Those of a source's images, in its order; UserError naming an image without one."""
+        missing = [id_ for id_ in source.ids if id_ not in self.texts]
+        if missing:
+            raise UserError(
+                f"captions: {self.path}: no text of {counted(len(missing), 'image')} of "
+                f"{len(source.ids)}, the first is {shown(missing[0])}; write a line with file_name "
+                f"and text, or a file {Path(missing[0]).with_suffix(SUFFIXES[0])} in the folder"
+            )
+        return [self.texts[id_] for id_ in source.ids]
+
+
+def read_captions(path: str | Path, data: Dataset) -> Captions:
+    """The texts of a data set's training images.
+
+    Args:
+        path: a .jsonl with a line {"file_name": id, "text": ...} for each, or a folder with texts
+            named as the images are: cat/1.txt for cat/1.jpg.
+
+    Raises:
+        UserError: no such path, a line without both, or of an image that is not in the data set.
+    """
+    found, ids = Path(path).expanduser(), data.train.ids
+    if found.is_dir():
+        return Captions(found, _beside(found, ids))
+    if not found.is_file():
+        raise UserError(f"captions: {found}: no such file or folder")
+    return Captions(found, _of_table(found, set(ids)))
+
+
 def captions(data: Dataset, source: ImageSource) -> list[str]:
     """The text of each image of a part of `data`: its own, or else its class's prompt."""
     of_classes = prompts(data)
@@ -91,12 +135,12 @@ def _own(source: ImageSource, index: int) -> str:
     return source.captions[index] if isinstance(source, CaptionedSource) else ""
 
 
-def _of_table(root: Path, ids: Sequence[str]) -> dict[str, str]:
+def _of_table(table: Path, ids: Set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for number, line in enumerate(read_text(root / TABLE).splitlines(), 1):
+    for number, line in enumerate(read_text(table).splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{root / TABLE}, line {number}"
+        where = f"{table}, line {number}"
         row = parse_json(line, where)
         name = row.get("file_name")
         text = next((row[key] for key in COLUMNS if isinstance(row.get(key), str)), None)
@@ -105,20 +149,20 @@ def _of_table(root: Path, ids: Sequence[str]) -> dict[str, str]:
                 f"{where}: expected file_name and {' or '.join(COLUMNS)}, found {shown(list(row))}"
             )
         if name not in ids:
-            raise SourceError(f"{where}: no image {shown(name)} in {root}")
+            raise SourceError(f"{where}: no image {shown(name)} in {table.parent}")
         if found.setdefault(name, _plain(text)) != _plain(text):
             raise SourceError(f"{where}: {shown(name)} has another text in a row above")
     return found
 
 
-def _of_files(root: Path) -> dict[str, str]:
-    """The texts beside images, by the images' names."""
+def _beside(root: Path, ids: Iterable[str]) -> dict[str, str]:
+    """The texts in files of the images' names, below a folder."""
     found = {}
-    for path in images_in(root, {}):
-        beside = (path.with_suffix(suffix) for suffix in SUFFIXES)
-        text = next((file for file in beside if file.is_file()), None)
+    for id_ in ids:
+        files = (root / Path(id_).with_suffix(suffix) for suffix in SUFFIXES)
+        text = next((file for file in files if file.is_file()), None)
         if text is not None:
-            found[path.name] = _plain(read_text(text))
+            found[id_] = _plain(read_text(text))
     return found
 
 

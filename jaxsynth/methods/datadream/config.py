@@ -48,7 +48,8 @@ class SetConfig:
     the nearest of each class by the run's CLIP to its `query`, the class's "texts" or its "shots".
     Without a pool they are the training images that are no shots, their labels unseen. "edited" are
     drawn by the base from each class's prompt, beginning with its shots in turn, with noise of the
-    given `strength` (DISEF), or of IsSynth's for that many shots where it is left open.
+    given `strength` (DISEF), or of IsSynth's for that many shots where it is left open; `captioned`
+    ones are told by the run's `captions`, each image by that of another shot (DISEF too).
     """
 
     kind: Annotated[str, OneOf("prompts", "retrieved", "edited")] = "prompts"
@@ -57,17 +58,18 @@ class SetConfig:
     pool: str = ""
     query: Annotated[str, OneOf("texts", "shots")] = "texts"
     strength: Annotated[float, Range(0, 1, above=True)] | None = None
+    captioned: bool = False
 
     def __post_init__(self):
         check_limits(self)
         used = {
             "prompts": ("prompts", "guidance_scale"),
             "retrieved": ("pool", "query"),
-            "edited": ("guidance_scale", "strength"),
+            "edited": ("guidance_scale", "strength", "captioned"),
         }
         plain = {
             "prompts": PromptConfig(), "guidance_scale": None, "pool": "", "query": "texts",
-            "strength": None,
+            "strength": None, "captioned": False,
         }  # fmt: skip
         for name, default in plain.items():
             if name not in used[self.kind] and getattr(self, name) != default:
@@ -137,15 +139,17 @@ class Recipe:
 class Config:
     """One run: every number of shots with every seed and mode.
 
-    `shots` are the images of each class that are learned from; `seeds` those of every draw.
-    `base` and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the
-    storage and compute type of the frozen networks; adapters stay float32. `image_size` is the side
-    in pixels of the images that the generator learns and draws (0: the base's own). `modes`: "dset"
-    is one adapter for the whole data set, "cls" one for each class, "stacked" one for each class
-    that learns on top of the data set's. `classes_at_once` bounds how many class adapters train
-    together (0: all). `validation_fraction` of the shots is kept from training and chooses the
-    classifier's step; at 0 the last step is taken. `adapter`, where it is given, is what the
-    generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
+    `shots` are the images of each class that are learned from; `seeds` those of every draw. `base`
+    and `clip` are folders, hub ids, or the shipped "tiny" and "tiny/clip". `dtype` is the storage
+    and compute type of the frozen networks; adapters stay float32. `image_size` is the side in
+    pixels of the images that the generator learns and draws (0: the base's own). `modes`: "dset" is
+    one adapter for the whole data set, "cls" one for each class, "stacked" one for each class that
+    learns on top of the data set's. `classes_at_once` bounds how many class adapters train together
+    (0: all). `captions` are texts of the training images, with which the generator is fine-tuned in
+    the place of classes' prompts: a .jsonl of lines {"file_name", "text"}, or a folder of texts
+    named as the images (`read_captions`). `validation_fraction` of the shots is kept from training
+    and chooses the classifier's step; at 0 the last step is taken. `adapter`, where it is given, is
+    what the generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
 
     `recipes` are more rows of the table by their names, `sets` images that they use, and `students`
     classifiers besides CLIP.
@@ -163,6 +167,7 @@ class Config:
     seeds: Annotated[tuple[Seed, ...], Distinct()] = (0,)
     validation_fraction: BelowOne = 0.0
     classes_at_once: Natural = 0
+    captions: str = ""
     adapter: AdapterChoice | None = None
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -183,6 +188,11 @@ class Config:
         for name in self.sets:
             if not name or name in (*MODES, PROMPTS) or "/" in name:
                 raise ValueError(f"sets: {name!r}, expected another name, without /")
+            if self.sets[name].captioned and not self.captions:
+                raise ValueError(
+                    f"sets.{name}.captioned: true, but the run has no `captions`; give a .jsonl or "
+                    "a folder of texts"
+                )
         known = (*self.modes, PROMPTS, *self.sets)
         for name, recipe in self.recipes.items():
             if not name or "/" in name:

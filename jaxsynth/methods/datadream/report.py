@@ -263,7 +263,8 @@ def _set_words(one: SetConfig) -> str:
         return f"the {where} that are nearest to a class's {one.query}, labels unseen"
     if one.kind == "edited":
         strength = "IsSynth's for their number" if one.strength is None else f"{one.strength:g}"
-        return f"drawn by the untouched base beginning with the shots, strength {strength}"
+        told = ", each told by another shot's caption" if one.captioned else ""
+        return f"drawn by the untouched base beginning with the shots, strength {strength}{told}"
     return f"drawn by the untouched base from {', '.join(one.prompts.weights)}"
 
 

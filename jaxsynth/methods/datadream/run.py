@@ -16,6 +16,7 @@ Below the run's folder:
     .../alignment                        beside a set's images: how near they are to real ones
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +33,7 @@ from jaxsynth.data.dataset import Dataset, ImageSource, source_digest
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptBank, make_bank
 from jaxsynth.data.prompts import prompts as class_prompts
+from jaxsynth.data.sources.captioned import Captions, read_captions
 from jaxsynth.data.splits import few_shot
 from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.datadream import report as pages
@@ -133,6 +135,14 @@ class _Run:
         }
 
     @cached_property
+    def captions(self) -> Source[Captions] | None:
+        if not self.config.captions:
+            return None
+        return Source(
+            lambda: read_captions(self.config.captions, self.data.value), lambda x: x.digest
+        )
+
+    @cached_property
     def students(self) -> dict[str, Source[Classifier]]:
         return {
             name: Source(lambda path=one.checkpoint: load_classifier(path), lambda x: x.digest)
@@ -181,6 +191,10 @@ class _Run:
         check_size(self.base.value, self.config.image_size)
         for network in (self.base.value, self.clip.value):
             network.tokenizer(list(class_prompts(data)))
+        if self.captions is not None:
+            for shots, seed in itertools.product(self.config.shots, self.config.seeds):
+                drawn = few_shot(data, shots, seed, val_fraction=self.config.validation_fraction)
+                self.base.value.tokenizer(self.captions.value.of(drawn.train_source(data)))
         for bank in self.banks.values():
             self.base.value.tokenizer(list(bank.value.texts))
         for name, pool in self.pools.items():
@@ -344,6 +358,7 @@ class _Run:
                 data=self.data,
                 base=self.base,
                 shots=drawn,
+                captions=self.captions if one.captioned else None,
             )
         return generate_images(
             folder / "images",
@@ -381,6 +396,7 @@ class _Run:
                 data=self.data,
                 base=self.base,
                 under=under,
+                captions=self.captions,
             )
         return self.made[folder / "adapter"]
 

@@ -13,6 +13,7 @@ from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompts import prompts as class_prompts
+from jaxsynth.data.sources.captioned import Captions
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset, shared
@@ -81,7 +82,7 @@ def _adapter_bytes(
     shots: Artifact,
     data: Dataset,
     base: StableDiffusion,
-    under: Artifact | None = None,
+    **_: object,
 ) -> int:
     train, count = config.finetune, 1 if config.mode == "dset" else data.num_classes
     base = base.sized(config.image_size)
@@ -97,20 +98,19 @@ def finetune_generator(
     data: Dataset,
     base: StableDiffusion,
     under: Artifact | None = None,
+    captions: Captions | None = None,
 ) -> dict:
     """One adapter for all classes, or one for each in a folder of its name.
 
-    Those of the classes learn on top of the adapter `under`, where there is one.
+    Those of the classes learn on top of the adapter `under`, where there is one. `captions` say
+    what each shot shows, in the place of its class's prompt.
     """
     drawn, finetuning = load_shots(shots.path / SHOTS_FILE), config.finetune
-    base = with_adapter(base.sized(config.image_size), under)
+    base, seen = with_adapter(base.sized(config.image_size), under), drawn.train_source(data)
     examples = encode_examples(
-        base,
-        drawn.train_source(data),
-        class_prompts(data),
-        crops=finetuning.crops_per_image,
-        seed=config.seed,
-    )
+        base, seen, class_prompts(data), crops=finetuning.crops_per_image, seed=config.seed,
+        captions=None if captions is None else captions.of(seen),
+    )  # fmt: skip
     if config.mode == "dset":
         state = finetune(
             base, examples, finetuning, work.training, seed=config.seed, mesh=work.mesh,

@@ -1,14 +1,16 @@
 """Folders of captioned images: both layouts, what is a caption's place, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.core.errors import UserError
+from jaxsynth.data.dataset import DataConfig, Dataset, SourceError
 from jaxsynth.data.load import load_dataset
-from jaxsynth.data.sources.captioned import captions
+from jaxsynth.data.sources.captioned import captions, read_captions
 
 TEXTS = {"1.png": "a red  square\n", "2.jpg": "ein Würfel", "10.png": "a last one", "3.png": "c"}
 
@@ -85,3 +87,35 @@ def test_what_is_missing_is_named(tmp_path):
     for path, message in ((tmp_path / "gone", "no such folder"), ("", "needs the folder")):
         with pytest.raises(SourceError, match=message):
             load(path)
+
+
+def of_classes(tmp_path) -> tuple[Path, Dataset]:
+    """Photos in folders of classes, and their data set."""
+    root = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(root / name / f"{i}.png")
+    return root, load_dataset(DataConfig(path=str(root), test_fraction=0.5))
+
+
+def test_images_of_classes_have_captions_in_a_table_or_beside_them(tmp_path):
+    root, data = of_classes(tmp_path)
+    ids = list(data.train.ids)
+    lines = [json.dumps({"file_name": id_, "text": f"this is {id_}"}) for id_ in ids]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    for id_ in ids:
+        (root / id_).with_suffix(".txt").write_text(f"this is {id_}")
+    found = [read_captions(path, data) for path in (tmp_path / "texts.jsonl", root)]
+    assert [one.of(data.train) for one in found] == [[f"this is {id_}" for id_ in ids]] * 2
+    assert found[0].digest == found[1].digest
+    (root / ids[0]).with_suffix(".txt").write_text("another")
+    assert read_captions(root, data).digest != found[0].digest
+    (root / ids[1]).with_suffix(".txt").unlink()
+    with pytest.raises(UserError, match=rf"no text of 1 image of 2, the first is '{ids[1]}'"):
+        read_captions(root, data).of(data.train)
+    (tmp_path / "texts.jsonl").write_text('{"file_name": "cat/9.png", "text": "a"}')
+    with pytest.raises(UserError, match=r"texts.jsonl, line 1: no image 'cat/9.png'"):
+        read_captions(tmp_path / "texts.jsonl", data)
+    with pytest.raises(UserError, match=r"captions: .*nowhere: no such file or folder"):
+        read_captions(tmp_path / "nowhere", data)
