@@ -108,12 +108,16 @@ def command(settings, capfd):
 
 
 @pytest.fixture(scope="module")
-def finished(base_folder, tmp_path_factory, settings):
+def digits(tmp_path_factory) -> tuple[str, ...]:
+    student = write_classifier(tmp_path_factory.mktemp("student"))
+    return (*DIGITS, f"--config.students.net.checkpoint={student}")
+
+
+@pytest.fixture(scope="module")
+def finished(base_folder, tmp_path_factory, settings, digits):
     """The workdir of a run on eight devices."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    student = write_classifier(tmp_path_factory.mktemp("student"))
-    given = (*DIGITS, f"--config.students.net.checkpoint={student}")
-    assert cli.main(list(arguments(base_folder, workdir, *given))) == 0
+    assert cli.main(list(arguments(base_folder, workdir, *digits))) == 0
     return workdir
 
 
@@ -256,9 +260,9 @@ def test_the_generated_sets(finished):
 
 
 @pytest.mark.slow
-def test_the_same_command_again_skips_every_stage(finished, base_folder, command):
+def test_the_same_command_again_skips_every_stage(finished, base_folder, command, digits):
     before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
-    code, out, err = command(*arguments(base_folder, finished, *DIGITS))
+    code, out, err = command(*arguments(base_folder, finished, *digits))
     assert (code, err) == (0, "")
     assert out.count("unchanged, skipped") == len(STAGES)
     assert all(path.read_bytes() == data for path, data in before.items())
@@ -274,8 +278,8 @@ def test_the_same_command_again_skips_every_stage(finished, base_folder, command
         ("data.template=a {}", "data: changed template"),
     ],
 )
-def test_a_changed_field_is_refused_by_name(finished, base_folder, command, field, message):
-    code, _, err = command(*arguments(base_folder, finished, *DIGITS, f"--config.{field}"))
+def test_a_changed_field_is_refused_by_name(finished, base_folder, command, digits, field, message):
+    code, _, err = command(*arguments(base_folder, finished, *digits, f"--config.{field}"))
     assert code == 1 and message in err, err
 
 
@@ -288,7 +292,7 @@ def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     (partial / "report.html").unlink()
     code, out, err = command("report", partial)
     assert (code, err) == (0, "") and "report.html" in out
-    assert len(json.loads((partial / "results.json").read_text())) == 10
+    assert len(json.loads((partial / "results.json").read_text())) == 11
     code, out, err = command("report", partial, finished)
     assert (code, err) == (0, "") and f"side by side: {partial / 'comparison.html'}" in out
     page = (partial / "comparison.html").read_text()
