@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -362,6 +363,8 @@ def _prepare_libraries() -> None:
         flags.FLAGS.mark_as_parsed()
     # Orbax warns of every save that a slow disk holds up; the saves themselves are checked.
     logging.set_verbosity(logging.ERROR)
+    # Pillow tells of damaged EXIF data and large headers; what matters of them is an error here.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import absl.logging
 import jax
+import PIL.Image
 import pytest
 
 import jaxsynth.core.errors
 from jaxsynth.cli import main as cli
 from jaxsynth.cli.failures import is_for_users
 from jaxsynth.core import preemption
+from jaxsynth.data.decode import decode_image
 from jaxsynth.runs.stage import run_stage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -247,6 +249,10 @@ def test_what_libraries_tell_their_developers_is_not_shown(command):
     absl.logging.warning("Waiting for previous save to complete took 5 seconds")
     code, out, err = command(*RUN)
     assert code == 0 and "Waiting" not in out + err
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x03\0\x0f\x01\x02\0"  # ends in its first entry
+    PIL.Image.new("RGB", (8, 8)).save("photo.jpg", exif=exif)
+    cli.main(RUN)
+    assert decode_image(Path("photo.jpg")).shape == (8, 8, 3)
 
 
 def test_too_little_memory_is_no_bug(command):
