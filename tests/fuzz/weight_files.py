@@ -14,10 +14,10 @@ from flax import nnx
 
 from jaxsynth.adapters import inject, registry
 from jaxsynth.core.documents import read_json
+from jaxsynth.core.places import ASSETS
 from jaxsynth.diffusion.samplers import make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.classifiers import convnext, dinov2, resnet, swin, vit
-from jaxsynth.core.places import ASSETS
 from jaxsynth.models.clip import CLIPConfig
 from jaxsynth.models.diffusion import controlnet, dit, unet, vae
 from jaxsynth.models.gan import e2gan, patchgan, pix2pix
