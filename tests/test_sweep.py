@@ -107,7 +107,7 @@ def test_points_share_stages_and_one_may_fail(tmp_path):
 
     lines = run()
     assert ["failed" in line for line in lines[:3]] == [False, True, False]
-    assert "error: '/none': no such folder" in lines[1]
+    assert "error: config.clip: '/none': no such folder" in lines[1]
     assert lines[-1].startswith("2 of 3 points")
     (log,) = tmp_path.glob("*assets*/point.log")
     assert log.read_text().count("taken from") >= 7

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ from jaxsynth.cli.failures import is_for_users, message
 from jaxsynth.cli.parser import parse, take_assignments
 from jaxsynth.core.checks import check_config
 from jaxsynth.core.errors import UsageError, UserError
+from jaxsynth.core.places import check_places
 from jaxsynth.core.preemption import EXIT_CODE, Preempted, install
 
 # The module that runs a method has `Config` (frozen dataclasses), `make(config, workdir)`, which
@@ -110,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
     """`jaxsynth run`: starts a run, or goes on with it."""
     name, method, config = _configured(args)
     check_config(config, args.workdir)
+    _check_places(config, args)
     from jaxsynth.runs import reuse
 
     reuse.look_in(args.reuse)
@@ -252,8 +255,8 @@ def named_values(spec: str, assignments: Sequence[tuple[str, str]]) -> tuple[str
 def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """`named_values` of a command.
 
-    A field that is not there, a value that it does not take and photos that are not there are told
-    here, where the method, and JAX with it, is still to be imported.
+    A field that is not there, a value that it does not take, and photos and models that are not
+    there are told here, where the method, and JAX with it, is still to be imported.
     """
     from jaxsynth.core import schema
 
@@ -262,7 +265,25 @@ def _values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         told = schema.check(METHODS[name], values)
         if args.verb == "run":
             check_config(told, args.workdir)
+        _check_places(told, args)
     return name, values
+
+
+def _check_places(config: Any, args: argparse.Namespace) -> None:
+    """UsageError for a model, and in a run a file or folder, that a field names and is not there.
+
+    A plan may be made where data are not. A run asks the hub for what it will download.
+    """
+    away = check_places(config, models_alone=args.verb == "plan")
+    if args.verb != "run" or args.dry_run:
+        return
+    for where, name in away:
+        from jaxsynth.weights.hub import check_there
+
+        try:
+            check_there(name)
+        except UserError as error:
+            raise UsageError(f"{where}: {error}") from None
 
 
 def _configured(args: argparse.Namespace) -> tuple[str, ModuleType, Any]:
@@ -342,6 +363,8 @@ def _prepare_libraries() -> None:
         flags.FLAGS.mark_as_parsed()
     # Orbax warns of every save that a slow disk holds up; the saves themselves are checked.
     logging.set_verbosity(logging.ERROR)
+    # Pillow tells of damaged EXIF data and large headers; what matters of them is an error here.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 if __name__ == "__main__":

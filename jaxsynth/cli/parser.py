@@ -9,7 +9,7 @@ from typing import NoReturn
 import jaxsynth
 from jaxsynth.cli import generate, help, plan
 from jaxsynth.cli.paths import local_path
-from jaxsynth.core.errors import UsageError
+from jaxsynth.core.errors import UsageError, quoted
 
 
 def take_assignments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -27,8 +27,15 @@ def take_assignments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, st
             value = next(arguments, None)
             if value is None or value.startswith("--"):
                 raise UsageError(f"{argument} needs a value: {argument}=VALUE")
+        for other, before in assignments:
+            if other == name:
+                raise _given_twice(f"--config.{name}", before, value)
         assignments.append((name, value))
     return rest, assignments
+
+
+def _given_twice(flag: str, before: str, value: str) -> UsageError:
+    return UsageError(f"{flag} is given twice, as {quoted(before)} and {quoted(value)}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         argv = ["fields", spec]
     if argv and argv[0] in subparsers:
         _refuse_unknown(argv[0], subparsers[argv[0]], argv[1:])
+        _refuse_repeated(subparsers[argv[0]], argv[1:])
     return parser.parse_args(argv)
 
 
@@ -84,6 +92,24 @@ def _refuse_unknown(verb: str, parser: argparse.ArgumentParser, words: Sequence[
             value_next = not given and actions[name].nargs != 0
         elif not is_value and not placed:
             raise _unknown(verb, word, list(actions), placed)
+
+
+def _refuse_repeated(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """UsageError for an option with two values, of which argparse would take the last."""
+    actions = {name: action for action in parser._actions for name in action.option_strings}
+    values: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        name, sign, value = word.partition("=")
+        action = actions.get(name)
+        if action is None or action.nargs == 0:
+            continue
+        value = value if sign else next(rest, "")
+        if isinstance(action, argparse._AppendAction):
+            continue
+        if action.dest in values:
+            raise _given_twice(name, values[action.dest], value)
+        values[action.dest] = value
 
 
 def _unknown(verb: str, word: str, options: Sequence[str], placed: Sequence[str]) -> UsageError:

@@ -94,7 +94,8 @@ def read_lines(path: str | os.PathLike, expected: Any = dict, *, cut: bool = Fal
 def parse_json(data: bytes | str, where: Any, expected: Any = dict, *, finite: bool = True) -> Any:
     """The content of one JSON document, converted to `expected`; `where` is what errors call it."""
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
+        # Windows' editors put a mark of byte order in front.
+        text = data.removeprefix("\ufeff") if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
     if text.count("[") + text.count("{") > MOST_LEVELS and _depth(text) > MOST_LEVELS:

@@ -25,7 +25,8 @@ def quoted(value: Any, limit: int = 80) -> str:
         return (
             repr(value) if value.bit_length() <= 256 else f"a number of {value.bit_length()} bits"
         )
-    return f"a value of type {type(value).__name__}"
+    kind = dict if isinstance(value, dict) else type(value)
+    return f"a value of type {kind.__name__}"
 
 
 def shown(value: Any, most: int = 8) -> str:

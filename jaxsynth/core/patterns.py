@@ -9,11 +9,13 @@ letters, `.`, `[...]`, `\d \w \s`, `^ $`, groups, `|`, `* + ? {m,n}`. Whether a 
 makes no difference to whether a name matches.
 """
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
-from jaxsynth.core.errors import quoted
+from jaxsynth.core.errors import UserError, quoted
 
 # Of one pattern. An automaton of that many states is followed over all names of a network in less
 # than the steps, which take some seconds, unless a pattern is made to be slow.
@@ -32,6 +34,15 @@ _REPEAT = re.compile(r"\{(\d{0,6})(,?)(\d{0,6})\}")
 
 class PatternError(ValueError):
     """A pattern that is none, that needs what is not implemented, or that takes too long."""
+
+
+@contextmanager
+def in_file(source: str | os.PathLike) -> Iterator[None]:
+    """Names the file of a pattern that is used inside and is none."""
+    try:
+        yield
+    except PatternError as error:
+        raise UserError(f"{os.fspath(source)}: {error}") from None
 
 
 def matches_whole(pattern: str, name: str) -> bool:

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jaxsynth.core import limits
+from jaxsynth.core import limits, places
 from jaxsynth.core.errors import UserError
 
 _PACKAGE = __name__.partition(".")[0]
@@ -271,8 +271,9 @@ class Module:
     def _type(self, name: str) -> Any:
         if name in _BUILTINS:
             return _BUILTINS[name]
-        if self.imports.get(name, ("",))[0] == limits.__name__:
-            return getattr(limits, self.imports[name][1])
+        for marks in (limits, places):
+            if self.imports.get(name, ("",))[0] == marks.__name__:
+                return getattr(marks, self.imports[name][1])
         if name in self._values:
             return self.type_of(self._values[name])
         place = self.place(name)
@@ -354,7 +355,7 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
 
 
 class _Words(ast.NodeTransformer):
-    """Puts words in the place of limits."""
+    """Puts words in the place of limits and of what names a place."""
 
     def __init__(self, source: Module):
         self._source = source
@@ -363,12 +364,16 @@ class _Words(ast.NodeTransformer):
         kind = self._source.type_of(node)
         if found := limits.limits_of(kind):
             return ast.Name(f"{typing.get_args(kind)[0].__name__} {found[0]}")
-        return node
+        place = places.place_of(kind)
+        return node if place is None else ast.Name(str(place))
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         if not isinstance(node.value, ast.Name) or node.value.id != "Annotated":
             return self.generic_visit(node)
-        (limit,) = limits.limits_of(self._source.type_of(node)) or [None]
+        kind = self._source.type_of(node)
+        if (place := places.place_of(kind)) is not None:
+            return ast.Name(str(place))
+        (limit,) = limits.limits_of(kind) or [None]
         if isinstance(limit, limits.OneOf):
             return ast.Name(str(limit))
         inner = node.slice.elts[0]  # pyrefly: ignore[missing-attribute]

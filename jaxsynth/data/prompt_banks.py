@@ -27,6 +27,7 @@ import numpy as np
 
 from jaxsynth.core.documents import parse_json, read_text, take
 from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.places import MaybeFile, Templates
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.prompts import prompts, read_templates
 
@@ -45,11 +46,11 @@ class PromptConfig:
     """
 
     weights: Mapping[str, float] = field(default_factory=lambda: {"template": 1.0})
-    templates: str = "imagenet7"
-    hypernyms: str = ""
-    places: str = ""
-    captions: str = ""
-    contexts: str = ""
+    templates: Templates = "imagenet7"
+    hypernyms: MaybeFile = ""
+    places: MaybeFile = ""
+    captions: MaybeFile = ""
+    contexts: MaybeFile = ""
 
     def __post_init__(self):
         if not self.weights:

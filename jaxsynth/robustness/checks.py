@@ -36,13 +36,13 @@ def as_array(values: Any, name: str) -> Any:
     return found
 
 
-def check_function(predict: Any) -> None:
+def check_function(predict: Any, name: str = "predict") -> None:
     """ValueError for what is no function, and for a torch module, which takes other images."""
     if not callable(predict):
-        raise ValueError(f"predict: expected a function, found {type(predict).__name__}")
+        raise ValueError(f"{name}: expected a function, found {type(predict).__name__}")
     if any(kind.__module__.startswith("torch.nn") for kind in type(predict).__mro__):
         raise ValueError(
-            f"predict: {type(predict).__name__} is a torch module, which takes tensors (b, 3, h, w)"
+            f"{name}: {type(predict).__name__} is a torch module, which takes tensors (b, 3, h, w)"
             "; give jaxsynth.robustness.from_torch(model.eval())"
         )
 
@@ -54,9 +54,27 @@ def check_names(values: Any, name: str) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def check_key(key: Any, name: str = "key") -> None:
-    """ValueError for a seed, or a key of the old style."""
+def check_number(
+    value: Any, name: str, least: float = 0.0, most: float = np.inf, *, above: bool = False
+) -> Any:
+    """A finite number from `least` (or only `above` it) to `most`; ValueError for another."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    found = np.asarray(as_array(value, name))
+    fits = found.ndim == 0 and found.dtype.kind in "fiu" and np.isfinite(found)
+    if not fits or not least <= found <= most or (above and found == least):
+        low = f"above {least:g}" if above else f"{least:g} or more"
+        upto = "" if most == np.inf else f" and at most {most:g}"
+        shown = f"{found}" if found.ndim == 0 else f"an array of shape {found.shape}"
+        raise ValueError(f"{name}: expected one number, {low}{upto}, found {shown}")
+    return float(found)
+
+
+def check_key(key: Any, name: str = "key", *, single: bool = False) -> None:
+    """ValueError for a seed, a key of the old style, or several keys where one is to be."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if single and key.shape:
+            raise ValueError(f"{name}: expected one random key, found {key.shape} of them")
         return
     if isinstance(key, int | np.integer):
         raise ValueError(f"{name}: found the number {key}; give jax.random.key({key})")

@@ -16,9 +16,11 @@ from jaxsynth.robustness.attacks.evaluate import Attack
 from jaxsynth.robustness.attacks.gradient import PAPER_EPS
 from jaxsynth.robustness.checks import (
     as_array,
+    check_function,
     check_images,
     check_labels,
     check_names,
+    check_number,
     check_whole,
 )
 from jaxsynth.robustness.corruptions.predictions import Corruptions
@@ -65,6 +67,7 @@ def evaluate(
     R_adv of a model that is never right. ValueError says which argument is not as it should be.
     """
     check_whole(seed, "seed", 0, 2**63 - 1)
+    eps = check_number(eps, "eps")
     for name, changed, other, used in (
         ("eps", eps != PAPER_EPS, "attacks", attacks),
         ("severities", severities != SEVERITIES, "corruptions", corruptions),
@@ -74,22 +77,24 @@ def evaluate(
     for name, given in (("shifted", shifted), ("ood", ood)):
         if not isinstance(given, Mapping | None):
             raise ValueError(f"{name}: expected sets by name, found {type(given).__name__}")
+        if strange := [key for key in given or () if not isinstance(key, str) or not key]:
+            raise ValueError(f"{name}: {strange[0]!r}: expected a name")
     key = jax.random.key(seed)
     sources = {"images": _source(images, labels, "images")}
     for name, given in (shifted or {}).items():
         if not isinstance(given, tuple | list) or len(given) != 2:
             raise ValueError(f"shifted: {name!r}: expected (images, labels)")
         sources[name] = _source(*given, f"shifted {name}")
-    strange = {
-        name: _source(given, np.zeros(len(given), np.int32), f"ood {name}")
-        for name, given in (ood or {}).items()
-    }
+    strange = {name: _source(given, None, f"ood {name}") for name, given in (ood or {}).items()}
     clean = sources.pop("images")
     made, with_autoattack = _attacks(attacks)
     if (features is None) != (training is None):
         raise ValueError("features and training: expected both, the scores are fitted on training")
     known = None
     if features is not None and training is not None:
+        if not isinstance(training, tuple | list) or len(training) != 2:
+            raise ValueError("training: expected (images, labels)")
+        check_function(features, "features")
         known = Features(features, _source(*training, "training"))
     answers = suite.answer(
         predict,
@@ -190,12 +195,14 @@ class _Images:
 
 
 def _source(images: Any, labels: Any, name: str) -> _Images:
-    """ValueError for images that are neither 8 bits nor in [0, 1]."""
+    """ValueError for images that are neither 8 bits nor in [0, 1]; without labels all are 0."""
     found = np.asarray(as_array(images, name))
     if found.dtype != np.uint8:
         found = np.asarray(check_images(found, name))
     if found.ndim != 4 or found.shape[-1] != 3 or not len(found):
         raise ValueError(f"{name}: expected (images, height, width, 3), found {found.shape}")
+    if labels is None:  # of no class of the model's
+        labels = np.zeros(len(found), np.int32)
     # The classes are known when the model has answered: `suite.answer` checks the range.
     labels = np.asarray(check_labels(labels, len(found), np.iinfo(np.int32).max, f"{name}: labels"))
     return _Images(found, labels, tuple(f"{name} {i}" for i in range(len(found))))
@@ -207,6 +214,11 @@ def _as_it_is(image: np.ndarray) -> np.ndarray:
 
 def _attacks(asked: Sequence[str] | Mapping[str, Attack]) -> tuple[dict[str, Attack], bool]:
     if isinstance(asked, Mapping):
+        for name, attack in asked.items():
+            if not callable(attack):
+                raise ValueError(
+                    f"attacks: {name!r}: expected a function, found {type(attack).__name__}"
+                )
         return dict(asked), False
     for name in check_names(asked, "attacks"):
         if name not in ATTACKS:

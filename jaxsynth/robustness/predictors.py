@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, UInt8
@@ -55,6 +56,7 @@ class Asker:
     predict: Partial | HostFunction
     preprocess: Preprocess | None
     batch_size: int
+    name: str = "predict"
 
     def read(
         self, source: ImageSource, rows: Iterable[int], *, ready: tuple[int, ...] | None = None
@@ -108,13 +110,14 @@ class Asker:
         """ValueError for NaN or infinite ones, and for labels that are none of their classes."""
         parts = []
         for rows, batch in batches(len(source), self.batch_size):
-            found = np.asarray(ask(self.predict, self.read(source, batch)), np.float32)
+            found = np.asarray(ask(self.predict, self.read(source, batch), self.name), np.float32)
             parts.append(found[: rows.stop - rows.start])
         found = np.concatenate(parts)
         if not np.isfinite(found).all():
             row = int(np.argmin(np.isfinite(found).all(1)))
             raise ValueError(
-                f"predict: NaN or infinite logits, the first for image {source.ids[row]} of {name}"
+                f"{self.name}: NaN or infinite values, the first for image {source.ids[row]} of "
+                f"{name}"
             )
         return found
 
@@ -137,17 +140,23 @@ def as_predictor(predict: Callable, image: Float[np.ndarray, "h w 3"]) -> Partia
     return Partial(predict)
 
 
-def ask(predict: Partial | HostFunction, images: Float[Array, "n h w 3"]) -> np.ndarray:
-    """Logits (n, c). ValueError for another shape."""
+def ask(
+    predict: Partial | HostFunction, images: Float[Array, "n h w 3"], name: str = "predict"
+) -> np.ndarray:
+    """Logits (n, c). ValueError for another shape, or for what is no real number."""
     if isinstance(predict, HostFunction):
         found = predict(images)
     else:
         found = np.asarray(_ask(predict, images))
     if found.ndim != 2 or len(found) != len(images) or found.shape[1] < 2:
+        what = "logits" if name == "predict" else "features"
+        kinds = "classes" if name == "predict" else "dimensions"
         raise ValueError(
-            f"predict: expected logits ({len(images)}, classes) of 2 or more classes, found "
+            f"{name}: expected {what} ({len(images)}, {kinds}) of 2 or more {kinds}, found "
             f"{found.shape}"
         )
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"{name}: expected numbers, found {found.dtype}")
     return found
 
 

@@ -181,7 +181,7 @@ def _under_attack(
 
 def _feature_scores(asker: Asker, sets: Sets, features: Features, found: Answers) -> Answers:
     function = as_predictor(features.function, asker.read(sets.clean, [0])[0])
-    network = replace(asker, predict=function)
+    network = replace(asker, predict=function, name="features")
     parts = {"clean": sets.clean, **{f"ood/{name}": each for name, each in sets.ood.items()}}
     last = None
     if features.kernel is not None:

@@ -28,6 +28,7 @@ from jaxsynth.core.limits import (
     Range,
     Share,
 )
+from jaxsynth.core.places import Templates
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.schedules import NoiseSchedule
@@ -58,7 +59,7 @@ class InversionConfig(TrainingConfig):
     token: str = "<subject>"
     vectors: Count = 1
     initializer: str = ""
-    templates: str = "object"
+    templates: Templates = "object"
     noise_offset: NotNegative = 0.0
     snr_gamma: Positive | None = None
     crops_per_image: Count = 4

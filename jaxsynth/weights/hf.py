@@ -20,6 +20,7 @@ from flax import nnx
 from jaxsynth.core.console import console
 from jaxsynth.core.documents import checked, read_json, take
 from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.core.places import ASSETS
 from jaxsynth.diffusion.scheduler_config import corrected
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.clip import (
@@ -291,7 +292,7 @@ def describe_clip(
 def _stand_in_tokenizer(name: str | os.PathLike) -> Tokenizer:
     """One for shapes: as many ids of a text as the published one makes."""
     _say_once((f"{name}: planned from its published sizes, no file of it is read",))
-    return Tokenizer(hub.ASSETS / "tiny" / "tokenizer", max_length=published.TOKENS)
+    return Tokenizer(ASSETS / "tiny" / "tokenizer", max_length=published.TOKENS)
 
 
 def _stored_shapes(model: Model, dtype: Any) -> Model:

@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 import numpy as np
@@ -22,9 +23,10 @@ from jaxsynth.core import io
 from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UserError, quoted
 from jaxsynth.core.io import file_digests_cached
+from jaxsynth.core.places import local_model
 from jaxsynth.weights.safetensors import opened
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+T = TypeVar("T")
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
@@ -39,7 +41,6 @@ _VARIANTS = ("", "fp32", "fp16", "bf16")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 # What a hub snapshot may hold besides the weights that `_wanted` picks.
 _TEXT_FILES = (".json", ".txt")
 _SKIPPED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -53,24 +54,21 @@ def resolve(name_or_path: str | os.PathLike, *, weights: bool = True) -> Path:
     txt and, where `weights` are wanted, the files of `weight_files`) or found in the hub's cache.
     UserError if none of it works.
     """
-    text = os.fspath(name_or_path)
-    path = Path(text).expanduser()
-    if not text.strip():
-        # As a path it would be the current folder.
-        raise UserError("the name of a model is empty, expected a folder, a hub id or tiny")
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"{path}: is a file, expected a folder")
-    if text == "tiny" or text.startswith("tiny/"):
-        packaged = ASSETS / text
-        if packaged.is_dir():
-            return packaged
-        raise UserError(f"{text!r}: not among the package's files (looked for {packaged})")
-    if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
-        raise UserError(f"{text!r}: no such folder, and not a hub id (owner/name)")
-    name, _, revision = text.partition("@")
+    folder = local_model(name_or_path)
+    if folder is not None:
+        return folder
+    name, _, revision = os.fspath(name_or_path).partition("@")
     return _download(name, revision, weights)
+
+
+@cache
+def check_there(hub_id: str) -> None:
+    """UserError where a repository is neither in the hub's cache nor shown by the hub."""
+    name, _, revision = hub_id.partition("@")
+    at = {"revision": revision or None}
+    if _cached(name, at) is None:
+        ask = partial(huggingface_hub.HfApi().model_info, name, timeout=20, **at)
+        _of_hub(name, ask, lambda: None)
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> None:
@@ -210,26 +208,34 @@ def digest(files: Sequence[Path], settings: Sequence[Path] = ()) -> str:
 
 def _download(name: str, revision: str, weights: bool) -> Path:
     """A snapshot of a hub repository, or the cached one where the hub cannot be reached."""
+    at = {"revision": revision or None}
+
+    def download() -> Path:
+        info = huggingface_hub.HfApi().model_info(name, timeout=20, **at)
+        wanted = _wanted(name, [file.rfilename for file in info.siblings or ()])
+        if not weights:
+            wanted = [file for file in wanted if file.endswith(_TEXT_FILES)]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **at))
+
+    return _of_hub(name, download, lambda: _cached(name, at))
+
+
+def _of_hub(name: str, ask: Callable[[], T], otherwise: Callable[[], T | None]) -> T:
+    """What the hub answers; what there is `otherwise` where it does not, or one UserError."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     # Its warnings about every retry would bury the one error below.
     logger.setLevel(logging.ERROR)
-    at = {"revision": revision or None}
     try:
-        try:
-            info = huggingface_hub.HfApi().model_info(name, timeout=20, **at)
-            wanted = _wanted(name, [file.rfilename for file in info.siblings or ()])
-            if not weights:
-                wanted = [file for file in wanted if file.endswith(_TEXT_FILES)]
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **at))
-        except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-            # Also what the hub answers for private and gated repositories without a token.
-            reason = f"the hub does not show it ({type(error).__name__}); {_first_line(error)}"
-        except (hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:
-            reason = f"the download failed ({_first_line(error)})"
-            cached = _cached(name, at)
-            if cached is not None:
-                return cached
+        return ask()
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        # Also what the hub answers for private and gated repositories without a token.
+        reason = f"the hub does not show it ({type(error).__name__}); {_first_line(error)}"
+    except (hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:
+        reason = f"the download failed ({_first_line(error)})"
+        found = otherwise()
+        if found is not None:
+            return found
     finally:
         logger.setLevel(level)
     raise UserError(

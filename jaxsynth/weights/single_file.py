@@ -139,7 +139,7 @@ class Checkpoint:
             }
         except KeyError as error:
             raise UserError(f"{self.path}: key {error.args[0]!r} is missing{_WAY_OUT}") from None
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{self.path}: {error}{_WAY_OUT}") from None
 
     @property
@@ -155,7 +155,7 @@ class Checkpoint:
         if "v_pred" in self.shapes or not self.open_clip:
             return "v_pred" in self.shapes
         step = self._value("global_step")
-        return step is None or int(step.reshape(-1)[0]) != 875000  # 2-base, the only one without
+        return step is None or not np.any(step == 875000)  # 2-base, the only one without
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
@@ -305,15 +305,41 @@ def inferred(
     }
 
 
+class _Shape(tuple):
+    """A shape that names its tensor where it has too few axes."""
+
+    key: str
+
+    def __new__(cls, key: str, shape: tuple[int, ...]):
+        made = super().__new__(cls, shape)
+        made.key = key
+        return made
+
+    def __getitem__(self, axis):
+        try:
+            return super().__getitem__(axis)
+        except IndexError:
+            raise self._too_few() from None
+
+    def pair(self) -> tuple[int, int]:
+        """The two axes of a matrix."""
+        if len(self) != 2:
+            raise self._too_few()
+        return self[0], self[1]
+
+    def _too_few(self) -> ValueError:
+        return ValueError(f"key {self.key!r} has shape {tuple(self)}, expected other axes")
+
+
 class _Shapes(dict):
-    """Shapes by key behind a prefix; the KeyError has the whole key."""
+    """Shapes by key behind a prefix; errors have the whole key."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], prefix: str):
         self._prefix = prefix
-        inside = {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
-        super().__init__(inside)
+        inside = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
+        super().__init__({k.removeprefix(prefix): _Shape(k, v) for k, v in inside.items()})
 
-    def __missing__(self, key: str) -> tuple[int, ...]:
+    def __missing__(self, key: str) -> _Shape:
         raise KeyError(self._prefix + key)
 
     def count(self, pattern: str) -> int:
@@ -386,16 +412,14 @@ def _text(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         layers = found.count(r"transformer\.resblocks\.(\d+)\.")
         # Of the whole tower, which has a projection, the networks read all layers but the last.
         whole = "text_projection" in found or layers == 24
-        (vocabulary, width), (length, _) = (
-            found["token_embedding.weight"],
-            found["positional_embedding"],
-        )
+        vocabulary, width = found["token_embedding.weight"].pair()
+        length = found["positional_embedding"][0]
         inner, act = found["transformer.resblocks.0.mlp.c_fc.weight"][0], "gelu"
         layers -= whole
     else:
         found = _Shapes({k.replace("text_model.", ""): v for k, v in shapes.items()}, HF_CLIP)
         layers = found.count(r"encoder\.layers\.(\d+)\.")
-        vocabulary, width = found["embeddings.token_embedding.weight"]
+        vocabulary, width = found["embeddings.token_embedding.weight"].pair()
         length = found["embeddings.position_embedding.weight"][0]
         inner, act = found["encoder.layers.0.mlp.fc1.weight"][0], "quick_gelu"
     return {

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import absl.logging
 import jax
+import PIL.Image
 import pytest
 
 import jaxsynth.core.errors
 from jaxsynth.cli import main as cli
 from jaxsynth.cli.failures import is_for_users
 from jaxsynth.core import preemption
+from jaxsynth.data.decode import decode_image
 from jaxsynth.runs.stage import run_stage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -179,6 +181,25 @@ def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
         ((*RUN, "--config.part.fil=1"), 2, "config.part.fil: no such field; did you mean file?"),
         ((*RUN, "--config.steps=many"), 2, "config.steps='many': expected an integer"),
         ((*RUN, "--config.steps"), 2, "--config.steps needs a value"),
+        (
+            (*RUN, "--config.steps=1", "--config.steps", "2"),
+            2,
+            "--config.steps is given twice, as '1' and '2'",
+        ),
+        ((*RUN, "--workdir", "v"), 2, "--workdir is given twice, as 'w' and 'v'"),
+        ((*RUN, "--config=b.py"), 2, "--config is given twice, as 'counting.py' and 'b.py'"),
+        (
+            ("plan", "--config=a.py", "--topology=v5e:2x2", "--topology=v5e:4x4"),
+            2,
+            "--topology is given twice, as 'v5e:2x2' and 'v5e:4x4'",
+        ),
+        (("convert", "a", "b", "--to=peft", "--to=kohya"), 2, "--to is given twice, as 'peft' and"),
+        (("bench", "attacks", "--reps=1", "--reps=2"), 2, "--reps is given twice, as '1' and '2'"),
+        (
+            ("generate", "--base=tiny", "--prompt=x", "--prompt=y", "--out=a", "--out", "b"),
+            2,
+            "--out is given twice, as 'a' and 'b'",
+        ),
         ((*RUN, "--config.=1"), 2, "expected --config.FIELD=VALUE"),
         ((*RUN, "--config.method=datadream"), 2, "--config.method: the config file decides"),
         ((*RUN, "--num_processes=2"), 2, "needs --coordinator_address and --process_id too"),
@@ -228,6 +249,10 @@ def test_what_libraries_tell_their_developers_is_not_shown(command):
     absl.logging.warning("Waiting for previous save to complete took 5 seconds")
     code, out, err = command(*RUN)
     assert code == 0 and "Waiting" not in out + err
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x03\0\x0f\x01\x02\0"  # ends in its first entry
+    PIL.Image.new("RGB", (8, 8)).save("photo.jpg", exif=exif)
+    cli.main(RUN)
+    assert decode_image(Path("photo.jpg")).shape == (8, 8, 3)
 
 
 def test_too_little_memory_is_no_bug(command):

@@ -11,6 +11,7 @@ import pytest
 from jaxsynth.cli.main import METHODS, method_module, named_values
 from jaxsynth.core import schema
 from jaxsynth.core.config import ConfigError, to_dataclass, to_dict
+from jaxsynth.core.places import place_of
 from jaxsynth.core.source import is_part
 from tests.test_configs import FILES, VARIANTS
 
@@ -132,6 +133,63 @@ MISTAKES = (
     ("--config.data.labels.a=1", "config.data.labels=a value of type dict: expected a string"),
     ("--config.data=photos", "config.data: holds several fields, set one of them"),
 )
+# Every field of a method that names a model, a file or a folder.
+PLACES = {
+    "controlled": ("base", "condition_folder"),
+    "customize": (
+        "base", "clip", "image_encoder", "mask_folder", "textual_inversion.templates",
+    ),
+    "datadream": ("base", "clip"),
+    "diffscaler": ("base", "features", "vae"),
+    "robustness": ("sets.classes", *(f"sets.{part}.{name}" for part in (
+        "background", "clean", "conflict", "context"
+    ) for name in ("class_map", "depth", "files", "labels"))),
+    "scaling": ("backbone", "base", "clip"),
+    "tiny_base": (),
+    "weightgen": ("concepts.path", "edits.model", "text"),
+}  # fmt: skip
+# Those of parts that have names, and what else a field needs to be read.
+NAMED_PLACES = (
+    ("controlled", "base"),
+    ("controlled", "condition_folder"),
+    ("customize", "base"),
+    ("customize", "clip"),
+    ("customize", "textual_inversion.templates"),
+    ("datadream", "base"),
+    ("datadream", "clip"),
+    ("datadream", "sets.mine.pool", "sets.mine.kind=retrieved"),
+    ("datadream", "sets.mine.prompts.templates"),
+    ("datadream", "sets.mine.prompts.captions", "sets.mine.prompts.weights.caption=1"),
+    ("diffscaler", "base"),
+    ("diffscaler", "vae"),
+    ("diffscaler", "features"),
+    ("diffscaler", "condition_folders.depth"),
+    ("robustness", "models.mine.clip"),
+    ("robustness", "models.mine.checkpoint"),
+    ("robustness", "models.mine.head", "models.mine.checkpoint=tiny"),
+    ("robustness", "models.mine.preprocessing", "models.mine.checkpoint=tiny"),
+    ("robustness", "models.mine.templates"),
+    ("robustness", "models.mine.adapter"),
+    ("scaling", "base"),
+    ("scaling", "clip"),
+    ("scaling", "backbone"),
+    ("weightgen", "text"),
+    ("weightgen", "concepts.path", "concepts.source=file"),
+    ("weightgen", "edits.model", "edits.kind=diffusion"),
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fields_that_name_models_and_files(method):
+    shown = schema.config_of(METHODS[method])
+    found = [name for name, hint, _ in leaves(shown) if place_of(hint) and ".NAME" not in name]
+    own = [name for name in found if "NAME." not in name]
+    assert sorted(own) == sorted(PLACES[method])
+    for name in found:
+        ending = name.rpartition("NAME.")[2]
+        assert own.count(name) or any(
+            one == method and field.endswith(ending) for one, field, *_ in NAMED_PLACES
+        ), name
 
 
 def test_fields_and_mistakes_are_told_without_jax(tmp_path):
@@ -145,9 +203,18 @@ def test_fields_and_mistakes_are_told_without_jax(tmp_path):
         (str(ROOT / "configs" / f"{method}.py"), f"--config.{field}", words)
         for method, field, words in CROSSED
     ]
+    mistakes += [
+        (
+            str(ROOT / "configs" / f"{method}.py"),
+            [f"--config.{field}=tinny", *(f"--config.{one}" for one in others)],
+            f"config.{field}: ",
+        )
+        for method, field, *others in NAMED_PLACES
+    ]
     commands += [
-        ["run", f"--config={spec}", f"--workdir={tmp_path / 'w'}", field]
-        for spec, field, _ in mistakes
+        ["run", f"--config={spec}", f"--workdir={tmp_path / 'w'}"]
+        + (given if isinstance(given, list) else [given])
+        for spec, given, _ in mistakes
     ]
     code = (
         "import sys; sys.modules['jax'] = None; from jaxsynth.cli.main import main\n"
@@ -163,4 +230,5 @@ def test_fields_and_mistakes_are_told_without_jax(tmp_path):
     assert len(told) == len(mistakes)
     for line, (_, _, words) in zip(told, mistakes, strict=True):
         assert words in line
+        assert "tinny" not in line or "no such f" in line, line
     assert not (tmp_path / "w").exists()

@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxsynth.adapters import inject, registry
 from jaxsynth.core.documents import read_json
+from jaxsynth.core.places import ASSETS
 from jaxsynth.diffusion.samplers import make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.classifiers import convnext, dinov2, resnet, swin, vit
@@ -160,7 +161,7 @@ def configs(folder: Path) -> list[Case]:
         config = read_json(path)
         make_sampler(config, NoiseSchedule.from_config(config), 4)
 
-    schedulers = sorted(hub.ASSETS.rglob("scheduler_config.json"))
+    schedulers = sorted(ASSETS.rglob("scheduler_config.json"))
     for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"):
         config = json.loads(schedulers[0].read_text())
         path = folder / name / "scheduler_config.json"
@@ -170,7 +171,7 @@ def configs(folder: Path) -> list[Case]:
         }, "num_train_timesteps": 1000, "timestep_spacing": "leading"}))  # fmt: skip
         schedulers.append(path)
     cases += [Case("scheduler", source, sampler) for source in schedulers]
-    clip = hub.ASSETS / "tiny" / "clip" / preprocessing.PREPROCESSOR
+    clip = ASSETS / "tiny" / "clip" / preprocessing.PREPROCESSOR
     cases.append(Case("preprocessor", clip, preprocessing.from_transformers))
     timm = folder / "timm.json"
     values = {"input_size": [3, 32, 32], "crop_pct": 0.9, "interpolation": "bicubic",
@@ -203,8 +204,8 @@ def networks(folder: Path) -> list[Case]:
 def pipelines(folder: Path) -> list[Case]:
     """Whole pipelines: every JSON file of their folders, described or loaded."""
     apart = shutil.ignore_patterns("clip", "dit")
-    shutil.copytree(hub.ASSETS / "tiny", folder / "sd", ignore=apart)
-    shutil.copytree(hub.ASSETS / "tiny" / "clip", folder / "clip")
+    shutil.copytree(ASSETS / "tiny", folder / "sd", ignore=apart)
+    shutil.copytree(ASSETS / "tiny" / "clip", folder / "clip")
     cases = []
     for name, read in (("sd", hf.describe_pipeline), ("clip", hf.describe_clip)):
         root = folder / name

@@ -15,7 +15,7 @@ from jaxsynth.robustness.attacks.square import square
 from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.robustness.corruptions.registry import corrupt, corrupt_3d
 from jaxsynth.robustness.metrics import calibration, ood
-from jaxsynth.robustness.metrics.bootstrap import interval, mean
+from jaxsynth.robustness.metrics.bootstrap import interval, mean, ratio
 from jaxsynth.robustness.metrics.detection import detection
 
 RNG = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_calibration_takes_lists_and_tensors_and_whole_bins(name):
     assert metric(LOGITS.tolist(), CLASSES.tolist()) == expected
     assert metric(torch.tensor(LOGITS), torch.tensor(CLASSES)) == expected
     assert metric(jnp.asarray(LOGITS), CLASSES.astype(np.uint8)) == expected
-    for bins in (0, 2.5, 15.0, True, "15"):
+    for bins in (0, 2.5, 15.0, True, "15", 10**9):
         with pytest.raises(ValueError, match=f"bins: expected a whole number, 1 .* {bins!r}"):
             metric(LOGITS, CLASSES, bins=bins)
     for logits, labels, message in (
@@ -147,3 +147,38 @@ def test_scores_of_float64_logits_are_float64(score):
     assert narrow.dtype == jnp.float32
     np.testing.assert_allclose(narrow, found, rtol=1e-5)
     assert score(logits.tolist()).dtype == np.float64
+
+
+KEYS = jax.random.split(jax.random.key(0), 2)
+FOUR, NINE = np.ones(4), np.ones(9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda key: corrupt("contrast", IMAGES, 3, KEYS), r"key: expected one random .* \(2,\)"),
+        (lambda key: corrupt("fog", IMAGES, 3, key, first=-1), "first: expected a whole number, 0"),
+        (
+            lambda key: ood.energy(LOGITS, temperature=0),
+            "temperature: expected one num.* above 0",
+        ),
+        (lambda key: ood.energy(LOGITS, temperature=np.nan), "temperature: .* found nan"),
+        (lambda key: ood.energy(LOGITS, temperature=FOUR), r"an array of shape \(4,\)"),
+        (lambda key: ood.gen(LOGITS, gamma=-1), "gamma: expected one number, above 0, found -1"),
+        (lambda key: ood.gen(LOGITS, top=0), "top: expected a whole number, 1 or more, found 0"),
+        (lambda key: ratio(FOUR, NINE), r"below: expected shape \(4,\), one .* found \(9,\)"),
+        (lambda key: mean(FOUR, NINE), r"among: expected shape \(4,\), one .* found \(9,\)"),
+        (lambda key: interval(mean(FOUR), 9, key), "figure: it is none of 9 images"),
+        (lambda key: interval(mean(FOUR), 0, key), "count: expected a whole number, 1 or more"),
+        (lambda key: interval(mean(FOUR), 4, KEYS), "key: expected one random key"),
+        (
+            lambda key: attacked(
+                lambda *args, **options: "x", predict, IMAGES, LABELS, key, eps=0.1
+            ),
+            r"attack: expected images \(4, 16, 16, 3\), made \(\)",
+        ),
+    ],
+)
+def test_numbers_and_keys_are_refused_by_name(key, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(key)

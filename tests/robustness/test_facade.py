@@ -123,6 +123,20 @@ def test_feature_scores_need_features_of_training_images():
         ({"seed": 0.5}, "seed: expected a whole number"),
         ({"shifted": {"A": IMAGES}}, r"shifted: 'A': expected \(images, labels\)"),
         ({"attacks": ("PGD",), "eps": 8}, "eps: 8 is more than images"),
+        ({"attacks": ("PGD",), "eps": np.ones(2)}, r"eps: expected one number, .* shape \(2,\)"),
+        ({"attacks": ("PGD",), "eps": "8/255"}, "eps: expected one number, 0 or more, found 8/255"),
+        ({"attacks": {"mine": 3}}, "attacks: 'mine': expected a function, found int"),
+        ({"ood": {"A": 3}}, r"ood A: expected \(images, .*, found shape \(\)"),
+        ({"ood": {"": STRANGE}}, "ood: '': expected a name"),
+        ({"shifted": {3: (IMAGES, LABELS)}}, "shifted: 3: expected a name"),
+        ({"training": IMAGES, "features": in_numpy}, r"training: expected \(images, labels\)"),
+        ({"training": (IMAGES, LABELS), "features": 3}, "features: expected a function, found"),
+        (
+            {"training": (IMAGES, LABELS), "features": lambda x: "x", "ood": {"A": STRANGE}},
+            r"features: expected features \(8, dimensions\) .*, found \(\)",
+        ),
+        ({"predict": lambda x: in_numpy(x) > 0}, "predict: expected numbers, found bool"),
+        ({"predict": lambda x: in_numpy(x) + 0j}, "predict: expected numbers, found complex"),
     ],
 )
 def test_mistakes_are_named(change, message):

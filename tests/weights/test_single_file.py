@@ -237,6 +237,9 @@ def test_the_folder_behind_an_at_gives_settings(folders, files, tmp_path):
     assert found.digest != load_pipeline(f"{path}@{folders['1.x']}").digest
 
 
+UNET = "model.diffusion_model."
+
+
 def strangers(tensors):
     one = np.ones((2, 2), "f4")
     q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
@@ -276,6 +279,16 @@ def strangers(tensors):
             tensors
             | {"model.diffusion_model.input_blocks.0.0.weight": np.ones((64, 9, 3, 3), "f4")},
             "in_channels is 9",
+        ),
+        "a-number": (
+            tensors | {f"{UNET}out.2.weight": np.asarray(3, "f4")}, r"out.2.weight' has shape \(\)"
+        ),
+        "a-row": (
+            tensors | {f"{UNET}input_blocks.0.0.weight": one[0]}, r"0.0.weight' has shape \(2,\)"
+        ),
+        "a-row-of-words": (
+            tensors | {f"{clip}embeddings.token_embedding.weight": one[0]},
+            r"token_embedding.weight' has shape \(2,\), expected other axes",
         ),
         "another-shape": (tensors | {q: one}, r"shape \(2, 2\), expected \(64, 64\)"),
     }  # fmt: skip

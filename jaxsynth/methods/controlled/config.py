@@ -5,6 +5,7 @@ from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.limits import Count, Distinct, OneOf, Seed, check_limits
+from jaxsynth.core.places import MaybeFolder, ModelOrFile
 from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -27,10 +28,10 @@ class Config:
     """
 
     method: str = "controlled"
-    base: str = "tiny"
+    base: ModelOrFile = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
     kind: Annotated[str, OneOf(*CHANNELS)] = "edges"
-    condition_folder: str = ""
+    condition_folder: MaybeFolder = ""
     ways: Annotated[tuple[str, ...], Distinct()] = tuple(name for name in WAYS if name != CHOSEN)
     adapter: AdapterChoice | None = None
     rank: Count = 8

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Distinct, Natural, OneOf, Seed, check_limits
+from jaxsynth.core.places import MaybeFolder, MaybeModel, Model, ModelOrFile
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.generation.generate import GenerateConfig
@@ -53,8 +54,8 @@ class Config:
 
     method: str = "customize"
     technique: str = "textual_inversion"
-    base: str = "tiny"
-    clip: str = "tiny/clip"
+    base: ModelOrFile = "tiny"
+    clip: Model = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)
@@ -65,10 +66,10 @@ class Config:
     textual_inversion: InversionConfig | None = None
     dreambooth: DreamBoothConfig | None = None
     lora: CaptionConfig | None = None
-    mask_folder: str = ""
+    mask_folder: MaybeFolder = ""
     ip_adapter: ImagePromptConfig | None = None
     references: Natural = 0
-    image_encoder: str = ""
+    image_encoder: MaybeModel = ""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

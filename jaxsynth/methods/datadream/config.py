@@ -21,6 +21,7 @@ from jaxsynth.core.limits import (
     Share,
     check_limits,
 )
+from jaxsynth.core.places import MaybeFolder, Model, ModelOrFile
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptConfig
@@ -55,7 +56,7 @@ class SetConfig:
     kind: Annotated[str, OneOf("prompts", "retrieved", "edited")] = "prompts"
     prompts: PromptConfig = field(default_factory=PromptConfig)
     guidance_scale: Finite | None = None
-    pool: str = ""
+    pool: MaybeFolder = ""
     query: Annotated[str, OneOf("texts", "shots")] = "texts"
     strength: Annotated[float, Range(0, 1, above=True)] | None = None
     captioned: bool = False
@@ -157,8 +158,8 @@ class Config:
     """
 
     method: str = "datadream"
-    base: str = "tiny"
-    clip: str = "tiny/clip"
+    base: ModelOrFile = "tiny"
+    clip: Model = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.limits import Count, Distinct, Natural, OneOf, Seed, check_limits
+from jaxsynth.core.places import MaybeFolder, MaybeModelOrFile, Model, Place
 from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -74,8 +75,8 @@ class Config:
     """
 
     method: str = "diffscaler"
-    base: str = ""
-    vae: str = "tiny"
+    base: MaybeModelOrFile = ""
+    vae: Model = "tiny"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     base_data: dict[str, DataConfig] = field(default_factory=dict)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -95,10 +96,10 @@ class Config:
     together: bool = True
     draw: tuple[str, ...] = ("full",)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    features: str = "tiny/clip"
+    features: Annotated[str, Place(model=True, prefix="inception:")] = "tiny/clip"
     quality: QualityConfig = field(default_factory=QualityConfig)
     conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    condition_folders: dict[str, str] = field(default_factory=dict)
+    condition_folders: dict[str, MaybeFolder] = field(default_factory=dict)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):

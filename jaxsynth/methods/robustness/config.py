@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jaxsynth.core.limits import Count, OneOf, Seed, Share, check_limits
+from jaxsynth.core.places import MaybeFile, MaybeFolder, MaybeModelOrFile, Model, Place, Templates
 from jaxsynth.methods.robustness.sets import SetsConfig
 from jaxsynth.robustness import bias_sets
 from jaxsynth.robustness.corruptions.predictions import Corruptions
@@ -26,12 +27,12 @@ class ModelConfig:
     backgrounds. At most one of the two.
     """
 
-    checkpoint: str = ""
-    head: str = ""
-    preprocessing: str = ""
-    clip: str = "tiny/clip"
-    templates: str = ""
-    adapter: str = ""
+    checkpoint: MaybeModelOrFile = ""
+    head: MaybeFile = ""
+    preprocessing: Annotated[str, Place(file=True, folder=True, words=("", "imagenet"))] = ""
+    clip: Model = "tiny/clip"
+    templates: Templates = ""
+    adapter: MaybeFolder = ""
     train_on: str = ""
 
     def __post_init__(self):

@@ -13,6 +13,7 @@ from typing import Annotated
 import numpy as np
 
 from jaxsynth.core.limits import Natural, OneOf, check_limits
+from jaxsynth.core.places import MaybeFile, MaybeFolder
 from jaxsynth.data import robustness_sets as published
 from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
 from jaxsynth.data.load import load_dataset
@@ -45,10 +46,10 @@ class SetConfig:
     path: str = ""
     name: str = ""
     split: str = "test"
-    labels: str = ""
-    files: str = ""
-    depth: str = ""
-    class_map: str = ""
+    labels: MaybeFile = ""
+    files: MaybeFile = ""
+    depth: MaybeFolder = ""
+    class_map: MaybeFile = ""
     kinds: tuple[str, ...] = ()
     count: Natural = 0
 
@@ -81,7 +82,7 @@ class SetsConfig:
     conflict: SetConfig = field(default_factory=SetConfig)
     background: SetConfig = field(default_factory=SetConfig)
     corrupted: dict[str, SetConfig] = field(default_factory=dict)
-    classes: str = ""
+    classes: MaybeFile = ""
 
     def __post_init__(self):
         if not self.clean.source:

@@ -14,6 +14,7 @@ from jaxsynth.core.limits import (
     Seed,
     check_limits,
 )
+from jaxsynth.core.places import MaybeModelOrFile, Model, ModelOrFile
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -93,8 +94,8 @@ class Config:
     """
 
     method: str = "scaling"
-    base: str = "tiny"
-    clip: str = "tiny/clip"
+    base: ModelOrFile = "tiny"
+    clip: Model = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -106,7 +107,7 @@ class Config:
     real_weight: Positive = 1.0
     practice: tuple[str, ...] = ()
     measured: Natural = 0
-    backbone: str = ""
+    backbone: MaybeModelOrFile = ""
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
     seeds: Annotated[tuple[Seed, ...], Distinct()] = (0, 1, 2)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core.limits import Count, Distinct, Natural, NotNegative, Range, Seed, check_limits
+from jaxsynth.core.places import MaybeFile, ModelOrFile
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.procedural.concepts import (
     COLOURS,
@@ -34,7 +35,7 @@ class ConceptConfig:
     families: tuple[str, ...] = FAMILIES
     colours: tuple[str, ...] = COLOURS
     combinations: Natural = 0
-    path: str = ""
+    path: MaybeFile = ""
     url: str = ""
     model: str = ""
     train: Count = 96
@@ -97,7 +98,7 @@ class Config:
     """
 
     method: str = "weightgen"
-    text: str = "tiny"
+    text: ModelOrFile = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
     photos: Count = 256
     held_out: Count = 32

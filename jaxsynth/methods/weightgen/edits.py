@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 from jaxsynth.core.arrays import read_array
 from jaxsynth.core.io import replacing
+from jaxsynth.core.places import MaybeModelOrFile
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.procedural.concepts import Concept
 from jaxsynth.generation.edited import EditConfig, edit_images
@@ -33,7 +34,7 @@ class EditsConfig:
     """`kind` "diffusion" edits by an InstructPix2Pix folder or hub id `model`, as `how` says."""
 
     kind: Literal["procedural", "diffusion"] = "procedural"
-    model: str = ""
+    model: MaybeModelOrFile = ""
     how: EditConfig = field(default_factory=EditConfig)
 
     def __post_init__(self):

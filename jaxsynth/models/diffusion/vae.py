@@ -6,6 +6,7 @@ only sampled latents are decoded. Structure and weight names are those of diffus
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -58,6 +59,8 @@ class AutoencoderKLConfig:
         types = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types}
         fields.check_blocks(name, types, levels)
         fields.check_groups(name, self.norm_num_groups, self.block_out_channels)
+        if not 0 < self.scaling_factor < math.inf:
+            raise ValueError(f"{name}.scaling_factor: {self.scaling_factor}, expected above 0")
         for field, supported in (
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),

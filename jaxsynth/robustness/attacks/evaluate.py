@@ -57,6 +57,10 @@ def attacked(
         moved = attack(
             predict, jnp.asarray(images[batch]), jnp.asarray(labels[batch]), keys[batch], eps=eps
         )
+        if np.shape(moved) != (len(batch), *images.shape[1:]):
+            raise ValueError(
+                f"attack: expected images {(len(batch), *images.shape[1:])}, made {np.shape(moved)}"
+            )
         found[rows] = np.asarray(moved)[: rows.stop - rows.start]
     return found
 

@@ -104,7 +104,7 @@ def corrupt(
     images, severity = _checked(name, CORRUPTIONS, images, severity, key)
     if textures is not None:
         textures = _checked_textures(name, textures, images.shape)
-    draws = _draws(key, first, CORRUPTIONS[name].draw, images.shape)
+    draws = _draws(key, check_whole(first, "first", 0), CORRUPTIONS[name].draw, images.shape)
     return _corrupt(images, draws, textures, name, severity, released)
 
 
@@ -130,6 +130,7 @@ def corrupt_3d(
         if name != "flash":
             raise ValueError(f"shading: given for {name}, used by flash only")
         shading = _checked_map(shading, "shading", images.shape, (0, 1))
+    first = check_whole(first, "first", 0)
     draws = _draws(key, first, CORRUPTIONS_3D[name].draw, images.shape)
     return _corrupt_3d(images, depth, draws, shading, name, severity, released)
 
@@ -190,7 +191,7 @@ def _checked(
     if name not in known:
         raise ValueError(f"corruption {name!r}: expected one of {', '.join(known)}")
     severity = check_whole(severity, "severity", SEVERITIES[0], SEVERITIES[-1])
-    check_key(key)
+    check_key(key, single=True)
     images = check_images(images)
     if images.shape[-1] != 3 or min(images.shape[1:3]) < LEAST_SIZE:
         raise ValueError(

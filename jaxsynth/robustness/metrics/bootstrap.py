@@ -88,12 +88,22 @@ class Measured(NamedTuple):
 def mean(values: Float[Array, " n"], among: Float[Array, " n"] | None = None) -> Figure:
     """The mean of values, of those images that `among` marks with 1 if it is given."""
     among = jnp.ones(len(values)) if among is None else among
+    _check_alike(values, among, "among")
     return Partial(_ratio, _floats(values) * _floats(among), _floats(among), jnp.float32(1))
 
 
 def ratio(above: Float[Array, " n"], below: Float[Array, " n"], *, scale: float = 1.0) -> Figure:
     """Sum of one value of the images over the sum of another, times `scale`."""
+    _check_alike(above, below, "below")
     return Partial(_ratio, _floats(above), _floats(below), jnp.float32(scale))
+
+
+def _check_alike(values, others, name: str) -> None:
+    """ValueError where there is not one number of each kind for every image."""
+    if np.shape(values) != np.shape(others):
+        raise ValueError(
+            f"{name}: expected shape {np.shape(values)}, one an image, found {np.shape(others)}"
+        )
 
 
 def quotient(above: Figure, below: Figure) -> Figure:
@@ -132,13 +142,18 @@ def interval(
     each resample keeps. ValueError where the figure itself is no number, `TooFewError` where most
     resamples give none, or all the same one and nothing else is known of the figure.
     """
-    check_key(key)
+    check_key(key, single=True)
+    check_whole(count, "count", 1)
     check_whole(resamples, "resamples", 100)
     if not 0 < level < 1:
         raise ValueError(f"level: expected between 0 and 1, found {level}")
     figure = _as_partial(figure)
     first, sizes, members = _layout(count, groups)
-    value, influences = _value_and_influences(jnp.ones(count), figure)
+    try:
+        value, influences = _value_and_influences(jnp.ones(count), figure)
+    except TypeError as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"figure: it is none of {counted(count, 'image')} ({why})") from error
     value = float(value)
     if not np.isfinite(value):
         raise ValueError(

@@ -31,6 +31,8 @@ from jaxsynth.robustness.checks import check_classes, check_labels, check_logits
 
 # The synthetic-clone study's (arXiv 2405.20469); 15 are Guo et al.'s and most libraries'.
 PAPER_BINS = 20
+# More are no diagram, and would only fill memory.
+_MOST_BINS = 10_000
 # Where the temperature is looked for: 1 / T in this range.
 _INVERSE_TEMPERATURES = (1e-6, 1e6)
 
@@ -195,7 +197,7 @@ def mass_edges(values: Float[Array, " n"], bins: int) -> Float[Array, " edges"]:
 
 
 def _checked(logits, labels, bins: int = 1):
-    check_whole(bins, "bins", 1)
+    check_whole(bins, "bins", 1, _MOST_BINS)
     logits = check_logits(logits)
     return logits, check_labels(labels, *logits.shape)
 

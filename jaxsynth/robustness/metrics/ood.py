@@ -27,7 +27,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsynth.quality.metrics import check_features
-from jaxsynth.robustness.checks import as_array, check_labels, check_logits, check_whole
+from jaxsynth.robustness.checks import (
+    as_array,
+    check_labels,
+    check_logits,
+    check_number,
+    check_whole,
+)
 
 Logits = Float[Array, "n c"]
 Features = Float[Array, "n d"]
@@ -67,6 +73,7 @@ def max_logit(logits: Logits) -> Scores:
 @_in_their_precision
 def energy(logits: Logits, *, temperature: float = 1.0) -> Scores:
     """T log sum exp(logits / T), the negative of the energy."""
+    temperature = check_number(temperature, "temperature", above=True)
     return temperature * jax.nn.logsumexp(check_logits(logits) / temperature, axis=1)
 
 
@@ -80,6 +87,7 @@ def negative_entropy(logits: Logits) -> Scores:
 def gen(logits: Logits, *, gamma: float = 0.1, top: int = 100) -> Scores:
     """Minus the sum of (p (1 - p))^gamma over the `top` largest probabilities."""
     logits = check_logits(logits)
+    gamma, top = check_number(gamma, "gamma", above=True), check_whole(top, "top", 1)
     return _gen(logits, gamma, min(top, logits.shape[1]))
 
 

@@ -16,6 +16,7 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core import io
 from jaxsynth.core.documents import parse_json
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.patterns import in_file
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import lora_files, tensor_files
 from jaxsynth.weights.adapters.components import COMPONENTS
@@ -72,12 +73,13 @@ def read_diffusers(path: str | Path) -> dict[str, AdapterState]:
         }
         where = f"{source} ({component})"
         names = renamed[component]
-        config = (
-            lora_files.renamed(lora_files.config_from_peft(own, where, list(names)), names)
-            if own
-            else lora_files.inferred_config(pairs, where)
-        )
-        states[component] = AdapterState(lora_files.arrays_of(pairs, config, where), config)
+        with in_file(where):
+            config = (
+                lora_files.renamed(lora_files.config_from_peft(own, where, list(names)), names)
+                if own
+                else lora_files.inferred_config(pairs, where)
+            )
+            states[component] = AdapterState(lora_files.arrays_of(pairs, config, where), config)
     return states
 
 

@@ -20,6 +20,7 @@ from jaxsynth.adapters.inject import AdapterState, configs_of, extract, trainabl
 from jaxsynth.adapters.registry import add, attach
 from jaxsynth.adapters.to_lora import as_lora
 from jaxsynth.core.errors import UserError
+from jaxsynth.core.patterns import in_file
 from jaxsynth.core.words import counted
 from jaxsynth.weights import recognize
 from jaxsynth.weights.adapters import (
@@ -265,8 +266,9 @@ def _checked(
                 f"{source}: holds an adapter of {component}, which the base lacks{model}"
             )
         try:
-            states[component] = _fitted(network, state)
-            attach(network, states[component])
+            with in_file("its configuration"):
+                states[component] = _fitted(network, state)
+                attach(network, states[component])
         except UserError as error:
             raise UserError(f"{source} ({component}): {error}{model}") from error
     return states

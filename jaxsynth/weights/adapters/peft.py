@@ -20,6 +20,7 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core import io
 from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UserError, shown
+from jaxsynth.core.patterns import in_file
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import (
     factors,
@@ -79,10 +80,11 @@ def read_peft(
     saved = _take_saved(found, fields, model, where)
     biases = _take_biases(found, fields, where)
     fields = {name: x for name, x in fields.items() if name not in ("bias", "modules_to_save")}
-    if kind == "LORA":
-        state = _lora(fields, found, prefix, where, source)
-    else:
-        state = peft_kinds.from_peft(fields, found, source, model, targets, prefix)
+    with in_file(where):
+        if kind == "LORA":
+            state = _lora(fields, found, prefix, where, source)
+        else:
+            state = peft_kinds.from_peft(fields, found, source, model, targets, prefix)
     return AdapterState({**state.arrays, **biases, **saved}, state.config)
 
 

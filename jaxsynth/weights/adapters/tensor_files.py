@@ -15,7 +15,7 @@ import numpy as np
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights.safetensors import FLOATS, INTEGERS, opened
 from jaxsynth.weights.tensors import PICKLED
-from jaxsynth.weights.torch_files.reader import read_nested, read_state_dict
+from jaxsynth.weights.torch_files.reader import STATE_DICTS, read_nested, read_state_dict
 
 # Single numbers of a layer, which tools store in many types and shapes.
 _NUMBERS = (".alpha", ".on_input")
@@ -64,14 +64,18 @@ def metadata_of(source: Path) -> dict[str, str]:
 
 
 def nested(source: Path) -> dict[Any, Any]:
-    """What a PyTorch file holds beside or instead of tensors by key; {} where it is only those."""
+    """What a PyTorch file holds beside or instead of tensors by key; {} where `load` reads those.
+
+    It does where they lie below another name, as in a training checkpoint (`STATE_DICTS`).
+    """
     if source.suffix not in PICKLED:
         return {}
     try:
-        return read_nested(source)
+        found = read_nested(source)
     except UserError:
         # `load` reads the older format too, and says what is wrong with the file.
         return {}
+    return {} if any(isinstance(found.get(name), dict) for name in STATE_DICTS) else found
 
 
 def _plain(value: np.ndarray, kind: str, key: str, source: Path) -> np.ndarray:

@@ -37,6 +37,8 @@ _PICKLED_MAGIC = pickle.dumps(_MAGIC, 2)
 _SHARING = 4
 # Values that plain data in a file may come to, and how deep they may lie in one another.
 _MOST_VALUES, _MOST_LEVELS = 200_000, 64
+# Where training checkpoints have their state dict, in the order in which one is taken.
+STATE_DICTS = ("ema", "model", "state_dict")
 # Letters of each part of a name in an error.
 _MOST_SHOWN = 40
 # What `zipfile` raises for a damaged archive, also for one that wants a password or another method.
@@ -46,7 +48,7 @@ _DAMAGED = (
 
 
 def read_state_dict(
-    path: str | os.PathLike, *, nested: Sequence[str] = ("ema", "model", "state_dict")
+    path: str | os.PathLike, *, nested: Sequence[str] = STATE_DICTS
 ) -> dict[str, np.ndarray]:
     """The tensors of a state dict by key: read-only arrays in its layout and its dtypes.
 

@@ -76,6 +76,9 @@ def test_full_size_parameter_count():
     assert sum(int(np.prod(leaf.shape)) for leaf in shapes) == 83_653_863
     assert config.downscale == 8
     assert config.scaling_factor == 0.18215
+    for factor in (0.0, -1.0):
+        with pytest.raises(ValueError, match=r"scaling_factor: .*, expected above 0"):
+            AutoencoderKLConfig.from_dict({**STABLE_DIFFUSION, "scaling_factor": factor})
 
 
 def test_gaussian_sample_has_its_moments():

@@ -190,7 +190,7 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             expected_calibration_error(bad_logits, bad_labels)
-    with pytest.raises(ValueError, match="bins: expected a whole number, 1 or more, found 0"):
+    with pytest.raises(ValueError, match="bins: expected a whole number, 1 to 10000, found 0"):
         expected_calibration_error(logits, labels, bins=0)
     with pytest.raises(ValueError, match=r"labels: \d+ of 400 are none of the 2 classes"):
         restrict(logits, labels, [0, 1])

@@ -21,6 +21,7 @@ from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.weights.adapters import io
 from jaxsynth.weights.adapters.components import join_networks
+from jaxsynth.weights.adapters.embeddings import embedding_file
 from jaxsynth.weights.adapters.native import write_state
 from jaxsynth.weights.hf import describe
 from jaxsynth.weights.layout import to_file
@@ -309,6 +310,11 @@ def test_pytorch_s_own_files_are_read(bases, tmp_path):
     tensors, changes = lora_at(Q, 16, 16)
     torch.save({k: torch.tensor(v) for k, v in tensors.items()}, tmp_path / "kohya.pt")
     check(tmp_path / "kohya.pt", bases[0], changes)
+    for name in ("ema", "model", "state_dict"):
+        inside = {name: {k: torch.tensor(v) for k, v in tensors.items()}, "global_step": 4}
+        torch.save(inside, tmp_path / f"{name}.ckpt")
+        assert embedding_file(tmp_path / f"{name}.ckpt") is None
+        check(tmp_path / f"{name}.ckpt", bases[0], changes)
     folder = tmp_path / "peft"
     folder.mkdir()
     tensors, changes = lora_at(Q, 16, 16, f"base_model.model.{Q}", **PEFT)
