@@ -133,7 +133,7 @@ class Generator:
             conditioner = controlled(
                 conditioner,
                 controls,
-                tokens=sum(prompt.tokens for prompt in image_prompts),
+                tokens=[prompt.tokens for prompt in image_prompts],
                 pixels=pixels,
                 unet=pipeline.unet,
             )
