@@ -12,9 +12,9 @@ HELP = """\
   --identity  an InstantID's folder (ip-adapter.bin, ControlNetModel/) and the weight of its tokens,
               which draws the person of --face: embeddings (.npy, .npz) of one or several photos, or
               a photo itself with --face-keypoints and --face-encoder (ArcFace's .onnx, or the
-              folder of a face encoder that `jaxsynth run` trained). --keypoints says where the eyes,
-              the nose and the corners of the mouth are drawn (.json, .npy, .npz, or a picture of
-              them as InstantID draws it), and the weight of its IdentityNet. The authors draw at
+              folder of a face encoder that `jaxsynth run` trained). --keypoints says where the
+              eyes, the nose and the corners of the mouth are drawn (.json, .npy, .npz, or a picture
+              of them as InstantID draws it), and the weight of its IdentityNet. The authors draw at
               0.8 and 0.8
 """
 _FLAGS = (

@@ -1,8 +1,8 @@
 """ControlNets beside a generator's denoiser, each with a condition image for every prompt.
 
-They read the text and not the tokens of images that prompt beside it, as in diffusers' pipelines, or
-the tokens of one such prompt alone, as InstantID's IdentityNet (arXiv 2401.07519) those of a face.
-Their residuals are added up, each at its scale. In guess mode (Zhang et al. 2023, arXiv
+They read the text and not the tokens of images that prompt beside it, as in diffusers' pipelines,
+or the tokens of one such prompt alone, as InstantID's IdentityNet (arXiv 2401.07519) those of a
+face. Their residuals are added up, each at its scale. In guess mode (Zhang et al. 2023, arXiv
 2302.05543) only the branch with the prompt gets residuals, which grow towards the middle.
 """
 
@@ -145,9 +145,7 @@ def controlled(
         Setting(control.scale, control.guess_mode, _span(control.reads, tokens))
         for control in controls
     )
-    return ControlledText(
-        base.guidance_scale, base.rescale, controls=settings, tokens=sum(tokens)
-    )
+    return ControlledText(base.guidance_scale, base.rescale, controls=settings, tokens=sum(tokens))
 
 
 def _span(number: int | None, tokens: Sequence[int]) -> tuple[int, int | None] | None:

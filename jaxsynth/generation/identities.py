@@ -30,8 +30,8 @@ def identity_parts(
 
     `embeddings[p]` are those of so many pictures of the face at text prompt p, the same number for
     each; the resampler sees all of them. `keypoints` are pictures (`data.keypoints`). `number` is
-    that of the image prompt among those given. The authors draw at scales of 0.8. UserError naming the InstantID for embeddings of
-    another width.
+    that of the image prompt among those given. The authors draw at scales of 0.8. UserError naming
+    the InstantID for embeddings of another width.
     """
     features = np.stack([np.asarray(own, np.float32) for own in embeddings])[:, None]
     if features.shape[-1] != identity.width:

@@ -109,7 +109,7 @@ def _class_tokens(model: ViTForImageClassification, pixels: Array) -> Array:
 
 
 def load_face_encoder(source: str | Path) -> FaceEncoder:
-    """The encoder of an ONNX file, or of the folder of a vision transformer; UserError for others."""
+    """The encoder of an ONNX file, or of a vision transformer's folder; UserError for others."""
     source = Path(source)
     if not source.is_dir():
         return load_onnx_encoder(source)

@@ -111,9 +111,7 @@ def test_latents_are_those_of_diffusers_with_identity_tokens(folder, pipeline, i
         image_keys(7, np.zeros(1, np.int32), np.zeros(1, np.int32)), (4, 4, 4),
         sampler_of(pipeline, "", CONFIG.num_inference_steps),
     )  # fmt: skip
-    expected = np.moveaxis(
-        theirs(folder, identity, tmp_path, 0.7, 0.6, np.asarray(noise)), 1, -1
-    )
+    expected = np.moveaxis(theirs(folder, identity, tmp_path, 0.7, 0.6, np.asarray(noise)), 1, -1)
     found = drawn_latents(pipeline, [prompt], [control])
     bound = 1e-4 * np.abs(expected).max()
     assert np.abs(found - expected).max() < bound
@@ -148,9 +146,7 @@ def test_identity_tokens_alone_reach_identity_net(pipeline, identity):
         if told.pooled is not None:
             # SDXL's pooled text is no part of what cross-attentions see.
             told = told._replace(pooled=0 * told.pooled)
-        prompt, control = identity_parts(
-            identity, [embeddings(face)], keypoints(), number=extra
-        )
+        prompt, control = identity_parts(identity, [embeddings(face)], keypoints(), number=extra)
         prompts = [*[beside] * extra, prompt]
         positive, _ = with_tokens((told.sized(whole_image((8, 8))),) * 2, prompts)
         conditioner = controlled(

@@ -2,7 +2,7 @@
 
 | in the folder | what is in it |
 |---|---|
-| ip-adapter.bin, or .safetensors | `image_prompts`' parts, the projection a resampler of embeddings |
+| ip-adapter.bin (.safetensors) | `image_prompts`' parts, of which a resampler reads embeddings |
 | ControlNetModel/ | IdentityNet, a ControlNet's config.json and weights in diffusers' form |
 """
 
@@ -69,7 +69,7 @@ def read_identity(source: str | Path, unet: nnx.Module) -> Identity:
 
 
 def write_identity(folder: str | Path, identity: Identity) -> Path:
-    """Writes a folder that `read_identity` and diffusers' classes read; returns the adapter's file."""
+    """Writes a folder that `read_identity` and diffusers read; returns the adapter's file."""
     folder = Path(folder)
     save_model(identity.net, None, folder / NET, jnp.float32)
     return write_image_adapter(folder / FILE, identity.adapter)
