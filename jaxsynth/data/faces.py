@@ -117,11 +117,19 @@ def keypoints_of(source: ImageSource) -> Float[np.ndarray, "n 5 2"]:
 def keypoint_pictures(
     source: ImageSource, keypoints: Float[np.ndarray, "n 5 2"], size: int
 ) -> UInt8[np.ndarray, "n size size 3"]:
-    """The pictures of the keypoints of square images, at `size` pixels.
+    """The pictures of the keypoints of square images, at `size` pixels."""
+    sides = check_square(source)
+    return np.stack(
+        [
+            draw_keypoints((points + 0.5) * size / side - 0.5, (size, size))
+            for points, side in zip(keypoints, sides, strict=True)
+        ]
+    )
 
-    UserError naming an image that is no square: what is cut off others at random moves their faces.
-    """
-    found = []
+
+def check_square(source: ImageSource) -> list[int]:
+    """The sides of square images; UserError naming one that is none, as its crops move its face."""
+    sides = []
     for i, id_ in enumerate(source.ids):
         height, width = source[i].image.shape[:2]
         if height != width:
@@ -129,9 +137,8 @@ def keypoint_pictures(
                 f"{id_}: {width}x{height} pixels, and keypoints go with square images alone: they "
                 "would not follow the random crops of others"
             )
-        points = (keypoints[i] + 0.5) * size / width - 0.5
-        found.append(draw_keypoints(points, (size, size)))
-    return np.stack(found)
+        sides.append(width)
+    return sides
 
 
 def _needed(source: ImageSource, name: str) -> np.ndarray:

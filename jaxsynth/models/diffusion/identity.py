@@ -59,6 +59,20 @@ class IdentityPrompted(ImagePrompted):
         super().__init__(unet, text_encoder, text_encoder_2, projections)
         self.identity_net = identity_net
 
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Int[Array, " b"] | Float[Array, " b"],
+        encoder_hidden_states: Float[Array, "b s d"],
+        condition: Float[Array, "b h2 w2 3"],
+        *,
+        text_embeds: Float[Array, "b p"] | None = None,
+        time_ids: Float[Array, "b k"] | None = None,
+    ) -> Float[Array, "b h w o"]:
+        """`denoise`, told by the denoiser's own arguments."""
+        text = TextCondition(encoder_hidden_states, text_embeds, time_ids)
+        return self.denoise(x, t, text, condition=condition)
+
     def denoise(
         self,
         x: Float[Array, "b h w c"],
