@@ -148,7 +148,7 @@ UNTRIED = {
         *(f"sets.words.prompts.{name}" for name in PROMPT_FILES),
     },
     "controlled": {"condition_folder"},  # maps on disk
-    "customize": {"mask_folder"},
+    "customize": {"mask_folder", "faces"},
     "diffscaler": {
         "mirror", "study", "recipes", "sets_recipe", "sets_steps", "draw", "conditions",
         "condition_folders",

@@ -49,7 +49,7 @@ from jaxsynth.weights.networks.classifiers import Classifier, save_classifier
 from jaxsynth.weights.preprocessing import Preprocessing
 
 ENCODER = "encoder"
-_SIDE, _PATCH, _HEAD = 32, 4, 16
+_SIDE, _PATCH, _HEAD = 32, 8, 16
 # Of data that are not at hand: what is published for faces.
 PUBLISHED_WIDTH = 512
 
@@ -63,7 +63,7 @@ class FaceEncoderConfig:
 
     width: Count = 64
     layers: Count = 4
-    steps: Count = 1000
+    steps: Count = 600
     batch_size: Count = 64
     learning_rate: Positive = 1e-3
 

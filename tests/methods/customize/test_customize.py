@@ -28,13 +28,18 @@ OWN = {
         "ip_adapter.evaluate_every=4",
         "ip_adapter.sample_every=4", "prompts=zero",
     ),
+    "instantid": (
+        "instantid.evaluate_every=4", "instantid.sample_every=4", "prompts=zero",
+    ),
 }  # fmt: skip
+FIRST = {"instantid": ["faces"]}
 PROGRAMS = {"dreambooth": ["draw, class"]}
 FILES = {
     "textual_inversion": "learned_embeds.safetensors",
     "dreambooth": "adapter.safetensors",
     "lora": "pytorch_lora_weights.safetensors",
     "ip_adapter": "ip-adapter.safetensors",
+    "instantid": "ip-adapter.bin",
 }
 
 
@@ -77,10 +82,10 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     if technique == "dreambooth":
         (prompt,) = ImageStore(workdir / "class-seed0").class_names
         assert prompt == "a photo of the digit three"
-    if technique == "ip_adapter":
+    if technique in ("ip_adapter", "instantid"):
         assert "like" in stores["images"].class_names[1]
         assert "custom_others" in json.loads((workdir / "results.json").read_text())["seeds"][0]
-    if technique in ("lora", "ip_adapter"):
+    if technique in ("lora", "ip_adapter", "instantid"):
         lines = read_metrics(workdir / "learned-seed0" / ".training" / "metrics.jsonl")
         assert any("eval/held_out_error" in line for line in lines)
     found = json.loads((workdir / "results.json").read_text())
@@ -98,7 +103,15 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
 
 
 REFUSED = {
-    "technique": ("lora", "technique=instantid", "(InstantID needs an encoder of faces)"),
+    "technique": ("lora", "technique=controlnet", "(ControlNet is the method controlled"),
+    "faces of none": ("lora", "faces=x.npz", "faces: lora sees no faces"),
+    "an image encoder of faces": ("instantid", "image_encoder=x", "instantid sees no images"),
+    "both faces": ("instantid", "faces=x.npz", "`faces` has embeddings already"),
+    "unknown people": (
+        "instantid", "data.name=printed", "not known whose face each image shows; give embeddings",
+    ),
+    "a width of heads": ("instantid", "face_encoder.width=20", "width: 20, expected a multiple"),
+    "a resampler of heads": ("instantid", "instantid.hidden=70", "hidden: 70, expected a multiple"),
     "no references": ("ip_adapter", "references=0", "references: 0, but ip_adapter draws like"),
     "too many references": ("ip_adapter", "references=99999", "references: 99999, but only"),
     "references of none": ("lora", "references=2", "references: 2, but lora draws like no image"),
@@ -136,5 +149,8 @@ def test_each_technique_is_planned(base_folder, technique):
     clip = str(base_folder / "clip")
     config = to_dataclass(Config, {**values, "base": str(base_folder), "clip": clip})
     plans = [one.compile() for one in plan(config, make_mesh(data=2, fsdp=4))]
-    names = [technique, *PROGRAMS.get(technique, []), "draw, base", "draw, customised"]
+    names = [
+        *FIRST.get(technique, []), technique, *PROGRAMS.get(technique, []), "draw, base",
+        "draw, customised",
+    ]  # fmt: skip
     assert [one.name for one in plans] == names and all(one.flops > 0 for one in plans)
