@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from jaxsynth.adapters import inject, registry
+from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core.errors import UserError
 from jaxsynth.diffusion.samplers import initial_noise
 from jaxsynth.generation.conditioners import Text
@@ -18,9 +20,12 @@ from jaxsynth.generation.identities import identity_parts
 from jaxsynth.generation.image_prompts import prompted, with_tokens
 from jaxsynth.generation.sampler import image_keys, sampler_of
 from jaxsynth.models.diffusion.text_to_image import encode_texts, whole_image
+from jaxsynth.weights.adapters.diffusers import write_diffusers
+from jaxsynth.weights.adapters.embeddings import Embedding, write_embedding
 from jaxsynth.weights.adapters.identities import NET, write_identity
 from jaxsynth.weights.adapters.image_prompts import write_image_adapter
 from jaxsynth.weights.hf import load_pipeline, save_model
+from tests.adapters.nets import randomised
 from tests.cli.test_generate import generate, pictures
 from tests.generation.identities import FACE, random_identity
 from tests.generation.test_combined import image_adapter
@@ -184,7 +189,19 @@ def test_a_face_combines_in_one_command(base_folder, tmp_path, capfd):
     points = [[2, 2], [5, 2], [4, 4], [2, 6], [5, 6]]
     (tmp_path / "points.json").write_text(json.dumps(points))
     Image.fromarray(keypoints(3)[0]).save(tmp_path / "condition.png")
-    given = ("--prompt=a photo", "--count=1", "--steps=2", "--guidance=3")
+    table = pipeline.text_encoder.text_model.embeddings.token_embedding.embedding[...]
+    vectors = np.asarray(table)[pipeline.tokenizer(["one two"])[0, 1:3]]
+    word = write_embedding(tmp_path / "word.safetensors", Embedding("<new>", vectors))
+    lora = tmp_path / "lora.safetensors"
+    unet = registry.add(
+        pipeline.unet, LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v")),
+        rngs=jax.random.key(0),
+    )  # fmt: skip
+    write_diffusers(lora, {"unet": randomised(inject.extract(unet), 1)})
+    given = (
+        "--prompt=a photo of <new>", f"--embedding={word}", "--count=1", "--steps=2",
+        "--guidance=3",
+    )  # fmt: skip
     face = (f"--face={tmp_path / 'face.npy'}",)
 
     def drawn(scale, net, *more) -> np.ndarray:
@@ -204,7 +221,10 @@ def test_a_face_combines_in_one_command(base_folder, tmp_path, capfd):
         f"--image-adapter={tmp_path / 'ip.safetensors'}:0.5",
         f"--image-prompt={tmp_path / 'condition.png'}", f"--image-encoder={base_folder / 'clip'}",
     )  # fmt: skip
-    assert np.abs(drawn(1, 1, *more) - both).mean() > 0.5
+    together = drawn(1, 1, *more)
+    assert np.abs(together - both).mean() > 0.5
+    styled = drawn(1, 1, *more, f"--adapter={lora}")
+    assert np.abs(together - styled).mean() > 0.5
     line = json.loads((tmp_path / "1-1-0" / "metadata.jsonl").read_text())
     assert line["identity"]["weight"] == 1 and line["face"]["digest"] and line["keypoints"]
     capfd.readouterr()
@@ -218,6 +238,13 @@ def test_a_face_combines_in_one_command(base_folder, tmp_path, capfd):
                 f"--keypoints={tmp_path}/points.json",
             ),
             "a photo needs --face-keypoints=FILE beside it",
+        ),
+        (
+            (
+                f"--image-adapter={tmp_path / 'id' / 'ip-adapter.bin'}",
+                f"--image-prompt={tmp_path / 'condition.png'}",
+            ),
+            "is an InstantID, with its ControlNetModel beside it; it is given by --identity",
         ),
     ):  # fmt: skip
         assert generate(base_folder, tmp_path / "x", *given, *flags) == 2
