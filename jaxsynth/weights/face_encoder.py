@@ -128,7 +128,7 @@ def load_onnx_encoder(path: str | Path) -> OnnxFaceEncoder:
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a face encoder (.onnx)")
     try:
-        import onnxruntime  # an extra
+        import onnxruntime  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise UserError(
             f"{path}: a face encoder needs ONNX Runtime: pip install 'jaxsynth[faces]' ({error}); "
