@@ -8,12 +8,18 @@ import pytest
 
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import load_config, override, to_dataclass
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.faces import Faces, keypoints_of, write_faces
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.procedural.faces import PAPERS
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.customize.config import TECHNIQUES, Config
 from jaxsynth.methods.customize.run import plan
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.adapters.identities import read_identity
+from jaxsynth.weights.hf import load_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +36,10 @@ OWN = {
     ),
     "instantid": (
         "instantid.evaluate_every=4", "instantid.sample_every=4", "prompts=zero",
+        *(
+            f"data.display_names.face on a {paper} background={name}"
+            for paper, name in zip(PAPERS, ("one", "two", "three", "four"), strict=True)
+        ),
     ),
 }  # fmt: skip
 FIRST = {"instantid": ["faces"]}
@@ -138,6 +148,32 @@ def test_what_cannot_be_is_told_before_anything_is_made(base_folder, tmp_path, c
     assert cli.main(arguments(base_folder, tmp_path / "w", technique, field)) in (1, 2)
     error = capfd.readouterr().err
     assert message in error and not list(tmp_path.rglob(MANIFEST))
+
+
+def test_faces_of_a_file_are_learned_from(base_folder, tmp_path, capfd):
+    """Embeddings that were made elsewhere; the file must hold a face of each image."""
+    data = load_dataset(
+        DataConfig(source="builtin", name="faces", images_per_class=10, image_size=8)
+    )
+    ids = (*data.train.ids, *data.test.ids)
+    points = np.concatenate([keypoints_of(data.train), keypoints_of(data.test)])
+    rows = np.random.default_rng(0).standard_normal((len(ids), 7)).astype(np.float32)
+    file = write_faces(tmp_path / "faces.npz", Faces(ids, rows, points))
+    given = arguments(base_folder, tmp_path / "w", "instantid", f"faces={file}", "face_encoder=")
+    assert cli.main(given) == 0
+    folder = tmp_path / "w"
+    assert not (folder / "faces").exists() and not (folder / "judge").exists()
+    identity = read_identity(folder / "learned-seed0", load_pipeline(base_folder).unet)
+    assert identity.width == 7
+    assert "CLIP takes the place of the face encoder" in (folder / "report.html").read_text()
+    write_faces(file, Faces(ids[1:], rows[1:], points[1:]))
+    given = arguments(
+        base_folder, tmp_path / "other", "instantid", f"faces={file}", "face_encoder="
+    )
+    capfd.readouterr()
+    assert cli.main(given) == 1
+    assert f"{file}: no face of 1 image, the first is" in capfd.readouterr().err
+    assert not list((tmp_path / "other").rglob(MANIFEST))
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
