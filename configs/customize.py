@@ -2,15 +2,18 @@
 
     jaxsynth run --config=configs/customize.py:tiny,technique=dreambooth --workdir=runs/dreambooth
 
-Variants, each of which takes `,technique=` textual_inversion (the default), dreambooth, lora or
-ip_adapter:
+Variants, each of which takes `,technique=` textual_inversion (the default), dreambooth, lora,
+ip_adapter or instantid:
 - `tiny`: the shipped 32x32 base, which knows printed digits and no handwriting, three seeds, on two
   CPU cores. Textual Inversion and DreamBooth learn twelve handwritten threes; LoRA learns
   handwriting from captioned digits, zero to six, and draws seven, eight and nine. IP-Adapter learns
   to draw what images of printed digits and coloured shapes show, and is asked for held-out ones.
+  InstantID learns to draw people of a few colors and forms, and is asked for others, each with the
+  keypoints of the next.
 - `sd21`: Stable Diffusion 2.1 at 512 pixels on a few photos of your own in a folder of one class
   folder (`--config.data.path=photos/ --config.word=dog`), or for lora on a folder of captioned
-  images (metadata.jsonl, or a .txt beside each). On a GPU or TPU.
+  images (metadata.jsonl, or a .txt beside each), which are square for instantid, with
+  `--config.faces=faces.npz`. On a GPU or TPU.
 - `sdxl`: the same on Stable Diffusion XL at 1024 pixels; a new word has vectors for both text
   encoders. `--config.image_size=512` learns and draws smaller images.
 - `smoke`: every stage in a few steps, for the tests.
@@ -20,7 +23,7 @@ DreamBooth and LoRA take any kind of adapter: `--config.dreambooth.adapter=full`
 
 from ml_collections import ConfigDict
 
-TECHNIQUES = ("textual_inversion", "dreambooth", "lora", "ip_adapter")
+TECHNIQUES = ("textual_inversion", "dreambooth", "lora", "ip_adapter", "instantid")
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
@@ -48,6 +51,13 @@ def _tiny(technique: str) -> ConfigDict:
         "dreambooth": {"steps": 300, "learning_rate": 1e-3, "class_images": 64},
         "lora": {"steps": 600, "learning_rate": 2e-3, "caption_dropout": 0.1},
         "ip_adapter": {"steps": 2000, "learning_rate": 1e-3},
+        "instantid": {
+            "steps": 2000,
+            "learning_rate": 1e-3,
+            "queries": 4,
+            "depth": 2,
+            "hidden": 64,
+        },
     }[technique]
     common = {"batch_size": 8, "steps_per_call": 20, "checkpoint_every": 200}
     config = ConfigDict(
@@ -81,6 +91,12 @@ def _tiny(technique: str) -> ConfigDict:
         config.shots, config.word, config.references = 0, "", 18
         config.prompts = ("a photo", "a photo on a black background")
         config.generate.images_per_class = 4
+    if technique == "instantid":
+        config.data = ConfigDict({"source": "builtin", "name": "faces", "images_per_class": 500})
+        config.shots, config.word, config.references = 0, "", 18
+        papers = ("white", "green")
+        config.prompts = tuple(f"a photo of a face on a {x} background" for x in papers)
+        config.generate.images_per_class = 4
     return config
 
 
@@ -91,6 +107,7 @@ def _sd21(technique: str) -> ConfigDict:
         "dreambooth": {"learning_rate": 1e-4, "batch_size": 1, "class_images": 100},
         "lora": {"learning_rate": 1e-4, "batch_size": 8, "caption_dropout": 0.1, "snr_gamma": 5.0},
         "ip_adapter": {"batch_size": 8},
+        "instantid": {"batch_size": 8},
     }[technique]
     subject = technique in ("textual_inversion", "dreambooth")
     source = "folder" if subject else "captions"
@@ -117,6 +134,9 @@ def _sd21(technique: str) -> ConfigDict:
     )
     if technique == "ip_adapter":
         config.references, config.image_encoder = 8, "h94/IP-Adapter"
+    if technique == "instantid":
+        config.references, config.faces = 8, "faces.npz"
+        config.prompts = tuple(f"a photo of a person {x}" for x in prompts)
     return config
 
 
@@ -136,6 +156,10 @@ def _smoke(technique: str) -> ConfigDict:
     training = config[technique]
     if technique == "ip_adapter":
         config.references, config.prompts = 2, ("a photo",)
+    if technique == "instantid":
+        config.references, config.prompts = 2, ("a photo",)
+        config.data.images_per_class = 10
+        config.face_encoder = ConfigDict({"width": 16, "layers": 1, "steps": 4, "batch_size": 8})
     training.steps, training.batch_size, training.steps_per_call = 4, 4, 2
     training.checkpoint_every = 2
     if technique == "dreambooth":

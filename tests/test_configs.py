@@ -19,7 +19,9 @@ VARIANTS = {
         *(
             f"{variant},technique={technique}"
             for variant in ("tiny", "sd21", "sdxl", "smoke")
-            for technique in ("textual_inversion", "dreambooth", "lora", "ip_adapter")
+            for technique in (
+                "textual_inversion", "dreambooth", "lora", "ip_adapter", "instantid",
+            )
         ),
     ),
     "datadream": (

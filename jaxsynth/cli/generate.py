@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsynth.cli import animation_inputs, image_inputs
+from jaxsynth.cli import animation_inputs, identity_inputs, image_inputs
 from jaxsynth.cli.paths import local_path
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.words import counted
@@ -29,6 +29,7 @@ the same folder are refused.
               ..., "seed": ...}
 """
     + image_inputs.HELP
+    + identity_inputs.HELP
     + animation_inputs.HELP
     + """\
   --sampler   ddim, pndm, dpmsolver++, euler, euler_ancestral, ddpm or lcm (default: the base's own)
@@ -84,6 +85,7 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         name = flag.removeprefix("--").replace("-", "_").upper()
         parser.add_argument(flag, type=kind, default=default, metavar=name, help=text)
     image_inputs.add_flags(parser)
+    identity_inputs.add_flags(parser)
     animation_inputs.add_flags(parser)
     parser.add_argument("--store", action="store_true", help="write an image store, not PNG files")
     return parser
@@ -108,6 +110,7 @@ def generate(args: argparse.Namespace, prepare: Callable[[], None]) -> str:
     if not args.base.strip():
         raise UsageError("--base is empty, expected a folder, a hub id or tiny")
     image_inputs.check(args)
+    identity_inputs.check(args)
     animation_inputs.check(args)
     prepare()
     from jaxsynth.diffusion.samplers import NAMES
@@ -162,6 +165,8 @@ def _generate(
     pictures = image_inputs.pictures(args, pixels, len(requests))
     image_prompts = image_inputs.image_prompts(args, pipeline, pixels, len(requests))
     controls = image_inputs.controls(args, pipeline, pixels, len(requests))
+    faces = identity_inputs.identity(args, pipeline, pixels, len(requests), len(image_prompts))
+    image_prompts, controls = [*image_prompts, *faces[0]], [*controls, *faces[1]]
     motion = animation_inputs.motion(args, pipeline)
     text = Text(args.guidance, args.guidance_rescale)
     begins = beginning_of(pipeline, text, pictures, pixels)
@@ -181,6 +186,7 @@ def _generate(
         "width": width * down,
         "height": height * down,
         **image_inputs.kept(args, begins, _digest),
+        **identity_inputs.kept(args, _digest),
         **animation_inputs.kept(args, motion, film, _digest),
     }
     if args.guidance_rescale:

@@ -135,6 +135,7 @@ def image_prompts(
         return []
     from jaxsynth.data.decode import decode_image
     from jaxsynth.generation.image_prompts import prompt_of
+    from jaxsynth.weights.adapters.identities import NET
     from jaxsynth.weights.adapters.image_prompts import find_image_adapter, read_image_adapter
     from jaxsynth.weights.image_encoder import load_image_encoder
 
@@ -144,6 +145,11 @@ def image_prompts(
     masks = [_mask(file, size) for file in args.image_prompt_mask] or [None] * len(given)
     found = []
     for (path, weight), pictured, mask in zip(given, own, masks, strict=True):
+        if (find_image_adapter(path).parent / NET / "config.json").is_file():
+            raise UsageError(
+                f"--image-adapter={path}: is an InstantID, with its {NET} beside it; it is given "
+                "by --identity"
+            )
         adapter = read_image_adapter(path, pipeline.unet)
         encoder = args.image_encoder
         beside = find_image_adapter(path).parent / "image_encoder"

@@ -54,6 +54,7 @@ MaybeModel = Annotated[str, Place(model=True, words=("",))]
 MaybeModelOrFile = Annotated[str, Place(model=True, file=True, words=("",))]
 MaybeFile = Annotated[str, Place(file=True, words=("",))]
 MaybeFolder = Annotated[str, Place(folder=True, words=("",))]
+MaybeFileOrFolder = Annotated[str, Place(file=True, folder=True, words=("",))]
 # As `data.prompts.read_templates` takes them.
 Templates = Annotated[str, Place(file=True, words=("", "imagenet7", "object", "style"))]
 

@@ -1,13 +1,14 @@
 """ControlNets beside a generator's denoiser, each with a condition image for every prompt.
 
 They read the text and not the tokens of images that prompt beside it, as in diffusers' pipelines,
-and their residuals are added up, each at its scale. In guess mode (Zhang et al. 2023, arXiv
+or the tokens of one such prompt alone, as InstantID's IdentityNet (arXiv 2401.07519) those of a
+face. Their residuals are added up, each at its scale. In guess mode (Zhang et al. 2023, arXiv
 2302.05543) only the branch with the prompt gets residuals, which grow towards the middle.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +30,16 @@ _SHARED = ("in_channels", "block_out_channels", "cross_attention_dim", "addition
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet, the condition of each prompt (uint8, or fractions) and its settings."""
+    """A ControlNet, the condition of each prompt (uint8, or fractions) and its settings.
+
+    `reads` is the number of the image prompt whose tokens it attends to instead of the text.
+    """
 
     controlnet: ControlNet
     conditions: UInt8[np.ndarray, "p h w k"] | Float[np.ndarray, "p h w k"]
     scale: float = 1.0
     guess_mode: bool = False
+    reads: int | None = None
 
     def check(
         self, unet: UNet2DCondition, size: tuple[int, int], *, name: str = "the ControlNet"
@@ -61,15 +66,26 @@ class WithControlNets(TextToImage):
         self.controlnets = nnx.List(controlnets)
 
 
-@dataclass(frozen=True)
-class ControlledText(Text):
-    """`Text` with ControlNets: `controls` are the scale of each and whether it guesses.
+class Setting(NamedTuple):
+    """A ControlNet's scale, whether it guesses, and which of the last states it reads, if any.
 
-    Further rows are "control0" and on, the conditions. The last `tokens` of the states are
-    those of images, which ControlNets do not read. The model is a `WithControlNets`.
+    Those are a start and a stop that count from the end of the states; None reads the text.
     """
 
-    controls: tuple[tuple[float, bool], ...] = ()
+    scale: float
+    guesses: bool
+    tokens: tuple[int, int | None] | None
+
+
+@dataclass(frozen=True)
+class ControlledText(Text):
+    """`Text` with ControlNets: `controls` are their settings.
+
+    Further rows are "control0" and on, the conditions. The last `tokens` of the states are those of
+    images that prompt. The model is a `WithControlNets`.
+    """
+
+    controls: tuple[Setting, ...] = ()
     tokens: int = 0
     table: ClassVar = (*sharding.CONTROLNET, *sharding.CLIP)
 
@@ -81,14 +97,17 @@ class ControlledText(Text):
 
     def denoise(self, model: Any, x: Array, t: Array, condition: PyTree) -> Array:
         text, seen, prompted = condition
-        told = text.without_last(self.tokens).inputs()
         total: list[Array] = []
-        for net, (scale, guesses), own in zip(model.controlnets, self.controls, seen, strict=True):
+        for net, own, condition in zip(model.controlnets, self.controls, seen, strict=True):
+            told = text.without_last(self.tokens)
+            if own.tokens is not None:
+                told = text.part(*own.tokens)
             found = net(
-                x, t, controlnet_cond=own, conditioning_scale=scale, guess_mode=guesses, **told
-            )
+                x, t, controlnet_cond=condition, conditioning_scale=own.scale,
+                guess_mode=own.guesses, **told.inputs(),
+            )  # fmt: skip
             parts = [*found.down_block_res_samples, found.mid_block_res_sample]
-            if guesses:
+            if own.guesses:
                 parts = [part * prompted[:, None, None, None].astype(part.dtype) for part in parts]
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
         return model.denoise(
@@ -106,15 +125,35 @@ def row_of(number: int) -> str:
 
 
 def controlled(
-    base: Text, controls: Sequence[Control], *, tokens: int, pixels: tuple[int, int], unet
+    base: Text,
+    controls: Sequence[Control],
+    *,
+    tokens: Sequence[int],
+    pixels: tuple[int, int],
+    unet: UNet2DCondition,
 ) -> ControlledText:
-    """The conditioner of a base with ControlNets; UserError for one that does not go with them."""
+    """The conditioner of a base with ControlNets; UserError for one that does not go with them.
+
+    `tokens` are the numbers of tokens of the image prompts.
+    """
     if type(base) is not Text:
-        raise UserError("a ControlNet goes with a base of texts; this one reads images itself")
+        what = "an InstantID" if controls[-1].reads is not None else "a ControlNet"
+        raise UserError(f"{what} goes with a base of texts; this one reads images itself")
     for control in controls:
         control.check(unet, pixels)
-    settings = tuple((control.scale, control.guess_mode) for control in controls)
-    return ControlledText(base.guidance_scale, base.rescale, controls=settings, tokens=tokens)
+    settings = tuple(
+        Setting(control.scale, control.guess_mode, _span(control.reads, tokens))
+        for control in controls
+    )
+    return ControlledText(base.guidance_scale, base.rescale, controls=settings, tokens=sum(tokens))
+
+
+def _span(number: int | None, tokens: Sequence[int]) -> tuple[int, int | None] | None:
+    """Where the tokens of an image prompt lie, counted from the end."""
+    if number is None:
+        return None
+    after = sum(tokens[number + 1 :])
+    return -(tokens[number] + after), -after or None
 
 
 def control_rows(

@@ -133,7 +133,7 @@ class Generator:
             conditioner = controlled(
                 conditioner,
                 controls,
-                tokens=sum(prompt.tokens for prompt in image_prompts),
+                tokens=[prompt.tokens for prompt in image_prompts],
                 pixels=pixels,
                 unet=pipeline.unet,
             )
@@ -243,19 +243,20 @@ def sample_images(
     adapters: AdapterState | Sequence[AdapterState] | None = None,
     model: TextToImage | None = None,
     image_prompts: Sequence[ImagePrompt] = (),
+    controls: Sequence[Control] = (),
     mesh: Mesh | None = None,
 ) -> UInt8[np.ndarray, "prompts count h w 3"]:
     """`count` pictures of each prompt, as a training's evaluation shows them.
 
-    `model`, `adapters` and `image_prompts` are `Generator`'s. A second call with networks of the
-    same structure compiles nothing.
+    `model`, `adapters`, `image_prompts` and `controls` are `Generator`'s. A second call with
+    networks of the same structure compiles nothing.
     """
     labels = np.repeat(np.arange(len(prompts)), count)
     indices = np.tile(np.arange(count), len(prompts))
     config = replace(config, batch_size=min(config.batch_size, len(labels)))
     generator = Generator(
         pipeline, prompts, config, seed=seed, adapters=adapters, model=model,
-        image_prompts=image_prompts, mesh=mesh,
+        image_prompts=image_prompts, controls=controls, mesh=mesh,
     )  # fmt: skip
     size = config.batch_size
     images = [

@@ -12,8 +12,10 @@ from jaxtyping import PyTree
 from jaxsynth.adapters.inject import Constant, Trainable
 from jaxsynth.diffusion.samplers import Sampler
 from jaxsynth.generation.conditioners import Conditioner, Text
+from jaxsynth.generation.controls import ControlledText, Setting, WithControlNets, row_of
 from jaxsynth.generation.generate import GenerateConfig, merges
 from jaxsynth.generation.sampler import Structure, draw_images, latent_shape, sampler_of
+from jaxsynth.models.diffusion.identity import IdentityPrompted
 from jaxsynth.models.diffusion.image_prompt import ImagePrompted
 from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
 from jaxsynth.models.diffusion.vae import AutoencoderKL
@@ -95,8 +97,11 @@ def plan_images(
 
     `adapt` puts an adapter into the networks. One alone is merged where the generator merges it;
     of several `adapters` each image runs its own. `prompted` puts adapters of images in, one image
-    for each.
+    for each, or an InstantID.
     """
+    conditioner: Text = Text(config.guidance_scale, config.guidance_rescale)
+    rows: dict[str, tuple[tuple[int, ...], Any]] = {"prompt": ((), jnp.int32)}
+    shape = latent_shape(pipeline)
     model = pipeline.networks
     if adapt is not None:
         adapted = transform(adapt, model)
@@ -108,14 +113,22 @@ def plan_images(
         tokens = sum(part.config.tokens for part in model.image_projections)
         more = jax.ShapeDtypeStruct((prompts, tokens, width), dtype)
         states = jax.eval_shape(TextCondition.followed_by, states, more)
+        if isinstance(model, IdentityPrompted):
+            setting = Setting(1.0, False, (-tokens, None))
+            conditioner = ControlledText(
+                config.guidance_scale, config.guidance_rescale, controls=(setting,), tokens=tokens
+            )
+            down = pipeline.vae.config.downscale
+            rows[row_of(0)] = ((shape[0] * down, shape[1] * down, 3), jnp.uint8)
+            model = transform(lambda own: WithControlNets(own, [own.identity_net]), model)
     return plan_sampler(
         name,
         model,
         pipeline.vae,
-        Text(config.guidance_scale, config.guidance_rescale),
+        conditioner,
         sampler_of(pipeline, config.sampler, config.num_inference_steps),
-        latent_shape(pipeline),
-        {"prompt": ((), jnp.int32)},
+        shape,
+        rows,
         mesh,
         batch_size=config.batch_size,
         tables=(states, states),

@@ -12,6 +12,7 @@ import numpy as np
 from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.conditions import partner_digests
 from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
+from jaxsynth.data.faces import Faces, read_faces
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.runs.stage import Source
@@ -48,6 +49,11 @@ def clip_source(name: str, dtype: str = "float32") -> Source[Clip]:
 def image_encoder_source(name: str) -> Source[ImageEncoder]:
     """The image encoder that a config names."""
     return Source(lambda: load_image_encoder(name), lambda found: found.digest)
+
+
+def face_source(path: str) -> Source[Faces]:
+    """The faces of a file."""
+    return Source(lambda: read_faces(path), lambda found: found.digest)
 
 
 def joined_source(configs: Mapping[str, DataConfig]) -> Source[Dataset]:

@@ -1,11 +1,13 @@
-"""Teaching a text-to-image model a subject, a style or to see: four trainings of one task.
+"""Teaching a text-to-image model a subject, a style or to see: five trainings of one task.
 
 - Textual Inversion (Gal et al. 2022, arXiv 2208.01618) learns the embedding of a new word from
   sentences about it;
 - DreamBooth (Ruiz et al. 2023, arXiv 2208.12242) learns a subject under a rare word, and goes on to
   draw the class that it is of, by images which the model itself drew before (prior preservation);
 - fine-tuning on captioned images, each of which has a text of its own;
-- IP-Adapter (Ye et al. 2023, arXiv 2308.06721) learns to draw what an image shows.
+- IP-Adapter (Ye et al. 2023, arXiv 2308.06721) learns to draw what an image shows;
+- InstantID (Wang et al. 2024, arXiv 2401.07519) learns to draw a person, by the embedding and five
+  keypoints of a face.
 
 What learns is for the model to say: the new word's rows, an adapter of any kind, or all of it.
 """
@@ -17,7 +19,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.core.limits import (
     Count,
@@ -32,6 +34,7 @@ from jaxsynth.core.places import Templates
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.models.diffusion.identity import IdentityPrompted
 from jaxsynth.models.diffusion.image_prompt import ProjectionConfig, ResamplerConfig
 from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
 from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source, learns_text
@@ -146,10 +149,7 @@ class ImagePromptConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if sum(self.drops) > 1:
-            raise ValueError(
-                f"drop_image, drop_text, drop_both: {self.drops}, expected at most 1 in all"
-            )
+        _check_drops(self.drops)
         for name in ("queries", "depth", "hidden"):
             if not self.of_patches and getattr(self, name) is not None:
                 raise ValueError(
@@ -177,16 +177,65 @@ class ImagePromptConfig(TrainingConfig):
         return ResamplerConfig(features, width, **given)
 
 
+@dataclass(frozen=True)
+class InstantIDConfig(TrainingConfig):
+    """How faces become prompts; the resampler is InstantID's, rates and drops are IP-Adapter's.
+
+    InstantID's code for training was never published. A resampler of `depth` layers of `hidden`
+    numbers makes `queries` tokens of an embedding. Of the examples a share `drop_image` goes with
+    an embedding of zeros, `drop_text` without the caption, and `drop_both` with neither; keypoints
+    are always there. `rates` gives IdentityNet (".*identity_net.*") a rate of its own.
+    `noise_offset` and `snr_gamma` are `InversionConfig`'s; images must be square.
+    """
+
+    steps: Natural = 100_000
+    batch_size: Count = 16
+    learning_rate: NotNegative = 1e-4
+    weight_decay: NotNegative = 1e-2
+    queries: Count = 16
+    depth: Count = 4
+    hidden: Count = 1280
+    drop_image: Share = 0.05
+    drop_text: Share = 0.05
+    drop_both: Share = 0.05
+    noise_offset: NotNegative = 0.0
+    snr_gamma: Positive | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_drops(self.drops)
+        self.projection_config(1, 1)
+
+    @property
+    def crops_per_image(self) -> int:
+        """A square image has one."""
+        return 1
+
+    @property
+    def drops(self) -> tuple[float, float, float]:
+        """Shares without the face, the text, and both."""
+        return self.drop_image, self.drop_text, self.drop_both
+
+    def projection_config(self, features: int, width: int) -> ResamplerConfig:
+        """Of what makes tokens of `width` of embeddings of `features` numbers."""
+        return ResamplerConfig(features, width, self.queries, self.hidden, self.depth)
+
+
+def _check_drops(drops: tuple[float, float, float]) -> None:
+    if sum(drops) > 1:
+        raise ValueError(f"drop_image, drop_text, drop_both: {drops}, expected at most 1 in all")
+
+
 # Streams of an order's key beside those of its epochs, which it is folded with the numbers of: a
 # permutation splits its key, and the parts of a split are what folding with small numbers gives.
 _TEXTS, _OTHERS = 2**31 - 1, 2**31 - 2
 
 # Of `Told`: with crops on the second axis, with images on the first, and what sets are joined by.
 CROPPED = ("mean", "std", "sizes")
-_SHARDED = (*CROPPED, "first", "choices", "images", "places")
+_SHARDED = (*CROPPED, "first", "choices", "images", "places", "condition")
 _JOINED = (*CROPPED, "ids", "first", "choices")
 
-Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfig
+Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfig | InstantIDConfig
 
 
 @dataclass(frozen=True)
@@ -196,7 +245,8 @@ class Told:
     `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop. `ids` are
     the distinct texts, the empty one first; image i has the `choices[i]` texts from `first[i]` on.
     Where images prompt, `images` are an encoder's features of each and `absent` those of no image.
-    `places` say how much each position of the latents counts.
+    `places` say how much each position of the latents counts. `condition` are pictures that a
+    ControlNet follows, uint8.
     """
 
     mean: Float[np.ndarray, "n k h w c"]
@@ -208,6 +258,7 @@ class Told:
     images: Float[np.ndarray, "n ..."] | None = None
     absent: Float[np.ndarray, "..."] | None = None
     places: Float[np.ndarray, "n h w 1"] | None = None
+    condition: UInt8[np.ndarray, "n h2 w2 3"] | None = None
 
     def __len__(self) -> int:
         return self.first.shape[0]  # also of shapes
@@ -289,7 +340,7 @@ class ToldBatches:
             text = jnp.where(empty, 0, text)
             if self.zeroes:
                 batch["given"] = ~empty
-        names = (*CROPPED, "places")
+        names = (*CROPPED, "places", "condition")
         batch |= {name: data[name][rows] for name in names if name in data}
         if "texts" in data:
             return batch | {"text": data["texts"].take(text)}
@@ -332,10 +383,12 @@ def customize_task(
         model=model,
         loss=Denoising(config.snr_gamma, config.remat, config.noise_offset),
         batches=Resident(data, batches, sharded=tuple(x for x in _SHARDED if x in data)),
-        table=(*sharding.UNET, *sharding.CLIP),
+        table=(*sharding.CONTROLNET, *sharding.CLIP),
         key=key,
         constants=NoiseSchedule.from_config(pipeline.scheduler_config),
         identity={"seed": seed, **(identity or {})},
+        # IdentityNet is as large as the denoiser's encoder.
+        learns="table" if isinstance(model, IdentityPrompted) else "replicate",
         evaluate=evaluate,
         sample=sample,
     )
@@ -359,10 +412,11 @@ def planned_images(
     size: int = 0,
     features: tuple[int, ...] | None = None,
     masked: bool = False,
+    followed: bool = False,
 ) -> Told:
     """The shapes of so many square images with so many texts in all, and `features` of each.
 
-    `masked` images have `places`.
+    `masked` images have `places`, and `followed` ones a `condition`.
     """
 
     def shape(*dims: int, dtype: Any = np.float32) -> Any:
@@ -377,6 +431,9 @@ def planned_images(
     )  # fmt: skip
     if masked:
         return replace(told, places=shape(count, side, side, 1))
+    if followed:
+        pixels = side * downscale
+        told = replace(told, condition=shape(count, pixels, pixels, 3, dtype=np.uint8))
     if features is None:
         return told
     return replace(told, images=shape(count, *features), absent=shape(*features))

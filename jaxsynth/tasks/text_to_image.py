@@ -27,6 +27,7 @@ from jaxsynth.adapters.inject import (
     trainable_variables,
 )
 from jaxsynth.core.limits import BelowOne, Count, Finite, Natural, NotNegative, OneOf, Positive
+from jaxsynth.data.conditions import as_fractions
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
 from jaxsynth.data.pipeline.epochs import epoch_rows
@@ -185,7 +186,8 @@ class Denoising:
 
     "text", the conditions that frozen text encoders make of the ids, may stand in their place; the
     texts that are not "given" are zeros. A denoiser that reads no sizes needs none. With "image",
-    an image encoder's features, the model is an `ImagePrompted` of one adapter. With "weight" each
+    an image encoder's features, the model is an `ImagePrompted` of one adapter; with "condition",
+    a picture of a face's keypoints (uint8), an `IdentityPrompted`. With "weight" each
     example's loss counts so many times in the mean, and with "places" each of its latents'
     positions. `noise_offset` as `sample_noise`.
     """
@@ -207,7 +209,11 @@ class Denoising:
         if "image" in batch:
             (projection,) = model.image_projections
             text = text.followed_by(projection(batch["image"]))
-        output = model.denoise(add_noise(schedule, x0, noise, t), t, text, remat=self.remat)
+        more = {}
+        if "condition" in batch:
+            more["condition"] = as_fractions(batch["condition"])
+        noisy = add_noise(schedule, x0, noise, t)
+        output = model.denoise(noisy, t, text, remat=self.remat, **more)
         losses = diffusion_loss(
             schedule, output, x0, noise, t, snr_gamma=self.snr_gamma, places=batch.get("places"),
             per_sample=True,

@@ -153,7 +153,7 @@ UNTRIED = {
         "captions",
     },
     "controlled": {"condition_folder"},  # maps on disk
-    "customize": {"mask_folder"},
+    "customize": {"mask_folder", "faces"},
     "diffscaler": {
         "mirror", "study", "recipes", "sets_recipe", "sets_steps", "draw", "conditions",
         "condition_folders",

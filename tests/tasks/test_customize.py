@@ -10,15 +10,18 @@ import pytest
 from flax import nnx
 
 from jaxsynth.adapters.inject import AdapterState, Trainable, extract, load_state
+from jaxsynth.data.faces import Faces
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise, snr
 from jaxsynth.methods.customize.techniques import load, prepared, reordered, save
+from jaxsynth.models.diffusion.image_prompt import ImagePrompted
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.tasks.customize import (
     CaptionConfig,
     DreamBoothConfig,
     ImagePromptConfig,
+    InstantIDConfig,
     InversionConfig,
     ToldBatches,
     customize_task,
@@ -51,12 +54,15 @@ TECHNIQUES = {
         **COMMON, **ADAPTER, prior_weight=0, class_images=0, identifier="<x>", vectors=2
     ),
     "ip_adapter": ImagePromptConfig(**COMMON, drop_image=0.3, drop_text=0.3),
+    "instantid": InstantIDConfig(
+        **COMMON, queries=2, depth=1, hidden=64, drop_image=0.3, drop_text=0.3
+    ),
     "plus": ImagePromptConfig(**COMMON, projection="resampler", queries=2, depth=1, hidden=64),
 }  # fmt: skip
 IMAGES = {"unet", "image_projections"}
 PARTS = {
     "textual_inversion": {"text_encoder"}, "dreambooth": {"unet"}, "ip_adapter": IMAGES,
-    "plus": IMAGES,
+    "plus": IMAGES, "instantid": IMAGES | {"identity_net"},
 }  # fmt: skip
 
 
@@ -78,20 +84,40 @@ def told(pipeline, count, texts, seed, encoder=None):
     return encode_told(pipeline, source, texts, crops=1, seed=0, encoder=encoder)
 
 
+FACES = Faces(
+    ("0", "1", "2"),
+    np.random.default_rng(4).standard_normal((3, 6)).astype(np.float32),
+    np.zeros((3, 5, 2), np.float32),
+)
+
+
+def seen_by(config, encoder):
+    """What tells the technique how wide what it sees is."""
+    return FACES if isinstance(config, InstantIDConfig) else encoder
+
+
 def task_of(base, name, encoder):
     """The task of a technique, and the pipeline's networks before it."""
     config, see = TECHNIQUES[name], None
     if isinstance(config, ImagePromptConfig):
         see = partial(encoder, of_patches=config.of_patches)
-    pipeline, model = prepared(config, "three", base, jax.random.key(1), encoder)
+    pipeline, model = prepared(config, "three", base, jax.random.key(1), seen_by(config, encoder))
     texts = [("a photo of a <x>", "one <x>")] * 3
     others = None
     if name == "dreambooth":
         texts = [("a photo of a sks three",)] * 3
         others = told(pipeline, 5, [("a photo of a three",)] * 5, 1)
-    elif name in ("lora", "ip_adapter", "plus"):
+    elif name in ("lora", "ip_adapter", "plus", "instantid"):
         texts = [("one",), ("two",), ("a photo of one",)]
     images = told(pipeline, 3, texts, 0, see)
+    if name == "instantid":
+        rng = np.random.default_rng(5)
+        images = dataclasses.replace(
+            images,
+            images=FACES.embeddings[:, None],
+            absent=np.zeros((1, FACES.width), np.float32),
+            condition=rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8),
+        )
     if getattr(config, "unmasked_weight", 1) < 1:
         masks = np.zeros((3, 8, 8, 1), np.float32)
         masks[:, :4] = 1
@@ -230,6 +256,32 @@ def test_images_texts_and_both_are_dropped_at_their_rates():
     np.testing.assert_allclose(found, batches.drops, atol=0.03)
 
 
+def test_an_untrained_instantid_s_loss_is_its_adapter_s(pipeline, encoder):
+    """IdentityNet starts as nothing, and is then told of the face alone, or of zeros."""
+    _, task = task_of(pipeline, "instantid", encoder)
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    batch = task.batches.next_batch(jnp.asarray(1), jax.device_put(task.batches.data))
+    key = jax.random.key(7)
+    found, _ = jax.jit(task.loss)(task.model, schedule, batch, key)
+    model = task.model
+    plain = ImagePrompted(model.unet, model.text_encoder, None, model.image_projections)
+    alone = {name: value for name, value in batch.items() if name != "condition"}
+    assert float(jax.jit(task.loss)(plain, schedule, alone, key)[0]) == float(found)
+    embeddings = np.asarray(batch["image"])
+    assert embeddings.shape == (2, 1, 6) and batch["condition"].shape == (2, 8, 8, 3)
+
+    net = model.identity_net
+    net.controlnet_mid_block.kernel.set_value(net.controlnet_mid_block.kernel[...] + 0.3)
+    moved, _ = jax.jit(task.loss)(model, schedule, batch, key)
+    assert abs(float(moved) - float(found)) > 1e-4
+    batch["condition"] = 255 - batch["condition"]
+    net.controlnet_cond_embedding.conv_out.kernel.set_value(
+        net.controlnet_cond_embedding.conv_out.kernel[...] + 0.3
+    )
+    followed, _ = jax.jit(task.loss)(model, schedule, batch, key)
+    assert abs(float(followed) - float(moved)) > 1e-4
+
+
 def test_positions_outside_of_a_mask_count_less(pipeline):
     """The loss is the mean of the errors by the places' weights; without masks the plain mean."""
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
@@ -288,7 +340,7 @@ def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, name):
 
     def model(networks):
         own = base.with_networks(networks)
-        return prepared(config, "three", own, jax.random.key(1), encoder)[1]
+        return prepared(config, "three", own, jax.random.key(1), seen_by(config, encoder))[1]
 
     shapes = nnx.eval_shape(model, base.networks)
     data = task.batches.data
@@ -297,8 +349,9 @@ def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, name):
     seen = task.batches.data.get("absent")
     features = None if seen is None else seen.shape
     images = planned_images(
-        base, 3, texts - (3 if others else 1), features=features, masked=name == "lora"
-    )
+        base, 3, texts - (3 if others else 1), features=features, masked=name == "lora",
+        followed=name == "instantid",
+    )  # fmt: skip
     planned = customize_task(base, shapes, images, config, seed=3, others=others)
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
     plans = [trainer.plan(name, one, config, mesh) for one in (task, planned)]

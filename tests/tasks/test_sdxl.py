@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from flax import nnx
 
 from jaxsynth.adapters.inject import AdapterState, extract, load_state, trainable_variables
+from jaxsynth.data.faces import Faces
 from jaxsynth.data.sources.arrays import Cached
 from jaxsynth.diffusion.noising import drawn_crops, sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
@@ -30,6 +32,7 @@ from jaxsynth.tasks.text_to_image import (
 from jaxsynth.training import trainer
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io
+from jaxsynth.weights.adapters.identities import read_identity
 from jaxsynth.weights.adapters.image_prompts import read_image_adapter
 from jaxsynth.weights.hf import describe_pipeline, load_pipeline
 from jaxsynth.weights.image_encoder import load_image_encoder
@@ -137,6 +140,11 @@ def test_diffusers_draws_the_same_with_a_lora_of_all_networks(pipeline, sdxl_fol
     assert relative_error(found, np.moveaxis(expected, 1, -1)) < 1e-4
 
 
+FACES = Faces(
+    ("wide", "high"),
+    np.random.default_rng(4).standard_normal((2, 6)).astype(np.float32),
+    np.zeros((2, 5, 2), np.float32),
+)
 SETTINGS = {
     "textual_inversion": {"token": "<sks>", "vectors": 2, "templates": ""},
     # A new word beside the adapter (pivotal tuning).
@@ -145,11 +153,13 @@ SETTINGS = {
     },
     "lora": {"caption_dropout": 0.5, "text_targets": (), "rank": 2},
     "ip_adapter": {"drop_text": 0.5},
+    "instantid": {"drop_text": 0.5, "queries": 2, "depth": 1, "hidden": 64},
 }  # fmt: skip
 ENCODERS = {"text_encoder", "text_encoder_2"}
 MOVED = {
     "textual_inversion": ENCODERS, "dreambooth": {"unet", *ENCODERS}, "lora": {"unet"},
     "ip_adapter": {"unet", "image_projections"},
+    "instantid": {"unet", "image_projections", "identity_net"},
 }  # fmt: skip
 
 
@@ -162,12 +172,21 @@ TABLE = [
 @pytest.mark.parametrize("name", TABLE)
 def test_techniques_learn_and_keep_what_they_learned(pipeline, base_folder, images, tmp_path, name):
     config = TECHNIQUES[name](steps=2, batch_size=2, learning_rate=1e-2, **SETTINGS[name])
-    encoder = load_image_encoder(str(base_folder / "clip")) if name == "ip_adapter" else None
+    encoder = None
+    if name == "ip_adapter":
+        encoder = load_image_encoder(str(base_folder / "clip"))
+    elif name == "instantid":
+        encoder = FACES
     own, model = prepared(config, "three", pipeline, jax.random.key(0), encoder)
     named = name in ("textual_inversion", "dreambooth")
     texts = [("<sks>" if named else "zero",)] * 2
-    see = encoder and partial(encoder, of_patches=False)
+    see = partial(encoder, of_patches=False) if name == "ip_adapter" else None
     told = encode_told(own, images, texts, crops=1, seed=0, encoder=see)
+    if name == "instantid":
+        told = dataclasses.replace(
+            told, images=FACES.embeddings[:, None], absent=np.zeros((1, 6), np.float32),
+            condition=np.ones((2, 8, 8, 3), np.uint8),
+        )  # fmt: skip
     others = told if name == "dreambooth" else None
     task = customize_task(own, model, told, config, seed=0, others=others)
     before = {k: np.asarray(v.get_value()) for k, v in trainable_variables(model).items()}
@@ -176,8 +195,16 @@ def test_techniques_learn_and_keep_what_they_learned(pipeline, base_folder, imag
     moved = {k.split(".")[0] for k, value in after.items() if not np.array_equal(value, before[k])}
     assert moved == MOVED[name]
     save(tmp_path / "kept", config, own, trained)
-    if name == "ip_adapter":
+    if name in ("ip_adapter", "instantid"):
         again, learned = read_image_adapter(tmp_path / "kept", pipeline.unet), adapter_of(trained)
+        if name == "instantid":
+            net = read_identity(tmp_path / "kept", pipeline.unet).net
+            for (path, one), (_, other) in zip(
+                nnx.to_flat_state(nnx.state(net)),
+                nnx.to_flat_state(nnx.state(trained.identity_net)),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(one.get_value(), other.get_value(), err_msg=path)
         for path, pair in learned.kernels.items():
             np.testing.assert_array_equal(again.kernels[path], pair)
         return

@@ -19,13 +19,15 @@ class ArraySource:
     """Images held in memory.
 
     `maps` are what is known of every pixel of drawn images, by the kind of condition that it makes
-    ("depth", "segmentation", "mask").
+    ("depth", "segmentation", "mask"), and `facts` what is known of each image as a whole ("people",
+    "keypoints").
     """
 
     images: UInt8[np.ndarray, "n h w 3"]
     labels: Int[np.ndarray, " n"]
     ids: Sequence[str]
     maps: Mapping[str, UInt8[np.ndarray, "n h w"]] = field(default_factory=dict)
+    facts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         if not len(self.images) == len(self.labels) == len(self.ids):
@@ -42,6 +44,9 @@ class ArraySource:
                 raise SourceError(
                     f"{kind}: a map of {pixels.shape} for images of {self.images.shape}"
                 )
+        for name, values in self.facts.items():
+            if len(values) != len(self.images):
+                raise SourceError(f"{name}: {len(values)} for {counted(len(self.images), 'image')}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,7 +56,10 @@ class ArraySource:
 
     def record_digests(self, indices: Indices | None = None) -> Sequence[str]:
         return [
-            _digest(self.images[i], *(self.maps[kind][i] for kind in sorted(self.maps)))
+            _digest(
+                self.images[i],
+                *(own[key][i] for own in (self.maps, self.facts) for key in sorted(own)),
+            )
             for i in (range(len(self)) if indices is None else indices)
         ]
 

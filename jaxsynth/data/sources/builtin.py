@@ -4,6 +4,8 @@
 - "textures": stripes, checks, dots and waves of random colours, sizes and directions;
 - "scenes": two shapes, one in front of the other (`scenes`), of which depth, labels and mask of
   every pixel are known; the class is the front one's shape;
+- "faces": people (`procedural.faces`), ten pictures of each; the class is the background's color.
+  The people of the test part are others;
 - "patches": squares cut from the two photos that come with scikit-learn, a palace in China and a
   dahlia. Test squares come from the right third of each photo, which no training square touches.
 """
@@ -12,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.data.procedural.faces import PAPERS, render_faces
 from jaxsynth.data.procedural.scenes import render_scenes
 from jaxsynth.data.procedural.shapes import (
     DIGITS,
@@ -23,7 +26,7 @@ from jaxsynth.data.procedural.shapes import (
 from jaxsynth.data.procedural.textures import TEXTURES, render_texture
 from jaxsynth.data.sources.arrays import ArraySource
 
-NAMES = ("printed", "textures", "scenes", "patches")
+NAMES = ("printed", "textures", "scenes", "faces", "patches")
 _PHOTOS = {"palace": "china.jpg", "dahlia": "flower.jpg"}
 
 
@@ -43,6 +46,7 @@ def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, Arra
         "printed": (_printed, (*DIGITS, *SHAPES)),
         "textures": (_textures, TEXTURES),
         "scenes": (_scenes, SHAPES),
+        "faces": (_faces, tuple(f"face on a {paper} background" for paper in PAPERS)),
         "patches": (_patches, tuple(_PHOTOS)),
     }[config.name]
     parts = []
@@ -76,6 +80,13 @@ def _scenes(
     front = scenes.labels.reshape(len(scenes), -1)[np.arange(len(scenes)), nearest]
     maps = {"depth": scenes.depths, "segmentation": scenes.labels, "mask": scenes.masks}
     return scenes.images, front.astype(np.int32) - 1, maps
+
+
+def _faces(
+    count: int, size: int, seed: int, _: str
+) -> tuple[np.ndarray, np.ndarray, dict, dict[str, np.ndarray]]:
+    faces = render_faces(count * len(PAPERS), size, seed)
+    return faces.images, faces.papers, {}, {"people": faces.people, "keypoints": faces.keypoints}
 
 
 def _patches(count: int, size: int, seed: int, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,14 +5,17 @@ from typing import Annotated, Any
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Distinct, Natural, OneOf, Seed, check_limits
-from jaxsynth.core.places import MaybeFolder, MaybeModel, Model, ModelOrFile
+from jaxsynth.core.places import MaybeFile, MaybeFolder, MaybeModel, Model, ModelOrFile
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset
+from jaxsynth.data.faces import known_people
 from jaxsynth.generation.generate import GenerateConfig
+from jaxsynth.methods.customize.faces import FaceEncoderConfig
 from jaxsynth.tasks.customize import (
     CaptionConfig,
     DreamBoothConfig,
     ImagePromptConfig,
+    InstantIDConfig,
     InversionConfig,
     Training,
 )
@@ -23,10 +26,10 @@ TECHNIQUES: dict[str, type] = {
     "dreambooth": DreamBoothConfig,
     "lora": CaptionConfig,
     "ip_adapter": ImagePromptConfig,
+    "instantid": InstantIDConfig,
 }
 # Of other programs, and not of this one yet.
 _WAITING = {
-    "instantid": "InstantID needs an encoder of faces",
     "animatediff": "jaxsynth generate --motion draws with motion modules, none are trained",
     "controlnet": "ControlNet is the method controlled (configs/controlled.py)",
 }
@@ -50,6 +53,11 @@ class Config:
 
     For "ip_adapter" each prompt is drawn for each of `references` held-out images, which
     `image_encoder` sees: the folder of a CLIP or of its image tower, `clip` unless given.
+
+    For "instantid" the references are faces, each drawn with the keypoints of the next. `faces` is
+    an .npz of "ids" (of the images of the data, which must be square), "embeddings" and "keypoints"
+    (x, y) of left eye, right eye, nose and corners of the mouth. Data that know their people need
+    none: two encoders of `face_encoder` learn to tell them apart, of which one judges.
     """
 
     method: str = "customize"
@@ -70,6 +78,9 @@ class Config:
     ip_adapter: ImagePromptConfig | None = None
     references: Natural = 0
     image_encoder: MaybeModel = ""
+    instantid: InstantIDConfig | None = None
+    faces: MaybeFile = ""
+    face_encoder: FaceEncoderConfig | None = None
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -89,6 +100,7 @@ class Config:
         if getattr(self, self.technique) is None:
             object.__setattr__(self, self.technique, TECHNIQUES[self.technique]())
         check_limits(self)
+        self._check_faces()
         if self.sees_images != bool(self.references):
             why = "draws like held-out images" if self.sees_images else "draws like no image"
             raise ValueError(f"references: {self.references}, but {self.technique} {why}")
@@ -97,7 +109,7 @@ class Config:
                 f"mask_folder: masks are for lora.unmasked_weight below 1, which {self.technique} "
                 "does not have here; leave it out"
             )
-        if self.image_encoder and not self.sees_images:
+        if self.image_encoder and (not self.sees_images or self.sees_faces):
             raise ValueError(f"image_encoder: {self.technique} sees no images; leave it out")
         if not self.prompts:
             raise ValueError("prompts: expected at least one")
@@ -111,6 +123,16 @@ class Config:
                 wanted = "one {} for the subject" if self.has_subject else "no {}"
                 raise ValueError(f"prompts: {prompt!r}, expected {wanted} for {self.technique}")
 
+    def _check_faces(self) -> None:
+        if not self.sees_faces:
+            for name in ("faces", "face_encoder"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: {self.technique} sees no faces; leave it out")
+        elif self.faces and self.face_encoder is not None:
+            raise ValueError("face_encoder: `faces` has embeddings already; leave one of them out")
+        elif not self.faces and self.face_encoder is None:
+            object.__setattr__(self, "face_encoder", FaceEncoderConfig())
+
     @property
     def has_subject(self) -> bool:
         """Whether one subject is learned, which prompts name."""
@@ -119,7 +141,12 @@ class Config:
     @property
     def sees_images(self) -> bool:
         """Whether images prompt beside the text."""
-        return self.technique == "ip_adapter"
+        return self.technique in ("ip_adapter", "instantid")
+
+    @property
+    def sees_faces(self) -> bool:
+        """Whether these are faces, which a face encoder sees."""
+        return self.technique == "instantid"
 
     @property
     def training(self) -> Training:
@@ -132,6 +159,11 @@ class Config:
         if self.references > len(data.test):
             raise UserError(
                 f"references: {self.references}, but only {len(data.test)} images are held out"
+            )
+        if self.face_encoder is not None and not known_people(data):
+            raise UserError(
+                "data: not known whose face each image shows; give embeddings and keypoints by "
+                "--config.faces=FILE.npz"
             )
         if self.has_subject and data.num_classes != 1:
             raise UserError(

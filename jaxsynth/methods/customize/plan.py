@@ -3,25 +3,35 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxsynth.data.faces import Faces, read_faces
 from jaxsynth.data.prompts import default_template
 from jaxsynth.generation.planning import plan_images
 from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.faces import (
+    PUBLISHED_WIDTH,
+    FaceEncoderConfig,
+)
+from jaxsynth.methods.customize.faces import planned as planned_faces
 from jaxsynth.methods.customize.techniques import (
     class_prompt,
     prepared,
     shapes_of,
     templates_of,
 )
+from jaxsynth.models.diffusion.identity import IdentityPrompted, identity_of, with_identity
 from jaxsynth.models.diffusion.image_prompt import ImagePrompted, adapter_of, with_image_prompts
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.customize import (
     CaptionConfig,
     ImagePromptConfig,
+    InstantIDConfig,
     customize_task,
     planned_images,
 )
@@ -40,12 +50,13 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     base = describe_pipeline(config.base, dtype=config.dtype, compute_dtype=config.dtype)
     base = base.sized(config.image_size)
     classes, images, note = count_data(config.data)
-    training, prompts = config.training, len(config.prompts)
+    training, prompts, every = config.training, len(config.prompts), images
     if config.shots:
         images = config.shots * (1 if config.has_subject else classes)
     # As many texts as there may be: what the images are told by, and the class's prompt.
     template = config.data.template or default_template(config.data.name)
-    texts = images if isinstance(training, CaptionConfig | ImagePromptConfig) else 1
+    kinds = CaptionConfig | ImagePromptConfig | InstantIDConfig
+    texts = images if isinstance(training, kinds) else 1
     texts *= len(templates_of(training, template)) * getattr(training, "caption_orders", 1)
     prior = class_prompt(training, config.word, template)
     encoder, features = None, None
@@ -53,15 +64,21 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     if isinstance(training, ImagePromptConfig):
         encoder = describe_image_encoder(config.image_encoder or config.clip)
         features = encoder.shape(training.of_patches)
-        prompts *= config.references
+    elif isinstance(training, InstantIDConfig):
+        encoder, note = _faces(config, note)
+        features = (1, encoder.width)
+    prompts *= max(1, config.references)
 
     def train(batch: int) -> Plan:
         sized = replace(training, batch_size=batch)
         others = planned_images(base, training.class_images, 1) if prior else None
         task = customize_task(
             base, shapes_of(training, config.word, base, encoder),
-            planned_images(base, images, texts, features=features, masked=masked), sized,
-            seed=config.seeds[0], others=others,
+            planned_images(
+                base, images, texts, features=features, masked=masked,
+                followed=config.sees_faces,
+            ),
+            sized, seed=config.seeds[0], others=others,
         )  # fmt: skip
         rows = batch * (2 if prior else 1)
         return trainer.plan(
@@ -72,7 +89,9 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         adapt, prompted = None, None
         if learned and isinstance(training, FinetuneConfig):
             adapt = partial(_adapted, base, training)
-        if learned and encoder is not None:
+        if learned and isinstance(training, InstantIDConfig):
+            prompted = partial(_identified, base, training, encoder)
+        elif learned and encoder is not None:
             prompted = partial(_prompted, base, training, encoder)
         own = replace(config.generate, batch_size=batch)
         return plan_images(
@@ -94,6 +113,8 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
             config.technique, train, field, training.batch_size, unit * training.accumulate, updates
         )
     ]  # fmt: skip
+    if config.face_encoder is not None:
+        programs.insert(0, planned_faces(config.face_encoder, every, mesh, note))
     for name, count, learned in names:
         build = partial(draw, name, count, learned)
         each = config.generate.images_per_class
@@ -102,6 +123,29 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         calls = partial(batches, count * each)
         programs.append(Program(name, build, "generate.batch_size", batch, unit, calls))
     return programs
+
+
+def _faces(config: Config, note: str) -> tuple[Faces | FaceEncoderConfig, str]:
+    """What says how wide embeddings are; those of a file that is not here are as published."""
+    if config.face_encoder is not None:
+        return config.face_encoder, note
+    if Path(config.faces).is_file():
+        return read_faces(config.faces), note
+    assumed = f"{config.faces}: embeddings of {PUBLISHED_WIDTH} numbers are assumed"
+    width = np.zeros((0, PUBLISHED_WIDTH), np.float32)
+    empty = Faces((), width, np.zeros((0, 5, 2), np.float32))
+    return empty, f"{note}; {assumed}" if note else assumed
+
+
+def _identified(
+    base: StableDiffusion,
+    training: InstantIDConfig,
+    faces: Faces | FaceEncoderConfig,
+    model: TextToImage,
+) -> IdentityPrompted:
+    own = base.with_networks(model)
+    identity = identity_of(prepared(training, "", own, jax.random.key(0), faces)[1])
+    return with_identity(model, identity)
 
 
 def _prompted(

@@ -22,6 +22,7 @@ TITLES = {
     "dreambooth": "DreamBooth",
     "lora": "LoRA on captions",
     "ip_adapter": "IP-Adapter",
+    "instantid": "InstantID",
 }
 _OF_ALL = (
     "Cosines of CLIP's features. Similarity: of each image with every held-out photo, averaged; "
@@ -33,7 +34,12 @@ _OF_REFERENCES = (
     "like; another's: with the next of those; prompt: with its prompt. The base draws the same "
     "prompts from the same noise and sees no image."
 )
-_KEYS = ("photos", "base", "base_prompt", "custom", "custom_prompt")
+_OF_FACES = (
+    "Similarity: the cosine of a face encoder's embeddings, of each image with the face that it "
+    "was to be of, which nothing was trained on; another's: with the next of those, whose "
+    "keypoints it was given. Prompt: the cosine of CLIP's features with its prompt. The base draws "
+    "the same prompts from the same noise and sees no face."
+)
 
 
 def report(workdir: Path) -> Path:
@@ -54,6 +60,8 @@ def report(workdir: Path) -> Path:
         for x in stages.values()
     ]
     gains = {name: _gain(list(stages), name) for name in ("similarity", "prompt")}
+    if config.sees_images:
+        gains["similarity, from another's"] = _gain(list(stages), "others")
     write_json(workdir / "results.json", {"seeds": results, "gains": gains})
     table = compared(results, title)
     console.print(to_rich(table))
@@ -69,7 +77,7 @@ def report(workdir: Path) -> Path:
         [
             Section(
                 "Alike to photos that were not learned from",
-                f"{_OF_REFERENCES if config.sees_images else _OF_ALL}\n\n"
+                f"{_caption(config)}\n\n"
                 "Difference of the customised model from the base, over the images of all seeds, "
                 "with the 95 % interval of a bootstrap:\n\n"
                 + "\n".join(f"- {line}" for line in lines),
@@ -93,6 +101,13 @@ def report(workdir: Path) -> Path:
     )
 
 
+def _caption(config: Config) -> str:
+    if config.sees_faces:
+        here = "" if config.face_encoder else " Here CLIP takes the place of the face encoder."
+        return _OF_FACES + here
+    return _OF_REFERENCES if config.sees_images else _OF_ALL
+
+
 def compared(results: list[dict], title: str) -> Table:
     """The photos themselves, the untouched base and the customised model."""
 
@@ -109,7 +124,7 @@ def compared(results: list[dict], title: str) -> Table:
     return Table(
         ["Images", "similarity", "prompt"],
         rows,
-        caption="CLIP's cosine, mean ± standard deviation of seeds",
+        caption="Cosines, mean ± standard deviation of seeds",
         better=None,
         digits=3,
         rules=(1,),
@@ -117,9 +132,13 @@ def compared(results: list[dict], title: str) -> Table:
 
 
 def _gain(folders: list[Path], name: str) -> str:
-    """The mean difference from the base with its interval, images of all seeds paired by noise."""
+    """The mean difference from the base with its interval, images of all seeds paired by noise.
+
+    With "others" it is that to one's own reference from that to another's.
+    """
     end = "_prompt" if name == "prompt" else ""
-    arrays = [read_arrays(folder / FIGURES, _KEYS) for folder in folders]
-    before, after = (np.concatenate([x[key + end] for x in arrays]) for key in ("base", "custom"))
+    keys = (f"base{end}", f"custom{end}") if name != "others" else ("custom_others", "custom")
+    arrays = [read_arrays(folder / FIGURES, keys) for folder in folders]
+    before, after = (np.concatenate([x[key] for x in arrays]) for key in keys)
     figure = difference(mean(after), mean(before))
     return interval(figure, len(before), jax.random.key(0)).text(scale=1.0, digits=3)

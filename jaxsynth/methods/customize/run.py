@@ -1,14 +1,16 @@
 """Customisation: a text-to-image model learns a subject or a style from a few images.
 
 One technique a run (`config.TECHNIQUES`), each with every seed: Textual Inversion (Gal et al. 2022,
-arXiv 2208.01618), DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), LoRA on captioned images, and
-IP-Adapter (Ye et al. 2023, arXiv 2308.06721), which draws each prompt like each of some images.
+arXiv 2208.01618), DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), LoRA on captioned images,
+IP-Adapter (Ye et al. 2023, arXiv 2308.06721), which draws each prompt like each of some images, and
+InstantID (Wang et al. 2024, arXiv 2401.07519), which draws each prompt with each of some people.
 The customised model and the untouched base draw the same prompts, which were not trained on, from
 the same noise; a CLIP says how alike their images are to photos that were not trained on.
 
 Below the run's folder:
 
     base-seed<n>        images of the untouched base, whose prompts name the subject's class
+    faces, judge        face encoders, and embeddings and keypoints of all faces
     class-seed<n>       images of the class, which DreamBooth keeps the prior by
     learned-seed<n>     the embedding or the adapter
     images-seed<n>      images of the customised model
@@ -18,8 +20,10 @@ Below the run's folder:
 import dataclasses
 from pathlib import Path
 
+from jaxsynth.data.faces import check_square
 from jaxsynth.methods.customize import stages
 from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.faces import Recognizing, recognize
 from jaxsynth.methods.customize.plan import plan
 from jaxsynth.methods.customize.report import report
 from jaxsynth.methods.customize.techniques import check, class_prompt, filled, name_of
@@ -28,6 +32,7 @@ from jaxsynth.runs.sources import (
     clip_source,
     condition_files,
     data_source,
+    face_source,
     image_encoder_source,
     pipeline_source,
 )
@@ -51,10 +56,24 @@ def make(config: Config, workdir: Path) -> None:
     base, clip = pipeline_source(config.base, dtype), clip_source(config.clip)
     data, training = data_source(config.data), config.training
     check(config, data.value, base.value)
-    encoder = None
-    if config.sees_images:
+    encoder, faces, judge = None, None, None
+    if config.faces:
+        faces = face_source(config.faces)
+        for source in (data.value.train, data.value.test):
+            faces.value.of(source, config.faces)
+            check_square(source)
+    elif config.sees_images and not config.sees_faces:
         encoder = image_encoder_source(config.image_encoder or config.clip)
     keep_record(folder, config)
+    if config.face_encoder is not None:
+        faces, judge = (
+            recognize(
+                folder / name,
+                Recognizing(config.face_encoder, (config.seeds[0] + i) % 2**32),
+                label=name, mesh=mesh, data=data,
+            )
+            for i, name in enumerate(("faces", "judge"))
+        )  # fmt: skip
 
     def draw(
         name: str, seed: int, prompts: tuple[str, ...], learned: Artifact | None = None, count=0
@@ -68,6 +87,7 @@ def make(config: Config, workdir: Path) -> None:
             stages.Drawing(prompts, images, seed, dtype, references, config.image_size),
             label=f"{name}, seed {seed}", base=base, learned=learned,
             data=data if references else None, encoder=encoder if learned else None,
+            faces=faces if learned else None,
         )  # fmt: skip
 
     named = filled(config.prompts, name_of(training, config.word))
@@ -82,7 +102,8 @@ def make(config: Config, workdir: Path) -> None:
                 training, config.word, config.shots, seed, dtype, config.image_size
             ),
             label=f"{config.technique}, seed {seed}", mesh=mesh, data=data, base=base,
-            others=others, encoder=encoder, masks=condition_files(data, config.mask_folder),
+            others=others, encoder=encoder, faces=faces,
+            masks=condition_files(data, config.mask_folder),
         )  # fmt: skip
         untouched = draw("base", seed, plain)
         drawn = draw("images", seed, named, learned)
@@ -90,5 +111,5 @@ def make(config: Config, workdir: Path) -> None:
             folder / f"measured-seed{seed}",
             stages.Measuring(plain, config.shots, seed, config.references),
             label=f"similarity, seed {seed}", data=data, clip=clip, untouched=untouched,
-            drawn=drawn,
+            drawn=drawn, judge=judge,
         )  # fmt: skip

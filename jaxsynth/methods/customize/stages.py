@@ -1,6 +1,6 @@
 """The stages of a customisation run: drawing, learning, measuring. `run` says in which order."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from jaxtyping import Float
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, replacing, write_json
-from jaxsynth.data.conditions import source_conditions
+from jaxsynth.data.conditions import as_fractions, source_conditions
 from jaxsynth.data.dataset import Dataset, ImageSource
+from jaxsynth.data.faces import Faces, keypoint_pictures
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot
 from jaxsynth.data.store import ImageStore
@@ -27,6 +28,7 @@ from jaxsynth.generation.generate import (
     sample_images,
 )
 from jaxsynth.generation.image_prompts import ImagePrompt, prompt_of
+from jaxsynth.methods.customize.faces import Judge, face_parts, faces_in
 from jaxsynth.methods.customize.techniques import (
     load,
     name_of,
@@ -35,6 +37,7 @@ from jaxsynth.methods.customize.techniques import (
     shapes_of,
     texts_of,
 )
+from jaxsynth.models.diffusion.identity import Identity, IdentityPrompted, identity_of
 from jaxsynth.models.diffusion.image_prompt import adapter_of
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.quality.errors import held_out_error
@@ -42,10 +45,11 @@ from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_features
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.customize import Training, customize_task, encode_told, places_of
+from jaxsynth.tasks.customize import Told, Training, customize_task, encode_told, places_of
 from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train
+from jaxsynth.weights.adapters.identities import read_identity
 from jaxsynth.weights.adapters.image_prompts import read_image_adapter
 from jaxsynth.weights.hf import Clip, StableDiffusion
 from jaxsynth.weights.image_encoder import ImageEncoder
@@ -89,32 +93,51 @@ def draw(
     learned: Artifact | None = None,
     data: Dataset | None = None,
     encoder: ImageEncoder | None = None,
+    faces: Artifact | Faces | None = None,
 ) -> dict:
     """A store of images of every prompt; each process fills its share of the shards.
 
     With `references` so many for each prompt, like each of those held-out images of `data` where
     something has learned to.
     """
-    adapters, digests, prompts, names = None, [], [], list(config.texts)
+    adapters, digests, names = None, [], list(config.texts)
+    seen: dict[str, Any] = {}
     base = base.sized(config.image_size)
     if data is not None:
         ids = references_of(data, config.references).ids
         names = [f"{text}, like {ids[i % len(ids)]}" for i, text in enumerate(names)]
     if learned is not None:
-        if encoder is not None and data is not None:
-            prompts = [_image_prompt(learned, config, base, data, encoder)]
+        if faces is not None and data is not None:
+            identity = read_identity(learned.path, base.unet)
+            seen = _faces_of(base, data, identity, config.references, names, faces)
+        elif encoder is not None and data is not None:
+            seen = {"image_prompts": [_image_prompt(learned, config, base, data, encoder)]}
         else:
             base, adapters = load(learned.path, base)
         digests = [file_digest(learned.path / learned.counts["file"])]
     generator = Generator(
         base, config.texts, config.generate, seed=config.seed, adapters=adapters,
-        image_prompts=prompts, mesh=local_mesh(),
+        mesh=local_mesh(), **seen,
     )  # fmt: skip
     count = fill_store(
         generator, work.folder, names, config.texts, config.generate, seed=config.seed,
         adapter_digests=digests, description="draw",
     )  # fmt: skip
     return {"images": count}
+
+
+def _faces_of(
+    base: StableDiffusion,
+    data: Dataset,
+    identity: Identity,
+    references: int,
+    texts: Sequence[str],
+    faces: Artifact | Faces,
+) -> dict[str, Any]:
+    """The people of held-out images, one for each text in turns, for `Generator`."""
+    source = references_of(data, references)
+    prompt, control = face_parts(identity, source, faces_in(faces), len(texts), base.image_size)
+    return {"image_prompts": [prompt], "controls": [control]}
 
 
 def _image_prompt(
@@ -149,9 +172,11 @@ def _learned_bytes(
     *,
     base: StableDiffusion,
     encoder: ImageEncoder | None = None,
+    faces: Artifact | Faces | None = None,
     **_: Any,
 ) -> int:
-    return training_bytes(shapes_of(config.training, config.word, base, encoder), config.training)
+    seen = encoder if faces is None else faces_in(faces)
+    return training_bytes(shapes_of(config.training, config.word, base, seen), config.training)
 
 
 @stage(processes="all", space=_learned_bytes)
@@ -163,15 +188,18 @@ def learn(
     base: StableDiffusion,
     others: Artifact | None = None,
     encoder: ImageEncoder | None = None,
+    faces: Artifact | Faces | None = None,
     masks: Path | None = None,
 ) -> dict:
     """What the technique learned, in one file. `others` are images of the subject's class.
 
-    `encoder` sees images that prompt, and `masks` are a folder of masks of the images.
+    `encoder` sees images that prompt, `faces` are those in the images, and `masks` are a folder of
+    masks of the images.
     """
     training, crops = config.training, config.training.crops_per_image
     key, base = jax.random.key(config.seed), base.sized(config.image_size)
-    pipeline, model = prepared(training, config.word, base, key, encoder)
+    known = None if faces is None else faces_in(faces)
+    pipeline, model = prepared(training, config.word, base, key, known or encoder)
     source = shots_of(data, config.shots, config.seed)
 
     see = None
@@ -179,7 +207,8 @@ def learn(
         see = partial(encoder, of_patches=getattr(training, "of_patches", False))
 
     def encoded(images: ImageSource, texts):
-        return encode_told(pipeline, images, texts, crops=crops, seed=config.seed, encoder=see)
+        told = encode_told(pipeline, images, texts, crops=crops, seed=config.seed, encoder=see)
+        return told if known is None else _with_faces(told, images, known, base.image_size)
 
     images = encoded(source, texts_of(training, config.word, data, source, config.seed))
     unmasked = getattr(training, "unmasked_weight", 1.0)
@@ -193,9 +222,10 @@ def learn(
     evaluate = None
     if training.evaluate_every:
         evaluate = _held_out(pipeline, encoded, training, config.word, data)
+    name = name_of(training, config.word)
     task = customize_task(
         pipeline, model, images, training, seed=config.seed, others=prior, evaluate=evaluate,
-        sample=_sampler(pipeline, data, name_of(training, config.word), encoder),
+        sample=_sampler(pipeline, data, name, known or encoder),
         identity={"base": base.digest},
     )  # fmt: skip
     sized = training.sized(len(images))
@@ -205,6 +235,14 @@ def learn(
         return counts
     write_json(work.folder / "images.json", list(source.ids))
     return counts | {"file": save(work.folder, training, base, model).name}
+
+
+def _with_faces(told: Told, source: ImageSource, faces: Faces, size: int) -> Told:
+    """The images with their faces: embeddings, zeros for none, and pictures of keypoints."""
+    own = faces.of(source)
+    embeddings = own.embeddings[:, None]
+    pictures = keypoint_pictures(source, own.keypoints, size)
+    return replace(told, images=embeddings, absent=np.zeros_like(embeddings[0]), condition=pictures)
 
 
 def _places(
@@ -244,21 +282,29 @@ def _held_out(
             tokens = jax.jit(lambda part, x: part(x))(model.image_projections[0], told.images)
             texts = texts.followed_by(tokens)
         texts = jax.tree.map(np.asarray, texts)
-        error = held_out_error(
-            model.unet, schedule, x0, lambda rows: texts.take(rows).inputs(), seed=0
-        )
-        return {"held_out_error": error}
+        followed = told.condition
+
+        def inputs(rows: np.ndarray) -> dict[str, np.ndarray]:
+            more = {} if followed is None else {"condition": as_fractions(followed[rows])}
+            return texts.take(rows).inputs() | more
+
+        denoiser = model.unet if followed is None else model
+        return {"held_out_error": held_out_error(denoiser, schedule, x0, inputs, seed=0)}
 
     return evaluate
 
 
 def _sampler(
-    pipeline: StableDiffusion, data: Dataset, name: str, encoder: ImageEncoder | None
+    pipeline: StableDiffusion, data: Dataset, name: str, encoder: ImageEncoder | Faces | None
 ) -> Callable[[TextToImage], np.ndarray]:
     shown = [data.template.format(name)] if name else list(class_prompts(data))[:SHOWN]
 
     def sample(model: TextToImage) -> np.ndarray:
-        if encoder is not None:
+        if isinstance(model, IdentityPrompted) and isinstance(encoder, Faces):
+            own = identity_of(model)
+            seen = _faces_of(pipeline, data, own, len(shown), shown, encoder)
+            return sample_images(pipeline, shown, SAMPLES, seed=0, **seen)[:, 0]
+        if isinstance(encoder, ImageEncoder):
             source = references_of(data, len(shown))
             images = [[source[i].image] for i in range(len(shown))]
             prompts = [prompt_of(adapter_of(model), encoder, images)]
@@ -287,31 +333,37 @@ def measure(
     clip: Clip,
     untouched: Artifact,
     drawn: Artifact,
+    judge: Artifact | None = None,
 ) -> dict:
     """Similarity of images before and after to photos that were not learned from; a grid.
 
     Where each image was to be like a reference, with that one, and with the next one ("others").
+    Similarities are those of CLIP's features, or with a `judge` of its embeddings of faces.
     """
     extractor = clip_features(clip)
+    seeing = extractor if judge is None else Judge(judge, data)
     learned = shots_of(data, config.shots, config.seed)
-    photos = extractor.of_source(data.test)
+    photos = seeing.of_source(data.test)
     texts = text_features(clip, config.prompts)
     found: dict[str, Float[np.ndarray, " n"]] = {
-        "photos": mean_cosine(extractor.of_source(learned), photos)
+        "photos": mean_cosine(seeing.of_source(learned), photos)
     }
     stores = {"base": ImageStore(untouched.path), "custom": ImageStore(drawn.path)}
     count = config.references
     references = references_of(data, count) if count else None
     for name, store in stores.items():
-        features, labels = extractor.of_source(store), np.asarray(store.labels)
+        labels = np.asarray(store.labels)
+        features = clips = extractor.of_source(store)
+        if judge is not None:
+            features = seeing.of_source(store)
         if references is None:
             found[name] = mean_cosine(features, photos)
         else:
-            seen = extractor.of_source(references)
+            seen = seeing.of_source(references)
             found[name] = paired_cosine(features, seen[labels % count])
             found[f"{name}_others"] = paired_cosine(features, seen[(labels + 1) % count])
         text = labels // max(1, count)
-        found[f"{name}_prompt"] = paired_cosine(features, texts[text])
+        found[f"{name}_prompt"] = paired_cosine(clips, texts[text])
     with replacing(work.folder / FIGURES) as path, path.open("wb") as file:
         np.savez(file, **found)
     if references is None:

@@ -11,11 +11,18 @@ from flax import nnx
 from jaxsynth.adapters.inject import AdapterState, extract, mark_trainable
 from jaxsynth.adapters.surgery.token_rows import TABLE
 from jaxsynth.data.dataset import Dataset, ImageSource
+from jaxsynth.data.faces import Faces
 from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.splits import few_shot
 from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.faces import FaceEncoderConfig
+from jaxsynth.models.diffusion.identity import (
+    identity_of,
+    initial_identity,
+    with_identity,
+)
 from jaxsynth.models.diffusion.image_prompt import (
     ImageProjection,
     Resampler,
@@ -28,6 +35,7 @@ from jaxsynth.models.shapes import transform
 from jaxsynth.tasks.customize import (
     DreamBoothConfig,
     ImagePromptConfig,
+    InstantIDConfig,
     InversionConfig,
     Training,
 )
@@ -41,10 +49,13 @@ from jaxsynth.weights.adapters.embeddings import (
     with_new_word,
     write_embedding,
 )
+from jaxsynth.weights.adapters.identities import write_identity
 from jaxsynth.weights.adapters.image_prompts import write_image_adapter
 from jaxsynth.weights.hf import StableDiffusion
 from jaxsynth.weights.image_encoder import ImageEncoder
 
+# What sees images, or says how wide the embeddings of faces are.
+Seen = ImageEncoder | Faces | FaceEncoderConfig
 # Where a text encoder's new words are among what learns.
 _ROWS = f"{TABLE}.rows"
 
@@ -92,20 +103,30 @@ def prepared(
     word: str,
     base: StableDiffusion,
     key: jax.Array,
-    encoder: ImageEncoder | None = None,
+    encoder: Seen | None = None,
 ) -> tuple[StableDiffusion, TextToImage]:
     """The pipeline that reads the technique's texts, and its networks with what learns in them.
 
-    `encoder` is for a technique that sees images.
+    `encoder` is for a technique that sees images or faces.
     UserError for a token that is known already, an initializer that is not one token.
     """
     if isinstance(training, InversionConfig):
         start = training.initializer or word
         base = with_new_word(base, training.token, training.vectors, start)
         return base, base.networks
+    width = base.unet.config.cross_attention_dim
+    if isinstance(training, InstantIDConfig):
+        assert isinstance(encoder, Faces | FaceEncoderConfig)
+        config = training.projection_config(encoder.width, width)
+        identity = initial_identity(
+            base.unet, config, base.vae.config.downscale, rngs=nnx.Rngs(key)
+        )
+        model = with_identity(base.networks, identity)
+        return base, mark_trainable(
+            model, (r".*\.to_[kv]_ip\..*", r"image_projections\..*", r"identity_net\..*")
+        )
     if isinstance(training, ImagePromptConfig):
-        assert encoder is not None
-        width = base.unet.config.cross_attention_dim
+        assert isinstance(encoder, ImageEncoder)
         config = training.projection_config(encoder.features(training.of_patches), width)
         kind = Resampler if training.of_patches else ImageProjection
         projection: Any = kind(config, dtype=base.unet.dtype, rngs=nnx.Rngs(key))
@@ -117,7 +138,7 @@ def prepared(
 
 
 def shapes_of(
-    training: Training, word: str, base: StableDiffusion, encoder: ImageEncoder | None = None
+    training: Training, word: str, base: StableDiffusion, encoder: Seen | None = None
 ) -> TextToImage:
     """The networks of `prepared`, of shapes; `base` may be of shapes too."""
 
@@ -154,6 +175,8 @@ def save(folder: Path, training: Training, base: StableDiffusion, model: TextToI
 
     Returns the latter where there is one.
     """
+    if isinstance(training, InstantIDConfig):
+        return write_identity(folder, identity_of(model))
     if isinstance(training, ImagePromptConfig):
         return write_image_adapter(folder, adapter_of(model))
     state = extract(model)

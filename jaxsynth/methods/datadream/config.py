@@ -21,7 +21,7 @@ from jaxsynth.core.limits import (
     Share,
     check_limits,
 )
-from jaxsynth.core.places import MaybeFolder, Model, ModelOrFile
+from jaxsynth.core.places import MaybeFileOrFolder, MaybeFolder, Model, ModelOrFile
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptConfig
@@ -92,7 +92,7 @@ class StudentConfig:
     `classify`. `real_weight`: the shots' weight in the loss where other images are seen too.
     """
 
-    checkpoint: str = ""
+    checkpoint: ModelOrFile = ""
     train: SupervisedConfig = field(default_factory=SupervisedConfig)
     real_weight: Share = 0.8
 
@@ -168,7 +168,7 @@ class Config:
     seeds: Annotated[tuple[Seed, ...], Distinct()] = (0,)
     validation_fraction: BelowOne = 0.0
     classes_at_once: Natural = 0
-    captions: str = ""
+    captions: MaybeFileOrFolder = ""
     adapter: AdapterChoice | None = None
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

@@ -56,6 +56,10 @@ class TextCondition(NamedTuple):
         """Without so many states at the end."""
         return self._replace(states=self.states[:, : self.states.shape[1] - tokens])
 
+    def part(self, start: int, stop: int | None) -> "TextCondition":
+        """With the states from `start` to `stop` alone; negative numbers count from the end."""
+        return self._replace(states=self.states[:, start:stop])
+
     def inputs(self) -> dict[str, Any]:
         """The arguments of the denoiser, by their names."""
         more = {} if self.pooled is None else {"text_embeds": self.pooled, "time_ids": self.sizes}

@@ -37,6 +37,8 @@ from jaxsynth.weights.torch_files.writer import write_pickled
 
 FILE = "ip-adapter.safetensors"
 _PROJECTION, _KERNELS = "image_proj", "ip_adapter"
+# The bases that attend to so many numbers.
+_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 # What else goes by the name, by a key that only it has.
 _OTHERS = {
     "proj.3.weight": "an IP-Adapter Full Face, whose tokens are those of all patches",
@@ -145,10 +147,17 @@ def _read_projection(
 
 def _check_width(file: Path, found: int, width: int) -> None:
     if found != width:
+        own, base = (f" ({_WIDTHS[x]})" if x in _WIDTHS else "" for x in (found, width))
         raise UserError(
-            f"{file}: makes tokens of {found} numbers, and the base attends to {width}: the "
-            "adapter is for another base"
+            f"{file}: makes tokens of {found} numbers{own}, and the base attends to {width}{base}: "
+            "the adapter is for another base"
         )
+
+
+def width_of_base(width: object) -> str:
+    """What bases whose texts' states have so many numbers are called."""
+    found = _WIDTHS.get(width) if isinstance(width, int) else None
+    return found or "Stable Diffusion 1 or 2"
 
 
 def _read_kernels(file: Path, tensors: dict[str, np.ndarray], unet: nnx.Module) -> dict:

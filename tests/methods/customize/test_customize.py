@@ -8,12 +8,18 @@ import pytest
 
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import load_config, override, to_dataclass
+from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.faces import Faces, keypoints_of, write_faces
+from jaxsynth.data.load import load_dataset
+from jaxsynth.data.procedural.faces import PAPERS
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.customize.config import TECHNIQUES, Config
 from jaxsynth.methods.customize.run import plan
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.adapters.identities import read_identity
+from jaxsynth.weights.hf import load_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -28,13 +34,22 @@ OWN = {
         "ip_adapter.evaluate_every=4",
         "ip_adapter.sample_every=4", "prompts=zero",
     ),
+    "instantid": (
+        "instantid.evaluate_every=4", "instantid.sample_every=4", "prompts=zero",
+        *(
+            f"data.display_names.face on a {paper} background={name}"
+            for paper, name in zip(PAPERS, ("one", "two", "three", "four"), strict=True)
+        ),
+    ),
 }  # fmt: skip
+FIRST = {"instantid": ["faces"]}
 PROGRAMS = {"dreambooth": ["draw, class"]}
 FILES = {
     "textual_inversion": "learned_embeds.safetensors",
     "dreambooth": "adapter.safetensors",
     "lora": "pytorch_lora_weights.safetensors",
     "ip_adapter": "ip-adapter.safetensors",
+    "instantid": "ip-adapter.bin",
 }
 
 
@@ -77,10 +92,10 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     if technique == "dreambooth":
         (prompt,) = ImageStore(workdir / "class-seed0").class_names
         assert prompt == "a photo of the digit three"
-    if technique == "ip_adapter":
+    if technique in ("ip_adapter", "instantid"):
         assert "like" in stores["images"].class_names[1]
         assert "custom_others" in json.loads((workdir / "results.json").read_text())["seeds"][0]
-    if technique in ("lora", "ip_adapter"):
+    if technique in ("lora", "ip_adapter", "instantid"):
         lines = read_metrics(workdir / "learned-seed0" / ".training" / "metrics.jsonl")
         assert any("eval/held_out_error" in line for line in lines)
     found = json.loads((workdir / "results.json").read_text())
@@ -98,7 +113,15 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
 
 
 REFUSED = {
-    "technique": ("lora", "technique=instantid", "(InstantID needs an encoder of faces)"),
+    "technique": ("lora", "technique=controlnet", "(ControlNet is the method controlled"),
+    "faces of none": ("lora", "faces=x.npz", "faces: lora sees no faces"),
+    "an image encoder of faces": ("instantid", "image_encoder=x", "instantid sees no images"),
+    "both faces": ("instantid", "faces=x.npz", "`faces` has embeddings already"),
+    "unknown people": (
+        "instantid", "data.name=printed", "not known whose face each image shows; give embeddings",
+    ),
+    "a width of heads": ("instantid", "face_encoder.width=20", "width: 20, expected a multiple"),
+    "a resampler of heads": ("instantid", "instantid.hidden=70", "hidden: 70, expected a multiple"),
     "no references": ("ip_adapter", "references=0", "references: 0, but ip_adapter draws like"),
     "too many references": ("ip_adapter", "references=99999", "references: 99999, but only"),
     "references of none": ("lora", "references=2", "references: 2, but lora draws like no image"),
@@ -127,6 +150,32 @@ def test_what_cannot_be_is_told_before_anything_is_made(base_folder, tmp_path, c
     assert message in error and not list(tmp_path.rglob(MANIFEST))
 
 
+def test_faces_of_a_file_are_learned_from(base_folder, tmp_path, capfd):
+    """Embeddings that were made elsewhere; the file must hold a face of each image."""
+    data = load_dataset(
+        DataConfig(source="builtin", name="faces", images_per_class=10, image_size=8)
+    )
+    ids = (*data.train.ids, *data.test.ids)
+    points = np.concatenate([keypoints_of(data.train), keypoints_of(data.test)])
+    rows = np.random.default_rng(0).standard_normal((len(ids), 7)).astype(np.float32)
+    file = write_faces(tmp_path / "faces.npz", Faces(ids, rows, points))
+    given = arguments(base_folder, tmp_path / "w", "instantid", f"faces={file}", "face_encoder=")
+    assert cli.main(given) == 0
+    folder = tmp_path / "w"
+    assert not (folder / "faces").exists() and not (folder / "judge").exists()
+    identity = read_identity(folder / "learned-seed0", load_pipeline(base_folder).unet)
+    assert identity.width == 7
+    assert "CLIP takes the place of the face encoder" in (folder / "report.html").read_text()
+    write_faces(file, Faces(ids[1:], rows[1:], points[1:]))
+    given = arguments(
+        base_folder, tmp_path / "other", "instantid", f"faces={file}", "face_encoder="
+    )
+    capfd.readouterr()
+    assert cli.main(given) == 1
+    assert f"{file}: no face of 1 image, the first is" in capfd.readouterr().err
+    assert not list((tmp_path / "other").rglob(MANIFEST))
+
+
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_each_technique_is_planned(base_folder, technique):
     values = load_config(f"{CONFIG}:smoke,technique={technique}")
@@ -136,5 +185,8 @@ def test_each_technique_is_planned(base_folder, technique):
     clip = str(base_folder / "clip")
     config = to_dataclass(Config, {**values, "base": str(base_folder), "clip": clip})
     plans = [one.compile() for one in plan(config, make_mesh(data=2, fsdp=4))]
-    names = [technique, *PROGRAMS.get(technique, []), "draw, base", "draw, customised"]
+    names = [
+        *FIRST.get(technique, []), technique, *PROGRAMS.get(technique, []), "draw, base",
+        "draw, customised",
+    ]  # fmt: skip
     assert [one.name for one in plans] == names and all(one.flops > 0 for one in plans)
