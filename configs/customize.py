@@ -2,15 +2,19 @@
 
     jaxsynth run --config=configs/customize.py:tiny,technique=dreambooth --workdir=runs/dreambooth
 
-Variants, each of which takes `,technique=` textual_inversion (the default), dreambooth, lora or
-ip_adapter:
+Variants, each of which takes `,technique=` textual_inversion (the default), dreambooth, lora,
+ip_adapter, animatediff or motion_lora:
 - `tiny`: the shipped 32x32 base, which knows printed digits and no handwriting, three seeds, on two
   CPU cores. Textual Inversion and DreamBooth learn twelve handwritten threes; LoRA learns
   handwriting from captioned digits, zero to six, and draws seven, eight and nine. IP-Adapter learns
   to draw what images of printed digits and coloured shapes show, and is asked for held-out ones.
+  AnimateDiff learns motion modules from clips of printed digits that glide in four directions, and
+  MotionLoRA one direction on these modules, from 24 clips (`--config.motion=`: those that
+  `tiny,technique=animatediff` made in runs/animatediff, unless other ones are named).
 - `sd21`: Stable Diffusion 2.1 at 512 pixels on a few photos of your own in a folder of one class
   folder (`--config.data.path=photos/ --config.word=dog`), or for lora on a folder of captioned
-  images (metadata.jsonl, or a .txt beside each). On a GPU or TPU.
+  images (metadata.jsonl, or a .txt beside each), and for animatediff and motion_lora on a folder of
+  clips. On a GPU or TPU.
 - `sdxl`: the same on Stable Diffusion XL at 1024 pixels; a new word has vectors for both text
   encoders. `--config.image_size=512` learns and draws smaller images.
 - `smoke`: every stage in a few steps, for the tests.
@@ -20,7 +24,11 @@ DreamBooth and LoRA take any kind of adapter: `--config.dreambooth.adapter=full`
 
 from ml_collections import ConfigDict
 
-TECHNIQUES = ("textual_inversion", "dreambooth", "lora", "ip_adapter")
+TECHNIQUES = (
+    "textual_inversion", "dreambooth", "lora", "ip_adapter", "animatediff", "motion_lora",
+)  # fmt: skip
+# The motion modules that motion_lora adapts, unless --config.motion= names others.
+MOTION = "runs/animatediff/learned-seed0"
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
@@ -37,6 +45,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 
 
 def _tiny(technique: str) -> ConfigDict:
+    clips = {"frames": 8, "stride": 1, "windows_per_clip": 3}
     training = {
         "textual_inversion": {
             "steps": 600,
@@ -48,6 +57,8 @@ def _tiny(technique: str) -> ConfigDict:
         "dreambooth": {"steps": 300, "learning_rate": 1e-3, "class_images": 64},
         "lora": {"steps": 600, "learning_rate": 2e-3, "caption_dropout": 0.1},
         "ip_adapter": {"steps": 2000, "learning_rate": 1e-3},
+        "animatediff": {**clips, "steps": 2000, "learning_rate": 1e-3, "ema_decay": 0.995},
+        "motion_lora": {**clips, "steps": 300, "learning_rate": 1e-3, "rank": 8},
     }[technique]
     common = {"batch_size": 8, "steps_per_call": 20, "checkpoint_every": 200}
     config = ConfigDict(
@@ -81,6 +92,15 @@ def _tiny(technique: str) -> ConfigDict:
         config.shots, config.word, config.references = 0, "", 18
         config.prompts = ("a photo", "a photo on a black background")
         config.generate.images_per_class = 4
+    if technique in ("animatediff", "motion_lora"):
+        config.data = ConfigDict({"source": "builtin", "name": "moving", "images_per_class": 100})
+        config.shots, config.word = 0, ""
+        config.prompts = tuple(f"the digit {x}" for x in ("two", "three", "seven"))
+        config.generate.images_per_class = 8
+        config.generate.batch_size = 64
+    if technique == "motion_lora":
+        config.motion, config.shots = MOTION, 24
+        config.data.class_names = ("left",)
     return config
 
 
@@ -91,9 +111,13 @@ def _sd21(technique: str) -> ConfigDict:
         "dreambooth": {"learning_rate": 1e-4, "batch_size": 1, "class_images": 100},
         "lora": {"learning_rate": 1e-4, "batch_size": 8, "caption_dropout": 0.1, "snr_gamma": 5.0},
         "ip_adapter": {"batch_size": 8},
+        # 16 frames, each the fourth after the one before: 61 frames of a clip.
+        "animatediff": {"batch_size": 4},
+        "motion_lora": {"batch_size": 1},
     }[technique]
     subject = technique in ("textual_inversion", "dreambooth")
-    source = "folder" if subject else "captions"
+    moves = technique in ("animatediff", "motion_lora")
+    source = "folder" if subject else "clips" if moves else "captions"
     prompts = ("in the snow", "on the beach", "on top of a wooden floor", "with a city behind it")
     config = ConfigDict(
         {
@@ -117,6 +141,8 @@ def _sd21(technique: str) -> ConfigDict:
     )
     if technique == "ip_adapter":
         config.references, config.image_encoder = 8, "h94/IP-Adapter"
+    if technique == "motion_lora":
+        config.motion = MOTION
     return config
 
 
@@ -136,6 +162,9 @@ def _smoke(technique: str) -> ConfigDict:
     training = config[technique]
     if technique == "ip_adapter":
         config.references, config.prompts = 2, ("a photo",)
+    if technique in ("animatediff", "motion_lora"):
+        training.frames, config.prompts = 3, ("the digit two",)
+        config.data.images_per_class = 4
     training.steps, training.batch_size, training.steps_per_call = 4, 4, 2
     training.checkpoint_every = 2
     if technique == "dreambooth":

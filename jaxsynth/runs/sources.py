@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsynth.core.io import file_digests_cached
@@ -14,8 +15,11 @@ from jaxsynth.data.conditions import partner_digests
 from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.runs.stage import Source
+from jaxsynth.weights.adapters.motion import read_motion
 from jaxsynth.weights.hf import TEXT_TO_IMAGE, Clip, StableDiffusion, load_clip, load_pipeline
+from jaxsynth.weights.hub import weight_files
 from jaxsynth.weights.image_encoder import ImageEncoder, load_image_encoder
 
 # Of a data set that is not here: about that of the sets that networks are usually transferred to.
@@ -48,6 +52,20 @@ def clip_source(name: str, dtype: str = "float32") -> Source[Clip]:
 def image_encoder_source(name: str) -> Source[ImageEncoder]:
     """The image encoder that a config names."""
     return Source(lambda: load_image_encoder(name), lambda found: found.digest)
+
+
+def motion_source(
+    path: str, base: Source[StableDiffusion], dtype: str = "float32"
+) -> Source[MotionModules]:
+    """The motion modules at a path, for a base, kept and computed in `dtype`."""
+
+    def load() -> MotionModules:
+        return read_motion(path, base.value.unet.config, dtype=jnp.dtype(dtype))
+
+    def digest(_: MotionModules) -> str:
+        return files_digest(weight_files(Path(path)) if Path(path).is_dir() else [Path(path)])
+
+    return Source(load, digest)
 
 
 def joined_source(configs: Mapping[str, DataConfig]) -> Source[Dataset]:
@@ -86,7 +104,8 @@ def count_data(config: DataConfig) -> tuple[int, int, str]:
 
     The last value says so in words, and is "" where they were counted.
     """
-    if config.source == "tfds" or (config.source in ("folder", "captions") and not config.path):
+    by_path = config.source in ("folder", "captions", "clips")
+    if config.source == "tfds" or (by_path and not config.path):
         named = config.name or "no data set named"
         note = f"{named}: {ASSUMED_CLASSES} classes and {ASSUMED_IMAGES} images are assumed"
         return ASSUMED_CLASSES, ASSUMED_IMAGES, note

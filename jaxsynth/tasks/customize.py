@@ -1,11 +1,12 @@
-"""Teaching a text-to-image model a subject, a style or to see: four trainings of one task.
+"""Teaching a text-to-image model a subject, a style, to see or to move: trainings of one task.
 
 - Textual Inversion (Gal et al. 2022, arXiv 2208.01618) learns the embedding of a new word from
   sentences about it;
 - DreamBooth (Ruiz et al. 2023, arXiv 2208.12242) learns a subject under a rare word, and goes on to
   draw the class that it is of, by images which the model itself drew before (prior preservation);
 - fine-tuning on captioned images, each of which has a text of its own;
-- IP-Adapter (Ye et al. 2023, arXiv 2308.06721) learns to draw what an image shows.
+- IP-Adapter (Ye et al. 2023, arXiv 2308.06721) learns to draw what an image shows;
+- motion modules, and LoRA on them, learn from clips (`tasks.motion`).
 
 What learns is for the model to say: the new word's rows, an adapter of any kind, or all of it.
 """
@@ -33,6 +34,7 @@ from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.diffusion.image_prompt import ProjectionConfig, ResamplerConfig
 from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
+from jaxsynth.tasks.motion import ClipConfig, encode_clips
 from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source, learns_text
 from jaxsynth.training import sharding
 from jaxsynth.training.config import SCHEDULES, TrainingConfig
@@ -185,21 +187,22 @@ CROPPED = ("mean", "std", "sizes")
 _SHARDED = (*CROPPED, "first", "choices", "images", "places")
 _JOINED = (*CROPPED, "ids", "first", "choices")
 
-Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfig
+Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfig | ClipConfig
 
 
 @dataclass(frozen=True)
 class Told:
     """Encoded images, and the texts that each may be told by.
 
-    `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop. `ids` are
+    `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop, or of clips
+    one for each window of f frames. `ids` are
     the distinct texts, the empty one first; image i has the `choices[i]` texts from `first[i]` on.
     Where images prompt, `images` are an encoder's features of each and `absent` those of no image.
     `places` say how much each position of the latents counts.
     """
 
-    mean: Float[np.ndarray, "n k h w c"]
-    std: Float[np.ndarray, "n k h w c"]
+    mean: Float[np.ndarray, "n k *f h w c"]
+    std: Float[np.ndarray, "n k *f h w c"]
     sizes: Float[np.ndarray, "n k 6"]
     ids: Int[np.ndarray, "m *e t"]
     first: Int[np.ndarray, " n"]
@@ -220,12 +223,17 @@ def encode_told(
     crops: int,
     seed: int,
     encoder: Callable[[Sequence[Any]], np.ndarray] | None = None,
+    clips: ClipConfig | None = None,
 ) -> Told:
     """The images of a source as latents, each with its texts (`texts[i]`, at least one).
 
-    `encoder` gives the features of no image and of each.
+    `encoder` gives the features of no image and of each. With `clips` the source's clips are
+    encoded as that says, in its own number of windows in place of `crops`.
     """
-    found = encode_source(pipeline, source, crops=crops, seed=seed)
+    if clips is None:
+        found = encode_source(pipeline, source, crops=crops, seed=seed)
+    else:
+        found = encode_clips(pipeline, source, clips, seed=seed)
     distinct = {("",): 0}
     rows = [""]
     for own in map(tuple, texts):
@@ -358,10 +366,11 @@ def planned_images(
     size: int = 0,
     features: tuple[int, ...] | None = None,
     masked: bool = False,
+    clips: ClipConfig | None = None,
 ) -> Told:
     """The shapes of so many square images with so many texts in all, and `features` of each.
 
-    `masked` images have `places`.
+    `masked` images have `places`. With `clips` they are clips, in the windows that that says.
     """
 
     def shape(*dims: int, dtype: Any = np.float32) -> Any:
@@ -369,9 +378,10 @@ def planned_images(
 
     channels, downscale = pipeline.unet.config.in_channels, pipeline.vae.config.downscale
     side = (size or pipeline.image_size) // downscale
-    latents, rows = shape(count, 1, side, side, channels), shape(count, dtype=np.int32)
+    windows = (1,) if clips is None else (clips.windows_per_clip, clips.frames)
+    latents, rows = shape(count, *windows, side, side, channels), shape(count, dtype=np.int32)
     told = Told(
-        latents, latents, shape(count, 1, 6),
+        latents, latents, shape(count, windows[0], 6),
         shape(texts + 1, *pipeline.tokenizer.shape, dtype=np.int32), rows, rows,
     )  # fmt: skip
     if masked:

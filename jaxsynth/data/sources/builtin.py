@@ -4,6 +4,7 @@
 - "textures": stripes, checks, dots and waves of random colours, sizes and directions;
 - "scenes": two shapes, one in front of the other (`scenes`), of which depth, labels and mask of
   every pixel are known; the class is the front one's shape;
+- "moving": clips of printed digits that glide left, right, up or down (`moving`), each with a text;
 - "patches": squares cut from the two photos that come with scikit-learn, a palace in China and a
   dahlia. Test squares come from the right third of each photo, which no training square touches.
 """
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from jaxsynth.data.dataset import DataConfig, SourceError
+from jaxsynth.data.procedural.moving import DIRECTIONS, Moving, render_moving
 from jaxsynth.data.procedural.scenes import render_scenes
 from jaxsynth.data.procedural.shapes import (
     DIGITS,
@@ -22,12 +24,14 @@ from jaxsynth.data.procedural.shapes import (
 )
 from jaxsynth.data.procedural.textures import TEXTURES, render_texture
 from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.clips import ClipArrays
+from jaxsynth.data.sources.folder import Loaded
 
-NAMES = ("printed", "textures", "scenes", "patches")
+NAMES = ("printed", "textures", "scenes", "moving", "patches")
 _PHOTOS = {"palace": "china.jpg", "dahlia": "flower.jpg"}
 
 
-def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, ArraySource, str]:
+def load_builtin(config: DataConfig) -> Loaded:
     """(class names, train, test, how they were split) of the data set that `config.name` names.
 
     About `images_per_class` training images a class, and a share `test_fraction` more for the test.
@@ -43,14 +47,16 @@ def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, Arra
         "printed": (_printed, (*DIGITS, *SHAPES)),
         "textures": (_textures, TEXTURES),
         "scenes": (_scenes, SHAPES),
+        "moving": (_moving, tuple(DIRECTIONS)),
         "patches": (_patches, tuple(_PHOTOS)),
     }[config.name]
     parts = []
     for part, count in (("train", config.images_per_class), ("test", test_count)):
         seed = config.split_seed + 1_000_003 * (part == "test")
-        images, labels, *maps = build(count, size, seed, part)
+        images, labels, *more = build(count, size, seed, part)
         ids = tuple(f"{part}/{names[label]}/{i:05d}" for i, label in enumerate(labels))
-        parts.append(ArraySource(images, labels.astype(np.int32), ids, *maps))
+        kind = ClipArrays if images.ndim == 5 else ArraySource
+        parts.append(kind(images, labels.astype(np.int32), ids, *more))
     return names, *parts, "drawn anew, from other random numbers than the training part"
 
 
@@ -76,6 +82,10 @@ def _scenes(
     front = scenes.labels.reshape(len(scenes), -1)[np.arange(len(scenes)), nearest]
     maps = {"depth": scenes.depths, "segmentation": scenes.labels, "mask": scenes.masks}
     return scenes.images, front.astype(np.int32) - 1, maps
+
+
+def _moving(count: int, size: int, seed: int, _: str) -> Moving:
+    return render_moving(count, size, seed)
 
 
 def _patches(count: int, size: int, seed: int, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from jaxsynth.data.names import class_of_folder, natural_key
 from jaxsynth.data.prompts import prompts
 from jaxsynth.data.sources.files import FileSource, check_images, images_in, refuse
 from jaxsynth.data.sources.folder import Loaded
-from jaxsynth.data.views import Subset, held_out
+from jaxsynth.data.views import held_out, origin
 
 TABLE = "metadata.jsonl"
 COLUMNS = ("text", "caption", "prompt")
@@ -63,20 +63,28 @@ def load_captioned(config: DataConfig) -> Loaded:
     if not images:
         raise SourceError(f"{root}: no images; expected them side by side, each with a text")
     ids = sorted((path.name for path in images), key=natural_key)
-    texts = _of_table(root, ids) if (root / TABLE).is_file() else _of_files(root)
-    missing = [id_ for id_ in ids if not texts.get(id_)]
-    if missing:
-        raise SourceError(
-            f"{root}: {len(missing)} of {counted(len(ids), 'image')} have no text, the first is "
-            f"{shown(missing[0])}; write it into {TABLE} (file_name, text) or into "
-            f"{Path(missing[0]).stem}.txt beside it"
-        )
+    captions = read_texts(root, ids, "image")
     labels = np.zeros(len(ids), np.int32)
-    captions = [texts[id_] for id_ in ids]
     source = CaptionedSource(root, tuple(ids), labels, config.image_size, captions)
     names = (class_of_folder(root.resolve().name),)
     train, test = held_out(source, names, config.test_fraction, config.split_seed)
     return names, train, test, f"{config.test_fraction:g} held out, seed {config.split_seed}"
+
+
+def read_texts(root: Path, ids: Sequence[str], what: str) -> list[str]:
+    """The text of each file or folder in `root`, of the table or of a file beside it.
+
+    SourceError naming the first of those without one; `what` is what they are called.
+    """
+    texts = _of_table(root, ids, what) if (root / TABLE).is_file() else _of_files(root, ids)
+    missing = [id_ for id_ in ids if not texts.get(id_)]
+    if missing:
+        raise SourceError(
+            f"{root}: {len(missing)} of {counted(len(ids), what)} have no text, the first is "
+            f"{shown(missing[0])}; write it into {TABLE} (file_name, text) or into "
+            f"{_stem(root / missing[0])}.txt beside it"
+        )
+    return [texts[id_] for id_ in ids]
 
 
 def captions(data: Dataset, source: ImageSource) -> list[str]:
@@ -86,12 +94,12 @@ def captions(data: Dataset, source: ImageSource) -> list[str]:
 
 
 def _own(source: ImageSource, index: int) -> str:
-    while isinstance(source, Subset):
-        source, index = source.source, int(source.indices[index])
-    return source.captions[index] if isinstance(source, CaptionedSource) else ""
+    source, index = origin(source, index)
+    texts: Sequence[str] = getattr(source, "captions", ())
+    return texts[index] if texts else ""
 
 
-def _of_table(root: Path, ids: Sequence[str]) -> dict[str, str]:
+def _of_table(root: Path, ids: Sequence[str], what: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, line in enumerate(read_text(root / TABLE).splitlines(), 1):
         if not line.strip():
@@ -105,21 +113,25 @@ def _of_table(root: Path, ids: Sequence[str]) -> dict[str, str]:
                 f"{where}: expected file_name and {' or '.join(COLUMNS)}, found {shown(list(row))}"
             )
         if name not in ids:
-            raise SourceError(f"{where}: no image {shown(name)} in {root}")
+            raise SourceError(f"{where}: no {what} {shown(name)} in {root}")
         if found.setdefault(name, _plain(text)) != _plain(text):
             raise SourceError(f"{where}: {shown(name)} has another text in a row above")
     return found
 
 
-def _of_files(root: Path) -> dict[str, str]:
-    """The texts beside images, by the images' names."""
+def _of_files(root: Path, ids: Sequence[str]) -> dict[str, str]:
+    """The texts beside files or folders, by the names of these."""
     found = {}
-    for path in images_in(root, {}):
-        beside = (path.with_suffix(suffix) for suffix in SUFFIXES)
+    for id_ in ids:
+        beside = (root / f"{_stem(root / id_)}{suffix}" for suffix in SUFFIXES)
         text = next((file for file in beside if file.is_file()), None)
         if text is not None:
-            found[path.name] = _plain(read_text(text))
+            found[id_] = _plain(read_text(text))
     return found
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
 
 
 def _plain(text: str) -> str:

@@ -15,6 +15,7 @@ from jaxsynth.tasks.customize import (
     InversionConfig,
     Training,
 )
+from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig, MotionLoRAConfig
 from jaxsynth.training.sharding import MeshConfig
 
 TECHNIQUES: dict[str, type] = {
@@ -22,11 +23,12 @@ TECHNIQUES: dict[str, type] = {
     "dreambooth": DreamBoothConfig,
     "lora": CaptionConfig,
     "ip_adapter": ImagePromptConfig,
+    "animatediff": AnimateDiffConfig,
+    "motion_lora": MotionLoRAConfig,
 }
 # Of other programs, and not of this one yet.
 _WAITING = {
     "instantid": "InstantID needs an encoder of faces",
-    "animatediff": "jaxsynth generate --motion draws with motion modules, none are trained",
     "controlnet": "ControlNet is the method controlled (configs/controlled.py)",
 }
 
@@ -49,6 +51,10 @@ class Config:
 
     For "ip_adapter" each prompt is drawn for each of `references` held-out images, which
     `image_encoder` sees: the folder of a CLIP or of its image tower, `clip` unless given.
+
+    "animatediff" and "motion_lora" learn from clips (`data.source` "clips", or the drawn "moving"),
+    of which an animation of each prompt is drawn. `motion` are the motion modules, a folder or a
+    file, that "motion_lora" adapts.
     """
 
     method: str = "customize"
@@ -69,6 +75,9 @@ class Config:
     ip_adapter: ImagePromptConfig | None = None
     references: Natural = 0
     image_encoder: str = ""
+    animatediff: AnimateDiffConfig | None = None
+    motion_lora: MotionLoRAConfig | None = None
+    motion: str = ""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -98,6 +107,9 @@ class Config:
             )
         if self.image_encoder and not self.sees_images:
             raise ValueError(f"image_encoder: {self.technique} sees no images; leave it out")
+        if (self.technique == "motion_lora") != bool(self.motion):
+            why = "adapts motion modules; say which" if not self.motion else "adapts none"
+            raise ValueError(f"motion: {self.motion!r}, but {self.technique} {why}")
         if not self.prompts:
             raise ValueError("prompts: expected at least one")
         if len(set(self.prompts)) < len(self.prompts):
@@ -119,6 +131,11 @@ class Config:
     def sees_images(self) -> bool:
         """Whether images prompt beside the text."""
         return self.technique == "ip_adapter"
+
+    @property
+    def sees_clips(self) -> bool:
+        """Whether motion is learned, from clips."""
+        return issubclass(TECHNIQUES[self.technique], ClipConfig)
 
     @property
     def training(self) -> Training:

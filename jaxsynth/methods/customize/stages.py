@@ -15,10 +15,11 @@ from jaxsynth.core.io import file_digest, replacing, write_json
 from jaxsynth.data.conditions import source_conditions
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.prompts import prompts as class_prompts
-from jaxsynth.data.splits import few_shot
+from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.generation.animations import to_strips
 from jaxsynth.generation.generate import (
     GenerateConfig,
     Generator,
@@ -27,6 +28,8 @@ from jaxsynth.generation.generate import (
     sample_images,
 )
 from jaxsynth.generation.image_prompts import ImagePrompt, prompt_of
+from jaxsynth.methods.customize.motion import learned_modules, motion_of
+from jaxsynth.methods.customize.shots import shots_of
 from jaxsynth.methods.customize.techniques import (
     load,
     name_of,
@@ -36,6 +39,7 @@ from jaxsynth.methods.customize.techniques import (
     texts_of,
 )
 from jaxsynth.models.diffusion.image_prompt import adapter_of
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.quality.features import clip_features
@@ -43,6 +47,7 @@ from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_feature
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.customize import Training, customize_task, encode_told, places_of
+from jaxsynth.tasks.motion import ClipConfig
 from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train
@@ -149,9 +154,11 @@ def _learned_bytes(
     *,
     base: StableDiffusion,
     encoder: ImageEncoder | None = None,
+    modules: MotionModules | None = None,
     **_: Any,
 ) -> int:
-    return training_bytes(shapes_of(config.training, config.word, base, encoder), config.training)
+    shapes = shapes_of(config.training, config.word, base, encoder, modules)
+    return training_bytes(shapes, config.training)
 
 
 @stage(processes="all", space=_learned_bytes)
@@ -164,14 +171,17 @@ def learn(
     others: Artifact | None = None,
     encoder: ImageEncoder | None = None,
     masks: Path | None = None,
+    modules: MotionModules | None = None,
 ) -> dict:
     """What the technique learned, in one file. `others` are images of the subject's class.
 
-    `encoder` sees images that prompt, and `masks` are a folder of masks of the images.
+    `encoder` sees images that prompt, `masks` are a folder of masks of the images, and `modules`
+    those that a LoRA is learned on.
     """
-    training, crops = config.training, config.training.crops_per_image
+    training, crops = config.training, getattr(config.training, "crops_per_image", 1)
+    clips = training if isinstance(training, ClipConfig) else None
     key, base = jax.random.key(config.seed), base.sized(config.image_size)
-    pipeline, model = prepared(training, config.word, base, key, encoder)
+    pipeline, model = prepared(training, config.word, base, key, encoder, modules)
     source = shots_of(data, config.shots, config.seed)
 
     see = None
@@ -179,7 +189,9 @@ def learn(
         see = partial(encoder, of_patches=getattr(training, "of_patches", False))
 
     def encoded(images: ImageSource, texts):
-        return encode_told(pipeline, images, texts, crops=crops, seed=config.seed, encoder=see)
+        return encode_told(
+            pipeline, images, texts, crops=crops, seed=config.seed, encoder=see, clips=clips
+        )
 
     images = encoded(source, texts_of(training, config.word, data, source, config.seed))
     unmasked = getattr(training, "unmasked_weight", 1.0)
@@ -193,9 +205,13 @@ def learn(
     evaluate = None
     if training.evaluate_every:
         evaluate = _held_out(pipeline, encoded, training, config.word, data)
+    if clips is None:
+        sample = _sampler(pipeline, data, name_of(training, config.word), encoder)
+    else:
+        sample = _film_sampler(base, data, clips, modules)
     task = customize_task(
         pipeline, model, images, training, seed=config.seed, others=prior, evaluate=evaluate,
-        sample=_sampler(pipeline, data, name_of(training, config.word), encoder),
+        sample=sample,
         identity={"base": base.digest},
     )  # fmt: skip
     sized = training.sized(len(images))
@@ -204,7 +220,7 @@ def learn(
     if not work.writes:
         return counts
     write_json(work.folder / "images.json", list(source.ids))
-    return counts | {"file": save(work.folder, training, base, model).name}
+    return counts | {"file": save(work.folder, training, base, model, modules).name}
 
 
 def _places(
@@ -220,11 +236,6 @@ def _places(
             )
     masks = source_conditions(source, "mask", base.image_size, folder=folder)
     return places_of(masks, base.vae.config.downscale, unmasked)
-
-
-def shots_of(data: Dataset, shots: int, seed: int) -> ImageSource:
-    """The images that are learned from."""
-    return few_shot(data, shots, seed).train_source(data) if shots else data.train
 
 
 def _held_out(
@@ -264,6 +275,19 @@ def _sampler(
             prompts = [prompt_of(adapter_of(model), encoder, images)]
             return sample_images(pipeline, shown, SAMPLES, seed=0, image_prompts=prompts)[:, 0]
         return sample_images(pipeline, shown, SAMPLES, seed=0, model=model)[:, 0]
+
+    return sample
+
+
+def _film_sampler(
+    base: StableDiffusion, data: Dataset, training: ClipConfig, modules: MotionModules | None
+) -> Callable[[TextToImage], np.ndarray]:
+    """Animations as strips of their frames."""
+    shown = list(dict.fromkeys(captions(data, data.test)))[:SHOWN]
+
+    def sample(model: TextToImage) -> np.ndarray:
+        motion = motion_of(training, learned_modules(training, base, model, modules))
+        return to_strips(sample_images(base, shown, SAMPLES, seed=0, motion=motion)[:, 0])
 
     return sample
 
