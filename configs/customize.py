@@ -45,7 +45,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 
 
 def _tiny(technique: str) -> ConfigDict:
-    clips = {"frames": 8, "stride": 1, "windows_per_clip": 3}
+    clips = {"frames": 6, "stride": 2, "windows_per_clip": 2, "batch_size": 4}
     training = {
         "textual_inversion": {
             "steps": 600,
@@ -57,8 +57,8 @@ def _tiny(technique: str) -> ConfigDict:
         "dreambooth": {"steps": 300, "learning_rate": 1e-3, "class_images": 64},
         "lora": {"steps": 600, "learning_rate": 2e-3, "caption_dropout": 0.1},
         "ip_adapter": {"steps": 2000, "learning_rate": 1e-3},
-        "animatediff": {**clips, "steps": 2000, "learning_rate": 1e-3, "ema_decay": 0.995},
-        "motion_lora": {**clips, "steps": 300, "learning_rate": 1e-3, "rank": 8},
+        "animatediff": {**clips, "steps": 800, "learning_rate": 1e-3, "ema_decay": 0.99},
+        "motion_lora": {**clips, "steps": 200, "learning_rate": 1e-3, "rank": 8},
     }[technique]
     common = {"batch_size": 8, "steps_per_call": 20, "checkpoint_every": 200}
     config = ConfigDict(

@@ -76,9 +76,10 @@ def gains(folders: list[Path], technique: str) -> dict[str, str]:
 
 def section(folder: Path, technique: str, table: Table, lines: list[str]) -> Section:
     """The table, the differences, and strips of the seed in `folder`."""
+    text = f"{_TEXT}{_ALONG}" if technique == "motion_lora" else _TEXT
     return Section(
         "How the clips move",
-        f"{_TEXT}{_ALONG if technique == 'motion_lora' else ''}\n\nDifference of after from before, over the animations of all seeds, with the "
+        f"{text}\n\nDifference of after from before, over the animations of all seeds, with the "
         "95 % interval of a bootstrap:\n\n" + "\n".join(f"- {line}" for line in lines),
         tables=[table],
         images=[
