@@ -89,13 +89,14 @@ def plan_images(
     adapt: Callable[[TextToImage], TextToImage] | None = None,
     adapters: int = 0,
     prompted: Callable[[TextToImage], ImagePrompted] | None = None,
+    moving: Callable[[TextToImage], TextToImage] | None = None,
     note: str = "",
 ) -> Plan:
     """The program of `Generator` for one batch; `pipeline` may be of shapes.
 
     `adapt` puts an adapter into the networks. One alone is merged where the generator merges it;
     of several `adapters` each image runs its own. `prompted` puts adapters of images in, one image
-    for each.
+    for each, and `moving` motion modules, with whole animations in a batch.
     """
     model = pipeline.networks
     if adapt is not None:
@@ -108,6 +109,8 @@ def plan_images(
         tokens = sum(part.config.tokens for part in model.image_projections)
         more = jax.ShapeDtypeStruct((prompts, tokens, width), dtype)
         states = jax.eval_shape(TextCondition.followed_by, states, more)
+    if moving is not None:
+        model = transform(moving, model)
     return plan_sampler(
         name,
         model,
