@@ -37,6 +37,8 @@ _PICKLED_MAGIC = pickle.dumps(_MAGIC, 2)
 _SHARING = 4
 # Values that plain data in a file may come to, and how deep they may lie in one another.
 _MOST_VALUES, _MOST_LEVELS = 200_000, 64
+# What AnimateDiff's code keeps among tensors: how they were made.
+_SETTINGS = ("animatediff_config",)
 # Letters of each part of a name in an error.
 _MOST_SHOWN = 40
 # What `zipfile` raises for a damaged archive, also for one that wants a password or another method.
@@ -168,6 +170,7 @@ class _Reader:
             )
         inside = next((name for name in nested if type(content.get(name)) is dict), None)
         found = content if inside is None else content[inside]
+        found = {key: value for key, value in found.items() if key not in _SETTINGS}
         for key, value in found.items():
             if type(key) is not str or type(value) is not Tensor:
                 where = "" if inside is None else f" under {inside!r}"
