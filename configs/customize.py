@@ -101,6 +101,7 @@ def _tiny(technique: str) -> ConfigDict:
     if technique == "motion_lora":
         config.motion, config.shots = MOTION, 24
         config.data.class_names = ("left",)
+        config.generate.images_per_class = 4
     return config
 
 

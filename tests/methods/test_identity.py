@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import is_identity, to_json
 from jaxsynth.methods.customize.config import TECHNIQUES
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.runs import sources
 from jaxsynth.runs import stage as stages
 from jaxsynth.runs.stage import Artifact
+from jaxsynth.tasks.motion import AnimateDiffConfig
+from jaxsynth.weights.adapters.motion import write_motion
+from jaxsynth.weights.hf import describe_pipeline
+from tests.methods.small_base import random_network
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +112,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "space": ("features",),
     "practice": (("adapted",),),
     "family": ("resnet",),
+    "version": ("v1",),
+    "norm": ("all",),
     "depths": ((1,),),
 }
 # Fields that no stage of these runs reads, and why that is right.
@@ -116,6 +124,7 @@ EXEMPT = {
     "base": "weights are identified by content",
     "clip": "weights are identified by content",
     "image_encoder": "weights are identified by content",
+    "motion": "motion modules are identified by content",
     "vae": "weights are identified by content",
     "text": "weights are identified by content",
     "pool": "photos are identified by content",
@@ -272,7 +281,7 @@ def loaded_once(monkeypatch, module) -> None:
     ]
     for one in seen:
         for name in dir(one):
-            if name.startswith("load_") and callable(getattr(one, name)):
+            if name.startswith(("load_", "read_motion")) and callable(getattr(one, name)):
                 monkeypatch.setattr(one, name, cached_by_arguments(getattr(one, name)))
     if hasattr(module, "report"):
         monkeypatch.setattr(module, "report", lambda folder: folder)
@@ -291,11 +300,22 @@ def cached_by_arguments(function):
 
 
 @cache
+def motion_modules(base: str) -> str:
+    """A folder of motion modules for a base, random ones."""
+    shape = describe_pipeline(base).unet.config
+    config = AnimateDiffConfig(frames=2).modules_config(shape)
+    folder = tempfile.mkdtemp()
+    return str(write_motion(folder, random_network(MotionModules, config, 0)))
+
+
+@cache
 def smoke(method: str, variant: str = "") -> Any:
     module = importlib.import_module(METHODS[method])
     values = load_config(f"{CONFIGS / method}.py:smoke{variant}")
     given = [tuple(text.split("=", 1)) for text in GIVEN.get(method, ())]
     values = override(values, given)
+    if "motion" in values:
+        values["motion"] = motion_modules(values["base"])
     if "method" not in module.Config.__dataclass_fields__:
         values.pop("method", None)
     return to_dataclass(module.Config, values)

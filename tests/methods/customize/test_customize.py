@@ -11,9 +11,12 @@ from jaxsynth.core.config import load_config, override, to_dataclass
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.customize.config import TECHNIQUES, Config
 from jaxsynth.methods.customize.run import plan
+from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.adapters.motion import write_motion
+from tests.methods.small_base import random_network
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +31,13 @@ OWN = {
         "ip_adapter.evaluate_every=4",
         "ip_adapter.sample_every=4", "prompts=zero",
     ),
+    "animatediff": (
+        "prompts=two", "animatediff.evaluate_every=4", "animatediff.sample_every=4",
+        "animatediff.version=v1",
+    ),
+    "motion_lora": ("prompts=two", "motion_lora.rank=2"),
 }  # fmt: skip
+MOTION = ("animatediff", "motion_lora")
 PROGRAMS = {"dreambooth": ["draw, class"]}
 FILES = {
     "textual_inversion": "learned_embeds.safetensors",
@@ -56,7 +65,7 @@ def settings(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", [x for x in TECHNIQUES if x not in MOTION])
 def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, technique):
     workdir = tmp_path / "w"
     given = arguments(base_folder, workdir, technique)
@@ -97,7 +106,52 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     assert "learning_rate" in capfd.readouterr().err
 
 
+def test_motion_is_learned_drawn_and_measured(base_folder, tmp_path, capfd):
+    """Motion modules, a LoRA on them, and an animation of both by `jaxsynth generate`."""
+    folders = {name: tmp_path / name for name in MOTION}
+    modules = folders["animatediff"] / "learned-seed0"
+    ways = {"animatediff": (), "motion_lora": (f"motion={modules}",)}
+    files = {
+        "animatediff": ("diffusion_pytorch_model.safetensors", "motion_modules.safetensors"),
+        "motion_lora": ("pytorch_lora_weights.safetensors", "motion_lora.safetensors"),
+    }
+    for technique, more in ways.items():
+        workdir = folders[technique]
+        assert cli.main(arguments(base_folder, workdir, technique, *more)) == 0
+        learned = load_artifact(workdir / "learned-seed0")
+        assert learned.counts["file"] == files[technique][0] and learned.counts["steps"] == 4
+        assert all((learned.path / name).is_file() for name in files[technique])
+        stores = [ImageStore(workdir / f"{name}-seed0") for name in ("base", "images")]
+        # Strips of three frames.
+        assert all(len(store) == 3 and store[0].image.shape == (8, 24, 3) for store in stores)
+        assert any(not np.array_equal(a.image, b.image) for a, b in zip(*stores, strict=True))
+        found = json.loads((workdir / "results.json").read_text())
+        (result,) = found["seeds"]
+        assert 0.5 < result["clips_along" if technique == "motion_lora" else "clips_speed"] < 4
+        assert ("along" in found["gains"]) == (technique == "motion_lora")
+        page = (workdir / "report.html").read_text()
+        assert "held-out clips" in page and "data:image/png" in page
+    lines = read_metrics(modules / ".training" / "metrics.jsonl")
+    assert any("eval/held_out_error" in line for line in lines)
+    assert list((modules / ".training").rglob("*.png"))
+    out = tmp_path / "out"
+    argv = [
+        "generate", f"--base={base_folder}", "--prompt=two", "--count=1", "--steps=2",
+        f"--motion={modules}", f"--motion-lora={folders['motion_lora'] / 'learned-seed0'}:0.7",
+        "--frames=3", f"--out={out}",
+    ]  # fmt: skip
+    assert cli.main(argv) == 0
+    assert (out / "00000-000.gif").is_file()
+    assert cli.main(arguments(base_folder, tmp_path / "x", "motion_lora", "motion=nowhere")) == 1
+    assert "nowhere" in capfd.readouterr().err
+
+
 REFUSED = {
+    "no motion modules": ("motion_lora", "motion=", "motion: '', but motion_lora adapts motion"),
+    "modules of none": ("lora", "motion=x", "motion: 'x', but lora adapts none"),
+    "images for clips": ("animatediff", "data.name=printed", "clips are needed"),
+    "short clips": ("animatediff", "animatediff.stride=9", "clips shorter than the 19 frames"),
+    "frames": ("animatediff", "animatediff.frames=25", "modules v1 have positions for 24"),
     "technique": ("lora", "technique=instantid", "(InstantID needs an encoder of faces)"),
     "no references": ("ip_adapter", "references=0", "references: 0, but ip_adapter draws like"),
     "too many references": ("ip_adapter", "references=99999", "references: 99999, but only"),
@@ -128,13 +182,17 @@ def test_what_cannot_be_is_told_before_anything_is_made(base_folder, tmp_path, c
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_each_technique_is_planned(base_folder, technique):
+def test_each_technique_is_planned(base_folder, technique, tmp_path):
     values = load_config(f"{CONFIG}:smoke,technique={technique}")
     values = override(
         values, [(f"{technique}.batch_size", "8"), *(x.split("=", 1) for x in OWN[technique])]
     )
     clip = str(base_folder / "clip")
-    config = to_dataclass(Config, {**values, "base": str(base_folder), "clip": clip})
+    values |= {"base": str(base_folder), "clip": clip}
+    if technique == "motion_lora":
+        modules = random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4), 1)
+        values["motion"] = str(write_motion(tmp_path, modules))
+    config = to_dataclass(Config, values)
     plans = [one.compile() for one in plan(config, make_mesh(data=2, fsdp=4))]
     names = [technique, *PROGRAMS.get(technique, []), "draw, base", "draw, customised"]
     assert [one.name for one in plans] == names and all(one.flops > 0 for one in plans)
