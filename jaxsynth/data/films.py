@@ -15,12 +15,12 @@ from jaxtyping import UInt8
 from PIL import Image, ImageSequence
 
 from jaxsynth.core.errors import quoted, shown
-from jaxsynth.data.decode import MAX_PIXELS, ImageError, decode_image, square, to_rgb
+from jaxsynth.data.decode import LARGE, ImageError, decode_image, square, to_rgb
 from jaxsynth.data.names import natural_key
 
 ANIMATED = (".gif", ".webp")
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm")
-# Of one film; one of more pixels in all its frames is refused before they fill the memory.
+# Of one film.
 MOST_FRAMES = 100_000
 Frame = UInt8[np.ndarray, "h w 3"]
 
@@ -94,8 +94,11 @@ def _frames(path: Path) -> Iterator[Frame]:
 def _of_animation(path: Path) -> Iterator[Frame]:
     try:
         with Image.open(path, formats=("GIF", "WEBP")) as film:
-            if film.width * film.height > MAX_PIXELS:
-                raise ImageError(f"{path}: {film.width}x{film.height} pixels, too many")
+            if film.width * film.height > LARGE:
+                raise ImageError(
+                    f"{path}: {film.width}x{film.height} pixels a frame, expected at most "
+                    f"{LARGE:,} in all; make it smaller"
+                )
             for frame in ImageSequence.Iterator(film):
                 yield np.array(to_rgb(frame.copy(), str(path)))
     except ImageError:

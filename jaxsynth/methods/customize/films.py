@@ -14,6 +14,7 @@ from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.sources.clips import clip_at, window
 from jaxsynth.data.store import ImageStore
+from jaxsynth.data.views import Subset
 from jaxsynth.generation.animations import (
     Motion,
     at_once,
@@ -142,14 +143,14 @@ def measure_motion(
     stores = {"base": ImageStore(untouched.path), "custom": ImageStore(drawn.path)}
     clips = {name: _animations(store, config.frames) for name, store in stores.items()}
     side = clips["base"].shape[2]
-    clips["clips"] = windows_of(data.test, config.frames, config.stride, side)
-    learned = windows_of(
-        shots_of(data, config.shots, config.seed), config.frames, config.stride, side
-    )
+    held_out = some(data.test)
+    clips["clips"] = windows_of(held_out, config.frames, config.stride, side)
+    shots = some(shots_of(data, config.shots, config.seed))
+    learned = windows_of(shots, config.frames, config.stride, side)
     way = frame_shift(learned).mean(0)
     away = way / max(float(np.linalg.norm(way)), 1e-6)
     texts = {name: [config.prompts[i] for i in store.labels] for name, store in stores.items()}
-    texts["clips"] = captions(data, data.test)[: len(clips["clips"])]
+    texts["clips"] = captions(data, held_out)
     found: dict[str, Float[np.ndarray, "..."]] = {"way": way}
     for name, own in clips.items():
         shift = frame_shift(own)
@@ -171,12 +172,18 @@ def _animations(store: ImageStore, frames: int) -> UInt8[np.ndarray, "n f h w 3"
     return from_strips(np.stack([record.image for record in store]), frames)
 
 
+def some(source: ImageSource) -> ImageSource:
+    """At most so many clips as are measured, spread evenly."""
+    count = min(len(source), MOST_CLIPS)
+    return Subset(source, np.linspace(0, len(source) - 1, count).round().astype(int))
+
+
 def windows_of(
     source: ImageSource, frames: int, stride: int, side: int
 ) -> UInt8[np.ndarray, "n f h w 3"]:
-    """The middle window of each of the first clips, as squares of so many pixels."""
+    """The middle window of each clip, as squares of so many pixels."""
     found = []
-    for i in range(min(len(source), MOST_CLIPS)):
+    for i in range(len(source)):
         clip, place = clip_at(source, i)
         (start,) = starts(clip.lengths[place] - window(0, frames, stride)[-1] - 1, 1)
         rows = clip.frames(place, window(start, frames, stride))
@@ -200,7 +207,8 @@ def _seen(
 
 def _strips(work: Work, learned: np.ndarray, clips, stores, prompts: tuple[str, ...]) -> None:
     """Clips learned from and held out, and of each prompt animations before and after."""
-    rows = [*learned[:: max(1, len(learned) // SHOWN)][:SHOWN], *clips["clips"][:1]]
+    first = np.linspace(0, len(learned) - 1, min(SHOWN, len(learned))).round().astype(int)
+    rows = [*learned[first], *clips["clips"][:1]]
     labels = ["learned from"] * (len(rows) - 1) + ["held out"]
     for label, prompt in enumerate(prompts):
         for name, store in stores.items():
