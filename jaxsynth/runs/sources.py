@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.conditions import partner_digests
 from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
@@ -17,6 +18,7 @@ from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
 from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.runs.stage import Source
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.motion import read_motion
 from jaxsynth.weights.hf import TEXT_TO_IMAGE, Clip, StableDiffusion, load_clip, load_pipeline
 from jaxsynth.weights.hub import weight_files
@@ -66,6 +68,17 @@ def motion_source(
         return files_digest(weight_files(Path(path)) if Path(path).is_dir() else [Path(path)])
 
     return Source(load, digest)
+
+
+def adapter_source(path: str, base: str) -> Source[AdapterState]:
+    """The adapter at a path, over the networks of a base, a folder or a hub id."""
+
+    def digest(_: AdapterState) -> str:
+        place = Path(path)
+        inside = sorted(file for file in place.rglob("*") if file.is_file())
+        return files_digest([place] if place.is_file() else inside)
+
+    return Source(lambda: adapter_io.load(path, adapter_io.Networks.of(base)), digest)
 
 
 def joined_source(configs: Mapping[str, DataConfig]) -> Source[Dataset]:

@@ -125,6 +125,7 @@ EXEMPT = {
     "clip": "weights are identified by content",
     "image_encoder": "weights are identified by content",
     "motion": "motion modules are identified by content",
+    "domain_adapter": "an adapter is identified by content",
     "vae": "weights are identified by content",
     "text": "weights are identified by content",
     "pool": "photos are identified by content",

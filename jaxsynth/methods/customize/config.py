@@ -54,7 +54,8 @@ class Config:
 
     "animatediff" and "motion_lora" learn from clips (`data.source` "clips", or the drawn "moving"),
     of which an animation of each prompt is drawn. `motion` are the motion modules, a folder or a
-    file, that "motion_lora" adapts.
+    file, that "motion_lora" adapts. `domain_adapter` is a LoRA of the looks of the clips, which is
+    in the base while "animatediff" learns and in no drawing: the modules then learn motion alone.
     """
 
     method: str = "customize"
@@ -78,6 +79,7 @@ class Config:
     animatediff: AnimateDiffConfig | None = None
     motion_lora: MotionLoRAConfig | None = None
     motion: str = ""
+    domain_adapter: str = ""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -110,6 +112,10 @@ class Config:
         if (self.technique == "motion_lora") != bool(self.motion):
             why = "adapts motion modules; say which" if not self.motion else "adapts none"
             raise ValueError(f"motion: {self.motion!r}, but {self.technique} {why}")
+        if self.domain_adapter and self.technique != "animatediff":
+            raise ValueError(
+                f"domain_adapter: {self.domain_adapter!r} is for animatediff, not {self.technique}"
+            )
         if not self.prompts:
             raise ValueError("prompts: expected at least one")
         if len(set(self.prompts)) < len(self.prompts):

@@ -7,13 +7,20 @@ import jax
 from flax import nnx
 
 from jaxsynth.adapters import registry
-from jaxsynth.adapters.inject import extract, mark_trainable, with_attributes
+from jaxsynth.adapters.inject import (
+    AdapterState,
+    extract,
+    freeze,
+    mark_trainable,
+    with_attributes,
+)
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.sources.clips import check_lengths
 from jaxsynth.generation.animations import Motion
 from jaxsynth.models.diffusion.motion import MotionModules, OfClips, check_base, modules_of
 from jaxsynth.models.diffusion.text_to_image import TextToImage
+from jaxsynth.models.shapes import transform
 from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig, MotionLoRAConfig
 from jaxsynth.weights.adapters.diffusers import DIFFUSERS_WEIGHTS
 from jaxsynth.weights.adapters.motion import (
@@ -48,6 +55,15 @@ def moving(
         learning = registry.add(modules, training.adapter, rngs=key)
     model = motion_of(training, learning).moving(base.networks)
     return with_attributes(model, unet=OfClips(model.unet))
+
+
+def with_domain(base: StableDiffusion, adapter: AdapterState) -> StableDiffusion:
+    """The base with an adapter in it that does not learn."""
+
+    def add(model: TextToImage) -> TextToImage:
+        return freeze(registry.attach(model, adapter), [".*"])
+
+    return base.with_networks(transform(add, base.networks))
 
 
 def motion_of(training: ClipConfig, modules: MotionModules) -> Motion:

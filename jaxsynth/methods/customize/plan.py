@@ -12,7 +12,7 @@ from jaxsynth.data.prompts import default_template
 from jaxsynth.generation.animations import at_once, on_linear_schedule
 from jaxsynth.generation.planning import plan_images
 from jaxsynth.methods.customize.config import Config
-from jaxsynth.methods.customize.motion import motion_of
+from jaxsynth.methods.customize.motion import motion_of, with_domain
 from jaxsynth.methods.customize.techniques import (
     class_prompt,
     prepared,
@@ -33,6 +33,7 @@ from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.motion import read_motion
 from jaxsynth.weights.hf import StableDiffusion, describe_pipeline
 from jaxsynth.weights.image_encoder import ImageEncoder, describe_image_encoder
@@ -61,6 +62,10 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
     modules, frames = None, 1
     if clips is not None:
         base, frames = on_linear_schedule(base), clips.frames
+    start = base
+    if config.domain_adapter:
+        networks = adapter_io.Networks.of(config.base)
+        start = with_domain(base, adapter_io.load(config.domain_adapter, networks))
     if config.motion:
         modules = read_motion(config.motion, base.unet.config, dtype=base.unet.dtype)
     if isinstance(training, ImagePromptConfig):
@@ -72,7 +77,7 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         sized = replace(training, batch_size=batch)
         others = planned_images(base, training.class_images, 1) if prior else None
         task = customize_task(
-            base, shapes_of(training, config.word, base, encoder, modules),
+            base, shapes_of(training, config.word, start, encoder, modules),
             planned_images(base, images, texts, features=features, masked=masked, clips=clips),
             sized,
             seed=config.seeds[0], others=others,

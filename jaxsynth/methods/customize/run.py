@@ -22,11 +22,13 @@ from pathlib import Path
 
 from jaxsynth.methods.customize import films, stages
 from jaxsynth.methods.customize.config import Config
+from jaxsynth.methods.customize.motion import with_domain
 from jaxsynth.methods.customize.plan import plan
 from jaxsynth.methods.customize.report import report
 from jaxsynth.methods.customize.techniques import check, class_prompt, filled, name_of
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import (
+    adapter_source,
     clip_source,
     condition_files,
     data_source,
@@ -56,6 +58,10 @@ def make(config: Config, workdir: Path) -> None:
     data, training = data_source(config.data), config.training
     modules = motion_source(config.motion, base, dtype) if config.motion else None
     check(config, data.value, base.value, modules and modules.value)
+    domain = None
+    if config.domain_adapter:
+        domain = adapter_source(config.domain_adapter, config.base)
+        with_domain(base.value, domain.value)  # an adapter of another base is named here
     encoder = None
     if config.sees_images:
         encoder = image_encoder_source(config.image_encoder or config.clip)
@@ -99,7 +105,7 @@ def make(config: Config, workdir: Path) -> None:
             ),
             label=f"{config.technique}, seed {seed}", mesh=mesh, data=data, base=base,
             others=others, encoder=encoder, masks=condition_files(data, config.mask_folder),
-            modules=modules,
+            modules=modules, domain=domain,
         )  # fmt: skip
         if isinstance(training, ClipConfig):
             films.measure_motion(

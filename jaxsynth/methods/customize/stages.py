@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, replacing, write_json
 from jaxsynth.data.conditions import source_conditions
@@ -28,7 +29,7 @@ from jaxsynth.generation.generate import (
     sample_images,
 )
 from jaxsynth.generation.image_prompts import ImagePrompt, prompt_of
-from jaxsynth.methods.customize.motion import learned_modules, motion_of
+from jaxsynth.methods.customize.motion import learned_modules, motion_of, with_domain
 from jaxsynth.methods.customize.shots import shots_of
 from jaxsynth.methods.customize.techniques import (
     load,
@@ -172,16 +173,18 @@ def learn(
     encoder: ImageEncoder | None = None,
     masks: Path | None = None,
     modules: MotionModules | None = None,
+    domain: AdapterState | None = None,
 ) -> dict:
     """What the technique learned, in one file. `others` are images of the subject's class.
 
-    `encoder` sees images that prompt, `masks` are a folder of masks of the images, and `modules`
-    those that a LoRA is learned on.
+    `encoder` sees images that prompt, `masks` are a folder of masks of the images, `modules` those
+    that a LoRA is learned on, and `domain` an adapter that is in the base meanwhile.
     """
     training, crops = config.training, getattr(config.training, "crops_per_image", 1)
     clips = training if isinstance(training, ClipConfig) else None
     key, base = jax.random.key(config.seed), base.sized(config.image_size)
-    pipeline, model = prepared(training, config.word, base, key, encoder, modules)
+    start = base if domain is None else with_domain(base, domain)
+    pipeline, model = prepared(training, config.word, start, key, encoder, modules)
     source = shots_of(data, config.shots, config.seed)
 
     see = None

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from jaxsynth.adapters import registry
+from jaxsynth.adapters.inject import extract
+from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import load_config, override, to_dataclass
 from jaxsynth.data.store import ImageStore
@@ -15,7 +19,10 @@ from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.adapters.diffusers import write_diffusers
 from jaxsynth.weights.adapters.motion import write_motion
+from jaxsynth.weights.hf import load_pipeline
+from tests.adapters.nets import randomised
 from tests.methods.small_base import random_network
 
 pytestmark = pytest.mark.slow
@@ -110,7 +117,14 @@ def test_motion_is_learned_drawn_and_measured(base_folder, tmp_path, capfd):
     """Motion modules, a LoRA on them, and an animation of both by `jaxsynth generate`."""
     folders = {name: tmp_path / name for name in MOTION}
     modules = folders["animatediff"] / "learned-seed0"
-    ways = {"animatediff": (), "motion_lora": (f"motion={modules}",)}
+    unet = load_pipeline(base_folder).unet
+    config = LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))
+    state = randomised(extract(registry.add(unet, config, rngs=jax.random.key(0))), 1)
+    write_diffusers(tmp_path / "domain.safetensors", {"unet": state})
+    ways = {
+        "animatediff": (f"domain_adapter={tmp_path / 'domain.safetensors'}",),
+        "motion_lora": (f"motion={modules}",),
+    }
     files = {
         "animatediff": ("diffusion_pytorch_model.safetensors", "motion_modules.safetensors"),
         "motion_lora": ("pytorch_lora_weights.safetensors", "motion_lora.safetensors"),
@@ -150,6 +164,7 @@ REFUSED = {
     "no motion modules": ("motion_lora", "motion=", "motion: '', but motion_lora adapts motion"),
     "modules of none": ("lora", "motion=x", "motion: 'x', but lora adapts none"),
     "images for clips": ("animatediff", "data.name=printed", "clips are needed"),
+    "a domain of images": ("lora", "domain_adapter=x", "domain_adapter: 'x' is for animatediff"),
     "short clips": ("animatediff", "animatediff.stride=9", "clips shorter than the 19 frames"),
     "frames": ("animatediff", "animatediff.frames=25", "modules v1 have positions for 24"),
     "technique": ("lora", "technique=instantid", "(InstantID needs an encoder of faces)"),

@@ -6,17 +6,26 @@ import pytest
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
+from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import AdapterState, extract, load_state
+from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.sources.clips import ClipArrays
 from jaxsynth.generation.animations import Motion, from_strips, to_strips
-from jaxsynth.methods.customize.motion import check_clips, load_motion, save_motion
+from jaxsynth.methods.customize.motion import (
+    check_clips,
+    learned_modules,
+    load_motion,
+    save_motion,
+    with_domain,
+)
 from jaxsynth.methods.customize.techniques import prepared
 from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.models.diffusion.text_to_image import TextCondition
 from jaxsynth.tasks.motion import AnimateDiffConfig, MotionLoRAConfig, encode_clips, starts
 from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.layout import to_file
 from tests.methods.small_base import WIDTH, random_network
 
 FRAMES = 3
@@ -106,6 +115,21 @@ def test_trained_files_give_the_same_output_in_diffusers(
         flat = clips.reshape(-1, *clips.shape[2:])
         found = denoise(moving, flat, t[rows], text.take(rows))
         np.testing.assert_allclose(np.asarray(found).reshape(after.shape), after, atol=1e-5)
+
+
+def test_a_domain_adapter_is_in_the_base_and_does_not_learn(pipeline, inputs, denoise):
+    config = LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))
+    networks = registry.add(pipeline.networks, config, rngs=jax.random.key(0))
+    state = extract(learned(networks, 3))
+    _, plain = prepared(MODULES, "", pipeline, jax.random.key(0))
+    _, model = prepared(MODULES, "", with_domain(pipeline, state), jax.random.key(0))
+    assert extract(model).arrays.keys() == extract(plain).arrays.keys()
+    change = np.asarray(denoise(model, *inputs)) - np.asarray(denoise(plain, *inputs))
+    assert np.abs(change).max() > 0.01
+    found, expected = (learned_modules(MODULES, pipeline, learned(x, 1)) for x in (model, plain))
+    assert to_file(found).keys() == to_file(expected).keys()
+    for key, value in to_file(expected).items():
+        np.testing.assert_array_equal(to_file(found)[key], value)
 
 
 def clips_of(count, frames):
