@@ -8,6 +8,7 @@ import pytest
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import ConfigError, load_config, to_dataclass
 from jaxsynth.data.prompts import TEMPLATES, default_template
+from jaxsynth.methods.customize.config import TECHNIQUES
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -19,9 +20,7 @@ VARIANTS = {
         *(
             f"{variant},technique={technique}"
             for variant in ("tiny", "sd21", "sdxl", "smoke")
-            for technique in (
-                "textual_inversion", "dreambooth", "lora", "ip_adapter", "instantid",
-            )
+            for technique in TECHNIQUES
         ),
     ),
     "datadream": (

@@ -23,7 +23,7 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Count, Natural, OneOf, Range
 
 Indices = Sequence[int] | np.ndarray
-SOURCES = ("digits", "builtin", "folder", "captions", "tfds")
+SOURCES = ("digits", "builtin", "folder", "captions", "clips", "tfds")
 
 
 class Record(NamedTuple):
@@ -120,12 +120,14 @@ class Dataset:
 class DataConfig:
     """Which data set, and how to name its classes.
 
-    source: "digits", "builtin", "folder", "captions" or "tfds". "" takes what the others say: a
-        path is a folder, a name of `builtin.NAMES` is drawn, another name is TFDS's, and nothing is
-        digits. "captions" are images with a text each (`sources.captioned`).
+    source: "digits", "builtin", "folder", "captions", "clips" or "tfds". "" takes what the others
+        say: a path is a folder, a name of `builtin.NAMES` is drawn, another name is TFDS's, and
+        nothing is digits. "captions" are images with a text each (`sources.captioned`), "clips"
+        films with a text each (`sources.clips`).
     name: the data set's name (decides the default template); for "tfds" its TFDS name, for
         "builtin" one of `builtin.NAMES`.
-    path: the folder of "folder" or "captions"; the data directory of "tfds" ("" for TFDS's own).
+    path: the folder of "folder", "captions" or "clips"; the data directory of "tfds" ("" for
+        TFDS's own).
     image_size: 0 keeps images as stored (digits: 32); else short side to it, then the centre.
     template: "" takes the data set's own. Exactly one {} stands for the class.
     class_names: a subset, in the order its labels take; () takes all.

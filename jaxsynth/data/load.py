@@ -1,8 +1,9 @@
 """The data set that a config names.
 
-Five kinds of sources stand behind `load_dataset`: scikit-learn's digits and procedural pictures (so
-that everything runs without a download), folders of photos in classes or with captions, and
-TensorFlow Datasets. All give the same `Dataset`; labels are known without decoding a single image.
+Six kinds of sources stand behind `load_dataset`: scikit-learn's digits and procedural pictures (so
+that everything runs without a download), folders of photos in classes or with captions, folders of
+clips, and TensorFlow Datasets. All give the same `Dataset`; labels are known without decoding a
+single image.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxsynth.data import prompts
 from jaxsynth.data.dataset import SOURCES, DataConfig, Dataset, SourceError
 from jaxsynth.data.sources import builtin
 from jaxsynth.data.sources.captioned import load_captioned
+from jaxsynth.data.sources.clips import load_clips
 from jaxsynth.data.sources.digits import load_digits
 from jaxsynth.data.sources.folder import Loaded, load_folder
 from jaxsynth.data.sources.tfds import load_tfds
@@ -24,7 +26,7 @@ from jaxsynth.data.views import select_classes
 LOADERS: dict[str, Callable[[DataConfig], Loaded]] = dict(
     zip(
         SOURCES,
-        (load_digits, builtin.load_builtin, load_folder, load_captioned, load_tfds),
+        (load_digits, builtin.load_builtin, load_folder, load_captioned, load_clips, load_tfds),
         strict=True,
     )
 )
@@ -35,6 +37,7 @@ READ = {
     "folder": {"name", "path", "image_size", "test_fraction", "split_seed", "train_split",
                "test_split", "test_path", "labels"},
     "captions": {"name", "path", "image_size", "test_fraction", "split_seed"},
+    "clips": {"name", "path", "image_size", "test_fraction", "split_seed"},
     "tfds": {"name", "path", "image_size", "test_fraction", "split_seed", "train_split",
              "test_split"},
 }  # fmt: skip
@@ -73,7 +76,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         name = name or "digits"
         if not config.raw_names:
             given = dict(zip(class_names, prompts.DIGIT_NAMES, strict=True)) | given
-    elif source in ("folder", "captions"):
+    elif source in ("folder", "captions", "clips"):
         name = name or Path(os.path.abspath(Path(config.path).expanduser())).name
     dataset = Dataset(
         name=name,

@@ -47,6 +47,13 @@ class Subset:
         return self.source.record_digests(own)
 
 
+def origin(source: ImageSource, index: int) -> tuple[ImageSource, int]:
+    """What a record of a view is a record of: the source below all subsets, and its place there."""
+    while isinstance(source, Subset):
+        source, index = source.source, int(source.indices[index])
+    return source, index
+
+
 class Joined:
     """Sources one after the other; labels and ids are given, as theirs may meet."""
 

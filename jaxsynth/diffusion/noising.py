@@ -15,14 +15,16 @@ def drawn_crops(values: Shaped[Array, "b k ..."], key: Key[Array, ""]) -> Shaped
 
 
 def sample_noise(
-    mean: Float[Array, "b k h w c"],
-    std: Float[Array, "b k h w c"],
+    mean: Float[Array, "b k *f h w c"],
+    std: Float[Array, "b k *f h w c"],
     key: Key[Array, ""],
     schedule: NoiseSchedule,
     *,
     offset: float = 0.0,
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"], Int[Array, " b"]]:
+) -> tuple[Float[Array, "b *f h w c"], Float[Array, "b *f h w c"], Int[Array, " b"]]:
     """Of each example a latent x0 of one of its k crops, its noise and its timestep.
+
+    Examples may be clips of f frames, which have one timestep and each a noise of its own.
 
     `offset` adds noise that is one number for each channel, so that a network learns to change the
     mean of an image, which noise of single elements hardly does (offset noise; 0.1 is usual).
@@ -33,7 +35,8 @@ def sample_noise(
     x0 = mean + std * jax.random.normal(keys[0], mean.shape)
     noise = jax.random.normal(keys[1], x0.shape)
     if offset:
-        channels = jax.random.normal(jax.random.fold_in(key, 5), (count, 1, 1, x0.shape[-1]))
+        shape = (*x0.shape[:-3], 1, 1, x0.shape[-1])
+        channels = jax.random.normal(jax.random.fold_in(key, 5), shape)
         noise = noise + offset * channels
     t = jax.random.randint(keys[2], (count,), 0, schedule.num_train_timesteps)
     return x0, noise, t

@@ -51,11 +51,12 @@ class Motion:
         )
         return with_attributes(model, unet=unet)
 
-    def at_once(self, images: int, mesh: Mesh | None) -> int:
-        """Animations in a batch of so many images: at least one, and such that devices share it."""
-        parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        step = parts // math.gcd(parts, self.frames)
-        return -(-max(1, images // self.frames) // step) * step
+
+def at_once(images: int, frames: int, mesh: Mesh | None) -> int:
+    """Animations in a batch of so many images: at least one, and such that devices share it."""
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    step = parts // math.gcd(parts, frames)
+    return -(-max(1, images // frames) // step) * step
 
 
 def on_linear_schedule(pipeline: StableDiffusion) -> StableDiffusion:
@@ -72,6 +73,20 @@ def frame_keys(keys: Key[Array, " b"], frames: int) -> Key[Array, " n"]:
 @jax.jit
 def _frame_keys(keys: Array, numbers: Array) -> Array:
     return jax.vmap(lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers))(keys)
+
+
+def to_strips(clips: UInt8[np.ndarray, "n f h w 3"]) -> UInt8[np.ndarray, "n h fw 3"]:
+    """The frames of each animation side by side in one picture."""
+    count, frames, height, width, channels = clips.shape
+    return clips.swapaxes(1, 2).reshape(count, height, frames * width, channels)
+
+
+def from_strips(
+    strips: UInt8[np.ndarray, "n h fw 3"], frames: int
+) -> UInt8[np.ndarray, "n f h w 3"]:
+    """The animations of so many frames whose `to_strips` these are."""
+    count, height, width, channels = strips.shape
+    return strips.reshape(count, height, frames, width // frames, channels).swapaxes(1, 2)
 
 
 @dataclasses.dataclass(frozen=True)

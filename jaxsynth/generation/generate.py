@@ -26,7 +26,7 @@ from jaxsynth.core.space import check_space, size_of
 from jaxsynth.core.words import counted
 from jaxsynth.data.store import Entry, StoreWriter
 from jaxsynth.diffusion.samplers import check_sampler
-from jaxsynth.generation.animations import Motion, frame_keys, on_linear_schedule
+from jaxsynth.generation.animations import Motion, at_once, frame_keys, on_linear_schedule
 from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.controls import Control, WithControlNets, control_rows, controlled
 from jaxsynth.generation.image_prompts import ImagePrompt, prompted, with_tokens
@@ -142,7 +142,7 @@ class Generator:
         networks = Networks.of(models, mesh=mesh, table=conditioner.table)
         texts = _conditions(pipeline, networks, (self.prompts, negative), pixels)
         images = config.batch_size
-        self.batch_size = images if motion is None else motion.at_once(images, mesh)
+        self.batch_size = images if motion is None else at_once(images, motion.frames, mesh)
         self._motion = motion
         self.sampler = ImageSampler(
             networks,
@@ -244,21 +244,23 @@ def sample_images(
     model: TextToImage | None = None,
     image_prompts: Sequence[ImagePrompt] = (),
     controls: Sequence[Control] = (),
+    motion: Motion | None = None,
     mesh: Mesh | None = None,
-) -> UInt8[np.ndarray, "prompts count h w 3"]:
+) -> UInt8[np.ndarray, "prompts count *f h w 3"]:
     """`count` pictures of each prompt, as a training's evaluation shows them.
 
-    `model`, `adapters`, `image_prompts` and `controls` are `Generator`'s. A second call with
-    networks of the same structure compiles nothing.
+    `model`, `adapters`, `image_prompts`, `controls` and `motion` are `Generator`'s. A second call
+    with networks of the same structure compiles nothing.
     """
     labels = np.repeat(np.arange(len(prompts)), count)
     indices = np.tile(np.arange(count), len(prompts))
-    config = replace(config, batch_size=min(config.batch_size, len(labels)))
+    frames = 1 if motion is None else motion.frames
+    config = replace(config, batch_size=min(config.batch_size, len(labels) * frames))
     generator = Generator(
         pipeline, prompts, config, seed=seed, adapters=adapters, model=model,
-        image_prompts=image_prompts, controls=controls, mesh=mesh,
+        image_prompts=image_prompts, controls=controls, motion=motion, mesh=mesh,
     )  # fmt: skip
-    size = config.batch_size
+    size = generator.batch_size
     images = [
         generator(labels[i : i + size], indices[i : i + size]) for i in range(0, len(labels), size)
     ]
@@ -266,14 +268,15 @@ def sample_images(
     return found.reshape(len(prompts), count, *found.shape[1:])
 
 
-def drawn_bytes(classes: int, config: GenerateConfig, size: int) -> int:
-    """Bytes that the store of `fill_store` has at the most, of images of `size` x `size` pixels.
+def drawn_bytes(classes: int, config: GenerateConfig, height: int, width: int = 0) -> int:
+    """Bytes that the store of `fill_store` has at the most, of images of so many pixels.
 
+    `width` 0 is that of squares.
     A PNG of noise is about as large as its pixels; ArrayRecord fills its files up.
     """
     count = classes * config.images_per_class
     shards = -(-count // (config.batch_size * config.batches_per_shard))
-    return count * (3 * size * size + 1_000) + shards * 2 * _BLOCK
+    return count * (3 * height * (width or height) + 1_000) + shards * 2 * _BLOCK
 
 
 def fill_store(
@@ -317,7 +320,7 @@ def fill_store(
                 rows = slice(start, start + config.batch_size)
                 images.append(generator(labels[rows], indices[rows]))
                 if len(images) == 1 and shard == mine[0]:
-                    needs = drawn_bytes(classes, config, max(images[0].shape[1:3]))
+                    needs = drawn_bytes(classes, config, *images[0].shape[1:3])
                     check_space(description, folder, needs - size_of(folder))
                 done += len(images[-1])
                 bar.update(done)

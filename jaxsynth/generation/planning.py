@@ -91,13 +91,14 @@ def plan_images(
     adapt: Callable[[TextToImage], TextToImage] | None = None,
     adapters: int = 0,
     prompted: Callable[[TextToImage], ImagePrompted] | None = None,
+    moving: Callable[[TextToImage], TextToImage] | None = None,
     note: str = "",
 ) -> Plan:
     """The program of `Generator` for one batch; `pipeline` may be of shapes.
 
     `adapt` puts an adapter into the networks. One alone is merged where the generator merges it;
     of several `adapters` each image runs its own. `prompted` puts adapters of images in, one image
-    for each, or an InstantID.
+    for each, or an InstantID, and `moving` motion modules, with whole animations in a batch.
     """
     conditioner: Text = Text(config.guidance_scale, config.guidance_rescale)
     rows: dict[str, tuple[tuple[int, ...], Any]] = {"prompt": ((), jnp.int32)}
@@ -121,6 +122,8 @@ def plan_images(
             down = pipeline.vae.config.downscale
             rows[row_of(0)] = ((shape[0] * down, shape[1] * down, 3), jnp.uint8)
             model = transform(lambda own: WithControlNets(own, [own.identity_net]), model)
+    if moving is not None:
+        model = transform(moving, model)
     return plan_sampler(
         name,
         model,

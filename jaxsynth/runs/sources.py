@@ -7,16 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.conditions import partner_digests
 from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
 from jaxsynth.data.faces import Faces, read_faces
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.views import joined
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.runs.stage import Source
+from jaxsynth.weights.adapters import io as adapter_io
+from jaxsynth.weights.adapters.motion import read_motion
 from jaxsynth.weights.hf import TEXT_TO_IMAGE, Clip, StableDiffusion, load_clip, load_pipeline
+from jaxsynth.weights.hub import weight_files
 from jaxsynth.weights.image_encoder import ImageEncoder, load_image_encoder
 
 # Of a data set that is not here: about that of the sets that networks are usually transferred to.
@@ -56,6 +62,31 @@ def face_source(path: str) -> Source[Faces]:
     return Source(lambda: read_faces(path), lambda found: found.digest)
 
 
+def motion_source(
+    path: str, base: Source[StableDiffusion], dtype: str = "float32"
+) -> Source[MotionModules]:
+    """The motion modules at a path, for a base, kept and computed in `dtype`."""
+
+    def load() -> MotionModules:
+        return read_motion(path, base.value.unet.config, dtype=jnp.dtype(dtype))
+
+    def digest(_: MotionModules) -> str:
+        return files_digest(weight_files(Path(path)) if Path(path).is_dir() else [Path(path)])
+
+    return Source(load, digest)
+
+
+def adapter_source(path: str, base: str) -> Source[AdapterState]:
+    """The adapter at a path, over the networks of a base, a folder or a hub id."""
+
+    def digest(_: AdapterState) -> str:
+        place = Path(path)
+        inside = sorted(file for file in place.rglob("*") if file.is_file())
+        return files_digest([place] if place.is_file() else inside)
+
+    return Source(lambda: adapter_io.load(path, adapter_io.Networks.of(base)), digest)
+
+
 def joined_source(configs: Mapping[str, DataConfig]) -> Source[Dataset]:
     """Several data sets as one (`data.views.joined`)."""
 
@@ -92,7 +123,8 @@ def count_data(config: DataConfig) -> tuple[int, int, str]:
 
     The last value says so in words, and is "" where they were counted.
     """
-    if config.source == "tfds" or (config.source in ("folder", "captions") and not config.path):
+    by_path = config.source in ("folder", "captions", "clips")
+    if config.source == "tfds" or (by_path and not config.path):
         named = config.name or "no data set named"
         note = f"{named}: {ASSUMED_CLASSES} classes and {ASSUMED_IMAGES} images are assumed"
         return ASSUMED_CLASSES, ASSUMED_IMAGES, note

@@ -1,4 +1,4 @@
-"""Teaching a text-to-image model a subject, a style or to see: five trainings of one task.
+"""Teaching a text-to-image model a subject, a style, to see or to move: trainings of one task.
 
 - Textual Inversion (Gal et al. 2022, arXiv 2208.01618) learns the embedding of a new word from
   sentences about it;
@@ -7,7 +7,8 @@
 - fine-tuning on captioned images, each of which has a text of its own;
 - IP-Adapter (Ye et al. 2023, arXiv 2308.06721) learns to draw what an image shows;
 - InstantID (Wang et al. 2024, arXiv 2401.07519) learns to draw a person, by the embedding and five
-  keypoints of a face.
+  keypoints of a face;
+- motion modules, and LoRA on them, learn from clips (`tasks.motion`).
 
 What learns is for the model to say: the new word's rows, an adapter of any kind, or all of it.
 """
@@ -37,6 +38,7 @@ from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.diffusion.identity import IdentityPrompted
 from jaxsynth.models.diffusion.image_prompt import ProjectionConfig, ResamplerConfig
 from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
+from jaxsynth.tasks.motion import ClipConfig, encode_clips
 from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source, learns_text
 from jaxsynth.training import sharding
 from jaxsynth.training.config import SCHEDULES, TrainingConfig
@@ -235,22 +237,30 @@ CROPPED = ("mean", "std", "sizes")
 _SHARDED = (*CROPPED, "first", "choices", "images", "places", "condition")
 _JOINED = (*CROPPED, "ids", "first", "choices")
 
-Training = InversionConfig | DreamBoothConfig | CaptionConfig | ImagePromptConfig | InstantIDConfig
+Training = (
+    InversionConfig
+    | DreamBoothConfig
+    | CaptionConfig
+    | ImagePromptConfig
+    | InstantIDConfig
+    | ClipConfig
+)
 
 
 @dataclass(frozen=True)
 class Told:
     """Encoded images, and the texts that each may be told by.
 
-    `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop. `ids` are
+    `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop, or of clips
+    one for each window of f frames. `ids` are
     the distinct texts, the empty one first; image i has the `choices[i]` texts from `first[i]` on.
     Where images prompt, `images` are an encoder's features of each and `absent` those of no image.
     `places` say how much each position of the latents counts. `condition` are pictures that a
     ControlNet follows, uint8.
     """
 
-    mean: Float[np.ndarray, "n k h w c"]
-    std: Float[np.ndarray, "n k h w c"]
+    mean: Float[np.ndarray, "n k *f h w c"]
+    std: Float[np.ndarray, "n k *f h w c"]
     sizes: Float[np.ndarray, "n k 6"]
     ids: Int[np.ndarray, "m *e t"]
     first: Int[np.ndarray, " n"]
@@ -272,12 +282,17 @@ def encode_told(
     crops: int,
     seed: int,
     encoder: Callable[[Sequence[Any]], np.ndarray] | None = None,
+    clips: ClipConfig | None = None,
 ) -> Told:
     """The images of a source as latents, each with its texts (`texts[i]`, at least one).
 
-    `encoder` gives the features of no image and of each.
+    `encoder` gives the features of no image and of each. With `clips` the source's clips are
+    encoded as that says, in its own number of windows in place of `crops`.
     """
-    found = encode_source(pipeline, source, crops=crops, seed=seed)
+    if clips is None:
+        found = encode_source(pipeline, source, crops=crops, seed=seed)
+    else:
+        found = encode_clips(pipeline, source, clips, seed=seed)
     distinct = {("",): 0}
     rows = [""]
     for own in map(tuple, texts):
@@ -413,10 +428,12 @@ def planned_images(
     features: tuple[int, ...] | None = None,
     masked: bool = False,
     followed: bool = False,
+    clips: ClipConfig | None = None,
 ) -> Told:
     """The shapes of so many square images with so many texts in all, and `features` of each.
 
-    `masked` images have `places`, and `followed` ones a `condition`.
+    `masked` images have `places`, and `followed` ones a `condition`. With `clips` they are clips,
+    in the windows that that says.
     """
 
     def shape(*dims: int, dtype: Any = np.float32) -> Any:
@@ -424,9 +441,10 @@ def planned_images(
 
     channels, downscale = pipeline.unet.config.in_channels, pipeline.vae.config.downscale
     side = (size or pipeline.image_size) // downscale
-    latents, rows = shape(count, 1, side, side, channels), shape(count, dtype=np.int32)
+    windows = (1,) if clips is None else (clips.windows_per_clip, clips.frames)
+    latents, rows = shape(count, *windows, side, side, channels), shape(count, dtype=np.int32)
     told = Told(
-        latents, latents, shape(count, 1, 6),
+        latents, latents, shape(count, windows[0], 6),
         shape(texts + 1, *pipeline.tokenizer.shape, dtype=np.int32), rows, rows,
     )  # fmt: skip
     if masked:

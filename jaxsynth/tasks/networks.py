@@ -123,7 +123,7 @@ class Network(Protocol):
 class CheckpointNetwork:
     """The network of a checkpoint, whatever it is, with a head for other classes."""
 
-    kind: type[nnx.Module]
+    kind: Callable[..., nnx.Module]
     config: Any
     image_size: int
     mean: tuple[float, ...]

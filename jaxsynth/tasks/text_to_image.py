@@ -137,10 +137,10 @@ def encode_examples(
 
 
 class Encoded(NamedTuple):
-    """The latents of images, as in `Examples`."""
+    """The latents of images, as in `Examples`, or of clips of f frames."""
 
-    mean: Float[np.ndarray, "n k h w c"]
-    std: Float[np.ndarray, "n k h w c"]
+    mean: Float[np.ndarray, "n k *f h w c"]
+    std: Float[np.ndarray, "n k *f h w c"]
     sizes: Float[np.ndarray, "n k 6"]
 
 

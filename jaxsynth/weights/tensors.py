@@ -49,7 +49,7 @@ class Tensors:
             if path.suffix not in SUFFIXES:
                 raise UserError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
         self.paths = paths
-        self._loaded = {p: _plain_keys(read_state_dict(p)) for p in paths if p.suffix in PICKLED}
+        self._loaded = {p: plain_keys(read_state_dict(p)) for p in paths if p.suffix in PICKLED}
 
     @cached_property
     def keys(self) -> list[str]:
@@ -103,7 +103,7 @@ class Tensors:
         return self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
 
 
-def _plain_keys(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def plain_keys(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Without the "module." that torch's data parallelism puts before every key."""
     wrapped = all(key.startswith("module.") for key in tensors)
     return {key.removeprefix("module.") if wrapped else key: x for key, x in tensors.items()}

@@ -11,6 +11,7 @@ from PIL import Image
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.decode import decode_image
 from jaxsynth.data.export import export
+from jaxsynth.data.films import count_frames
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.concepts import read_concepts
 from jaxsynth.data.prompts import read_templates
@@ -48,6 +49,17 @@ def images(folder: Path) -> list[Case]:
         grey = Image.fromarray(np.full((8, 8), 300, np.uint16))
         (grey if mode == "I;16" else _picture().convert(mode)).save(path)
         cases.append(Case(f"png {mode}", path, decode_image))
+    return cases
+
+
+def films(folder: Path) -> list[Case]:
+    """Animations; videos are FFmpeg's, which other programs fuzz."""
+    cases = []
+    for name in ("gif", "webp"):
+        path = folder / f"film.{name}"
+        first, *others = (_picture(i) for i in range(3))
+        first.save(path, save_all=True, append_images=others)
+        cases.append(Case(name, path, count_frames))
     return cases
 
 

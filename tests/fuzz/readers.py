@@ -15,6 +15,7 @@ READERS: dict[str, Callable[[Path], list[Case]]] = {
     "networks": weight_files.networks,
     "pipelines": weight_files.pipelines,
     "images": data_files.images,
+    "films": data_files.films,
     "folders": data_files.folders,
     "shards": data_files.shards,
     "stores": data_files.stores,

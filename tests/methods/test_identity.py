@@ -20,10 +20,14 @@ from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.records import is_identity, to_json
 from jaxsynth.methods.customize.config import TECHNIQUES
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.runs import sources
 from jaxsynth.runs import stage as stages
 from jaxsynth.runs.stage import Artifact
-from tests.methods.small_base import write_classifier
+from jaxsynth.tasks.motion import AnimateDiffConfig
+from jaxsynth.weights.adapters.motion import write_motion
+from jaxsynth.weights.hf import describe_pipeline
+from tests.methods.small_base import random_network, write_classifier
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +114,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "space": ("features",),
     "practice": (("adapted",),),
     "family": ("resnet",),
+    "version": ("v1",),
+    "norm": ("all",),
     "depths": ((1,),),
 }
 # Fields that no stage of these runs reads, and why that is right.
@@ -120,6 +126,8 @@ EXEMPT = {
     "base": "weights are identified by content",
     "clip": "weights are identified by content",
     "image_encoder": "weights are identified by content",
+    "motion": "motion modules are identified by content",
+    "domain_adapter": "an adapter is identified by content",
     "vae": "weights are identified by content",
     "text": "weights are identified by content",
     "pool": "photos are identified by content",
@@ -277,7 +285,7 @@ def loaded_once(monkeypatch, module) -> None:
     ]
     for one in seen:
         for name in dir(one):
-            if name.startswith("load_") and callable(getattr(one, name)):
+            if name.startswith(("load_", "read_motion")) and callable(getattr(one, name)):
                 monkeypatch.setattr(one, name, cached_by_arguments(getattr(one, name)))
     if hasattr(module, "report"):
         monkeypatch.setattr(module, "report", lambda folder: folder)
@@ -296,12 +304,23 @@ def cached_by_arguments(function):
 
 
 @cache
+def motion_modules(base: str) -> str:
+    """A folder of motion modules for a base, random ones."""
+    shape = describe_pipeline(base).unet.config
+    config = AnimateDiffConfig(frames=2).modules_config(shape)
+    folder = tempfile.mkdtemp()
+    return str(write_motion(folder, random_network(MotionModules, config, 0)))
+
+
+@cache
 def smoke(method: str, variant: str = "") -> Any:
     module = importlib.import_module(METHODS[method])
     values = load_config(f"{CONFIGS / method}.py:smoke{variant}")
     given = [tuple(text.split("=", 1)) for text in GIVEN.get(method, ())]
     given = [(name, value.format(classifier=classifier())) for name, value in given]
     values = override(values, given)
+    if "motion" in values:
+        values["motion"] = motion_modules(values["base"])
     if "method" not in module.Config.__dataclass_fields__:
         values.pop("method", None)
     return to_dataclass(module.Config, values)

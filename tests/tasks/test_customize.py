@@ -12,10 +12,13 @@ from flax import nnx
 from jaxsynth.adapters.inject import AdapterState, Trainable, extract, load_state
 from jaxsynth.data.faces import Faces
 from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.clips import ClipArrays
 from jaxsynth.diffusion.noising import sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise, snr
+from jaxsynth.generation.animations import on_linear_schedule
 from jaxsynth.methods.customize.techniques import load, prepared, reordered, save
 from jaxsynth.models.diffusion.image_prompt import ImagePrompted
+from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.tasks.customize import (
     CaptionConfig,
@@ -29,6 +32,7 @@ from jaxsynth.tasks.customize import (
     places_of,
     planned_images,
 )
+from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig, MotionLoRAConfig
 from jaxsynth.tasks.text_to_image import Denoising
 from jaxsynth.training import sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
@@ -36,12 +40,14 @@ from jaxsynth.training.sharding import make_mesh
 from jaxsynth.training.trainer import train
 from jaxsynth.weights.hf import describe_pipeline, load_pipeline
 from jaxsynth.weights.image_encoder import load_image_encoder
+from tests.methods.small_base import random_network
 
 # A large eps: Adam would divide the smallest gradients, which are rounding, by themselves.
 COMMON = {
     "steps": 4, "batch_size": 2, "learning_rate": 1e-2, "eps": 1e-2, "weight_decay": 0.1,
     "steps_per_call": 2, "checkpoint_every": 2, "snr_gamma": 5.0,
 }  # fmt: skip
+CLIPS = {"frames": 3, "stride": 2, "windows_per_clip": 2, "caption_dropout": 0.5}
 ADAPTER = {"rank": 2, "unet_targets": ("to_q", "to_v"), "warmup_steps": 0}
 TECHNIQUES = {
     "textual_inversion": InversionConfig(**COMMON, token="<x>", vectors=2, initializer="three"),
@@ -58,11 +64,14 @@ TECHNIQUES = {
         **COMMON, queries=2, depth=1, hidden=64, drop_image=0.3, drop_text=0.3
     ),
     "plus": ImagePromptConfig(**COMMON, projection="resampler", queries=2, depth=1, hidden=64),
+    "animatediff": AnimateDiffConfig(**COMMON, **CLIPS, version="v2", ema_decay=0.5),
+    "motion_lora": MotionLoRAConfig(**COMMON, **CLIPS, rank=2, noise_offset=0.1),
 }  # fmt: skip
 IMAGES = {"unet", "image_projections"}
 PARTS = {
     "textual_inversion": {"text_encoder"}, "dreambooth": {"unet"}, "ip_adapter": IMAGES,
-    "plus": IMAGES, "instantid": IMAGES | {"identity_net"},
+    "plus": IMAGES, "instantid": IMAGES | {"identity_net"}, "animatediff": {"unet"},
+    "motion_lora": {"unet"},
 }  # fmt: skip
 
 
@@ -96,14 +105,32 @@ def seen_by(config, encoder):
     return FACES if isinstance(config, InstantIDConfig) else encoder
 
 
-def task_of(base, name, encoder):
+@pytest.fixture(scope="module")
+def modules():
+    return random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4, 4), 1)
+
+
+def told_clips(pipeline, config, texts):
+    """Random clips of six frames with their texts."""
+    rng = np.random.default_rng(0)
+    clips = rng.integers(0, 256, (len(texts), 6, 8, 8, 3), dtype=np.uint8)
+    ids = [str(i) for i in range(len(texts))]
+    source = ClipArrays(clips, np.zeros(len(texts), np.int32), ids, [""] * len(texts))
+    return encode_told(pipeline, source, texts, crops=1, seed=0, clips=config)
+
+
+def task_of(base, name, encoder, modules):
     """The task of a technique, and the pipeline's networks before it."""
     config, see = TECHNIQUES[name], None
     if isinstance(config, ImagePromptConfig):
         see = partial(encoder, of_patches=config.of_patches)
-    pipeline, model = prepared(config, "three", base, jax.random.key(1), seen_by(config, encoder))
+    seen = seen_by(config, encoder)
+    pipeline, model = prepared(config, "three", base, jax.random.key(1), seen, modules)
     texts = [("a photo of a <x>", "one <x>")] * 3
     others = None
+    if isinstance(config, ClipConfig):
+        images = told_clips(pipeline, config, [("one",), ("two",), ("a photo of one",)])
+        return config, customize_task(pipeline, model, images, config, seed=3)
     if name == "dreambooth":
         texts = [("a photo of a sks three",)] * 3
         others = told(pipeline, 5, [("a photo of a three",)] * 5, 1)
@@ -135,16 +162,18 @@ class Killed(Exception):
 
 
 # All of the table is in the slow tests, the plainest of it in the quick ones too.
-QUICK = ("textual_inversion", "lora", "ip_adapter")
+QUICK = ("textual_inversion", "lora", "ip_adapter", "animatediff")
 TABLE = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TECHNIQUES
 ]
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_techniques_learn_resume_and_use_devices(pipeline, encoder, tmp_path, monkeypatch, name):
+def test_techniques_learn_resume_and_use_devices(
+    pipeline, encoder, modules, tmp_path, monkeypatch, name
+):
     """Only what the technique learns changes; cut and on two devices it ends as in one go."""
-    config, task = task_of(pipeline, name, encoder)
+    config, task = task_of(pipeline, name, encoder, modules)
     start, frozen = extract(task.model).arrays, leaves(task.model, nnx.Not(Trainable))
     assert {path.split(".")[0] for path in start} == PARTS.get(name, {"unet", "text_encoder"})
     whole = train(task, config, tmp_path / "whole")
@@ -334,13 +363,14 @@ def test_a_word_and_its_adapter_are_kept_and_read_together(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, name):
-    config, task = task_of(pipeline, name, encoder)
+def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, modules, name):
+    config, task = task_of(pipeline, name, encoder, modules)
     base = describe_pipeline(base_folder)
 
     def model(networks):
         own = base.with_networks(networks)
-        return prepared(config, "three", own, jax.random.key(1), seen_by(config, encoder))[1]
+        seen = seen_by(config, encoder)
+        return prepared(config, "three", own, jax.random.key(1), seen, modules)[1]
 
     shapes = nnx.eval_shape(model, base.networks)
     data = task.batches.data
@@ -348,9 +378,13 @@ def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, name):
     others = planned_images(base, 5, 1) if name == "dreambooth" else None
     seen = task.batches.data.get("absent")
     features = None if seen is None else seen.shape
+    clips = config if isinstance(config, ClipConfig) else None
+    if clips is not None:
+        base = on_linear_schedule(base)
     images = planned_images(
         base, 3, texts - (3 if others else 1), features=features, masked=name == "lora",
         followed=name == "instantid",
+        clips=clips,
     )  # fmt: skip
     planned = customize_task(base, shapes, images, config, seed=3, others=others)
     mesh = make_mesh(data=2, devices=jax.devices()[:2])

@@ -73,7 +73,7 @@ def render_digits(count: int, size: int, seed: int) -> Captioned:
     captions = []
     for i in range(count):
         digit = labels[i] = int(rng.integers(10))
-        ink, paper = _two_colours(rng, plain=0.4)
+        ink, paper = two_colours(rng, plain=0.4)
         face = faces[rng.integers(len(faces))]
         images[i] = _draw_digit(digit, face, size, COLOURS[ink], COLOURS[paper], rng)
         name = DIGITS[digit]
@@ -96,7 +96,7 @@ def render_shapes(count: int, size: int, seed: int) -> Captioned:
     for i in range(count):
         labels[i] = rng.integers(len(SHAPES))
         shape = SHAPES[labels[i]]
-        ink, paper = _two_colours(rng, plain=0.0)
+        ink, paper = two_colours(rng, plain=0.0)
         images[i] = _draw_shape(shape, size, COLOURS[ink], COLOURS[paper], rng)
         captions.append(
             (f"a photo of a {ink} {shape}", f"a {ink} {shape} on a {paper} background")[
@@ -106,7 +106,7 @@ def render_shapes(count: int, size: int, seed: int) -> Captioned:
     return Captioned(images, captions, labels)
 
 
-def _two_colours(rng: np.random.Generator, plain: float) -> tuple[str, str]:
+def two_colours(rng: np.random.Generator, plain: float) -> tuple[str, str]:
     """Ink and paper that can be told apart; with probability `plain`, white and black."""
     if rng.random() < plain:
         return ("white", "black") if rng.random() < 0.5 else ("black", "white")
@@ -134,15 +134,25 @@ def _compose(mask: Image.Image, size: int, ink, paper, rng: np.random.Generator)
 
 
 def _draw_digit(digit: int, face: Path, size: int, ink, paper, rng) -> np.ndarray:
-    side = size * OVERSAMPLE
+    # The digit's own box is fitted to 60-95 % of the picture's height, as digit data sets are.
+    mask = digit_mask(digit, face, size * OVERSAMPLE, (0.6, 0.95), rng)
+    return _compose(mask, size, ink, paper, rng)
+
+
+def digit_mask(
+    digit: int, face: Path, side: int, heights: tuple[float, float], rng: np.random.Generator
+) -> Image.Image:
+    """255 inside of a printed digit and 0 outside, in the middle of a square.
+
+    Its height is a share of the square's between `heights`; weight, slant and blur are random.
+    """
     font = ImageFont.truetype(str(face), int(side * 0.9))
     mask = Image.new("L", (2 * side, 2 * side), 0)
     draw = ImageDraw.Draw(mask)
     stroke = int(rng.integers(0, max(side // 32, 1) + 1))
     draw.text((side, side), str(digit), fill=255, font=font, anchor="mm", stroke_width=stroke)
     left, top, right, bottom = mask.getbbox() or (0, 0, 2 * side, 2 * side)
-    # The digit's own box is fitted to 60-95 % of the picture's height, as digit data sets are.
-    scale = (bottom - top) / (side * rng.uniform(0.6, 0.95))
+    scale = (bottom - top) / (side * rng.uniform(*heights))
     angle = math.radians(rng.normal(0, 7))
     shear = rng.normal(0, 0.15)
     stretch = rng.uniform(0.85, 1.25)
@@ -161,7 +171,7 @@ def _draw_digit(digit: int, face: Path, size: int, ink, paper, rng) -> np.ndarra
     )
     if rng.random() < 0.3:
         mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.0) * OVERSAMPLE))
-    return _compose(mask, size, ink, paper, rng)
+    return mask
 
 
 def _draw_shape(shape: str, size: int, ink, paper, rng) -> np.ndarray:

@@ -6,6 +6,7 @@
   every pixel are known; the class is the front one's shape;
 - "faces": people (`procedural.faces`), ten pictures of each; the class is the background's color.
   The people of the test part are others;
+- "moving": clips of printed digits that glide left, right, up or down (`moving`), each with a text;
 - "patches": squares cut from the two photos that come with scikit-learn, a palace in China and a
   dahlia. Test squares come from the right third of each photo, which no training square touches.
 """
@@ -15,6 +16,7 @@ from PIL import Image
 
 from jaxsynth.data.dataset import DataConfig, SourceError
 from jaxsynth.data.procedural.faces import PAPERS, render_faces
+from jaxsynth.data.procedural.moving import DIRECTIONS, Moving, render_moving
 from jaxsynth.data.procedural.scenes import render_scenes
 from jaxsynth.data.procedural.shapes import (
     DIGITS,
@@ -25,12 +27,14 @@ from jaxsynth.data.procedural.shapes import (
 )
 from jaxsynth.data.procedural.textures import TEXTURES, render_texture
 from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.clips import ClipArrays
+from jaxsynth.data.sources.folder import Loaded
 
-NAMES = ("printed", "textures", "scenes", "faces", "patches")
+NAMES = ("printed", "textures", "scenes", "faces", "moving", "patches")
 _PHOTOS = {"palace": "china.jpg", "dahlia": "flower.jpg"}
 
 
-def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, ArraySource, str]:
+def load_builtin(config: DataConfig) -> Loaded:
     """(class names, train, test, how they were split) of the data set that `config.name` names.
 
     About `images_per_class` training images a class, and a share `test_fraction` more for the test.
@@ -47,14 +51,16 @@ def load_builtin(config: DataConfig) -> tuple[tuple[str, ...], ArraySource, Arra
         "textures": (_textures, TEXTURES),
         "scenes": (_scenes, SHAPES),
         "faces": (_faces, tuple(f"face on a {paper} background" for paper in PAPERS)),
+        "moving": (_moving, tuple(DIRECTIONS)),
         "patches": (_patches, tuple(_PHOTOS)),
     }[config.name]
     parts = []
     for part, count in (("train", config.images_per_class), ("test", test_count)):
         seed = config.split_seed + 1_000_003 * (part == "test")
-        images, labels, *maps = build(count, size, seed, part)
+        images, labels, *more = build(count, size, seed, part)
         ids = tuple(f"{part}/{names[label]}/{i:05d}" for i, label in enumerate(labels))
-        parts.append(ArraySource(images, labels.astype(np.int32), ids, *maps))
+        kind = ClipArrays if images.ndim == 5 else ArraySource
+        parts.append(kind(images, labels.astype(np.int32), ids, *more))
     return names, *parts, "drawn anew, from other random numbers than the training part"
 
 
@@ -87,6 +93,10 @@ def _faces(
 ) -> tuple[np.ndarray, np.ndarray, dict, dict[str, np.ndarray]]:
     faces = render_faces(count * len(PAPERS), size, seed)
     return faces.images, faces.papers, {}, {"people": faces.people, "keypoints": faces.keypoints}
+
+
+def _moving(count: int, size: int, seed: int, _: str) -> Moving:
+    return render_moving(count, size, seed)
 
 
 def _patches(count: int, size: int, seed: int, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from jaxsynth.data.names import class_of_folder, natural_key
 from jaxsynth.data.prompts import prompts
 from jaxsynth.data.sources.files import FileSource, check_images, images_in, refuse
 from jaxsynth.data.sources.folder import Loaded
-from jaxsynth.data.views import Subset, held_out
+from jaxsynth.data.views import held_out, origin
 
 TABLE = "metadata.jsonl"
 COLUMNS = ("text", "caption", "prompt")
@@ -64,21 +64,29 @@ def load_captioned(config: DataConfig) -> Loaded:
     if not images:
         raise SourceError(f"{root}: no images; expected them side by side, each with a text")
     ids = sorted((path.name for path in images), key=natural_key)
-    table = root / TABLE
-    texts = _of_table(table, set(ids)) if table.is_file() else _beside(root, ids)
-    missing = [id_ for id_ in ids if not texts.get(id_)]
-    if missing:
-        raise SourceError(
-            f"{root}: {len(missing)} of {counted(len(ids), 'image')} have no text, the first is "
-            f"{shown(missing[0])}; write it into {TABLE} (file_name, text) or into "
-            f"{Path(missing[0]).stem}.txt beside it"
-        )
+    captions = read_texts(root, ids, "image")
     labels = np.zeros(len(ids), np.int32)
-    captions = [texts[id_] for id_ in ids]
     source = CaptionedSource(root, tuple(ids), labels, config.image_size, captions)
     names = (class_of_folder(root.resolve().name),)
     train, test = held_out(source, names, config.test_fraction, config.split_seed)
     return names, train, test, f"{config.test_fraction:g} held out, seed {config.split_seed}"
+
+
+def read_texts(root: Path, ids: Sequence[str], what: str) -> list[str]:
+    """The text of each file or folder in `root`, of the table or of a file beside it.
+
+    SourceError naming the first of those without one; `what` is what they are called.
+    """
+    table = root / TABLE
+    texts = _of_table(table, set(ids), what) if table.is_file() else _beside(root, ids)
+    missing = [id_ for id_ in ids if not texts.get(id_)]
+    if missing:
+        raise SourceError(
+            f"{root}: {len(missing)} of {counted(len(ids), what)} have no text, the first is "
+            f"{shown(missing[0])}; write it into {TABLE} (file_name, text) or into "
+            f"{_stem(root / missing[0])}.txt beside it"
+        )
+    return [texts[id_] for id_ in ids]
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def read_captions(path: str | Path, data: Dataset) -> Captions:
         return Captions(found, _beside(found, ids))
     if not found.is_file():
         raise UserError(f"captions: {found}: no such file or folder")
-    return Captions(found, _of_table(found, set(ids)))
+    return Captions(found, _of_table(found, set(ids), "image"))
 
 
 def captions(data: Dataset, source: ImageSource) -> list[str]:
@@ -130,12 +138,12 @@ def captions(data: Dataset, source: ImageSource) -> list[str]:
 
 
 def _own(source: ImageSource, index: int) -> str:
-    while isinstance(source, Subset):
-        source, index = source.source, int(source.indices[index])
-    return source.captions[index] if isinstance(source, CaptionedSource) else ""
+    source, index = origin(source, index)
+    texts: Sequence[str] = getattr(source, "captions", ())
+    return texts[index] if texts else ""
 
 
-def _of_table(table: Path, ids: Set[str]) -> dict[str, str]:
+def _of_table(table: Path, ids: Set[str], what: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, line in enumerate(read_text(table).splitlines(), 1):
         if not line.strip():
@@ -149,21 +157,26 @@ def _of_table(table: Path, ids: Set[str]) -> dict[str, str]:
                 f"{where}: expected file_name and {' or '.join(COLUMNS)}, found {shown(list(row))}"
             )
         if name not in ids:
-            raise SourceError(f"{where}: no image {shown(name)} in {table.parent}")
+            raise SourceError(f"{where}: no {what} {shown(name)} in {table.parent}")
         if found.setdefault(name, _plain(text)) != _plain(text):
             raise SourceError(f"{where}: {shown(name)} has another text in a row above")
     return found
 
 
 def _beside(root: Path, ids: Iterable[str]) -> dict[str, str]:
-    """The texts in files of the images' names, below a folder."""
+    """The texts beside files or folders below `root`, by the names of these."""
     found = {}
     for id_ in ids:
-        files = (root / Path(id_).with_suffix(suffix) for suffix in SUFFIXES)
+        own = root / id_
+        files = (own.parent / f"{_stem(own)}{suffix}" for suffix in SUFFIXES)
         text = next((file for file in files if file.is_file()), None)
         if text is not None:
             found[id_] = _plain(read_text(text))
     return found
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
 
 
 def _plain(text: str) -> str:

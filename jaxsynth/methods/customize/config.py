@@ -5,7 +5,14 @@ from typing import Annotated, Any
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Distinct, Natural, OneOf, Seed, check_limits
-from jaxsynth.core.places import MaybeFile, MaybeFolder, MaybeModel, Model, ModelOrFile
+from jaxsynth.core.places import (
+    MaybeFile,
+    MaybeFileOrFolder,
+    MaybeFolder,
+    MaybeModel,
+    Model,
+    ModelOrFile,
+)
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.data.faces import known_people
@@ -19,6 +26,7 @@ from jaxsynth.tasks.customize import (
     InversionConfig,
     Training,
 )
+from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig, MotionLoRAConfig
 from jaxsynth.training.sharding import MeshConfig
 
 TECHNIQUES: dict[str, type] = {
@@ -27,10 +35,11 @@ TECHNIQUES: dict[str, type] = {
     "lora": CaptionConfig,
     "ip_adapter": ImagePromptConfig,
     "instantid": InstantIDConfig,
+    "animatediff": AnimateDiffConfig,
+    "motion_lora": MotionLoRAConfig,
 }
-# Of other programs, and not of this one yet.
+# Of other programs, and not of this one.
 _WAITING = {
-    "animatediff": "jaxsynth generate --motion draws with motion modules, none are trained",
     "controlnet": "ControlNet is the method controlled (configs/controlled.py)",
 }
 
@@ -58,6 +67,11 @@ class Config:
     an .npz of "ids" (of the images of the data, which must be square), "embeddings" and "keypoints"
     (x, y) of left eye, right eye, nose and corners of the mouth. Data that know their people need
     none: two encoders of `face_encoder` learn to tell them apart, of which one judges.
+
+    "animatediff" and "motion_lora" learn from clips (`data.source` "clips", or the drawn "moving"),
+    of which an animation of each prompt is drawn. `motion` are the motion modules, a folder or a
+    file, that "motion_lora" adapts. `domain_adapter` is a LoRA of the looks of the clips, which is
+    in the base while "animatediff" learns and in no drawing: the modules then learn motion alone.
     """
 
     method: str = "customize"
@@ -81,6 +95,10 @@ class Config:
     instantid: InstantIDConfig | None = None
     faces: MaybeFile = ""
     face_encoder: FaceEncoderConfig | None = None
+    animatediff: AnimateDiffConfig | None = None
+    motion_lora: MotionLoRAConfig | None = None
+    motion: MaybeFileOrFolder = ""
+    domain_adapter: MaybeFileOrFolder = ""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -111,6 +129,13 @@ class Config:
             )
         if self.image_encoder and (not self.sees_images or self.sees_faces):
             raise ValueError(f"image_encoder: {self.technique} sees no images; leave it out")
+        if (self.technique == "motion_lora") != bool(self.motion):
+            why = "adapts motion modules; say which" if not self.motion else "adapts none"
+            raise ValueError(f"motion: {self.motion!r}, but {self.technique} {why}")
+        if self.domain_adapter and self.technique != "animatediff":
+            raise ValueError(
+                f"domain_adapter: {self.domain_adapter!r} is for animatediff, not {self.technique}"
+            )
         if not self.prompts:
             raise ValueError("prompts: expected at least one")
         if len(set(self.prompts)) < len(self.prompts):
@@ -147,6 +172,11 @@ class Config:
     def sees_faces(self) -> bool:
         """Whether these are faces, which a face encoder sees."""
         return self.technique == "instantid"
+
+    @property
+    def sees_clips(self) -> bool:
+        """Whether motion is learned, from clips."""
+        return issubclass(TECHNIQUES[self.technique], ClipConfig)
 
     @property
     def training(self) -> Training:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsynth.data.faces import Faces, read_faces
 from jaxsynth.data.prompts import default_template
+from jaxsynth.generation.animations import at_once, on_linear_schedule
 from jaxsynth.generation.planning import plan_images
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.methods.customize.faces import (
@@ -18,6 +20,7 @@ from jaxsynth.methods.customize.faces import (
     FaceEncoderConfig,
 )
 from jaxsynth.methods.customize.faces import planned as planned_faces
+from jaxsynth.methods.customize.motion import motion_of, with_domain
 from jaxsynth.methods.customize.techniques import (
     class_prompt,
     prepared,
@@ -26,6 +29,7 @@ from jaxsynth.methods.customize.techniques import (
 )
 from jaxsynth.models.diffusion.identity import IdentityPrompted, identity_of, with_identity
 from jaxsynth.models.diffusion.image_prompt import ImagePrompted, adapter_of, with_image_prompts
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.customize import (
@@ -35,9 +39,12 @@ from jaxsynth.tasks.customize import (
     customize_task,
     planned_images,
 )
+from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
+from jaxsynth.weights.adapters import io as adapter_io
+from jaxsynth.weights.adapters.motion import read_motion
 from jaxsynth.weights.hf import StableDiffusion, describe_pipeline
 from jaxsynth.weights.image_encoder import ImageEncoder, describe_image_encoder
 
@@ -55,12 +62,22 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         images = config.shots * (1 if config.has_subject else classes)
     # As many texts as there may be: what the images are told by, and the class's prompt.
     template = config.data.template or default_template(config.data.name)
-    kinds = CaptionConfig | ImagePromptConfig | InstantIDConfig
+    kinds = CaptionConfig | ImagePromptConfig | InstantIDConfig | ClipConfig
     texts = images if isinstance(training, kinds) else 1
     texts *= len(templates_of(training, template)) * getattr(training, "caption_orders", 1)
     prior = class_prompt(training, config.word, template)
     encoder, features = None, None
     masked = getattr(training, "unmasked_weight", 1.0) < 1
+    clips = training if isinstance(training, ClipConfig) else None
+    modules, frames = None, 1
+    if clips is not None:
+        base, frames = on_linear_schedule(base), clips.frames
+    start = base
+    if config.domain_adapter:
+        networks = adapter_io.Networks.of(config.base)
+        start = with_domain(base, adapter_io.load(config.domain_adapter, networks))
+    if config.motion:
+        modules = read_motion(config.motion, base.unet.config, dtype=base.unet.dtype)
     if isinstance(training, ImagePromptConfig):
         encoder = describe_image_encoder(config.image_encoder or config.clip)
         features = encoder.shape(training.of_patches)
@@ -73,10 +90,10 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         sized = replace(training, batch_size=batch)
         others = planned_images(base, training.class_images, 1) if prior else None
         task = customize_task(
-            base, shapes_of(training, config.word, base, encoder),
+            base, shapes_of(training, config.word, start, encoder, modules),
             planned_images(
                 base, images, texts, features=features, masked=masked,
-                followed=config.sees_faces,
+                followed=config.sees_faces, clips=clips,
             ),
             sized, seed=config.seeds[0], others=others,
         )  # fmt: skip
@@ -86,23 +103,29 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         )
 
     def draw(name: str, count: int, learned: bool, batch: int) -> Plan:
-        adapt, prompted = None, None
+        adapt, prompted, moves = None, None, None
         if learned and isinstance(training, FinetuneConfig):
             adapt = partial(_adapted, base, training)
         if learned and isinstance(training, InstantIDConfig):
             prompted = partial(_identified, base, training, encoder)
         elif learned and encoder is not None:
             prompted = partial(_prompted, base, training, encoder)
+        if clips is not None:
+            batch = at_once(batch, frames, mesh) * frames
+            if learned or modules is not None:
+                moves = partial(_moving, base, clips, modules)
         own = replace(config.generate, batch_size=batch)
         return plan_images(
-            name, base, own, mesh, prompts=count, adapt=adapt, prompted=prompted, note=note
-        )
+            name, base, own, mesh, prompts=count, adapt=adapt, prompted=prompted, moving=moves,
+            note=note,
+        )  # fmt: skip
 
     def updates(batch: int) -> int:
         return len(config.seeds) * replace(training, batch_size=batch).sized(images).steps
 
     def batches(count: int, batch: int) -> int:
-        return len(config.seeds) * math.ceil(count / batch)
+        each = batch if clips is None else at_once(batch, frames, mesh)
+        return len(config.seeds) * math.ceil(count / each)
 
     unit, batch = rows_of(mesh), config.generate.batch_size
     names = [("draw, class", 1, False)] if prior else []
@@ -154,6 +177,17 @@ def _prompted(
     own = base.with_networks(model)
     adapter = adapter_of(prepared(training, "", own, jax.random.key(0), encoder)[1])
     return with_image_prompts(model, [adapter])
+
+
+def _moving(
+    base: StableDiffusion, clips: ClipConfig, modules: MotionModules | None, model: TextToImage
+) -> TextToImage:
+    """The networks with the modules that animations are drawn with: a LoRA is merged into them."""
+    if modules is None:
+        assert isinstance(clips, AnimateDiffConfig)
+        config = clips.modules_config(base.unet.config)
+        modules = MotionModules(config, dtype=base.unet.dtype, rngs=nnx.Rngs(0))
+    return motion_of(clips, modules).moving(model)
 
 
 def _adapted(base: StableDiffusion, training: FinetuneConfig, model: TextToImage) -> TextToImage:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.console import console
 from jaxsynth.core.io import write_json
+from jaxsynth.methods.customize import motion_report
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.methods.customize.stages import FIGURES
 from jaxsynth.report.page import Picture, Section, write_page
@@ -23,6 +24,8 @@ TITLES = {
     "lora": "LoRA on captions",
     "ip_adapter": "IP-Adapter",
     "instantid": "InstantID",
+    "animatediff": "AnimateDiff",
+    "motion_lora": "MotionLoRA",
 }
 _OF_ALL = (
     "Cosines of CLIP's features. Similarity: of each image with every held-out photo, averaged; "
@@ -59,11 +62,15 @@ def report(workdir: Path) -> Path:
         {"seed": x.manifest["config"]["seed"], "technique": config.technique, **x.counts}
         for x in stages.values()
     ]
-    gains = {name: _gain(list(stages), name) for name in ("similarity", "prompt")}
-    if config.sees_images:
-        gains["similarity, from another's"] = _gain(list(stages), "others")
+    if config.sees_clips:
+        gains = motion_report.gains(list(stages), config.technique)
+        table = motion_report.compared(results, config.technique, title)
+    else:
+        gains = {name: _gain(list(stages), name) for name in ("similarity", "prompt")}
+        if config.sees_images:
+            gains["similarity, from another's"] = _gain(list(stages), "others")
+        table = compared(results, title)
     write_json(workdir / "results.json", {"seeds": results, "gains": gains})
-    table = compared(results, title)
     console.print(to_rich(table))
     lines = [f"{name}: {text}" for name, text in gains.items()]
     console.print("\n".join(lines), markup=False)
@@ -71,32 +78,17 @@ def report(workdir: Path) -> Path:
         "\n".join([to_markdown(table), *(f"- {line}" for line in lines)]) + "\n", "utf-8"
     )
     first = next(iter(stages))
+    if config.sees_clips:
+        shown = motion_report.section(first, config.technique, table, lines)
+        subtitle = "Motion is learned from clips"
+    else:
+        shown = _section(config, first, table, lines)
+        subtitle = "A text-to-image model learns from a few images"
     return write_page(
         page,
         title,
-        [
-            Section(
-                "Alike to photos that were not learned from",
-                f"{_caption(config)}\n\n"
-                "Difference of the customised model from the base, over the images of all seeds, "
-                "with the 95 % interval of a bootstrap:\n\n"
-                + "\n".join(f"- {line}" for line in lines),
-                tables=[table],
-                images=[
-                    Picture(
-                        first / "images.png",
-                        "The held-out images, and of each prompt what the base draws, and the "
-                        "customised model like each of them, from the same noise."
-                        if config.sees_images
-                        else "The photos that were learned from, held-out ones, and of each prompt "
-                        "the images of the base and of the customised model, from the same noise.",
-                        pixelated=True,
-                    )
-                ],
-            ),
-            how_it_was_made(workdir),
-        ],
-        subtitle="A text-to-image model learns from a few images.",
+        [shown, how_it_was_made(workdir)],
+        subtitle=f"{subtitle}.",
         facts=[("technique", title), ("seeds", str(len(results)))],
     )
 
@@ -106,6 +98,27 @@ def _caption(config: Config) -> str:
         here = "" if config.face_encoder else " Here CLIP takes the place of the face encoder."
         return _OF_FACES + here
     return _OF_REFERENCES if config.sees_images else _OF_ALL
+
+
+def _section(config: Config, first: Path, table: Table, lines: list[str]) -> Section:
+    return Section(
+        "Alike to photos that were not learned from",
+        f"{_caption(config)}\n\n"
+        "Difference of the customised model from the base, over the images of all seeds, "
+        "with the 95 % interval of a bootstrap:\n\n" + "\n".join(f"- {line}" for line in lines),
+        tables=[table],
+        images=[
+            Picture(
+                first / "images.png",
+                "The held-out images, and of each prompt what the base draws, and the "
+                "customised model like each of them, from the same noise."
+                if config.sees_images
+                else "The photos that were learned from, held-out ones, and of each prompt "
+                "the images of the base and of the customised model, from the same noise.",
+                pixelated=True,
+            )
+        ],
+    )
 
 
 def compared(results: list[dict], title: str) -> Table:

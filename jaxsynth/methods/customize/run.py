@@ -1,11 +1,13 @@
-"""Customisation: a text-to-image model learns a subject or a style from a few images.
+"""Customisation: a text-to-image model learns a subject, a style or motion from a few examples.
 
 One technique a run (`config.TECHNIQUES`), each with every seed: Textual Inversion (Gal et al. 2022,
 arXiv 2208.01618), DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), LoRA on captioned images,
 IP-Adapter (Ye et al. 2023, arXiv 2308.06721), which draws each prompt like each of some images, and
-InstantID (Wang et al. 2024, arXiv 2401.07519), which draws each prompt with each of some people.
-The customised model and the untouched base draw the same prompts, which were not trained on, from
-the same noise; a CLIP says how alike their images are to photos that were not trained on.
+InstantID (Wang et al. 2024, arXiv 2401.07519), which draws each prompt with each of some people,
+and the motion modules of AnimateDiff and LoRA on them (Guo et al. 2023, arXiv 2307.04725), which
+learn from clips and draw animations. The customised model and the untouched base draw the same
+prompts, which were not trained on, from the same noise; a CLIP says how alike their images are to
+photos that were not trained on, and phase correlation how animations move.
 
 Below the run's folder:
 
@@ -13,30 +15,34 @@ Below the run's folder:
     faces, judge        face encoders, and embeddings and keypoints of all faces
     class-seed<n>       images of the class, which DreamBooth keeps the prior by
     learned-seed<n>     the embedding or the adapter
-    images-seed<n>      images of the customised model
-    measured-seed<n>    similarities and a grid
+    images-seed<n>      images of the customised model, or strips of its animations
+    measured-seed<n>    similarities, or how animations move, and a grid
 """
 
 import dataclasses
 from pathlib import Path
 
 from jaxsynth.data.faces import check_square
-from jaxsynth.methods.customize import stages
+from jaxsynth.methods.customize import films, stages
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.methods.customize.faces import Recognizing, recognize
+from jaxsynth.methods.customize.motion import with_domain
 from jaxsynth.methods.customize.plan import plan
 from jaxsynth.methods.customize.report import report
 from jaxsynth.methods.customize.techniques import check, class_prompt, filled, name_of
 from jaxsynth.runs.run import keep_record
 from jaxsynth.runs.sources import (
+    adapter_source,
     clip_source,
     condition_files,
     data_source,
     face_source,
     image_encoder_source,
+    motion_source,
     pipeline_source,
 )
 from jaxsynth.runs.stage import Artifact
+from jaxsynth.tasks.motion import ClipConfig
 
 __all__ = ["Config", "make", "plan", "report", "run"]
 
@@ -55,7 +61,12 @@ def make(config: Config, workdir: Path) -> None:
     folder, mesh, dtype = Path(workdir), config.mesh.make(), config.dtype
     base, clip = pipeline_source(config.base, dtype), clip_source(config.clip)
     data, training = data_source(config.data), config.training
-    check(config, data.value, base.value)
+    modules = motion_source(config.motion, base, dtype) if config.motion else None
+    check(config, data.value, base.value, modules and modules.value)
+    domain = None
+    if config.domain_adapter:
+        domain = adapter_source(config.domain_adapter, config.base)
+        with_domain(base.value, domain.value)  # an adapter of another base is named here
     encoder, faces, judge = None, None, None
     if config.faces:
         faces = face_source(config.faces)
@@ -73,6 +84,17 @@ def make(config: Config, workdir: Path) -> None:
                 label=name, mesh=mesh, data=data,
             )
             for i, name in enumerate(("faces", "judge"))
+        )  # fmt: skip
+
+    def animate(name: str, seed: int, learned: Artifact | None = None) -> Artifact:
+        assert isinstance(training, ClipConfig)
+        return films.animate(
+            folder / f"{name}-seed{seed}",
+            films.Animating(
+                config.prompts, config.generate, seed, dtype, training.frames, training.norm,
+                config.image_size,
+            ),
+            label=f"{name}, seed {seed}", base=base, modules=modules, learned=learned,
         )  # fmt: skip
 
     def draw(
@@ -103,8 +125,18 @@ def make(config: Config, workdir: Path) -> None:
             ),
             label=f"{config.technique}, seed {seed}", mesh=mesh, data=data, base=base,
             others=others, encoder=encoder, faces=faces,
-            masks=condition_files(data, config.mask_folder),
+            masks=condition_files(data, config.mask_folder), modules=modules, domain=domain,
         )  # fmt: skip
+        if isinstance(training, ClipConfig):
+            films.measure_motion(
+                folder / f"measured-seed{seed}",
+                films.Filming(
+                    config.prompts, training.frames, training.stride, config.shots, seed
+                ),
+                label=f"motion, seed {seed}", data=data, clip=clip,
+                untouched=animate("base", seed), drawn=animate("images", seed, learned),
+            )  # fmt: skip
+            continue
         untouched = draw("base", seed, plain)
         drawn = draw("images", seed, named, learned)
         stages.measure(

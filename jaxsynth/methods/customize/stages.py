@@ -10,16 +10,18 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, replacing, write_json
 from jaxsynth.data.conditions import as_fractions, source_conditions
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.faces import Faces, keypoint_pictures
 from jaxsynth.data.prompts import prompts as class_prompts
-from jaxsynth.data.splits import few_shot
+from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset
 from jaxsynth.diffusion.schedules import NoiseSchedule
+from jaxsynth.generation.animations import to_strips
 from jaxsynth.generation.generate import (
     GenerateConfig,
     Generator,
@@ -29,6 +31,8 @@ from jaxsynth.generation.generate import (
 )
 from jaxsynth.generation.image_prompts import ImagePrompt, prompt_of
 from jaxsynth.methods.customize.faces import Judge, face_parts, faces_in
+from jaxsynth.methods.customize.motion import learned_modules, motion_of, with_domain
+from jaxsynth.methods.customize.shots import shots_of
 from jaxsynth.methods.customize.techniques import (
     load,
     name_of,
@@ -39,6 +43,7 @@ from jaxsynth.methods.customize.techniques import (
 )
 from jaxsynth.models.diffusion.identity import Identity, IdentityPrompted, identity_of
 from jaxsynth.models.diffusion.image_prompt import adapter_of
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.quality.features import clip_features
@@ -46,6 +51,7 @@ from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_feature
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.customize import Told, Training, customize_task, encode_told, places_of
+from jaxsynth.tasks.motion import ClipConfig
 from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train
@@ -173,10 +179,12 @@ def _learned_bytes(
     base: StableDiffusion,
     encoder: ImageEncoder | None = None,
     faces: Artifact | Faces | None = None,
+    modules: MotionModules | None = None,
     **_: Any,
 ) -> int:
     seen = encoder if faces is None else faces_in(faces)
-    return training_bytes(shapes_of(config.training, config.word, base, seen), config.training)
+    shapes = shapes_of(config.training, config.word, base, seen, modules)
+    return training_bytes(shapes, config.training)
 
 
 @stage(processes="all", space=_learned_bytes)
@@ -190,16 +198,21 @@ def learn(
     encoder: ImageEncoder | None = None,
     faces: Artifact | Faces | None = None,
     masks: Path | None = None,
+    modules: MotionModules | None = None,
+    domain: AdapterState | None = None,
 ) -> dict:
     """What the technique learned, in one file. `others` are images of the subject's class.
 
-    `encoder` sees images that prompt, `faces` are those in the images, and `masks` are a folder of
-    masks of the images.
+    `encoder` sees images that prompt, `faces` are those in the images, `masks` are a folder of
+    masks of the images, `modules` those that a LoRA is learned on, and `domain` an adapter that is
+    in the base meanwhile.
     """
-    training, crops = config.training, config.training.crops_per_image
+    training, crops = config.training, getattr(config.training, "crops_per_image", 1)
+    clips = training if isinstance(training, ClipConfig) else None
     key, base = jax.random.key(config.seed), base.sized(config.image_size)
     known = None if faces is None else faces_in(faces)
-    pipeline, model = prepared(training, config.word, base, key, known or encoder)
+    start = base if domain is None else with_domain(base, domain)
+    pipeline, model = prepared(training, config.word, start, key, known or encoder, modules)
     source = shots_of(data, config.shots, config.seed)
 
     see = None
@@ -207,7 +220,9 @@ def learn(
         see = partial(encoder, of_patches=getattr(training, "of_patches", False))
 
     def encoded(images: ImageSource, texts):
-        told = encode_told(pipeline, images, texts, crops=crops, seed=config.seed, encoder=see)
+        told = encode_told(
+            pipeline, images, texts, crops=crops, seed=config.seed, encoder=see, clips=clips
+        )
         return told if known is None else _with_faces(told, images, known, base.image_size)
 
     images = encoded(source, texts_of(training, config.word, data, source, config.seed))
@@ -222,10 +237,14 @@ def learn(
     evaluate = None
     if training.evaluate_every:
         evaluate = _held_out(pipeline, encoded, training, config.word, data)
-    name = name_of(training, config.word)
+    if clips is None:
+        name = name_of(training, config.word)
+        sample = _sampler(pipeline, data, name, known or encoder)
+    else:
+        sample = _film_sampler(base, data, clips, modules)
     task = customize_task(
         pipeline, model, images, training, seed=config.seed, others=prior, evaluate=evaluate,
-        sample=_sampler(pipeline, data, name, known or encoder),
+        sample=sample,
         identity={"base": base.digest},
     )  # fmt: skip
     sized = training.sized(len(images))
@@ -234,7 +253,7 @@ def learn(
     if not work.writes:
         return counts
     write_json(work.folder / "images.json", list(source.ids))
-    return counts | {"file": save(work.folder, training, base, model).name}
+    return counts | {"file": save(work.folder, training, base, model, modules).name}
 
 
 def _with_faces(told: Told, source: ImageSource, faces: Faces, size: int) -> Told:
@@ -258,11 +277,6 @@ def _places(
             )
     masks = source_conditions(source, "mask", base.image_size, folder=folder)
     return places_of(masks, base.vae.config.downscale, unmasked)
-
-
-def shots_of(data: Dataset, shots: int, seed: int) -> ImageSource:
-    """The images that are learned from."""
-    return few_shot(data, shots, seed).train_source(data) if shots else data.train
 
 
 def _held_out(
@@ -310,6 +324,19 @@ def _sampler(
             prompts = [prompt_of(adapter_of(model), encoder, images)]
             return sample_images(pipeline, shown, SAMPLES, seed=0, image_prompts=prompts)[:, 0]
         return sample_images(pipeline, shown, SAMPLES, seed=0, model=model)[:, 0]
+
+    return sample
+
+
+def _film_sampler(
+    base: StableDiffusion, data: Dataset, training: ClipConfig, modules: MotionModules | None
+) -> Callable[[TextToImage], np.ndarray]:
+    """Animations as strips of their frames."""
+    shown = list(dict.fromkeys(captions(data, data.test)))[:SHOWN]
+
+    def sample(model: TextToImage) -> np.ndarray:
+        motion = motion_of(training, learned_modules(training, base, model, modules))
+        return to_strips(sample_images(base, shown, SAMPLES, seed=0, motion=motion)[:, 0])
 
     return sample
 

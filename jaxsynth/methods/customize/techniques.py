@@ -15,9 +15,11 @@ from jaxsynth.data.faces import Faces
 from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.splits import few_shot
+from jaxsynth.generation.animations import on_linear_schedule
 from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.methods.customize.faces import FaceEncoderConfig
+from jaxsynth.methods.customize.motion import check_clips, moving, save_motion
 from jaxsynth.models.diffusion.identity import (
     identity_of,
     initial_identity,
@@ -30,6 +32,7 @@ from jaxsynth.models.diffusion.image_prompt import (
     initial_adapter,
     with_image_prompts,
 )
+from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.shapes import transform
 from jaxsynth.tasks.customize import (
@@ -39,6 +42,7 @@ from jaxsynth.tasks.customize import (
     InversionConfig,
     Training,
 )
+from jaxsynth.tasks.motion import ClipConfig
 from jaxsynth.tasks.text_to_image import adapted
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.embeddings import (
@@ -104,12 +108,15 @@ def prepared(
     base: StableDiffusion,
     key: jax.Array,
     encoder: Seen | None = None,
+    modules: MotionModules | None = None,
 ) -> tuple[StableDiffusion, TextToImage]:
     """The pipeline that reads the technique's texts, and its networks with what learns in them.
 
-    `encoder` is for a technique that sees images or faces.
+    `encoder` is for a technique that sees images or faces, and `modules` are those that it adapts.
     UserError for a token that is known already, an initializer that is not one token.
     """
+    if isinstance(training, ClipConfig):
+        return on_linear_schedule(base), moving(training, base, key, modules)
     if isinstance(training, InversionConfig):
         start = training.initializer or word
         base = with_new_word(base, training.token, training.vectors, start)
@@ -138,13 +145,17 @@ def prepared(
 
 
 def shapes_of(
-    training: Training, word: str, base: StableDiffusion, encoder: Seen | None = None
+    training: Training,
+    word: str,
+    base: StableDiffusion,
+    encoder: Seen | None = None,
+    modules: MotionModules | None = None,
 ) -> TextToImage:
     """The networks of `prepared`, of shapes; `base` may be of shapes too."""
 
     def prepare(model: TextToImage) -> TextToImage:
         own = base.with_networks(model)
-        return prepared(training, word, own, jax.random.key(0), encoder)[1]
+        return prepared(training, word, own, jax.random.key(0), encoder, modules)[1]
 
     return transform(prepare, base.networks)
 
@@ -156,11 +167,15 @@ def class_prompt(training: Training, word: str, template: str) -> str:
     return template.format(word)
 
 
-def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
-    """UserError for what cannot be learned: of data, words, prompts and templates."""
+def check(
+    config: Config, data: Dataset, base: StableDiffusion, modules: MotionModules | None = None
+) -> None:
+    """UserError for what cannot be learned: of data, words, prompts, templates and modules."""
     config.check(data)
     check_size(base, config.image_size)
     training, word = config.training, config.word
+    if isinstance(training, ClipConfig):
+        check_clips(training, data, base, modules)
     if config.shots:
         few_shot(data, config.shots, config.seeds[0])
     if isinstance(training, InversionConfig) or getattr(training, "vectors", 0):
@@ -170,13 +185,21 @@ def check(config: Config, data: Dataset, base: StableDiffusion) -> None:
     base.tokenizer(sorted(texts))
 
 
-def save(folder: Path, training: Training, base: StableDiffusion, model: TextToImage) -> Path:
+def save(
+    folder: Path,
+    training: Training,
+    base: StableDiffusion,
+    model: TextToImage,
+    modules: MotionModules | None = None,
+) -> Path:
     """Writes what was learned: an embedding of diffusers' form, and the file of an adapter.
 
-    Returns the latter where there is one.
+    Returns the latter where there is one. `modules` as in `prepared`.
     """
     if isinstance(training, InstantIDConfig):
         return write_identity(folder, identity_of(model))
+    if isinstance(training, ClipConfig):
+        return save_motion(folder, training, base, model, modules)
     if isinstance(training, ImagePromptConfig):
         return write_image_adapter(folder, adapter_of(model))
     state = extract(model)

@@ -238,15 +238,7 @@ def with_motion(
     check_base(modules.config, unet.config)
     most = modules.config.motion_max_seq_length
     seen = frames if frames <= most else min(WINDOW, most)
-    behind: dict[int, MotionModule] = {}
-    for side in ("down_blocks", "up_blocks"):
-        for block, own in zip(getattr(unet, side), getattr(modules, side), strict=True):
-            places = block.attentions or block.resnets
-            behind |= {
-                id(place): module for place, module in zip(places, own.motion_modules, strict=True)
-            }
-    if modules.config.use_motion_mid_block:
-        (behind[id(unet.mid_block.attentions[0])],) = modules.mid_block.motion_modules
+    behind = {id(place): module for place, module in _places(unet, modules)}
 
     def place(node: Any) -> Any:
         if id(node) not in behind:
@@ -259,6 +251,56 @@ def with_motion(
 
     moving = jax.tree.map(place, unet, is_leaf=is_leaf)
     return moving if seen == frames else InWindows(moving, frames, seen)
+
+
+def modules_of(unet: nnx.Module, modules: MotionModules) -> MotionModules:
+    """The motion modules that stand in a denoiser of `with_motion`, such as a trained one.
+
+    `modules` are any of the same form.
+    """
+    found = {id(module): place.motion for place, module in _places(unet, modules)}
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, (nnx.Variable, MotionModule))
+
+    return jax.tree.map(lambda node: found.get(id(node), node), modules, is_leaf=is_leaf)
+
+
+def _places(unet: Any, modules: MotionModules) -> list[tuple[Any, MotionModule]]:
+    """The layers of a denoiser that have a motion module behind them, each with its own."""
+    found = []
+    for side in ("down_blocks", "up_blocks"):
+        for block, own in zip(getattr(unet, side), getattr(modules, side), strict=True):
+            places = block.attentions or block.resnets
+            found += zip(places, own.motion_modules, strict=True)
+    if modules.config.use_motion_mid_block:
+        found += zip(unet.mid_block.attentions, modules.mid_block.motion_modules, strict=True)
+    return found
+
+
+class OfClips(nnx.Module):
+    """A denoiser with motion modules that takes clips for its rows, as a training has them.
+
+    The frames of a clip share its time and what the denoiser is told.
+    """
+
+    def __init__(self, base: nnx.Module):
+        self.base = base
+
+    def __call__(
+        self,
+        x: Float[Array, "n f h w i"],
+        timesteps: Int[Array, " n"] | Float[Array, " n"],
+        encoder_hidden_states: Float[Array, "n t d"],
+        *,
+        remat: str | None = None,
+        **told: Array,
+    ) -> Float[Array, "n f h w o"]:
+        frames = x.shape[1]
+        rows = (timesteps, encoder_hidden_states)
+        own, more = jax.tree.map(lambda value: jnp.repeat(value, frames, axis=0), (rows, told))
+        out = self.base(x.reshape(-1, *x.shape[2:]), *own, remat=remat, **more)
+        return out.reshape(-1, frames, *out.shape[1:])
 
 
 def windows(frames: int, length: int) -> Int[np.ndarray, "w l"]:

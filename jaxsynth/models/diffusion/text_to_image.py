@@ -88,14 +88,17 @@ class TextToImage(nnx.Module):
 
     def denoise(
         self,
-        x: Float[Array, "b h w c"],
+        x: Float[Array, "b *f h w c"],
         t: Int[Array, " b"] | Float[Array, " b"],
         text: TextCondition,
         *,
         remat: str | None = None,
         **residuals: Any,
-    ) -> Float[Array, "b h w o"]:
-        """The denoiser's output for noisy latents; `residuals` are those of ControlNets."""
+    ) -> Float[Array, "b *f h w o"]:
+        """The denoiser's output for noisy latents; `residuals` are those of ControlNets.
+
+        A denoiser of clips (`motion.OfClips`) takes the latents of f frames each.
+        """
         return self.unet(x, t, **text.inputs(), remat=remat, **residuals)
 
 

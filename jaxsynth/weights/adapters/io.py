@@ -165,7 +165,9 @@ def read(source: str | Path, networks: Networks) -> tuple[dict[str, AdapterState
         state = native.read_state(file)
         states = split_networks(state) or {_network(list(state.arrays), file.parent): state}
         return _checked(states, networks, file), []
-    names = [str(key) for key in content] or tensor_files.keys(file)
+    # Trainings such as AnimateDiff's keep the adapter beside their own state.
+    inside = type(content.get("state_dict")) is dict
+    names = tensor_files.keys(file) if inside or not content else [str(key) for key in content]
     recognize.check_adapter(names, file)
     notes = []
     if words := recognize.bundled_names(names):

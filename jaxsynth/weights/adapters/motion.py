@@ -26,7 +26,7 @@ from jaxsynth.core.errors import UserError, quoted, shown
 from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules, check_base, positions
 from jaxsynth.models.diffusion.unet import UNet2DConditionConfig
 from jaxsynth.weights import hub, recognize
-from jaxsynth.weights.adapters import lora_files, tensor_files
+from jaxsynth.weights.adapters import diffusers, lora_files, tensor_files
 from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.hf import DIFFUSERS_VERSION, describe_of
 from jaxsynth.weights.layout import Filling, to_file
@@ -148,10 +148,13 @@ def with_motion_lora(
 ) -> MotionModules:
     """The modules with the LoRA of a file in their weights (MotionLoRA, at this strength).
 
+    Of a folder it is diffusers' file.
+
     Without a configuration in the file, alpha is the rank. UserError naming the file for a LoRA of
     other layers, or of modules of another version or base.
     """
     source = Path(source)
+    source = diffusers.find(source)
     tensors, _ = tensor_files.load(source)
     kind, key = recognize.kind_of(list(tensors))
     if not kind.startswith("an adapter"):
@@ -179,6 +182,30 @@ def with_motion_lora(
         return merge(with_scale(attach(modules, state), strength))
     except UserError as error:
         raise UserError(f"{source}: a LoRA of motion modules of another base: {error}") from error
+
+
+def write_motion_lora(target: str | Path, state: AdapterState, to: str = "diffusers") -> Path:
+    """Writes a LoRA of motion modules in diffusers' names, or in the authors' ("comfyui").
+
+    `state` is of `MotionModules`; such files have no scale, which is put into the factors. The path
+    written. UserError for a file of another ending than these have, ValueError for another kind.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: expected a file ending in .safetensors")
+    tensors = {}
+    for (path, factor), value in lora_files.torch_tensors(state).items():
+        end, scale = ("down", 1.0) if factor == "lora_A" else ("up", state.config.scaling_at(path))
+        if to in FOLDERS:
+            key = f"unet.{path}.lora.{end}.weight"
+        else:
+            block, _, layer = _authors(f"{path}.").rpartition(".to_")
+            key = f"{block}.processor.to_{layer.removesuffix('.').removesuffix('.0')}_lora.{end}"
+            key = f"{key}.weight"
+        tensors[key] = np.asarray(value * scale, np.float32)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    hub.write_tensors(target, tensors)
+    return target
 
 
 def _named(key: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.weights.safetensors import FLOATS, INTEGERS, opened
-from jaxsynth.weights.tensors import PICKLED
+from jaxsynth.weights.tensors import PICKLED, plain_keys
 from jaxsynth.weights.torch_files.reader import STATE_DICTS, read_nested, read_state_dict
 
 # Single numbers of a layer, which tools store in many types and shapes.
@@ -34,7 +34,7 @@ def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     if source.suffix in PICKLED:
-        tensors = read_state_dict(source)
+        tensors = plain_keys(read_state_dict(source))
         kinds = {key: value.dtype.name for key, value in tensors.items()}
         return {key: _plain(tensors[key], kinds[key], key, source) for key in sorted(tensors)}, {}
     with opened(source) as file:
@@ -50,7 +50,7 @@ def load(source: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def keys(source: Path) -> list[str]:
     """The keys of a file's tensors, sorted."""
     if source.suffix in PICKLED:
-        return sorted(read_state_dict(source))
+        return sorted(plain_keys(read_state_dict(source)))
     with opened(source) as file:
         return sorted(file.keys)
 

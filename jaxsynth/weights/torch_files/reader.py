@@ -39,6 +39,8 @@ _SHARING = 4
 _MOST_VALUES, _MOST_LEVELS = 200_000, 64
 # Where training checkpoints have their state dict, in the order in which one is taken.
 STATE_DICTS = ("ema", "model", "state_dict")
+# What AnimateDiff's code keeps among tensors: how they were made.
+_SETTINGS = ("animatediff_config",)
 # Letters of each part of a name in an error.
 _MOST_SHOWN = 40
 # What `zipfile` raises for a damaged archive, also for one that wants a password or another method.
@@ -170,6 +172,7 @@ class _Reader:
             )
         inside = next((name for name in nested if type(content.get(name)) is dict), None)
         found = content if inside is None else content[inside]
+        found = {key: value for key, value in found.items() if key not in _SETTINGS}
         for key, value in found.items():
             if type(key) is not str or type(value) is not Tensor:
                 where = "" if inside is None else f" under {inside!r}"

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from jaxsynth.adapters import registry
+from jaxsynth.adapters.inject import extract
+from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import load_config, override, to_dataclass
 from jaxsynth.data.dataset import DataConfig
@@ -15,11 +19,16 @@ from jaxsynth.data.procedural.faces import PAPERS
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.customize.config import TECHNIQUES, Config
 from jaxsynth.methods.customize.run import plan
+from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
+from jaxsynth.weights.adapters.diffusers import write_diffusers
 from jaxsynth.weights.adapters.identities import read_identity
+from jaxsynth.weights.adapters.motion import write_motion
 from jaxsynth.weights.hf import load_pipeline
+from tests.adapters.nets import randomised
+from tests.methods.small_base import random_network
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +50,13 @@ OWN = {
             for paper, name in zip(PAPERS, ("one", "two", "three", "four"), strict=True)
         ),
     ),
+    "animatediff": (
+        "prompts=two", "animatediff.evaluate_every=4", "animatediff.sample_every=4",
+        "animatediff.version=v1",
+    ),
+    "motion_lora": ("prompts=two", "motion_lora.rank=2"),
 }  # fmt: skip
+MOTION = ("animatediff", "motion_lora")
 FIRST = {"instantid": ["faces"]}
 PROGRAMS = {"dreambooth": ["draw, class"]}
 FILES = {
@@ -71,7 +86,7 @@ def settings(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", [x for x in TECHNIQUES if x not in MOTION])
 def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, technique):
     workdir = tmp_path / "w"
     given = arguments(base_folder, workdir, technique)
@@ -112,6 +127,53 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     assert "learning_rate" in capfd.readouterr().err
 
 
+def test_motion_is_learned_drawn_and_measured(base_folder, tmp_path, capfd):
+    """Motion modules, a LoRA on them, and an animation of both by `jaxsynth generate`."""
+    folders = {name: tmp_path / name for name in MOTION}
+    modules = folders["animatediff"] / "learned-seed0"
+    unet = load_pipeline(base_folder).unet
+    config = LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))
+    state = randomised(extract(registry.add(unet, config, rngs=jax.random.key(0))), 1)
+    write_diffusers(tmp_path / "domain.safetensors", {"unet": state})
+    ways = {
+        "animatediff": (f"domain_adapter={tmp_path / 'domain.safetensors'}",),
+        "motion_lora": (f"motion={modules}",),
+    }
+    files = {
+        "animatediff": ("diffusion_pytorch_model.safetensors", "motion_modules.safetensors"),
+        "motion_lora": ("pytorch_lora_weights.safetensors", "motion_lora.safetensors"),
+    }
+    for technique, more in ways.items():
+        workdir = folders[technique]
+        assert cli.main(arguments(base_folder, workdir, technique, *more)) == 0
+        learned = load_artifact(workdir / "learned-seed0")
+        assert learned.counts["file"] == files[technique][0] and learned.counts["steps"] == 4
+        assert all((learned.path / name).is_file() for name in files[technique])
+        stores = [ImageStore(workdir / f"{name}-seed0") for name in ("base", "images")]
+        # Strips of three frames.
+        assert all(len(store) == 3 and store[0].image.shape == (8, 24, 3) for store in stores)
+        assert any(not np.array_equal(a.image, b.image) for a, b in zip(*stores, strict=True))
+        found = json.loads((workdir / "results.json").read_text())
+        (result,) = found["seeds"]
+        assert 0.5 < result["clips_along" if technique == "motion_lora" else "clips_speed"] < 4
+        assert ("along" in found["gains"]) == (technique == "motion_lora")
+        page = (workdir / "report.html").read_text()
+        assert "held-out clips" in page and "data:image/png" in page
+    lines = read_metrics(modules / ".training" / "metrics.jsonl")
+    assert any("eval/held_out_error" in line for line in lines)
+    assert list((modules / ".training").rglob("*.png"))
+    out = tmp_path / "out"
+    argv = [
+        "generate", f"--base={base_folder}", "--prompt=two", "--count=1", "--steps=2",
+        f"--motion={modules}", f"--motion-lora={folders['motion_lora'] / 'learned-seed0'}:0.7",
+        "--frames=3", f"--out={out}",
+    ]  # fmt: skip
+    assert cli.main(argv) == 0
+    assert (out / "00000-000.gif").is_file()
+    assert cli.main(arguments(base_folder, tmp_path / "x", "motion_lora", "motion=nowhere")) == 1
+    assert "nowhere" in capfd.readouterr().err
+
+
 REFUSED = {
     "technique": ("lora", "technique=controlnet", "(ControlNet is the method controlled"),
     "faces of none": ("lora", "faces=x.npz", "faces: lora sees no faces"),
@@ -122,6 +184,12 @@ REFUSED = {
     ),
     "a width of heads": ("instantid", "face_encoder.width=20", "width: 20, expected a multiple"),
     "a resampler of heads": ("instantid", "instantid.hidden=70", "hidden: 70, expected a multiple"),
+    "no motion modules": ("motion_lora", "motion=", "motion: '', but motion_lora adapts motion"),
+    "modules of none": ("lora", "motion=x", "motion: 'x', but lora adapts none"),
+    "images for clips": ("animatediff", "data.name=printed", "clips are needed"),
+    "a domain of images": ("lora", "domain_adapter=x", "domain_adapter: 'x' is for animatediff"),
+    "short clips": ("animatediff", "animatediff.stride=9", "clips shorter than the 19 frames"),
+    "frames": ("animatediff", "animatediff.frames=25", "modules v1 have positions for 24"),
     "no references": ("ip_adapter", "references=0", "references: 0, but ip_adapter draws like"),
     "too many references": ("ip_adapter", "references=99999", "references: 99999, but only"),
     "references of none": ("lora", "references=2", "references: 2, but lora draws like no image"),
@@ -177,13 +245,17 @@ def test_faces_of_a_file_are_learned_from(base_folder, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_each_technique_is_planned(base_folder, technique):
+def test_each_technique_is_planned(base_folder, technique, tmp_path):
     values = load_config(f"{CONFIG}:smoke,technique={technique}")
     values = override(
         values, [(f"{technique}.batch_size", "8"), *(x.split("=", 1) for x in OWN[technique])]
     )
     clip = str(base_folder / "clip")
-    config = to_dataclass(Config, {**values, "base": str(base_folder), "clip": clip})
+    values |= {"base": str(base_folder), "clip": clip}
+    if technique == "motion_lora":
+        modules = random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4), 1)
+        values["motion"] = str(write_motion(tmp_path, modules))
+    config = to_dataclass(Config, values)
     plans = [one.compile() for one in plan(config, make_mesh(data=2, fsdp=4))]
     names = [
         *FIRST.get(technique, []), technique, *PROGRAMS.get(technique, []), "draw, base",

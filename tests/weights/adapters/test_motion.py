@@ -3,19 +3,29 @@
 import json
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 from safetensors.numpy import load_file, save_file
 
+from jaxsynth.adapters import inject, registry
 from jaxsynth.adapters.inject import with_attributes
+from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.models.diffusion.unet import UNet2DConditionConfig
-from jaxsynth.weights.adapters.motion import read_motion, with_motion_lora, write_motion
+from jaxsynth.weights.adapters import io as adapter_io
+from jaxsynth.weights.adapters.motion import (
+    read_motion,
+    with_motion_lora,
+    write_motion,
+    write_motion_lora,
+)
 from jaxsynth.weights.layout import to_file
+from tests.adapters.nets import randomised
 from tests.methods.small_base import UNET, random_network
 
 BASE = UNet2DConditionConfig.from_dict(UNET)
@@ -197,3 +207,59 @@ def test_what_is_refused(modules, tmp_path):
     few = with_attributes(modules, config=MotionConfig((8, 16), 1, 2, 4))
     with pytest.raises(UserError, match="modules of 2 heads, and a file without a config"):
         write_motion(tmp_path / "few.ckpt", few, "comfyui")
+
+
+def test_a_written_motion_lora_is_read_again_in_both_names(modules, tmp_path):
+    """Its scale is in the factors; diffusers' file gives diffusers' own weights, too."""
+    config = LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
+    adapted = registry.add(modules, config, rngs=jax.random.key(0))
+    state = randomised(inject.extract(adapted), 1)
+    expected = to_file(inject.merge(registry.attach(modules, state)))
+    folder = tmp_path / "lora"
+    own = write_motion_lora(folder / "pytorch_lora_weights.safetensors", state)
+    other = write_motion_lora(tmp_path / "zoom.safetensors", state, "comfyui")
+    first = f"{FIRST}.transformer_blocks.0.attention_blocks.0.processor."
+    assert {f"{first}to_q_lora.up.weight", f"{first}to_out_lora.down.weight"} <= set(
+        load_file(other)
+    )
+    for file in (own, other, folder):
+        found = to_file(with_motion_lora(modules, file))
+        for key, weight in expected.items():
+            np.testing.assert_allclose(found[key], weight, atol=1e-6, err_msg=key)
+    unet = diffusers.UNetMotionModel.from_unet2d(
+        diffusers.UNet2DConditionModel(**UNET),
+        diffusers.MotionAdapter.from_pretrained(write_motion(tmp_path / "motion", modules)),
+    )
+    lora = {key: torch.from_numpy(x) for key, x in load_file(own).items()}
+    unet.load_lora_adapter(lora, prefix="unet")
+    unet.fuse_lora()
+    unet.unload_lora()
+    theirs = unet.state_dict()
+    for key, weight in expected.items():
+        np.testing.assert_allclose(theirs[key].numpy(), weight, atol=1e-5, err_msg=key)
+    with pytest.raises(UserError, match=r"expected a file ending in \.safetensors"):
+        write_motion_lora(tmp_path / "zoom.ckpt", state)
+
+
+def test_a_domain_adapter_is_read_as_trainings_keep_it(tmp_path):
+    """A LoRA of the base below "state_dict", with how it was made beside or among the tensors."""
+    place = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"
+    factors = {
+        f"{place}.{name}_lora.{end}.weight": x
+        for name in ("to_q", "to_out")
+        for end, x in (("down", torch.randn(2, 8)), ("up", torch.randn(8, 2)))
+    }
+    plain, kept = tmp_path / "plain.ckpt", tmp_path / "kept.ckpt"
+    torch.save(factors, plain)
+    expected = adapter_io.load(plain)
+    wrapped = {f"module.{key}": value for key, value in factors.items()}
+    for content in (
+        {"state_dict": factors},
+        {"state_dict": wrapped, "global_step": 3, "animatediff_config": {"rank": 2}},
+        {"state_dict": factors | {"animatediff_config": {"rank": 2}}},
+    ):
+        torch.save(content, kept)
+        found = adapter_io.load(kept)
+        assert found.arrays.keys() == expected.arrays.keys() and len(found.arrays) == 4
+        for path, value in expected.arrays.items():
+            np.testing.assert_array_equal(found.arrays[path], value)
