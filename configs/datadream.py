@@ -301,7 +301,10 @@ def _students() -> ConfigDict:
     train = {
         "steps": 0, "epochs": 30, "warmup_epochs": 3, "batch_size": 128, "learning_rate": 1e-4,
         "streamed": True, "num_workers": 4,
-        "augment": {"randaugment_ops": 0, "crop_scale": (0.5, 1.0), "flip_p": 0.5},
+        "augment": {
+            "randaugment_ops": 0, "crop_scale": (0.5, 1.0), "jitter": (0.4, 0.4, 0.2, 0.0),
+            "blur_p": 0.0, "solarize_p": 0.0,
+        },
     }  # fmt: skip
     checkpoints = {"resnet50": "microsoft/resnet-50", "dinov2": "facebook/dinov2-small"}
     config.students = ConfigDict(

@@ -137,9 +137,10 @@ MISTAKES = (
 PLACES = {
     "controlled": ("base", "condition_folder"),
     "customize": (
-        "base", "clip", "image_encoder", "mask_folder", "textual_inversion.templates",
+        "base", "clip", "domain_adapter", "faces", "image_encoder", "mask_folder", "motion",
+        "textual_inversion.templates",
     ),
-    "datadream": ("base", "clip"),
+    "datadream": ("base", "captions", "clip"),
     "diffscaler": ("base", "features", "vae"),
     "robustness": ("sets.classes", *(f"sets.{part}.{name}" for part in (
         "background", "clean", "conflict", "context"
@@ -157,6 +158,8 @@ NAMED_PLACES = (
     ("customize", "textual_inversion.templates"),
     ("datadream", "base"),
     ("datadream", "clip"),
+    ("datadream", "captions"),
+    ("datadream", "students.mine.checkpoint"),
     ("datadream", "sets.mine.pool", "sets.mine.kind=retrieved"),
     ("datadream", "sets.mine.prompts.templates"),
     ("datadream", "sets.mine.prompts.captions", "sets.mine.prompts.weights.caption=1"),
