@@ -12,6 +12,7 @@ from jaxsynth.adapters.inject import extract
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import load_config, override, to_dataclass
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.faces import Faces, keypoints_of, write_faces
 from jaxsynth.data.load import load_dataset
@@ -179,9 +180,6 @@ REFUSED = {
     "faces of none": ("lora", "faces=x.npz", "faces: lora sees no faces"),
     "an image encoder of faces": ("instantid", "image_encoder=x", "instantid sees no images"),
     "both faces": ("instantid", "faces=x.npz", "`faces` has embeddings already"),
-    "unknown people": (
-        "instantid", "data.name=printed", "not known whose face each image shows; give embeddings",
-    ),
     "a width of heads": ("instantid", "face_encoder.width=20", "width: 20, expected a multiple"),
     "a resampler of heads": ("instantid", "instantid.hidden=70", "hidden: 70, expected a multiple"),
     "no motion modules": ("motion_lora", "motion=", "motion: '', but motion_lora adapts motion"),
@@ -216,6 +214,14 @@ def test_what_cannot_be_is_told_before_anything_is_made(base_folder, tmp_path, c
     assert cli.main(arguments(base_folder, tmp_path / "w", technique, field)) in (1, 2)
     error = capfd.readouterr().err
     assert message in error and not list(tmp_path.rglob(MANIFEST))
+
+
+def test_people_must_be_known_or_given():
+    config = to_dataclass(Config, load_config(f"{CONFIG}:smoke,technique=instantid"))
+    printed = DataConfig(source="builtin", name="printed", images_per_class=2)
+    with pytest.raises(UserError, match="not known whose face each image shows; give embeddings"):
+        config.check(load_dataset(printed))
+    config.check(load_dataset(config.data))
 
 
 def test_faces_of_a_file_are_learned_from(base_folder, tmp_path, capfd):
