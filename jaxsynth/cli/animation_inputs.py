@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--motion", default="", metavar="PATH[:WEIGHT]", help="motion modules, see below"
     )
     parser.add_argument(
-        "--motion-lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--motion-lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="a LoRA of motion modules and its strength; may be repeated",
     )  # fmt: skip
     for flag, kind, text in (

@@ -271,8 +271,8 @@ def sample_images(
 def drawn_bytes(classes: int, config: GenerateConfig, height: int, width: int = 0) -> int:
     """Bytes that the store of `fill_store` has at the most, of images of so many pixels.
 
-    `width` 0 is that of squares.
-    A PNG of noise is about as large as its pixels; ArrayRecord fills its files up.
+    `width` 0 is that of squares. A PNG of noise is about as large as its pixels; ArrayRecord fills
+    its files up.
     """
     count = classes * config.images_per_class
     shards = -(-count // (config.batch_size * config.batches_per_shard))

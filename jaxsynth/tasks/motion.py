@@ -43,7 +43,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class ClipConfig(TrainingConfig):
-    """How clips are seen; the defaults are those of AnimateDiff's code.
+    """How clips are seen; rate, frames, stride and dropout are those of AnimateDiff's code.
 
     Of each clip `windows_per_clip` windows, spread evenly, of `frames` frames, each `stride` after
     the one before, are encoded beforehand and one drawn each time. The modules' `norm` has the

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jaxsynth.core.arrays import read_arrays
 from jaxsynth.methods.customize.films import FIGURES, STRIPS
 from jaxsynth.report.page import Picture, Section
 from jaxsynth.report.tables import Measure, Table
-from jaxsynth.robustness.metrics.bootstrap import difference, interval, mean
+from jaxsynth.robustness.metrics.bootstrap import TooFewError, interval, weighted_sum
 
 _TEXT = (
     "Difference: mean absolute difference of neighbouring frames, in percent of white. "
@@ -66,12 +68,18 @@ def gains(folders: list[Path], technique: str) -> dict[str, str]:
         names = [f"{name}_{key}" for name in ("base", "custom")]
         arrays = [read_arrays(folder / FIGURES, names) for folder in folders]
         before, after = (np.concatenate([x[name] for x in arrays]) for name in names)
-        figure = difference(mean(after), mean(before))
-        text = interval(figure, len(before), jax.random.key(0)).text(
-            scale=_COLUMNS[key][1], digits=3
-        )
-        found[key] = text
+        change = _COLUMNS[key][1] * (after - before)
+        # Not `bootstrap.mean`, which takes values in [0, 1] for shares.
+        figure = Partial(_mean, jnp.asarray(change, jnp.float32))
+        try:
+            found[key] = interval(figure, len(change), jax.random.key(0)).text(scale=1.0, digits=3)
+        except TooFewError:
+            found[key] = f"{change.mean():.3f}, in all animations"
     return found
+
+
+def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    return weighted_sum(values, weights) / weights.sum()
 
 
 def section(folder: Path, technique: str, table: Table, lines: list[str]) -> Section:
