@@ -20,7 +20,7 @@ from jaxsynth.core.limits import (
     Seed,
     check_limits,
 )
-from jaxsynth.core.places import MaybeFolder, Model, ModelOrFile
+from jaxsynth.core.places import Clip, MaybeFolder, Pipeline
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptConfig
@@ -125,8 +125,8 @@ class Config:
     """
 
     method: str = "datadream"
-    base: ModelOrFile = "tiny"
-    clip: Model = "tiny/clip"
+    base: Pipeline = "tiny"
+    clip: Clip = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)
