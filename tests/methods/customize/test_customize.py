@@ -14,6 +14,7 @@ from jaxsynth.methods.customize.run import plan
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
+from tests.methods.words import last_of_each
 
 pytestmark = pytest.mark.slow
 
@@ -43,10 +44,11 @@ def arguments(base, workdir, technique, *more) -> list[str]:
         f"base={base}", f"clip={base / 'clip'}", "data.image_size=8", "shots=2",
         f"{technique}.batch_size=8", "generate.images_per_class=3", *OWN[technique], *more,
     )  # fmt: skip
-    return [
+    words = [
         "run", f"--config={CONFIG}:smoke,technique={technique}", f"--workdir={workdir}",
         *(f"--config.{field}" for field in fields),
     ]  # fmt: skip
+    return last_of_each(words)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,7 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     assert cli.main(given) == 0
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob(MANIFEST)} == times
     capfd.readouterr()
-    assert cli.main([*given, f"--config.{technique}.learning_rate=1"]) == 1
+    assert cli.main(last_of_each([*given, f"--config.{technique}.learning_rate=1"])) == 1
     assert "learning_rate" in capfd.readouterr().err
 
 

@@ -31,6 +31,7 @@ from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
+from tests.methods.words import last_of_each
 
 REPOSITORY = Path(__file__).parents[3]
 WORKER = Path(__file__).parents[1] / "worker.py"
@@ -43,7 +44,7 @@ SMALL = (
 
 
 def arguments(base, workdir, *more):
-    return (
+    words = (
         "run",
         f"--config={REPOSITORY / 'configs' / 'datadream.py'}:smoke",
         f"--workdir={workdir}",
@@ -51,6 +52,7 @@ def arguments(base, workdir, *more):
         f"--config.clip={base / 'clip'}",
         *more,
     )
+    return last_of_each(words)
 
 
 # Of kinds that the file does not name; the default is LoRA (below, and in test_text_to_image).
