@@ -1,6 +1,6 @@
 """What a text in a config or on a command line names: a model, a file or a folder.
 
-A field says it by its type, `base: ModelOrFile`, and `check_places` tells before anything is loaded
+A field says it by its type, `base: Pipeline`, and `check_places` tells before anything is loaded
 or written that nothing has the name. `local_model` is also what `weights.hub` finds models by.
 """
 
@@ -25,7 +25,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 class Place:
     """What a field of text names: `model`, `file` or `folder`, or one of `words` instead.
 
-    A model is a folder, what ships with the package, or a hub id. Behind `prefix` lies a file.
+    A model is a folder, what ships with the package, or a hub id; a folder has one of the files
+    `has`. Behind `prefix` lies a file.
     """
 
     model: bool = False
@@ -33,6 +34,7 @@ class Place:
     folder: bool = False
     words: tuple[str, ...] = ()
     prefix: str = ""
+    has: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds = {
@@ -48,10 +50,12 @@ class Place:
         return f"{', '.join(names)} or {last}" if names else last
 
 
-Model = Annotated[str, Place(model=True)]
-ModelOrFile = Annotated[str, Place(model=True, file=True)]
-MaybeModel = Annotated[str, Place(model=True, words=("",))]
-MaybeModelOrFile = Annotated[str, Place(model=True, file=True, words=("",))]
+_PIPELINE, _NETWORK = ("model_index.json",), ("config.json",)
+# A CLIP; a whole Stable Diffusion; and what may be left out.
+Clip = Annotated[str, Place(model=True, has=_NETWORK)]
+Pipeline = Annotated[str, Place(model=True, file=True, has=_PIPELINE)]
+MaybePipeline = Annotated[str, Place(model=True, file=True, has=_PIPELINE, words=("",))]
+MaybeNetwork = Annotated[str, Place(model=True, file=True, has=_NETWORK, words=("",))]
 MaybeFile = Annotated[str, Place(file=True, words=("",))]
 MaybeFolder = Annotated[str, Place(folder=True, words=("",))]
 MaybeFileOrFolder = Annotated[str, Place(file=True, folder=True, words=("",))]
@@ -99,8 +103,11 @@ def check_places(config: Any, *, models_alone: bool = False) -> list[tuple[str, 
     """
     away = []
     for where, place, text in _places(config, "config"):
-        if models_alone and not place.model:
-            continue
+        if models_alone:
+            # A plan needs less of a folder than a run.
+            place = dataclasses.replace(place, has=())
+            if not place.model:
+                continue
         try:
             found = _find(place, text)
         except UserError as error:
@@ -127,13 +134,29 @@ def _find(place: Place, text: str) -> str:
     if place.file and not path.exists() and (Path(file or text).suffix in _WEIGHTS):
         raise UserError(f"{file or text}: no such file{_near(file or text)}")
     if place.model:
-        return "" if local_model(text) is not None else text
+        local = local_model(text)
+        if local is None:
+            return text
+        return _check_has(place, text, local)
     if place.folder and path.is_dir():
-        return ""
+        return _check_has(place, text, path)
     if path.exists():
         found = "a folder" if path.is_dir() else "a file"
         raise UserError(f"{text}: is {found}, expected {place}")
     raise UserError(f"{text}: no such {'folder' if place.folder else 'file'}{_near(text)}")
+
+
+def _check_has(place: Place, text: str, folder: Path) -> str:
+    """UserError for a folder that has none of the files of its kind."""
+    if not place.has or any((folder / name).is_file() for name in place.has):
+        return ""
+    around = [folder.parent, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    fit = next((path for path in around if (path / place.has[0]).is_file()), None)
+    meant = ""
+    if fit is not None:
+        name = os.path.dirname(text) if fit == folder.parent else f"{text.rstrip('/')}/{fit.name}"
+        meant = f"; did you mean {name}?" if name else ""
+    raise UserError(f"{text}: a folder without {' or '.join(place.has)}{meant}")
 
 
 def _near(text: str, *, shipped: bool = False) -> str:

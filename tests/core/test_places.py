@@ -8,10 +8,10 @@ import pytest
 
 from jaxsynth.core.errors import UsageError
 from jaxsynth.core.places import (
+    Clip,
     MaybeFile,
     MaybeFolder,
-    Model,
-    ModelOrFile,
+    Pipeline,
     Place,
     Templates,
     check_places,
@@ -20,8 +20,9 @@ from jaxsynth.core.places import (
 
 @dataclass(frozen=True)
 class Config:
-    model: Model = "tiny"
-    base: ModelOrFile = "tiny"
+    model: Annotated[str, Place(model=True)] = "tiny"
+    clip: Clip = "tiny/clip"
+    base: Pipeline = "tiny"
     file: MaybeFile = ""
     folders: dict[str, MaybeFolder] = field(default_factory=dict)
     templates: Templates = "imagenet7"
@@ -48,6 +49,12 @@ def files(tmp_path, monkeypatch):
         ({"base": "checkpont.safetensors"}, "no such file; did you mean checkpoint.safetensors?"),
         ({"base": "checkpoint.safetensors@./phots"}, "config.base: './phots': no such folder"),
         ({"base": "gone/model.ckpt"}, "config.base: gone/model.ckpt: no such file"),
+        ({"base": "photos"}, "config.base: photos: a folder without model_index.json"),
+        ({"base": "tiny/clip"}, "without model_index.json; did you mean tiny?"),
+        (
+            {"clip": "tiny"},
+            "tiny: a folder without config.json; did you mean tiny/clip?",
+        ),
         ({"file": "photos"}, "config.file: photos: is a folder, expected a file"),
         ({"folders": {"depth": "photo"}}, "config.folders.depth: photo: no such folder; did you"),
         ({"folders": {"depth": "checkpoint.safetensors"}}, "is a file, expected a folder"),

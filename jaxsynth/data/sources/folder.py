@@ -36,6 +36,7 @@ from jaxsynth.data.views import held_out
 # Texts and tables that lie beside class folders.
 BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".html",
           ".pdf", ".mat", ".rst")  # fmt: skip
+ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
 BESIDE_NAMES = ("readme", "license", "licence", "copying")
 # What test images are taken from, the best first.
 TESTS = ("test", "validation")
@@ -77,7 +78,9 @@ def class_folders(root: Path) -> dict[str, Path]:
 def _no_classes(root: Path) -> str:
     images = sum(is_image(path) for path in visible(root))
     if not images:
-        return f"{root}: no class folders found; expected a folder of images for each class"
+        packed = [path.name for path in visible(root) if path.name.lower().endswith(ARCHIVES)]
+        hint = f"; unpack {packed[0]} there" if packed else ""
+        return f"{root}: no class folders found; expected a folder of images for each class{hint}"
     return (
         f"{root}: {counted(images, 'image')} side by side and no class folders. Move them into a "
         "folder for "

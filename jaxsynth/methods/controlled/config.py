@@ -5,7 +5,7 @@ from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.limits import Count, Distinct, OneOf, Seed, check_limits
-from jaxsynth.core.places import MaybeFolder, ModelOrFile
+from jaxsynth.core.places import MaybeFolder, Pipeline
 from jaxsynth.data.conditions import CHANNELS
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -28,7 +28,7 @@ class Config:
     """
 
     method: str = "controlled"
-    base: ModelOrFile = "tiny"
+    base: Pipeline = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
     kind: Annotated[str, OneOf(*CHANNELS)] = "edges"
     condition_folder: MaybeFolder = ""

@@ -5,14 +5,7 @@ from typing import Annotated, Any
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.limits import Distinct, Natural, OneOf, Seed, check_limits
-from jaxsynth.core.places import (
-    MaybeFile,
-    MaybeFileOrFolder,
-    MaybeFolder,
-    MaybeModel,
-    Model,
-    ModelOrFile,
-)
+from jaxsynth.core.places import Clip, MaybeFile, MaybeFileOrFolder, MaybeFolder, Pipeline, Place
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.data.faces import known_people
@@ -76,8 +69,8 @@ class Config:
 
     method: str = "customize"
     technique: str = "textual_inversion"
-    base: ModelOrFile = "tiny"
-    clip: Model = "tiny/clip"
+    base: Pipeline = "tiny"
+    clip: Clip = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)
@@ -91,7 +84,9 @@ class Config:
     mask_folder: MaybeFolder = ""
     ip_adapter: ImagePromptConfig | None = None
     references: Natural = 0
-    image_encoder: MaybeModel = ""
+    image_encoder: Annotated[
+        str, Place(model=True, has=("config.json", "image_encoder/config.json"), words=("",))
+    ] = ""
     instantid: InstantIDConfig | None = None
     faces: MaybeFile = ""
     face_encoder: FaceEncoderConfig | None = None

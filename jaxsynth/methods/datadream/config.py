@@ -21,7 +21,7 @@ from jaxsynth.core.limits import (
     Share,
     check_limits,
 )
-from jaxsynth.core.places import MaybeFileOrFolder, MaybeFolder, Model, ModelOrFile
+from jaxsynth.core.places import Clip, MaybeFileOrFolder, MaybeFolder, MaybeNetwork, Pipeline
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.names import safe_name
 from jaxsynth.data.prompt_banks import PromptConfig
@@ -92,7 +92,7 @@ class StudentConfig:
     `classify`. `real_weight`: the shots' weight in the loss where other images are seen too.
     """
 
-    checkpoint: ModelOrFile = ""
+    checkpoint: MaybeNetwork = ""
     train: SupervisedConfig = field(default_factory=SupervisedConfig)
     real_weight: Share = 0.8
 
@@ -158,8 +158,8 @@ class Config:
     """
 
     method: str = "datadream"
-    base: ModelOrFile = "tiny"
-    clip: Model = "tiny/clip"
+    base: Pipeline = "tiny"
+    clip: Clip = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     image_size: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)

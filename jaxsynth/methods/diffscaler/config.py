@@ -5,7 +5,7 @@ from typing import Annotated
 
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.limits import Count, Distinct, Natural, OneOf, Seed, check_limits
-from jaxsynth.core.places import MaybeFolder, MaybeModelOrFile, Model, Place
+from jaxsynth.core.places import MaybeFolder, Place
 from jaxsynth.data.conditions import CHANNELS, WITH_PARTNER
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -75,8 +75,10 @@ class Config:
     """
 
     method: str = "diffscaler"
-    base: MaybeModelOrFile = ""
-    vae: Model = "tiny"
+    base: Annotated[
+        str, Place(model=True, file=True, has=("model_index.json", "config.json"), words=("",))
+    ] = ""
+    vae: Annotated[str, Place(model=True, has=("vae/config.json", "config.json"))] = "tiny"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     base_data: dict[str, DataConfig] = field(default_factory=dict)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -96,7 +98,9 @@ class Config:
     together: bool = True
     draw: tuple[str, ...] = ("full",)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    features: Annotated[str, Place(model=True, prefix="inception:")] = "tiny/clip"
+    features: Annotated[str, Place(model=True, has=("config.json",), prefix="inception:")] = (
+        "tiny/clip"
+    )
     quality: QualityConfig = field(default_factory=QualityConfig)
     conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     condition_folders: dict[str, MaybeFolder] = field(default_factory=dict)

@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jaxsynth.core.limits import Count, OneOf, Seed, Share, check_limits
-from jaxsynth.core.places import MaybeFile, MaybeFolder, MaybeModelOrFile, Model, Place, Templates
+from jaxsynth.core.places import (
+    Clip,
+    MaybeFile,
+    MaybeNetwork,
+    Place,
+    Templates,
+)
 from jaxsynth.methods.robustness.sets import SetsConfig
 from jaxsynth.robustness import bias_sets
 from jaxsynth.robustness.corruptions.predictions import Corruptions
@@ -27,12 +33,12 @@ class ModelConfig:
     backgrounds. At most one of the two.
     """
 
-    checkpoint: MaybeModelOrFile = ""
+    checkpoint: MaybeNetwork = ""
     head: MaybeFile = ""
     preprocessing: Annotated[str, Place(file=True, folder=True, words=("", "imagenet"))] = ""
-    clip: Model = "tiny/clip"
+    clip: Clip = "tiny/clip"
     templates: Templates = ""
-    adapter: MaybeFolder = ""
+    adapter: Annotated[str, Place(folder=True, has=("adapter_config.json",), words=("",))] = ""
     train_on: str = ""
 
     def __post_init__(self):

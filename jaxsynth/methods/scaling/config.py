@@ -14,7 +14,7 @@ from jaxsynth.core.limits import (
     Seed,
     check_limits,
 )
-from jaxsynth.core.places import MaybeModelOrFile, Model, ModelOrFile
+from jaxsynth.core.places import Clip, MaybeNetwork, Pipeline
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.prompt_banks import PromptConfig
 from jaxsynth.generation.generate import GenerateConfig
@@ -94,8 +94,8 @@ class Config:
     """
 
     method: str = "scaling"
-    base: ModelOrFile = "tiny"
-    clip: Model = "tiny/clip"
+    base: Pipeline = "tiny"
+    clip: Clip = "tiny/clip"
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     data: DataConfig = field(default_factory=DataConfig)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Config:
     real_weight: Positive = 1.0
     practice: tuple[str, ...] = ()
     measured: Natural = 0
-    backbone: MaybeModelOrFile = ""
+    backbone: MaybeNetwork = ""
     clones: dict[str, CloneConfig] = field(default_factory=dict)
     clone_source: str = ""
     seeds: Annotated[tuple[Seed, ...], Distinct()] = (0, 1, 2)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from jaxsynth.adapters.kinds.lora import LoRAConfig
 from jaxsynth.core.limits import Count, Distinct, Natural, NotNegative, Range, Seed, check_limits
-from jaxsynth.core.places import MaybeFile, ModelOrFile
+from jaxsynth.core.places import MaybeFile, Pipeline
 from jaxsynth.data.dataset import DataConfig
 from jaxsynth.data.procedural.concepts import (
     COLOURS,
@@ -98,7 +98,7 @@ class Config:
     """
 
     method: str = "weightgen"
-    text: ModelOrFile = "tiny"
+    text: Pipeline = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
     photos: Count = 256
     held_out: Count = 32

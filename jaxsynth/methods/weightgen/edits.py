@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from jaxsynth.core.arrays import read_array
 from jaxsynth.core.io import replacing
-from jaxsynth.core.places import MaybeModelOrFile
+from jaxsynth.core.places import MaybePipeline
 from jaxsynth.data.dataset import Dataset
 from jaxsynth.data.procedural.concepts import Concept
 from jaxsynth.generation.edited import EditConfig, edit_images
@@ -34,7 +34,7 @@ class EditsConfig:
     """`kind` "diffusion" edits by an InstructPix2Pix folder or hub id `model`, as `how` says."""
 
     kind: Literal["procedural", "diffusion"] = "procedural"
-    model: MaybeModelOrFile = ""
+    model: MaybePipeline = ""
     how: EditConfig = field(default_factory=EditConfig)
 
     def __post_init__(self):

@@ -436,3 +436,9 @@ def test_classes_with_one_prompt_are_refused(tmp_path, names):
     data = load(tmp_path, display_names={first: "another bird"})
     assert len(set(prompts(data))) == 2
     assert load(tmp_path, class_names=(first,)).class_names == (first,)
+
+
+def test_a_folder_with_nothing_but_an_archive_says_what_to_do(tmp_path):
+    (tmp_path / "Photos.ZIP").write_bytes(b"PK\3\4")
+    with pytest.raises(SourceError, match=r"no class folders found; .*; unpack Photos\.ZIP there"):
+        load(tmp_path)

@@ -23,6 +23,7 @@ from jaxsynth.runs.stage import MANIFEST
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters.native import read_state
 from jaxsynth.weights.hf import load_pipeline
+from tests.methods.words import last_of_each
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ CONFIG = Path(__file__).parents[3] / "configs" / "controlled.py"
 
 
 def arguments(base, workdir, *more) -> list[str]:
-    return [
+    words = [
         "run",
         f"--config={CONFIG}:smoke",
         f"--workdir={workdir}",
@@ -42,6 +43,7 @@ def arguments(base, workdir, *more) -> list[str]:
         "--config.adapter.targets=to_k,to_v",
         *more,
     ]
+    return last_of_each(words)
 
 
 @pytest.fixture(scope="module")

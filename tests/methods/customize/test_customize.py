@@ -30,6 +30,7 @@ from jaxsynth.weights.adapters.motion import write_motion
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
 from tests.methods.small_base import random_network
+from tests.methods.words import last_of_each
 
 pytestmark = pytest.mark.slow
 
@@ -74,10 +75,11 @@ def arguments(base, workdir, technique, *more) -> list[str]:
         f"base={base}", f"clip={base / 'clip'}", "data.image_size=8", "shots=2",
         f"{technique}.batch_size=8", "generate.images_per_class=3", *OWN[technique], *more,
     )  # fmt: skip
-    return [
+    words = [
         "run", f"--config={CONFIG}:smoke,technique={technique}", f"--workdir={workdir}",
         *(f"--config.{field}" for field in fields),
     ]  # fmt: skip
+    return last_of_each(words)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +126,7 @@ def test_a_technique_learns_draws_and_is_measured(base_folder, tmp_path, capfd, 
     assert cli.main(given) == 0
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob(MANIFEST)} == times
     capfd.readouterr()
-    assert cli.main([*given, f"--config.{technique}.learning_rate=1"]) == 1
+    assert cli.main(last_of_each([*given, f"--config.{technique}.learning_rate=1"])) == 1
     assert "learning_rate" in capfd.readouterr().err
 
 

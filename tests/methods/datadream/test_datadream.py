@@ -32,6 +32,7 @@ from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
 from tests.methods.small_base import write_classifier
+from tests.methods.words import last_of_each
 
 REPOSITORY = Path(__file__).parents[3]
 WORKER = Path(__file__).parents[1] / "worker.py"
@@ -44,7 +45,7 @@ SMALL = (
 
 
 def arguments(base, workdir, *more):
-    return (
+    words = (
         "run",
         f"--config={REPOSITORY / 'configs' / 'datadream.py'}:smoke",
         f"--workdir={workdir}",
@@ -52,6 +53,7 @@ def arguments(base, workdir, *more):
         f"--config.clip={base / 'clip'}",
         *more,
     )
+    return last_of_each(words)
 
 
 # Of kinds that the file does not name; the default is LoRA (below, and in test_text_to_image).

@@ -20,6 +20,7 @@ from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.tasks.class_conditional import Latents
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.networks.dit import load_dit
+from tests.methods.words import last_of_each
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,8 @@ SMALL = (
 
 
 def arguments(workdir, *more) -> list[str]:
-    return ["run", f"--config={CONFIG}:smoke", f"--workdir={workdir}", *SMALL, *more]
+    words = ["run", f"--config={CONFIG}:smoke", f"--workdir={workdir}", *SMALL, *more]
+    return last_of_each(words)
 
 
 @pytest.fixture(scope="module")

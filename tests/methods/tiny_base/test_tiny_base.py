@@ -12,6 +12,7 @@ from PIL import Image
 
 from jaxsynth.cli import main as cli
 from jaxsynth.weights.hf import load_clip, load_pipeline
+from tests.methods.words import last_of_each
 
 pytestmark = pytest.mark.slow
 
@@ -47,9 +48,8 @@ def command(tmp_path_factory):
     def call(*more):
         fields = [f"--config.{field}" for field in (*SMALL, *more)]
         photos = f"--config.corpus.photos.path={root / 'photos'}"
-        return cli.main(
-            ["run", f"--config={CONFIG}:smoke", f"--workdir={workdir}", photos, *fields]
-        )
+        words = ["run", f"--config={CONFIG}:smoke", f"--workdir={workdir}", photos, *fields]
+        return cli.main(last_of_each(words))
 
     call.workdir = workdir
     with pytest.MonkeyPatch.context() as patch:
