@@ -180,7 +180,7 @@ def test_faces_of_a_file_are_learned_from(base_folder, tmp_path):
     assert identity.width == 7
     assert "CLIP takes the place of the face encoder" in page.read_text()
     write_faces(file, Faces(ids[1:], rows[1:], points[1:]))
-    with pytest.raises(UserError, match="faces.npz: no face of 1 image, the first is"):
+    with pytest.raises(UserError, match=r"faces\.npz: no face of 1 image, the first is"):
         run(config, tmp_path / "other")
     assert not list((tmp_path / "other").rglob(MANIFEST))
 
