@@ -62,7 +62,7 @@ def _tiny(technique: str) -> ConfigDict:
         "lora": {"steps": 600, "learning_rate": 2e-3, "caption_dropout": 0.1},
         "ip_adapter": {"steps": 2000, "learning_rate": 1e-3},
         "instantid": {
-            "steps": 2000,
+            "steps": 1000,
             "learning_rate": 1e-3,
             "queries": 4,
             "depth": 2,

@@ -19,7 +19,7 @@ from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.faces import PAPERS
 from jaxsynth.data.store import ImageStore
 from jaxsynth.methods.customize.config import TECHNIQUES, Config
-from jaxsynth.methods.customize.run import plan
+from jaxsynth.methods.customize.run import plan, run
 from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
@@ -226,7 +226,7 @@ def test_people_must_be_known_or_given():
     config.check(load_dataset(config.data))
 
 
-def test_faces_of_a_file_are_learned_from(base_folder, tmp_path, capfd):
+def test_faces_of_a_file_are_learned_from(base_folder, tmp_path):
     """Embeddings that were made elsewhere; the file must hold a face of each image."""
     data = load_dataset(
         DataConfig(source="builtin", name="faces", images_per_class=10, image_size=8)
@@ -235,20 +235,23 @@ def test_faces_of_a_file_are_learned_from(base_folder, tmp_path, capfd):
     points = np.concatenate([keypoints_of(data.train), keypoints_of(data.test)])
     rows = np.random.default_rng(0).standard_normal((len(ids), 7)).astype(np.float32)
     file = write_faces(tmp_path / "faces.npz", Faces(ids, rows, points))
-    given = arguments(base_folder, tmp_path / "w", "instantid", f"faces={file}", "face_encoder=")
-    assert cli.main(given) == 0
+    fields = (
+        "data.image_size=8", "shots=2", "generate.images_per_class=2", f"faces={file}",
+        # The tests have eight devices.
+        "instantid.batch_size=8", *OWN["instantid"],
+    )  # fmt: skip
+    values = load_config(f"{CONFIG}:smoke,technique=instantid")
+    values |= {"base": str(base_folder), "clip": str(base_folder / "clip"), "face_encoder": None}
+    config = to_dataclass(Config, override(values, [tuple(x.split("=", 1)) for x in fields]))
     folder = tmp_path / "w"
+    page = run(config, folder)
     assert not (folder / "faces").exists() and not (folder / "judge").exists()
     identity = read_identity(folder / "learned-seed0", load_pipeline(base_folder).unet)
     assert identity.width == 7
-    assert "CLIP takes the place of the face encoder" in (folder / "report.html").read_text()
+    assert "CLIP takes the place of the face encoder" in page.read_text()
     write_faces(file, Faces(ids[1:], rows[1:], points[1:]))
-    given = arguments(
-        base_folder, tmp_path / "other", "instantid", f"faces={file}", "face_encoder="
-    )
-    capfd.readouterr()
-    assert cli.main(given) == 1
-    assert f"{file}: no face of 1 image, the first is" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"faces\.npz: no face of 1 image, the first is"):
+        run(config, tmp_path / "other")
     assert not list((tmp_path / "other").rglob(MANIFEST))
 
 
