@@ -14,7 +14,7 @@ from jaxsynth.methods.customize.run import plan
 from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.sharding import make_mesh
-from tests.methods.words import last_of_each
+from tests.words import last_of_each
 
 pytestmark = pytest.mark.slow
 
