@@ -19,6 +19,7 @@ from jaxsynth.weights.adapters.native import write_state
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
 from tests.generation.test_generate import same_images
+from tests.words import last_of_each
 
 PROMPTS = ("a photo of the digit one", "zero")
 SETTINGS = ("--steps=2", "--guidance=3", "--sampler=euler_ancestral")
@@ -35,7 +36,8 @@ def adapter(base_folder, tmp_path_factory):
 
 
 def generate(base, out, *argv) -> int:
-    return cli.main(["generate", f"--base={base}", f"--out={out}", *map(str, argv)])
+    words = ["generate", f"--base={base}", f"--out={out}", *map(str, argv)]
+    return cli.main(last_of_each(words))
 
 
 def pictures(folder) -> dict[str, np.ndarray]:

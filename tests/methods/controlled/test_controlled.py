@@ -23,7 +23,7 @@ from jaxsynth.runs.stage import MANIFEST
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters.native import read_state
 from jaxsynth.weights.hf import load_pipeline
-from tests.methods.words import last_of_each
+from tests.words import last_of_each
 
 pytestmark = pytest.mark.slow
 

@@ -30,7 +30,7 @@ from jaxsynth.weights.adapters.motion import write_motion
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
 from tests.methods.small_base import random_network
-from tests.methods.words import last_of_each
+from tests.words import last_of_each
 
 pytestmark = pytest.mark.slow
 

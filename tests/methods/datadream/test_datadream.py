@@ -32,7 +32,7 @@ from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters.diffusers import read_diffusers, write_diffusers
 from tests.methods.small_base import write_classifier
-from tests.methods.words import last_of_each
+from tests.words import last_of_each
 
 REPOSITORY = Path(__file__).parents[3]
 WORKER = Path(__file__).parents[1] / "worker.py"

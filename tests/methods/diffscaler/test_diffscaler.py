@@ -20,7 +20,7 @@ from jaxsynth.runs.stage import MANIFEST, load_artifact
 from jaxsynth.tasks.class_conditional import Latents
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.networks.dit import load_dit
-from tests.methods.words import last_of_each
+from tests.words import last_of_each
 
 pytestmark = pytest.mark.slow
 

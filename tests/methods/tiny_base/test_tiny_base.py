@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxsynth.cli import main as cli
 from jaxsynth.weights.hf import load_clip, load_pipeline
-from tests.methods.words import last_of_each
+from tests.words import last_of_each
 
 pytestmark = pytest.mark.slow
 
