@@ -46,7 +46,7 @@ def files(tmp_path, monkeypatch):
         ({"model": "a/b/c"}, "config.model: 'a/b/c': no such folder, and not a hub id"),
         ({"model": "./phots"}, "did you mean photos?"),
         ({"model": "checkpoint.safetensors"}, "checkpoint.safetensors: is a file, expected a f"),
-        ({"base": "chekpoint.safetensors"}, "no such file; did you mean checkpoint.safetensors?"),
+        ({"base": "checkpoint2.safetensors"}, "no such file; did you mean checkpoint.safetensors?"),
         ({"base": "checkpoint.safetensors@./phots"}, "config.base: './phots': no such folder"),
         ({"base": "gone/model.ckpt"}, "config.base: gone/model.ckpt: no such file"),
         ({"base": "photos"}, "config.base: photos: a folder without model_index.json"),
