@@ -159,7 +159,7 @@ NAMED_PLACES = (
     ("datadream", "base"),
     ("datadream", "clip"),
     ("datadream", "captions"),
-    ("datadream", "students.mine.checkpoint"),
+    ("datadream", "students.mine.checkpoint", "recipes.mine.student=mine"),
     ("datadream", "sets.mine.pool", "sets.mine.kind=retrieved"),
     ("datadream", "sets.mine.prompts.templates"),
     ("datadream", "sets.mine.prompts.captions", "sets.mine.prompts.weights.caption=1"),

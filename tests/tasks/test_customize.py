@@ -287,7 +287,7 @@ def test_images_texts_and_both_are_dropped_at_their_rates():
 
 def test_an_untrained_instantid_s_loss_is_its_adapter_s(pipeline, encoder):
     """IdentityNet starts as nothing, and is then told of the face alone, or of zeros."""
-    _, task = task_of(pipeline, "instantid", encoder)
+    _, task = task_of(pipeline, "instantid", encoder, None)
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     batch = task.batches.next_batch(jnp.asarray(1), jax.device_put(task.batches.data))
     key = jax.random.key(7)
