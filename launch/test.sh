@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests on a fresh machine that has Python >= 3.11 and git: makes .venv, then runs pytest.
-# Without -m it leaves out the slow ones: whole runs of a method, and runs that are killed or spread
-# over several processes. `-m slow` runs those.
+# Without -m it leaves out the slow ones: whole runs of a method, runs that are killed or spread over
+# several processes, and what compiles for some seconds. `-m slow` runs those.
 #
 #   launch/test.sh [PYTEST ARGUMENTS]             environment variables: launch/environment.sh
 set -euo pipefail

@@ -71,9 +71,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Heavy tests are slow ones, before `-m` chooses."""
+    for item in items:
+        if item.get_closest_marker("heavy"):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Shapes are checked in the quick tests; slow ones call the same functions for longer."""
-    shape_checks.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
+    """Shapes are checked but in whole runs, which call the same functions for longer."""
+    whole = item.get_closest_marker("slow") and not item.get_closest_marker("heavy")
+    shape_checks.update("jaxtyping_disable", bool(whole))
 
 
 @pytest.fixture(scope="module", autouse=True)

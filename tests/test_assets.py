@@ -29,6 +29,7 @@ def test_diffusers_and_transformers_load_it():
     np.testing.assert_array_equal(np.asarray(ours), theirs.transpose(2, 3, 1, 0))
 
 
+@pytest.mark.heavy
 def test_it_draws_digits_that_its_own_clip_can_read():
     prompts = [f"a photo of the digit {name}" for name in DIGITS]
     config = GenerateConfig(num_inference_steps=15, batch_size=40, guidance_scale=3.0)

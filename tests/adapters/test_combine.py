@@ -20,6 +20,7 @@ def net():
     return Net(rngs=nnx.Rngs(0))
 
 
+@pytest.mark.heavy
 def test_one_adapter_at_weight_one_is_its_merged_network(net):
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     for adapted in (with_lora(net), with_affiner(net)):

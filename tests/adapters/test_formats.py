@@ -9,6 +9,7 @@ from tests.adapters import format_table
 
 
 # peft warns where its own BOFT has no CUDA, and of constants that it makes and never writes.
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")
 @pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1")
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys .*glora_")
@@ -19,6 +20,7 @@ def test_the_table_says_what_files_do(kind):
     )
 
 
+@pytest.mark.heavy
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = format_table.README.read_text(encoding="utf-8")

@@ -54,6 +54,7 @@ def _small(monkeypatch):
     monkeypatch.setitem(networks.DITS, "tiny", lambda: dit)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("module", "case"),
     [
@@ -75,6 +76,7 @@ def test_smaller_cases_compute_the_same(module, case):
     assert module.compare(ours, found, module.connect(ours)) < 1e-3
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "cases"),
     [("train-step", ("tiny",)), ("dit-train-step", ("tiny",)), ("supervised-step", ("tiny",))],
@@ -119,6 +121,7 @@ def test_an_accelerators_benchmark_runs_at_toy_size_here(monkeypatch):
     assert "GFLOP an image by LoRA's count" in text and "bfloat16" in text.splitlines()[0]
 
 
+@pytest.mark.heavy
 def test_foolbox_finds_the_same_images():
     pytest.importorskip("foolbox")
     out = printer()
@@ -190,6 +193,7 @@ def test_torch_bounds_the_variance_alike_at_every_time():
     np.testing.assert_allclose(ours, theirs.mean((1, 2, 3)), rtol=1e-4)
 
 
+@pytest.mark.heavy
 def test_a_mixed_batch_is_what_its_sets_draw_alone():
     out = printer()
     (row,) = bench.run("routing", cases=("tiny",), reps=1, shortest=0.0, console=out)
@@ -239,6 +243,7 @@ def shown(rows, name="train-step", peer="torch") -> str:
     return out.file.getvalue()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["lokr"])
 def test_kinds_are_timed_beside_lora_on_the_same_layers(kind):
     ours = adapters.build(adapters.AdapterCase("tiny", "tiny", kind, batch_size=2, rank=2))
@@ -344,6 +349,7 @@ def test_mistakes_are_named():
         bench.run("train-step", reps=0, console=printer())
 
 
+@pytest.mark.heavy
 def test_a_missing_peer_says_what_to_install():
     code = (
         "import importlib, sys\n"

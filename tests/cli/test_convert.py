@@ -129,6 +129,7 @@ def run(*argv):
     return cli.main(["convert", *map(str, argv)])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "through", "says"),
     [
@@ -164,6 +165,7 @@ def test_any_format_is_what_was_trained(states, base_folder, tmp_path, capfd, ki
         assert "say which by --base=FOLDER" in capfd.readouterr().err
 
 
+@pytest.mark.heavy
 def test_hypernetworks_and_what_has_no_form(base_folder, tmp_path, capfd):
     unet = load_pipeline(base_folder).unet
     config = registry.make_config("hypernetwork", activation="tanh")

@@ -44,6 +44,7 @@ def pictures(folder) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
 
 
+@pytest.mark.heavy
 def test_pictures_of_prompts_and_an_adapter(base_folder, adapter, tmp_path, capfd):
     """Settings in each file; a stopped command goes on; a prompt alone gives the same picture."""
     out = tmp_path / "images"
@@ -96,6 +97,7 @@ def test_a_store_of_prompts(base_folder, tmp_path, capfd):
     assert "guidance was 3.0, now 4.0" in capfd.readouterr().err
 
 
+@pytest.mark.heavy
 def test_adapters_are_mixed(base_folder, adapter, tmp_path, capfd):
     """Half and half of one adapter is the whole of it; a kind that cannot be merged is named."""
     given = ("--prompt=zero", "--count=4", *SETTINGS)
@@ -116,6 +118,7 @@ def test_adapters_are_mixed(base_folder, adapter, tmp_path, capfd):
     assert "prefix.safetensors: an adapter of this kind cannot be merged" in error
 
 
+@pytest.mark.heavy
 def test_pictures_begin_with_a_picture(base_folder, tmp_path, capfd):
     """Several in turns; the files say which they were; another picture is refused."""
     for name, value in (("dark", 30), ("light", 220)):
@@ -147,6 +150,7 @@ def test_pictures_begin_with_a_picture(base_folder, tmp_path, capfd):
         assert words in capfd.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_new_word_and_an_adapter_combine(base_folder, adapter, tmp_path, capfd):
     """A word of two known words' vectors draws what these draw, an adapter or none beside it."""
     pipeline = load_pipeline(base_folder)

@@ -195,6 +195,7 @@ def test_fields_that_name_models_and_files(method):
         ), name
 
 
+@pytest.mark.heavy
 def test_fields_and_mistakes_are_told_without_jax(tmp_path):
     commands = [
         ["fields", CONFIG, "--config.generate.sampler=ddim"],

@@ -55,6 +55,7 @@ def drawn(pipeline, modules):
     return generator(np.array([0]), np.array([0]))
 
 
+@pytest.mark.heavy
 def test_an_animation_is_that_of_diffusers(pipeline, base_folder, modules, drawn, tmp_path):
     """On the linear schedule, from the noise of each frame's own key."""
     from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
@@ -78,6 +79,7 @@ def test_an_animation_is_that_of_diffusers(pipeline, base_folder, modules, drawn
     assert np.abs(expected[0, 0] - expected[0, 1]).max() > 0.02
 
 
+@pytest.mark.heavy
 def test_two_devices_draw_what_one_does(pipeline, modules, drawn):
     """Three frames are no two devices' share, so that two animations are drawn at a time."""
     generator = Generator(
@@ -90,6 +92,7 @@ def test_two_devices_draw_what_one_does(pipeline, modules, drawn):
     assert np.abs(found[0].astype(int) - found[1]).max() > 10
 
 
+@pytest.mark.heavy
 def test_weight_0_is_the_base_frame_by_frame(pipeline, modules):
     """Prompted by images and begun with a picture, too; at another weight it is not."""
     rng = np.random.default_rng(0)

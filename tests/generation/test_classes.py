@@ -95,6 +95,7 @@ def same_images(found, expected) -> None:
     assert (difference > 0).mean() < 0.01, (difference > 0).mean()
 
 
+@pytest.mark.heavy
 def test_the_batch_does_not_matter(make, models, mixed, own):
     order = np.random.default_rng(0).permutation(12)
     # In other company, and in a batch of its own, filled up.
@@ -137,6 +138,7 @@ def by_hand(model, sampler, scale, channels):
     return run(model)
 
 
+@pytest.mark.heavy
 def test_guidance_is_that_of_the_noise(make, models):
     """With `guide_channels` of its first channels only."""
     numbers, indices = np.zeros(2, int), np.arange(2)

@@ -72,6 +72,7 @@ def adapter(pipeline):
     return image_adapter(pipeline.unet)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("guess", [False, True])
 def test_a_controlnet_and_an_image_prompt_are_those_of_diffusers(
     pipeline, base_folder, controlnet, adapter, tmp_path, guess

@@ -47,6 +47,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (3, 16, 8, 3), dtype=np.uint8)
 
 
+@pytest.mark.heavy
 def test_edits_are_those_of_diffusers(folder, images):
     from diffusers import StableDiffusionInstructPix2PixPipeline
 

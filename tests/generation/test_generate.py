@@ -75,6 +75,7 @@ def test_every_key_is_another():
     assert len(np.unique(np.concatenate([data, other]), axis=0)) == 30
 
 
+@pytest.mark.heavy
 def test_the_batch_does_not_matter(pipeline, adapters, own):
     config = dataclasses.replace(CONFIG, batch_size=5)
     generator = Generator(pipeline, PROMPTS, config, seed=3, adapters=adapters)
@@ -84,6 +85,7 @@ def test_the_batch_does_not_matter(pipeline, adapters, own):
     same_images(generator(LABELS[7:8], INDICES[7:8]), own[7:8])
 
 
+@pytest.mark.heavy
 def test_adapters_in_one_batch_equal_each_alone(pipeline, adapters, own):
     base = draw(Generator(pipeline, PROMPTS, CONFIG, seed=3))
     for c in range(3):
@@ -103,6 +105,7 @@ def test_classes_numbers_and_seeds_have_their_own_noise(pipeline):
     assert len(np.unique(np.concatenate([images, other]).reshape(24, -1), axis=0)) == 24
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 4}])
 def test_devices_do_not_matter(pipeline, adapters, own, shape):
     generator = Generator(
@@ -111,6 +114,7 @@ def test_devices_do_not_matter(pipeline, adapters, own, shape):
     same_images(draw(generator), own)
 
 
+@pytest.mark.heavy
 def test_scale_one_asks_the_prompt_alone(pipeline, adapters):
     config = dataclasses.replace(CONFIG, guidance_scale=1.0)
     one = draw(Generator(pipeline, PROMPTS, config, seed=3, adapters=adapters))
@@ -121,6 +125,7 @@ def test_scale_one_asks_the_prompt_alone(pipeline, adapters):
     same_images(draw(Generator(pipeline, PROMPTS, nearly, seed=3, adapters=adapters)), one)
 
 
+@pytest.mark.heavy
 def test_sixteen_bit_weights_keep_their_adapter_apart(base_folder, adapters):
     """Merged into bfloat16, an update far below the weights would vanish."""
     pipeline = load_pipeline(base_folder, "bfloat16", compute_dtype="bfloat16")

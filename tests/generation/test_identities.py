@@ -109,6 +109,7 @@ def drawn_latents(pipeline, image_prompts, controls) -> np.ndarray:
     return generator.sampler.latents(image_keys(7, one, one), rows, describe=str)
 
 
+@pytest.mark.heavy
 def test_latents_are_those_of_diffusers_with_identity_tokens(folder, pipeline, identity, tmp_path):
     """Both scales, guided away from the tokens of an embedding of zeros; a swapped order shows."""
     prompt, control = parts(identity, scale=0.7, net_scale=0.6)

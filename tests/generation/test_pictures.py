@@ -125,6 +125,7 @@ def drawn(pipeline, images, **more) -> np.ndarray:
     return generator(np.array([0, 1]), np.array([0, 5])) / 255
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["text", INPAINTING])
 def test_images_are_those_of_diffusers(folders, images, kind, monkeypatch):
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 import jaxsynth
 from jaxsynth.cli import main as cli
 from jaxsynth.diffusion.samplers import NAMES
@@ -15,6 +17,7 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
 
 
+@pytest.mark.heavy
 def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(snippets("python")) == 6
@@ -23,6 +26,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), names)
 
 
+@pytest.mark.heavy
 def test_the_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command, folder in zip(snippets("sh"), ("images", "varied"), strict=True):

@@ -96,6 +96,7 @@ def latents(pipeline, models, tables, mesh=None, **more) -> np.ndarray:
     return sampler.latents(keys, {"prompt": prompt}, prompt, describe=str)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_kind_of_adapter_samples_on_a_mesh(shallow, tables, kind):
     """Two adapters in one batch, unmerged, over two devices that cut frozen arrays and batch."""
@@ -109,6 +110,7 @@ def test_every_kind_of_adapter_samples_on_a_mesh(shallow, tables, kind):
     assert bool(jax.tree.leaves(buffers)) == (kind in ("vera", "pissa", "olora"))
 
 
+@pytest.mark.heavy
 def test_each_adapter_has_a_strength(pipeline, tables):
     models = [adapted(pipeline, "lora", seed) for seed in (0, 1)]
     base = latents(pipeline, [TextToImage(pipeline.unet, pipeline.text_encoder)], tables)
@@ -196,6 +198,7 @@ def test_an_unusual_scheduler_names_its_file_and_the_way_out(pipeline):
         sampler_of(unusual, "heun", 4)
 
 
+@pytest.mark.heavy
 def test_zero_terminal_snr_draws_what_diffusers_draws(pipeline, base_folder):
     """Velocities on a schedule that ends in noise alone, and guidance rescaled."""
     settings = {

@@ -96,6 +96,7 @@ def test_texts_are_those_of_diffusers(pipeline, oracle):
     assert (first != second).sum() == len(first) - 3 and second[-1] == 0
 
 
+@pytest.mark.heavy
 def test_images_are_those_of_diffusers(pipeline, oracle):
     generator = Generator(pipeline, PROMPTS, CONFIG, seed=5, negative_prompts=NEGATIVE, size=SIZE)
     labels, numbers = np.arange(2), np.zeros(2, np.int32)
@@ -128,6 +129,7 @@ def test_images_are_those_of_diffusers(pipeline, oracle):
     assert not np.array_equal(images[0], found[0]) and np.array_equal(images[1], found[1])
 
 
+@pytest.mark.heavy
 def test_a_picture_a_controlnet_and_an_image_prompt_are_those_of_diffusers(
     pipeline, sdxl_folder, tmp_path, monkeypatch
 ):

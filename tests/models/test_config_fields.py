@@ -409,6 +409,7 @@ def program(case: Case, model: nnx.Module) -> str:
     return f"{traced} {[np.asarray(x).tobytes() for x in traced.consts]}"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 def test_every_field_is_read_or_a_reason_is_given(name):
     case = CASES[name]

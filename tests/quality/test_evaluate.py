@@ -61,6 +61,7 @@ def test_a_store_against_a_source(clip, digits, tmp_path):
     json.dumps(found)
 
 
+@pytest.mark.heavy
 def test_what_is_missing_shows(clip, digits):
     """Held-out digits are at the floor; without one class recall and coverage fall but not
     precision; and noise is far from everything."""

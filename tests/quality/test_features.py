@@ -168,6 +168,7 @@ class TestInception:
             found = inception_transform(image, resize=resize, size=15)
             np.testing.assert_allclose(found, expected, atol=1e-6)
 
+    @pytest.mark.heavy
     def test_features_match_torch_from_pixels(self, inception_file):
         """uint8 images of 64 x 48 to features at 299, by pytorch-fid's protocol."""
         torch = pytest.importorskip("torch")

@@ -49,6 +49,7 @@ def in_torch(pixels):
         return Net()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
+@pytest.mark.heavy
 def test_functions_of_every_library_get_the_same_metrics():
     given = {
         "ood": {"noise": STRANGE}, "shifted": {"half": (IMAGES[:8] / 2, LABELS[:8])},
@@ -155,6 +156,7 @@ def test_every_name_is_there_and_none_is_loaded_before_it_is_used():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.heavy
 def test_the_readme_does_what_it_says(capsys):
     path = Path(jaxsynth.robustness.__file__).with_name("README.md")
     snippets = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.S)

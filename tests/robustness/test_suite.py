@@ -75,6 +75,7 @@ def some(answers, *parts):
     return {name: x for name, x in answers.items() if name.split("/")[0] in parts}
 
 
+@pytest.mark.heavy
 def test_a_table_needs_the_answers_only(answers, sets, key, tmp_path):
     suite.save_answers(tmp_path / "hue.npz", answers["hue"])
     stored = suite.load_answers(tmp_path / "hue.npz")

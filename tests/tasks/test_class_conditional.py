@@ -128,6 +128,7 @@ def test_latents_of_images_and_of_their_mirror_images(base_folder, tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
 
 
+@pytest.mark.heavy
 def test_training_lowers_the_error_and_leaves_the_base_alone(base, tmp_path):
     start, latents = affined(base), drawn(1, 12, views=2)
     before, frozen = values(base), values(start, nnx.Not(Trainable))
@@ -159,6 +160,7 @@ def test_a_whole_network_trained_in_place_leaves_its_start_alone(base, tmp_path)
     assert changed == before.keys()
 
 
+@pytest.mark.heavy
 def test_the_average_is_what_training_returns(base, tmp_path):
     """Of the parameters after each step, without a share of the start."""
     start, latents = affined(base), drawn(1, 6)
@@ -188,6 +190,7 @@ def starts(base) -> list[DiT]:
     return [affined(base, seed) for seed in range(3)]
 
 
+@pytest.mark.heavy
 def test_sets_trained_together_equal_those_trained_apart(starts, sets, tmp_path):
     folder = tmp_path / "together"
     together = adapt_each(starts, sets, SCHEDULE, GENTLE, folder, seed=5)
@@ -210,6 +213,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("each", [False, True])
 def test_a_resumed_training_is_bit_identical(starts, sets, tmp_path, monkeypatch, each):
     config = dataclasses.replace(
@@ -346,6 +350,7 @@ def sharded_smalls(monkeypatch):
     monkeypatch.setattr(sharding.shardings_for, "__kwdefaults__", {"min_size": 16})
 
 
+@pytest.mark.heavy
 def test_devices_train_what_one_does(starts, sets, tmp_path, sharded_smalls):
     config = dataclasses.replace(GENTLE, steps=3, ema_decay=0.5)
     one = adapt(starts[1], sets[1], SCHEDULE, config, tmp_path / "one", seed=5)
@@ -355,6 +360,7 @@ def test_devices_train_what_one_does(starts, sets, tmp_path, sharded_smalls):
     same(values(many, nnx.Not(Trainable)), values(one, nnx.Not(Trainable)))
 
 
+@pytest.mark.heavy
 def test_devices_train_many_sets(starts, sets, tmp_path, sharded_smalls):
     """Three sets on two parts of the data axis: the stack is filled up."""
     config = dataclasses.replace(GENTLE, steps=3)
@@ -366,6 +372,7 @@ def test_devices_train_many_sets(starts, sets, tmp_path, sharded_smalls):
         assert distance(found, expected, start) < 1e-5
 
 
+@pytest.mark.heavy
 def test_a_plan_needs_what_training_needs(starts, sets, tmp_path, monkeypatch):
     """Compiled from shapes alone, the program is that of the run: its bytes are the same."""
     mesh = make_mesh(data=2, fsdp=4)

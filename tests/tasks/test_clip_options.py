@@ -138,6 +138,7 @@ def loss_of(clip, changes):
     return float(value), expected
 
 
+@pytest.mark.heavy
 def test_each_options_loss_is_its_formula(clip):
     found = {name: loss_of(clip, changes) for name, changes in OPTIONS.items()}
     found["all"] = loss_of(clip, ALL)
@@ -164,6 +165,7 @@ def runs(clip, tmp_path_factory):
     return found
 
 
+@pytest.mark.heavy
 def test_each_option_trains_and_answers(runs, clip):
     answers = {name: predict(clip, model, PROMPTS, source(5)) for name, (model, _) in runs.items()}
     for name, logits in answers.items():
@@ -215,6 +217,7 @@ def test_validation_chooses_the_share_of_the_visual_head(runs, clip):
     assert float(runs["visual head"][0].visual_head.share[...]) == 0.5
 
 
+@pytest.mark.heavy
 def test_all_options_on_devices_and_after_a_kill(runs, clip, tmp_path, monkeypatch):
     """Eight devices begin with one's loss; a killed training ends with the same bits."""
     config = dataclasses.replace(PLAIN, **ALL, checkpoint_every=1)

@@ -187,6 +187,7 @@ def test_images_of_the_base_have_no_condition():
     np.testing.assert_array_equal(seen[0][:2], as_fractions(latents.condition[:, 0]))
 
 
+@pytest.mark.heavy
 def test_a_learnt_condition_is_used(base, tmp_path):
     """The error with an image's own condition is far below that with another's, or with none."""
     train, test = steered(64, 0), steered(32, 1)
@@ -241,6 +242,7 @@ def test_a_batch_mixes_condition_tasks_of_equal_channels(base, vae):
     assert np.abs(routed.latents(NUMBERS, INDICES) - mixed).min(axis=0).max() > 0.01
 
 
+@pytest.mark.heavy
 def test_guidance_leaves_the_condition_to_both_branches(base, vae):
     """A new class is like none at the start, so only another condition could tell them apart."""
     model = conditional(base)

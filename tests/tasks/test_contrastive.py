@@ -119,6 +119,7 @@ def test_a_teacher_needs_an_average(pool, tmp_path):
         train(task, of("stablerep"), tmp_path)
 
 
+@pytest.mark.heavy
 def test_the_teacher_is_the_debiased_average(pool, tmp_path):
     """With a decay near 0 the teacher is the student one update before."""
     config = of("synclr", steps=1)

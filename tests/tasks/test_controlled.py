@@ -147,6 +147,7 @@ def trained(pipeline, triples, schedule, tmp_path_factory):
     return found
 
 
+@pytest.mark.heavy
 @WAYS
 def test_training_changes_what_is_trainable_and_lowers_the_error(
     pipeline, triples, schedule, trained, way
@@ -301,6 +302,7 @@ def test_both_ways_go_to_diffusers(pipeline, triples, trained, tmp_path):
     )
 
 
+@pytest.mark.heavy
 def test_drawing_follows_the_condition_and_not_the_batch(pipeline, scenes, masks, trained):
     model, _ = trained[by_adapters]
     config = GenerateConfig(num_inference_steps=3, batch_size=4, guidance_scale=2.0)

@@ -168,6 +168,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", TABLE)
 def test_techniques_learn_resume_and_use_devices(
     pipeline, encoder, modules, tmp_path, monkeypatch, name
@@ -205,6 +206,7 @@ def test_techniques_learn_resume_and_use_devices(
         np.testing.assert_allclose(many[path], value, atol=2e-4 * change, err_msg=path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("weight", [0.7, 0.0])
 def test_dreambooth_loss_is_the_sum_of_two_terms(pipeline, gamma, weight):
@@ -362,6 +364,7 @@ def test_a_word_and_its_adapter_are_kept_and_read_together(pipeline, tmp_path):
         np.testing.assert_array_equal(value, shifted[path])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", TABLE)
 def test_a_plan_is_the_program_that_runs(base_folder, pipeline, encoder, modules, name):
     config, task = task_of(pipeline, name, encoder, modules)

@@ -87,6 +87,7 @@ def learned(model) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(nnx.state(model, Trainable))])
 
 
+@pytest.mark.heavy
 def test_a_step_moves_both_networks_by_their_losses(networks, pairs):
     """The second network is judged by the first one's new values, as in the authors' code."""
     config = replace(CONFIG, loss="vanilla", discriminator_rate=0.05, batch_size=3)
@@ -130,6 +131,7 @@ def test_a_step_moves_both_networks_by_their_losses(networks, pairs):
         assert np.mean(np.abs(learned(found) - values) < 1e-4) > 0.98
 
 
+@pytest.mark.heavy
 def test_concepts_together_learn_what_each_learns_alone(networks, pairs):
     config = replace(CONFIG, discriminator_rate=0.0, batch_size=2)
     start, judge = one_start(networks), networks[1]
@@ -147,6 +149,7 @@ def test_concepts_together_learn_what_each_learns_alone(networks, pairs):
     assert np.abs(third - learned(start)).max() > 1e-3
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)], ids=["data", "all"])
 @pytest.mark.parametrize("batches", ["mixed", "each"])
 def test_a_mesh_gives_what_one_device_gives(networks, pairs, batches, data, fsdp, tensor):
@@ -170,6 +173,7 @@ def test_a_mesh_gives_what_one_device_gives(networks, pairs, batches, data, fsdp
     assert moved > 1e-4
 
 
+@pytest.mark.heavy
 def test_the_plan_is_of_the_program_that_runs(networks, pairs):
     mesh = make_mesh(2, devices=jax.devices()[:2])
     whole = training_data(pairs.select([0, 1]))
@@ -195,6 +199,7 @@ def test_the_plan_is_of_the_program_that_runs(networks, pairs):
     assert planned == real and planned.bytes > 0
 
 
+@pytest.mark.heavy
 def test_shared_parts_make_weights_follow_from_texts(networks, pairs, tmp_path):
     """Concepts with one feature in common and one each without: parts add up, and are learnt."""
     features = np.array([[1, 0], [1, 1], [0, 1]], np.float32)
@@ -240,6 +245,7 @@ def test_the_base_learns_its_concepts_by_their_texts(networks, base, pairs):
     assert not jax.tree.leaves(nnx.state(base[0], Trainable))
 
 
+@pytest.mark.heavy
 def test_adapters_of_many_concepts_and_their_late_checkpoints(base, pairs, tmp_path):
     model = adapted(base[0], LORA, jax.random.key(7))
     make = partial(train_together, model, base[1], pairs, CONFIG, tmp_path, seed=0)
@@ -264,6 +270,7 @@ def test_adapters_of_many_concepts_and_their_late_checkpoints(base, pairs, tmp_p
         make(checkpoints=5, every=20)
 
 
+@pytest.mark.heavy
 def test_concepts_over_devices_learn_the_same(base, pairs, tmp_path):
     """Three concepts on two devices: the last one is trained twice, and given once."""
     model = adapted(base[0], LORA, jax.random.key(7))

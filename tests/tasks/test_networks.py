@@ -92,6 +92,7 @@ def test_statistics_of_several_batches_are_those_of_all_their_images(resnet):
     assert all(map(np.array_equal, statistics_of(back).values(), both.values()))
 
 
+@pytest.mark.heavy
 def test_a_residual_network_trains_in_a_stack_and_is_used_settled(tmp_path):
     labels = np.arange(16) % 2
     images = np.random.default_rng(0).integers(0, 60, (16, 32, 32, 3))

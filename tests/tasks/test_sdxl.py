@@ -75,6 +75,7 @@ def test_sizes_are_those_of_the_crops(pipeline, examples, images):
     assert other.mean.shape[2:4] == (8, 8) and (other.sizes[..., 4:] == 16).all()
 
 
+@pytest.mark.heavy
 def test_loss_is_that_of_diffusers(pipeline, examples, sdxl_folder):
     oracle = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False)
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
@@ -112,6 +113,7 @@ def test_a_plan_is_the_program_that_runs(pipeline, sdxl_folder, examples):
     assert plans[0] == plans[1]
 
 
+@pytest.mark.heavy
 def test_diffusers_draws_the_same_with_a_lora_of_all_networks(pipeline, sdxl_folder, tmp_path):
     model = adapted(pipeline, CONFIG, jax.random.key(0))
     state = randomised(extract(model), 1)
@@ -169,6 +171,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", TABLE)
 def test_techniques_learn_and_keep_what_they_learned(pipeline, base_folder, images, tmp_path, name):
     config = TECHNIQUES[name](steps=2, batch_size=2, learning_rate=1e-2, **SETTINGS[name])
@@ -230,6 +233,7 @@ def test_techniques_learn_and_keep_what_they_learned(pipeline, base_folder, imag
         assert found.shape == (2, 1, 8, 8, 3)
 
 
+@pytest.mark.heavy
 def test_captions_left_out_are_zeros_where_generation_has_zeros(pipeline, images):
     config = CaptionConfig(steps=2, batch_size=2, caption_dropout=0.5, text_targets=(), rank=2)
     told = encode_told(pipeline, images, [("zero",), ("one",)], crops=1, seed=0)

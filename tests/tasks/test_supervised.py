@@ -60,6 +60,7 @@ def test_the_loss_is_torchs():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.heavy
 def test_points_of_several_sizes_train_together_as_they_do_alone(pool, tmp_path):
     views = [view(range(4)), view(range(24)), view(range(0, 24, 2), 2.0)]
     tasks = supervised_tasks(pool, views, NETWORK, CONFIG, seeds=(0, 0, 1), num_classes=2)
@@ -75,6 +76,7 @@ def test_points_of_several_sizes_train_together_as_they_do_alone(pool, tmp_path)
     assert not np.allclose(logits_of(together[0], pool.images), logits_of(together[1], pool.images))
 
 
+@pytest.mark.heavy
 def test_a_view_sees_its_own_rows_alone_and_weights_scale_nothing_but_shares(pool):
     views = [view(range(4)), view(range(4, 24), 3.0)]
     tasks = supervised_tasks(pool, views, NETWORK, CONFIG, seeds=(0, 0), num_classes=2)
@@ -107,6 +109,7 @@ def test_it_learns_and_pixels_predict(pool, tmp_path):
     )
 
 
+@pytest.mark.heavy
 def test_a_point_that_is_not_finite_is_left_out_and_the_others_are_as_if_it_never_was(
     pool, tmp_path
 ):

@@ -130,6 +130,7 @@ def test_an_epoch_shows_every_image_once_in_a_fresh_order():
     assert all(np.bincount(x).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3]) for x in small)
 
 
+@pytest.mark.heavy
 def test_only_the_adapter_changes_and_the_loss_falls(pipeline, examples, tmp_path):
     before = jax.tree.map(np.asarray, nnx.state((pipeline.unet, pipeline.text_encoder)))
     one = examples.select(np.zeros(8, int))
@@ -153,6 +154,7 @@ def together(pipeline, by_class, tmp_path_factory):
     return finetune_each(pipeline, by_class, CONFIG, folder, seed=5), folder
 
 
+@pytest.mark.heavy
 def test_adapters_trained_together_equal_those_trained_apart(
     pipeline, by_class, together, tmp_path
 ):
@@ -174,6 +176,7 @@ def sharded_smalls(monkeypatch):
     monkeypatch.setattr(sharding.shardings_for, "__kwdefaults__", {"min_size": 16})
 
 
+@pytest.mark.heavy
 def test_devices_train_what_one_does(pipeline, by_class, together, tmp_path, sharded_smalls):
     mesh = make_mesh(data=2, fsdp=4)
     many = finetune(pipeline, by_class[0], CONFIG, tmp_path, seed=5, mesh=mesh)
@@ -182,6 +185,7 @@ def test_devices_train_what_one_does(pipeline, by_class, together, tmp_path, sha
     close(many, together[0][0])
 
 
+@pytest.mark.heavy
 def test_devices_train_many_adapters(pipeline, by_class, together, tmp_path, sharded_smalls):
     """Three adapters on eight devices: the stack is filled up."""
     found = finetune_each(
@@ -202,6 +206,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("each", [False, True])
 def test_a_resumed_training_is_bit_identical(pipeline, by_class, tmp_path, monkeypatch, each):
     config = dataclasses.replace(CONFIG, checkpoint_every=2)
@@ -230,6 +235,7 @@ def test_a_resumed_training_is_bit_identical(pipeline, by_class, tmp_path, monke
         same(found, expected)
 
 
+@pytest.mark.heavy
 def test_without_text_targets_the_text_states_are_cached(pipeline, examples, tmp_path):
     """The cached states give what encoding them in every step does."""
     config = dataclasses.replace(CONFIG, text_targets=(), steps=3)
@@ -274,6 +280,7 @@ def peer(base_folder, strong, tmp_path_factory):
     return pipe
 
 
+@pytest.mark.heavy
 def test_diffusers_computes_the_same_with_the_adapter(pipeline, strong, peer):
     model = TextToImage(pipeline.unet, pipeline.text_encoder)
     ids = pipeline.tokenizer(list(PROMPTS[:2]))
@@ -363,6 +370,7 @@ def test_a_second_training_of_one_shape_compiles_nothing(pipeline, by_class, tmp
     assert loop._program.cache_info().misses == built
 
 
+@pytest.mark.heavy
 def test_rates_by_pattern(pipeline, by_class, tmp_path):
     """A factor of 0 leaves a network as it was; a pattern that matches nothing is refused."""
     still = dataclasses.replace(CONFIG, rates=(("text_encoder", 0.0),), weight_decay=0.0)
@@ -407,6 +415,7 @@ def test_images_of_a_training_are_written_on_a_schedule(pipeline, by_class, tmp_
     assert files[0] == "0000002.png" and len(files) == len(seen) == -(-CONFIG.steps // 2)
 
 
+@pytest.mark.heavy
 def test_a_plan_is_the_program_that_runs(pipeline, by_class):
     """The planned memory is what the compiler says of the program with its arrays in place."""
     mesh = make_mesh(data=4, fsdp=2)

@@ -76,6 +76,7 @@ def learnt(tmp_path_factory) -> WeightUNet:
     return train(model, drawn(), CONFIG, tmp_path_factory.mktemp("heart"), seed=0)
 
 
+@pytest.mark.heavy
 def test_eight_concepts_are_learnt_by_heart(learnt, key):
     data, schedule = drawn(), CONFIG.noise_schedule()
     context = jnp.asarray(data.context[:, 0])
@@ -205,6 +206,7 @@ def values(model) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(nnx.state(model))])
 
 
+@pytest.mark.heavy
 def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     start = WeightUNet(NETWORK, rngs=nnx.Rngs(1))
     whole = train(start, drawn(), SHORT, tmp_path / "whole", seed=3)
@@ -218,6 +220,7 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     np.testing.assert_array_equal(values(resumed), values(whole))
 
 
+@pytest.mark.heavy
 def test_a_mesh_gives_what_one_device_gives(tmp_path):
     """Five concepts, so that those over the devices are filled up."""
     start, own = WeightUNet(NETWORK, rngs=nnx.Rngs(1)), drawn()
@@ -237,6 +240,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         train(start, drawn(), config, tmp_path, seed=3, mesh=make_mesh())
 
 
+@pytest.mark.heavy
 def test_the_plan_is_of_the_program_that_runs():
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     data, model = drawn().arrays(), WeightUNet(NETWORK, rngs=nnx.Rngs(1))

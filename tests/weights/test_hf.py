@@ -218,6 +218,7 @@ def test_pipeline_of_ours_loads_in_diffusers(pipeline_folder, tmp_path):
     assert image.shape == (1, 8, 8, 3) and np.isfinite(image).all()
 
 
+@pytest.mark.heavy
 def test_pipeline_from_scratch_loads_in_diffusers(tokenizer_folder, tmp_path):
     """Nothing in a folder may depend on a config that came from the peers."""
     rngs = nnx.Rngs(0)

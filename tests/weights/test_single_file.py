@@ -156,6 +156,7 @@ def test_a_file_is_the_same_pipeline_as_its_folder(folders, files, tmp_path, nam
     assert file.digest and file.digest != ours.digest
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [*FAMILIES, "tiny"])
 def test_a_folder_comes_back_from_its_file(folders, tmp_path, name):
     """Also one whose heads, groups and schedule no other program would guess."""

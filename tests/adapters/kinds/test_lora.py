@@ -56,6 +56,7 @@ def to_torch(value):
     return value.T if value.ndim == 2 else jnp.transpose(value, (3, 2, 0, 1))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_forward_gradient_and_merged_weights_equal_peft(images, use_rslora):
     adapted, wrapped = pair(replace(CONFIG, use_rslora=use_rslora))

@@ -51,6 +51,7 @@ def test_a_scene_is_of_its_front_shape():
         assert set(front) == {1 + data.train[index].label} and len(set(labels.ravel())) >= 2
 
 
+@pytest.mark.heavy
 def test_faces_know_their_people_and_keypoints():
     """Ten pictures a person on all backgrounds; the people of the test are others."""
     data = load_dataset(DataConfig(source="builtin", name="faces", images_per_class=5))

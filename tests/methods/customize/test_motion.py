@@ -72,6 +72,7 @@ def of_diffusers(unet, inputs):
     return found.permute(0, 2, 3, 4, 1).numpy()
 
 
+@pytest.mark.heavy
 def test_untrained_modules_are_the_base_exactly(pipeline, inputs, denoise):
     _, model = prepared(MODULES, "", pipeline, jax.random.key(0))
     clips, t, text = inputs
@@ -83,6 +84,7 @@ def test_untrained_modules_are_the_base_exactly(pipeline, inputs, denoise):
     assert np.abs(np.asarray(denoise(learned(model, 1), *inputs)) - found).max() > 0.01
 
 
+@pytest.mark.heavy
 def test_trained_files_give_the_same_output_in_diffusers(
     pipeline, base_folder, inputs, denoise, tmp_path
 ):
@@ -117,6 +119,7 @@ def test_trained_files_give_the_same_output_in_diffusers(
         np.testing.assert_allclose(np.asarray(found).reshape(after.shape), after, atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_a_domain_adapter_is_in_the_base_and_does_not_learn(pipeline, inputs, denoise):
     config = LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))
     networks = registry.add(pipeline.networks, config, rngs=jax.random.key(0))

@@ -25,6 +25,7 @@ from tests.methods.small_base import write_classifier
 from tests.weights.networks.test_classifiers import CASES, peer, write_preprocessing
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_begins_with_its_checkpoint_and_a_new_head(name, tmp_path):
     module, size = peer(name)
@@ -51,6 +52,7 @@ def test_every_family_begins_with_its_checkpoint_and_a_new_head(name, tmp_path):
     assert logits.shape == (2, 3)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_student_learns_from_shots_and_images(streamed, base_folder, tmp_path):
     student = write_classifier(tmp_path / "student")

@@ -109,6 +109,7 @@ def missed(blocks, truth) -> float:
     return float(np.mean(shares))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("how", [{}, {"steps": 3}])
 def test_eight_concepts_become_their_adapters(generator, baselines, how):
     found = generator(PROMPTS, seed=5, **how)
@@ -139,6 +140,7 @@ def test_plain_predictors(baselines, collection, read):
     assert not baselines.left_out("ridge")[:, ~LAYOUT.mask].any()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", PRIORS)
 def test_a_generator_adds_to_its_prior(collection, read, baselines, tmp_path, kind):
     config = dataclasses.replace(UNTRAINED, residual=kind, guard=0.0)

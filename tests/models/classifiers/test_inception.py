@@ -39,6 +39,7 @@ def model(folder):
     return load_inception(folder)[0]
 
 
+@pytest.mark.heavy
 def test_features_match_torch(peer, model):
     # Small, but the last blocks still see 2 x 3 pixels: at one pixel their pools are all alike.
     images = np.random.default_rng(0).uniform(-1, 1, (2, 107, 139, 3)).astype(np.float32)

@@ -183,6 +183,7 @@ def controlled_torch(controlnet, unet, sample, timesteps, text, condition, **opt
     return [nhwc(x) for x in down], nhwc(mid), nhwc(out)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -232,6 +233,7 @@ def test_embedding_for_a_factor():
             embedding_channels(factor)
 
 
+@pytest.mark.heavy
 def test_a_new_controlnet_changes_nothing():
     _, _, _, unet = build("tiny")
     config = ControlNetConfig.from_dict(TINY)

@@ -66,6 +66,7 @@ class PerFrame(torch.nn.Module):
         return self.norm(apart).reshape(batch, frames, channels, *size).transpose(1, 2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("middle", "joint"), [(True, True), (False, False)])
 def test_the_denoiser_is_that_of_diffusers(unets, inputs, tmp_path, middle, joint):
     adapter = randomise(diffusers.MotionAdapter(**MOTION, use_motion_mid_block=middle), 1)
@@ -88,6 +89,7 @@ def test_the_denoiser_is_that_of_diffusers(unets, inputs, tmp_path, middle, join
     assert relative_error(call(unets[1], *inputs), expected) > 1e-2
 
 
+@pytest.mark.heavy
 def test_fresh_modules_and_scale_0_are_the_base(unets, inputs):
     base, config = call(unets[1], *inputs), MotionConfig.from_dict(MOTION)
     fresh = MotionModules(config, rngs=nnx.Rngs(0))
@@ -117,6 +119,7 @@ def test_frames_see_the_others_of_their_animation_alone(unets, inputs):
     assert relative_error(call(moving, x[order], *rest)[order], call(moving, x, *rest)) > 1e-3
 
 
+@pytest.mark.heavy
 def test_more_frames_than_places_are_drawn_in_windows(unets, inputs):
     """Each window by itself, and the mean of what they say of a frame that they share."""
     assert windows(28, 16).tolist() == [list(range(16)), list(range(12, 28))]

@@ -185,6 +185,7 @@ def apply_torch(model, sample, timesteps, text, **residuals):
         )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("settings", "size"),
     [
@@ -211,6 +212,7 @@ def test_same_as_diffusers(settings, size):
             model(*arguments, text_embeds=more["text_embeds"], time_ids=more["time_ids"][:, :5])
 
 
+@pytest.mark.heavy
 def test_control_residuals_same_as_diffusers():
     reference, model = build(tiny())
     arguments = inputs(model.config)
@@ -235,6 +237,7 @@ def test_control_residuals_same_as_diffusers():
         model(*arguments, down_block_additional_residuals=down[:3])
 
 
+@pytest.mark.heavy
 def test_gradients_same_as_diffusers():
     """Kernel and input gradients take their own route on CPU, so they are compared too."""
     reference, model = build(tiny())
@@ -320,6 +323,7 @@ def test_config_errors_name_the_field(change, message):
         UNet2DConditionConfig.from_dict(tiny(**change))
 
 
+@pytest.mark.heavy
 def test_recomputing_blocks_changes_neither_output_nor_gradients(key):
     config = UNet2DConditionConfig(
         sample_size=4,

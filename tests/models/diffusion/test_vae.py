@@ -37,6 +37,7 @@ def tiny(levels: int, **changes) -> dict:
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "config",
     [

@@ -61,6 +61,7 @@ def test_each_value_sees_the_whole_block(model, inputs):
     assert (reach > 0).all()
 
 
+@pytest.mark.heavy
 def test_gradients_reach_every_parameter(model, inputs):
     graphdef, state = nnx.split(model)
 

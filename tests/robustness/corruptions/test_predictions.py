@@ -78,6 +78,7 @@ def values(found):
     return {name: float(evaluate(x.figure, x.count)) for name, x in found.items()}
 
 
+@pytest.mark.heavy
 def test_accuracy_falls_with_severity(answers):
     found = by_severity(answers)
     assert tuple(found) == ASKED

@@ -172,6 +172,7 @@ ATTENTION = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_p
 OTHER = {"unet": ("ff.net.2", "conv2"), "text_encoder": ("fc1", "fc2")}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("targets", [None, ATTENTION, OTHER], ids=["both", "attention", "other"])
 def test_diffusers_loads_ours(unet, text_encoder, tmp_path, targets):
     configs = {"unet": UNET_LORA, "text_encoder": TEXT_LORA}
@@ -357,6 +358,7 @@ def test_dora_both_ways_with_peft(tmp_path):
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
 
 
+@pytest.mark.heavy
 def test_diffusers_loads_our_dora(unet, tmp_path):
     config = replace(UNET_LORA, decompose="output")
     state = random_state(unet, config)

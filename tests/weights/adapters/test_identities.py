@@ -32,6 +32,7 @@ def folders(bases, tmp_path_factory):
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_what_is_written_is_read_again(bases, folders, tmp_path, name):
     """As .bin and as .safetensors; the numbers in the file are those of down, up and middle."""
@@ -70,6 +71,7 @@ def test_an_instantid_of_another_base_is_named(bases, folders):
         assert "\n" not in str(error.value) and str(folders[own]) in str(error.value)
 
 
+@pytest.mark.heavy
 def test_what_is_no_instantid_for_this_base_is_named(bases, folders, tmp_path):
     unet = bases["sd"]
 

@@ -181,6 +181,7 @@ def test_an_untrained_adapter_starts_from_the_text_s_kernels(pipeline):
         np.testing.assert_array_equal(adapter.kernels[path][1], layer.to_v.kernel[...])
 
 
+@pytest.mark.heavy
 def test_images_are_those_of_diffusers(pipeline, base_folder, tmp_path):
     """Guided away from the tokens of no image; on two devices the same."""
     adapter = random_adapter(pipeline.unet, "ip_adapter")

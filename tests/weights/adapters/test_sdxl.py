@@ -98,6 +98,7 @@ def agree(module: torch.nn.Module, expected: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(own, value, atol=2e-5, err_msg=key)
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("to", [name for name in FILE_FORMATS if name != "a1111"])
 def test_every_format_is_written_and_read(sdxl_folder, networks, states, merged, tmp_path, to):
