@@ -72,10 +72,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Heavy tests are slow ones, before `-m` chooses."""
+    """Heavy tests are slow ones, before `-m` chooses; the longest files begin."""
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
+    # A file is one process's: begun last, it would leave the other cores idle.
+    items.sort(key=lambda item: item.get_closest_marker("multiprocess") is None)
 
 
 @pytest.hookimpl(tryfirst=True)

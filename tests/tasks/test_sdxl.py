@@ -11,17 +11,27 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from flax import nnx
 
-from jaxsynth.adapters.inject import AdapterState, extract, load_state, trainable_variables
+from jaxsynth.adapters.inject import (
+    AdapterState,
+    extract,
+    load_state,
+    merge,
+    trainable_variables,
+)
 from jaxsynth.data.faces import Faces
 from jaxsynth.data.sources.arrays import Cached
+from jaxsynth.data.sources.clips import ClipArrays
 from jaxsynth.diffusion.noising import drawn_crops, sample_noise
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.generation.generate import GenerateConfig, sample_images
 from jaxsynth.methods.customize.config import TECHNIQUES
+from jaxsynth.methods.customize.motion import learned_modules, load_motion
 from jaxsynth.methods.customize.techniques import load, prepared, save
 from jaxsynth.models.diffusion.image_prompt import adapter_of
+from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.models.diffusion.text_to_image import encode_texts
 from jaxsynth.tasks.customize import CaptionConfig, ToldBatches, customize_task, encode_told
+from jaxsynth.tasks.motion import ClipConfig
 from jaxsynth.tasks.text_to_image import (
     FinetuneConfig,
     adapted,
@@ -37,6 +47,7 @@ from jaxsynth.weights.adapters.image_prompts import read_image_adapter
 from jaxsynth.weights.hf import describe_pipeline, load_pipeline
 from jaxsynth.weights.image_encoder import load_image_encoder
 from tests.adapters.nets import randomised
+from tests.methods.small_base import random_network
 from tests.models.torch_parity import relative_error
 
 CONFIG = FinetuneConfig(epochs=0, steps=2, batch_size=2, rank=2, warmup_steps=0)
@@ -156,12 +167,15 @@ SETTINGS = {
     "lora": {"caption_dropout": 0.5, "text_targets": (), "rank": 2},
     "ip_adapter": {"drop_text": 0.5},
     "instantid": {"drop_text": 0.5, "queries": 2, "depth": 1, "hidden": 64},
+    "animatediff": {"frames": 3, "stride": 1, "version": "v1"},
+    "motion_lora": {"frames": 3, "stride": 1, "rank": 2},
 }  # fmt: skip
 ENCODERS = {"text_encoder", "text_encoder_2"}
 MOVED = {
     "textual_inversion": ENCODERS, "dreambooth": {"unet", *ENCODERS}, "lora": {"unet"},
     "ip_adapter": {"unet", "image_projections"},
-    "instantid": {"unet", "image_projections", "identity_net"},
+    "instantid": {"unet", "image_projections", "identity_net"}, "animatediff": {"unet"},
+    "motion_lora": {"unet"},
 }  # fmt: skip
 
 
@@ -180,11 +194,18 @@ def test_techniques_learn_and_keep_what_they_learned(pipeline, base_folder, imag
         encoder = load_image_encoder(str(base_folder / "clip"))
     elif name == "instantid":
         encoder = FACES
-    own, model = prepared(config, "three", pipeline, jax.random.key(0), encoder)
+    clips = config if isinstance(config, ClipConfig) else None
+    modules = None
+    if name == "motion_lora":
+        modules = random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4, 4), 1)
+    own, model = prepared(config, "three", pipeline, jax.random.key(0), encoder, modules)
     named = name in ("textual_inversion", "dreambooth")
     texts = [("<sks>" if named else "zero",)] * 2
     see = partial(encoder, of_patches=False) if name == "ip_adapter" else None
-    told = encode_told(own, images, texts, crops=1, seed=0, encoder=see)
+    if clips is not None:
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 8, 3), dtype=np.uint8)
+        images = ClipArrays(pixels, np.zeros(2, np.int32), ["0", "1"], ["", ""])
+    told = encode_told(own, images, texts, crops=1, seed=0, encoder=see, clips=clips)
     if name == "instantid":
         told = dataclasses.replace(
             told, images=FACES.embeddings[:, None], absent=np.zeros((1, 6), np.float32),
@@ -197,7 +218,17 @@ def test_techniques_learn_and_keep_what_they_learned(pipeline, base_folder, imag
     after = {k: np.asarray(v.get_value()) for k, v in trainable_variables(trained).items()}
     moved = {k.split(".")[0] for k, value in after.items() if not np.array_equal(value, before[k])}
     assert moved == MOVED[name]
-    save(tmp_path / "kept", config, own, trained)
+    save(tmp_path / "kept", config, own, trained, modules)
+    if clips is not None:
+        again = load_motion(tmp_path / "kept", own, modules)
+        learned = learned_modules(config, own, trained, modules)
+        if modules is not None:
+            learned = merge(learned)
+        for one, other in zip(
+            *(jax.tree.leaves(nnx.state(x)) for x in (again, learned)), strict=True
+        ):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+        return
     if name in ("ip_adapter", "instantid"):
         again, learned = read_image_adapter(tmp_path / "kept", pipeline.unet), adapter_of(trained)
         if name == "instantid":
