@@ -77,7 +77,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
     # A file is one process's: begun last, it would leave the other cores idle.
-    items.sort(key=lambda item: item.get_closest_marker("multiprocess") is None)
+    items.sort(key=lambda item: not _is_long(item))
+
+
+def _is_long(item: pytest.Item) -> bool:
+    module = item.getparent(pytest.Module)
+    return module is not None and any(mark.name == "multiprocess" for mark in module.own_markers)
 
 
 @pytest.hookimpl(tryfirst=True)
