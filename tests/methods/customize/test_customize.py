@@ -173,7 +173,7 @@ def test_motion_is_learned_drawn_and_measured(base_folder, tmp_path, capfd):
     ]  # fmt: skip
     assert cli.main(argv) == 0
     assert (out / "00000-000.gif").is_file()
-    assert cli.main(arguments(base_folder, tmp_path / "x", "motion_lora", "motion=nowhere")) == 1
+    assert cli.main(arguments(base_folder, tmp_path / "x", "motion_lora", "motion=nowhere")) == 2
     assert "nowhere" in capfd.readouterr().err
 
 
