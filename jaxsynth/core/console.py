@@ -79,7 +79,8 @@ def progress(
     """Show progress while the block runs; `start` items were done by an earlier process."""
     out = console if out is None else out
     ticker = Ticker(description, total, start, out)
-    if not out.is_terminal or out.quiet:
+    # Of a dumb terminal no line can be drawn again.
+    if not out.is_terminal or out.is_dumb_terminal or out.quiet:
         yield ticker
         return
     columns = (

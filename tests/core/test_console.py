@@ -37,11 +37,23 @@ def test_a_log_file_gets_a_plain_line_now_and_then(monkeypatch):
     ]
 
 
-def test_a_terminal_gets_a_bar():
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     out = Console(file=io.StringIO(), force_terminal=True, width=120)
     with progress("draw", 10, out=out) as bar:
         bar.update(10, "done")
     assert "10/10" in out.file.getvalue()
+
+
+def test_a_terminal_that_cannot_go_back_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    out = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with progress("draw", 10, out=out) as bar:
+        now[0] += 60
+        bar.update(5, "done")
+    assert "draw: 5/10" in out.file.getvalue()
 
 
 def test_a_stage_leaves_one_line():
