@@ -4,7 +4,7 @@
 
 Variants:
 - `tiny`: scikit-learn's handwritten digits, the shipped 32x32 base, one seed, 16 shots: what
-  `launch/demo.sh` runs, in seven to eleven minutes on two CPU cores. With
+  `launch/demo.sh` runs, in five to eleven minutes on two CPU cores. With
   `--config.data.path=photos/` your own photos take the place of the digits.
 - `digits`: the paper's claims at that scale: 1, 4 and 16 shots, three seeds, `dset` and `cls`.
 - `photos`: the same for four photo classes that the base never saw; give the CIFAR-10 photos by
