@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxsynth.core import signatures
 from jaxsynth.core.errors import UserError, quoted
+from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.rows import has_all_rows
 from jaxsynth.ops.resize import CropRounding, crop_start
 
@@ -241,3 +242,22 @@ def square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s
     if not size or image.shape[:2] == (size, size):
         return image
     return np.array(center_crop(resize_short(Image.fromarray(image), size), size))
+
+
+def squares(source: ImageSource, size: int) -> UInt8[np.ndarray, "n size size 3"]:
+    """Every image of a source, cut and resized to a square."""
+    return np.stack([square(source[i].image, size) for i in range(len(source))])
+
+
+def check_square(source: ImageSource, what: str) -> list[int]:
+    """The sides of square images; UserError naming one that is none, as its crops move `what`."""
+    sides = []
+    for i, id_ in enumerate(source.ids):
+        height, width = source[i].image.shape[:2]
+        if height != width:
+            raise UserError(
+                f"{id_}: {width}x{height} pixels, and {what} go with square images alone: they "
+                "would not follow the random crops of others"
+            )
+        sides.append(width)
+    return sides

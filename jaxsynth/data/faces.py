@@ -13,6 +13,7 @@ from jaxsynth.core.errors import UserError, shown
 from jaxsynth.core.io import replacing
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, ImageSource
+from jaxsynth.data.decode import check_square
 from jaxsynth.data.keypoints import draw_keypoints
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.views import Subset
@@ -118,27 +119,13 @@ def keypoint_pictures(
     source: ImageSource, keypoints: Float[np.ndarray, "n 5 2"], size: int
 ) -> UInt8[np.ndarray, "n size size 3"]:
     """The pictures of the keypoints of square images, at `size` pixels."""
-    sides = check_square(source)
+    sides = check_square(source, "keypoints")
     return np.stack(
         [
             draw_keypoints((points + 0.5) * size / side - 0.5, (size, size))
             for points, side in zip(keypoints, sides, strict=True)
         ]
     )
-
-
-def check_square(source: ImageSource) -> list[int]:
-    """The sides of square images; UserError naming one that is none, as its crops move its face."""
-    sides = []
-    for i, id_ in enumerate(source.ids):
-        height, width = source[i].image.shape[:2]
-        if height != width:
-            raise UserError(
-                f"{id_}: {width}x{height} pixels, and keypoints go with square images alone: they "
-                "would not follow the random crops of others"
-            )
-        sides.append(width)
-    return sides
 
 
 def _needed(source: ImageSource, name: str) -> np.ndarray:

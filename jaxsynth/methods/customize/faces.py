@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from jaxsynth.core.limits import Count, Positive, check_limits
 from jaxsynth.data.dataset import Dataset, ImageSource
-from jaxsynth.data.decode import square
+from jaxsynth.data.decode import squares
 from jaxsynth.data.faces import (
     FILE,
     Faces,
@@ -103,7 +103,7 @@ def _bytes(config: Recognizing, *, data: Dataset, **_: Any) -> int:
 @stage(processes="all", space=_bytes)
 def recognize(work: Work, config: Recognizing, *, data: Dataset) -> dict:
     """A face encoder that is trained on the people of the training images, and all faces by it."""
-    images, people = _pictures(data.train), people_of(data.train)
+    images, people = squares(data.train, _SIDE), people_of(data.train)
     names, labels = np.unique(people, return_inverse=True)
     own, network = config.encoder, config.encoder.network
     rows = np.arange(len(images))
@@ -125,7 +125,7 @@ def recognize(work: Work, config: Recognizing, *, data: Dataset) -> dict:
     encoder = load_face_encoder(work.folder / ENCODER)
     parts = (data.train, data.test)
     keypoints = np.concatenate([keypoints_of(part) for part in parts])
-    pictures = np.concatenate([images, _pictures(data.test)])
+    pictures = np.concatenate([images, squares(data.test, _SIDE)])
     ids = tuple(id_ for part in parts for id_ in part.ids)
     faces = Faces(ids, encoder(list(pictures), keypoints), keypoints)
     write_faces(work.folder / FILE, faces)
@@ -146,7 +146,7 @@ class Judge:
 
     def of_source(self, source: ImageSource) -> Float[np.ndarray, "n d"]:
         """Of every image of a source."""
-        pictures = list(_pictures(source))
+        pictures = list(squares(source, _SIDE))
         return self._encoder(pictures, np.zeros((len(pictures), 5, 2))) - self._mean
 
 
@@ -182,7 +182,3 @@ def _planned(config: FaceEncoderConfig, images: int, people: int):
     return planned_task(
         config.network, config.training, images=images, longest=images, num_classes=people
     )
-
-
-def _pictures(source: ImageSource) -> np.ndarray:
-    return np.stack([square(source[i].image, _SIDE) for i in range(len(source))])

@@ -22,7 +22,7 @@ Below the run's folder:
 import dataclasses
 from pathlib import Path
 
-from jaxsynth.data.faces import check_square
+from jaxsynth.data.decode import check_square
 from jaxsynth.methods.customize import films, stages
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.methods.customize.faces import Recognizing, recognize
@@ -72,7 +72,7 @@ def make(config: Config, workdir: Path) -> None:
         faces = face_source(config.faces)
         for source in (data.value.train, data.value.test):
             faces.value.of(source, config.faces)
-            check_square(source)
+            check_square(source, "keypoints")
     elif config.sees_images and not config.sees_faces:
         encoder = image_encoder_source(config.image_encoder or config.clip)
     keep_record(folder, config)

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsynth.adapters.inject import AdapterState
-from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digest, replacing, write_json
 from jaxsynth.data.conditions import as_fractions, source_conditions
 from jaxsynth.data.dataset import Dataset, ImageSource
+from jaxsynth.data.decode import check_square
 from jaxsynth.data.faces import Faces, keypoint_pictures
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.sources.captioned import captions
@@ -268,13 +268,7 @@ def _places(
     base: StableDiffusion, source: ImageSource, unmasked: float, folder: Path | None
 ) -> np.ndarray:
     """How much each position of the images' latents counts; UserError for one that is no square."""
-    for i, name in enumerate(source.ids):
-        height, width = source[i].image.shape[:2]
-        if height != width:
-            raise UserError(
-                f"{name}: {width}x{height} pixels, and masks go with square images alone: a mask "
-                "would not follow the random crops of others"
-            )
+    check_square(source, "masks")
     masks = source_conditions(source, "mask", base.image_size, folder=folder)
     return places_of(masks, base.vae.config.downscale, unmasked)
 

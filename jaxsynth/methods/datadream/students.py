@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import Dataset, ImageSource
-from jaxsynth.data.decode import square
+from jaxsynth.data.decode import squares
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.views import Subset, shared
 from jaxsynth.methods.datadream.stages import shared_sets
@@ -82,7 +82,7 @@ def train_student(
     if sized.streamed:
         tasks = streamed_tasks([(source, weights)], network, sized, **given)
     else:
-        pool = Pool(_squares(source, network.image_size), np.asarray(source.labels))
+        pool = Pool(squares(source, network.image_size), np.asarray(source.labels))
         view = View(np.arange(len(source)), weights)
         tasks = supervised_tasks(pool, [view], network, sized, **given)
     trained = train_tasks(tasks, sized, work.training, mesh=work.mesh, description="train student")
@@ -94,7 +94,7 @@ def train_student(
     logits = np.concatenate([
         logits_of(
             trained.models[0], network,
-            _squares(Subset(test, range(i, min(i + _AT_ONCE, len(test)))), network.image_size),
+            squares(Subset(test, range(i, min(i + _AT_ONCE, len(test)))), network.image_size),
         )
         for i in range(0, len(test), _AT_ONCE)
     ])  # fmt: skip
@@ -116,7 +116,3 @@ def _weighted(
     source = shared(both, dict.fromkeys(both, 1.0))
     counts = [len(part) for part in source.sources]
     return source, np.repeat(np.float32([real_weight, 1 - real_weight]), counts)
-
-
-def _squares(source: ImageSource, size: int) -> np.ndarray:
-    return np.stack([square(source[i].image, size) for i in range(len(source))])

@@ -11,8 +11,8 @@ from jaxsynth.adapters.inject import AdapterState, extract, load_state, mark_tra
 from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.io import write_json
 from jaxsynth.data.dataset import Dataset
+from jaxsynth.data.decode import squares
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.scaling.points import pixels_of
 from jaxsynth.methods.scaling.trainings import LABELS_FILE, LOGITS_FILE, devices_of
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.contrastive import (
@@ -68,7 +68,7 @@ def train_clone(
     """A backbone trained on a store's images, whose prompts are its captions."""
     store = ImageStore(images.path)
     captions, numbers = np.unique([entry.prompt for entry in store.entries], return_inverse=True)
-    pool = Pool(pixels_of(store, config.network.image_size), store.labels)
+    pool = Pool(squares(store, config.network.image_size), store.labels)
     tokens = np.asarray(base.tokenizer.each[0](captions.tolist()))
     task = clone_task(
         pool, numbers, tokens, config.network, config.clone, seed=config.seed, backbone=backbone
@@ -114,7 +114,7 @@ def probe_backbone(
     if clone is not None:
         model = load_backbone(clone.path, model)
     train, test = (
-        features_of(model, network, pixels_of(source, network.image_size))
+        features_of(model, network, squares(source, network.image_size))
         for source in (data.train, data.test)
     )
     found = probe(

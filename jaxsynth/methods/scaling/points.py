@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from jaxsynth.data.dataset import Dataset, ImageSource, SourceError
 from jaxsynth.data.decode import square
@@ -155,11 +155,6 @@ def ids_of(view: Views) -> dict[str, list[str]]:
     """What a view saw, by the ids of its images."""
     names = ("real_ids", "synthetic_ids")
     return {k: [] if own is None else list(own.ids) for k, own in zip(names, view, strict=True)}
-
-
-def pixels_of(source: ImageSource, size: int) -> UInt8[np.ndarray, "n size size 3"]:
-    """Every image, cut and resized to a square."""
-    return np.stack([square(source[i].image, size) for i in range(len(source))])
 
 
 def _root(view: ImageSource) -> tuple[ImageSource, np.ndarray]:

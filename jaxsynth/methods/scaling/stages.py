@@ -10,12 +10,13 @@ from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import Dataset, SourceError
+from jaxsynth.data.decode import squares
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset, first_of_each
 from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE
-from jaxsynth.methods.scaling.points import Point, pixels_of, views_of
+from jaxsynth.methods.scaling.points import Point, views_of
 from jaxsynth.methods.scaling.trainings import (
     VIEWS_FILE,
     devices_of,
@@ -161,7 +162,7 @@ def choose_uncertain(
         return {"images": 0}
     number, before = answered[config.seed]
     model = load_models(training.path, config.network, data.num_classes)[number]
-    logits = logits_of(model, config.network, pixels_of(store, config.network.image_size))
+    logits = logits_of(model, config.network, squares(store, config.network.image_size))
     shares = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
     places = {id_: place for place, id_ in enumerate(store.ids)}
     old = np.array([places[id_] for id_ in before], np.int64)

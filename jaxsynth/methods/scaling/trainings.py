@@ -23,7 +23,7 @@ from jaxsynth.core.documents import read_json
 from jaxsynth.core.io import write_json
 from jaxsynth.core.words import counted
 from jaxsynth.data.dataset import DataConfig, Dataset, ImageSource, SourceError
-from jaxsynth.data.decode import square
+from jaxsynth.data.decode import square, squares
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
@@ -34,7 +34,6 @@ from jaxsynth.methods.scaling.points import (
     Point,
     Views,
     ids_of,
-    pixels_of,
     pooled,
     streamed,
     views_of,
@@ -143,7 +142,7 @@ def train_points(
     done = [points[i] for i in sorted(trained.models)]
     models = [trained.models[i] for i in sorted(trained.models)]
     _save_models(work.folder, models)
-    test = pixels_of(data.test, config.network.image_size)
+    test = squares(data.test, config.network.image_size)
     labels = np.asarray(data.test.labels)
     logits = np.stack([logits_of(model, config.network, test) for model in models])
     np.save(work.folder / LOGITS_FILE, logits)
