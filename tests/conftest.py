@@ -12,6 +12,7 @@ import gc
 import importlib.metadata
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -73,16 +74,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Heavy tests are slow ones, before `-m` chooses; the longest files begin."""
+    slow: Counter[Path] = Counter()
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
+        # A test of several processes takes about as long as ten others.
+        weight = 10 if item.get_closest_marker("multiprocess") else 1
+        slow[item.path] += weight * (item.get_closest_marker("slow") is not None)
     # A file is one process's: begun last, it would leave the other cores idle.
-    items.sort(key=lambda item: not _is_long(item))
-
-
-def _is_long(item: pytest.Item) -> bool:
-    module = item.getparent(pytest.Module)
-    return module is not None and any(mark.name == "multiprocess" for mark in module.own_markers)
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)
