@@ -8,10 +8,12 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from jaxsynth.data.dataset import DataConfig
+from jaxsynth.data.dataset import DataConfig, Dataset
 from jaxsynth.data.decode import decode_image
 from jaxsynth.data.export import export
+from jaxsynth.data.faces import Faces, read_faces, write_faces
 from jaxsynth.data.films import count_frames
+from jaxsynth.data.keypoints import read_keypoints
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.procedural.concepts import read_concepts
 from jaxsynth.data.prompts import read_templates
@@ -22,11 +24,13 @@ from jaxsynth.data.robustness_sets import (
     read_images,
     read_label_space,
 )
-from jaxsynth.data.sources.captioned import captions
+from jaxsynth.data.sources.arrays import ArraySource
+from jaxsynth.data.sources.captioned import captions, read_captions
 from jaxsynth.data.sources.shards import read_shards
 from jaxsynth.data.store import Entry, ImageStore, StoreWriter
 from jaxsynth.generation.folder import read_requests
 from jaxsynth.robustness.bias_sets import read_class_map
+from jaxsynth.weights.face_encoder import read_embeddings
 from tests.fuzz.cases import Case, below
 
 
@@ -61,6 +65,42 @@ def films(folder: Path) -> list[Case]:
         first.save(path, save_all=True, append_images=others)
         cases.append(Case(name, path, count_frames))
     return cases
+
+
+def faces(folder: Path) -> list[Case]:
+    """Embeddings and keypoints of faces, and texts of shots in a table of their own."""
+    points = np.random.default_rng(0).uniform(0, 12, (5, 2))
+    known = Faces(("a", "b"), np.ones((2, 4), np.float32), np.stack([points] * 2).astype("f4"))
+    sized = {"keypoints": points.tolist(), "width": 24, "height": 36}
+    (folder / "points.json").write_text(json.dumps(points.tolist()))
+    (folder / "sized.json").write_text(json.dumps(sized))
+    np.save(folder / "points.npy", points)
+    np.savez(folder / "points.npz", keypoints=points, size=np.array([36, 24]))
+    np.save(folder / "face.npy", known.embeddings)
+    np.savez(folder / "face.npz", embeddings=known.embeddings)
+    lines = [json.dumps({"file_name": id_, "text": f"a {id_}"}) for id_ in "ab"]
+    (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    drawn = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2), list("ab"))
+    shown = Dataset("x", ("c", "d"), ("c", "d"), "{}", drawn, drawn)
+
+    def keypoints(path: Path) -> None:
+        assert np.isfinite(read_keypoints(path, (12, 8))).all()
+
+    def embeddings(path: Path) -> None:
+        assert np.isfinite(read_embeddings(path)).all()
+
+    def texts(path: Path) -> None:
+        read_captions(path, shown).of(drawn)
+
+    return [
+        Case("faces", write_faces(folder / "faces.npz", known), read_faces),
+        *(
+            Case(name, folder / name, keypoints)
+            for name in ("points.json", "sized.json", "points.npy", "points.npz")
+        ),
+        *(Case(name, folder / name, embeddings) for name in ("face.npy", "face.npz")),
+        Case("texts of shots", folder / "texts.jsonl", texts),
+    ]
 
 
 def _read_folder(path: Path) -> None:

@@ -16,6 +16,7 @@ READERS: dict[str, Callable[[Path], list[Case]]] = {
     "pipelines": weight_files.pipelines,
     "images": data_files.images,
     "films": data_files.films,
+    "faces": data_files.faces,
     "folders": data_files.folders,
     "shards": data_files.shards,
     "stores": data_files.stores,

@@ -22,7 +22,7 @@ from tests.fuzz.readers import READERS
 EXECUTIONS = {
     "torch": 400, "safetensors": 400, "tokenizers": 100, "configs": 400, "images": 400,
     "folders": 80, "shards": 100, "stores": 80, "lists": 400, "documents": 160, "arrays": 400,
-    "films": 120,
+    "films": 120, "faces": 200,
 }  # fmt: skip
 SLOW = {"adapters": 200, "networks": 80, "pipelines": 40}
 # Orbax leaves coroutines that nobody awaits, which fail whatever test runs when they are collected.
