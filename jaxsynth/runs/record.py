@@ -4,19 +4,24 @@ from pathlib import Path
 from typing import Any
 
 from jaxsynth.core.documents import read_json, take
-from jaxsynth.core.errors import UsageError
+from jaxsynth.core.errors import UsageError, UserError
 
 RUN_FILE = "run.json"
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
-    """The record of a run's folder. UsageError where there is none."""
+    """The record of a run's folder. UsageError where there is none, UserError for a damaged one."""
     path = workdir / RUN_FILE
     if not path.is_file():
         raise UsageError(_no_run(workdir))
-    found = read_json(path)
-    take(found, "method", str, path)
-    take(found, "config", dict, path)
+    try:
+        found = read_json(path)
+        take(found, "method", str, path)
+        take(found, "config", dict, path)
+    except UserError as error:
+        raise UserError(
+            f"{error}; remove it, and the same `jaxsynth run` command writes it again"
+        ) from error
     return found
 
 

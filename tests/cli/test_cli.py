@@ -272,6 +272,15 @@ def test_a_workdir_of_another_method_is_refused(command):
     assert code == 2 and "other.py: method='datadraem', expected one of controlled, cust" in err
 
 
+def test_a_damaged_record_says_what_to_do(command):
+    Path("w").mkdir()
+    Path("w/run.json").write_text('{"method": "count')
+    for argv in (RUN, ("report", "w")):
+        code, _, err = command(*argv)
+        assert code == 1 and "w/run.json: not valid JSON" in err
+        assert "remove it, and the same `jaxsynth run` command writes it again" in err
+
+
 def test_an_error_with_a_note_of_jax_is_no_users_error():
     error = ValueError("shapes")
     error.add_note("For simplicity, JAX has removed its internal frames from the traceback.")
