@@ -54,7 +54,7 @@ formats of an adapter, all of which are read too:
   All but peft and diffusers to each other and to jaxsynth need --base, the Stable Diffusion that
   the adapter is for: its layers' names and sizes. What a file leaves open is said.
 
-formats of a whole Stable Diffusion 1.x or 2.x:
+formats of a whole Stable Diffusion (1.x, 2.x, XL):
   diffusers    a pipeline's folder, from a checkpoint in one file; --base=FOLDER has its tokenizer
   comfyui      one .safetensors, from a pipeline's folder; a1111 is the same
 

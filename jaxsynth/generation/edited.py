@@ -19,7 +19,7 @@ from jaxsynth.core.words import counted
 from jaxsynth.diffusion.samplers import check_sampler
 from jaxsynth.generation.conditioners import ImageEdit
 from jaxsynth.generation.sampler import ImageSampler, Networks, sample_numbered, sampler_of
-from jaxsynth.models.diffusion.text_to_image import encode_texts
+from jaxsynth.models.diffusion.text_to_image import encode_texts, whole_image
 from jaxsynth.weights.hf import StableDiffusion
 
 
@@ -54,7 +54,7 @@ def edit_images(
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Each image edited by its prompt; image i depends on `seed`, i and its inputs only.
 
-    `pipeline` is loaded with `kinds=(EDITING,)`. UserError for one whose denoiser does not read the
+    `pipeline` is loaded with `kinds=EDITING`. UserError for one whose denoiser does not read the
     image, images whose sides the autoencoder does not divide, or another number of prompts.
     """
     channels = pipeline.vae.config.latent_channels
@@ -79,9 +79,11 @@ def edit_images(
         )
     texts = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
     positive, negative = (
-        encode_texts(pipeline.networks, pipeline.tokenizer(own))
+        encode_texts(pipeline.networks, pipeline.tokenizer(own)).sized(whole_image((height, width)))
         for own in (list(texts), [config.negative_prompt])
     )
+    if pipeline.zeroes_empty:
+        negative = negative.where(pipeline.given([config.negative_prompt]))
     sampler = ImageSampler(
         Networks.of([pipeline.networks], mesh=mesh, table=ImageEdit.table),
         pipeline.vae,

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from jaxsynth.core.errors import UserError
 from jaxsynth.generation.conditioners import ImageEdit, Inpaint, Text
-from jaxsynth.weights.hf import EDITING, INPAINTING, StableDiffusion, kind_of
+from jaxsynth.weights.hf import EDITING, INPAINTING, TEXT_TO_IMAGE, StableDiffusion, kind_of
 
 # diffusers' defaults.
 STRENGTH, IMAGE_GUIDANCE = 0.8, 1.5
@@ -70,9 +70,11 @@ def beginning_of(
     of a size that it has no use for.
     """
     kind = kind_of(pipeline.unet, pipeline.vae)
-    name = {EDITING: "edits images", INPAINTING: "paints parts of images"}.get(kind, "draws texts")
+    name, plain = "draws texts", kind in TEXT_TO_IMAGE
+    if not plain:
+        name = "edits images" if kind in EDITING else "paints parts of images"
     if pictures is None:
-        if kind in (EDITING, INPAINTING):
+        if not plain:
             raise UserError(f"the base {name} and is given none: say which, as by --image=FILE")
         return Beginning(text)
     for images in (*pictures.images, *(pictures.masks or ())):
@@ -84,21 +86,21 @@ def beginning_of(
     unused = [
         text
         for text, given, users in (
-            ("a mask", pictures.masks, (INPAINTING,)),
-            ("a strength", pictures.strength, ("", INPAINTING)),
-            ("a guidance of the image", pictures.image_guidance_scale, (EDITING,)),
-            ("a rescaled guidance", text.rescale or None, ("", INPAINTING)),
+            ("a mask", pictures.masks, INPAINTING),
+            ("a strength", pictures.strength, TEXT_TO_IMAGE + INPAINTING),
+            ("a guidance of the image", pictures.image_guidance_scale, EDITING),
+            ("a rescaled guidance", text.rescale or None, TEXT_TO_IMAGE + INPAINTING),
         )
-        if given is not None and (kind if kind in (EDITING, INPAINTING) else "") not in users
+        if given is not None and kind not in users
     ]
     if unused:
         raise UserError(f"the base {name}, and has no use for {unused[0]}; leave it out")
-    if kind == EDITING:
+    if kind in EDITING:
         scale = pictures.image_guidance_scale
         scale = IMAGE_GUIDANCE if scale is None else scale
         edit = ImageEdit(text.guidance_scale, image_guidance_scale=scale)
         return Beginning(edit, rows=("pixels",))
-    if kind == INPAINTING:
+    if kind in INPAINTING:
         if pictures.masks is None:
             raise UserError(f"the base {name} and is given no mask: say which, as by --mask=FILE")
         paint = Inpaint(text.guidance_scale, text.rescale)

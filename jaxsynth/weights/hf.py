@@ -36,7 +36,7 @@ from jaxsynth.models.diffusion.controlnet import ControlNet
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.unet import UNet2DCondition
 from jaxsynth.models.diffusion.vae import AutoencoderKL
-from jaxsynth.weights import hub, published, single_file
+from jaxsynth.weights import hub, published
 from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, stored, to_file
@@ -53,6 +53,7 @@ from jaxsynth.weights.pipeline_parts import (
     TokenizerPair,
     check_end,
     check_pipeline,
+    check_texts,
     check_tokenizer,
     is_double,
     kind_of,
@@ -61,6 +62,7 @@ from jaxsynth.weights.pipeline_parts import (
     read_tokenizer,
     zeroes_empty,
 )
+from jaxsynth.weights.single_file.checkpoint import Checkpoint, find_checkpoint
 from jaxsynth.weights.tensors import Tensors, expect_floats
 from jaxsynth.weights.tokenizer import Tokenizer
 
@@ -194,8 +196,9 @@ def pipeline_configs(
     if (known := _known(name_or_path)) is not None:
         parts_in(Path(name_or_path), _index_of_known(known), kinds)
         return known.networks, dict(known.scheduler)
-    checkpoint = single_file.find(name_or_path)
+    checkpoint = find_checkpoint(name_or_path)
     if checkpoint is not None:
+        check_texts(checkpoint.path, checkpoint.family.double, kinds)
         return checkpoint.configs, checkpoint.scheduler
     folder = resolve(name_or_path, weights=False)
     return _configs_in(folder, parts_in(folder, _index_of(folder), kinds))
@@ -246,8 +249,10 @@ def describe_pipeline(
         configs, scheduler = known.networks, dict(known.scheduler)
         tokenizer = _stand_in_tokenizer(name_or_path)
         tokenizer = TokenizerPair(tokenizer, tokenizer) if is_double(parts) else tokenizer
-    elif (checkpoint := single_file.find(name_or_path)) is not None:
+    elif (checkpoint := find_checkpoint(name_or_path)) is not None:
         configs, scheduler, folder = checkpoint.configs, checkpoint.scheduler, checkpoint.path
+        check_texts(folder, checkpoint.family.double, kinds)
+        parts, zeroes = checkpoint.family.parts, checkpoint.zeroes_empty
         tokenizer = checkpoint.tokenizer
     else:
         folder = resolve(name_or_path, weights=False)
@@ -267,9 +272,9 @@ def describe_pipeline(
 
 def load_networks(name_or_path: str | os.PathLike) -> dict[str, nnx.Module]:
     """The networks of a pipeline that adapters are for; of a file, without a tokenizer."""
-    checkpoint = single_file.find(name_or_path)
+    checkpoint = find_checkpoint(name_or_path)
     if checkpoint is not None:
-        names = ("unet", "text_encoder")
+        names = ("unet", *checkpoint.family.texts)
         return _parts_of(checkpoint, names, dtype=jnp.float32, compute_dtype=None)
     return load_pipeline(name_or_path).adaptable
 
@@ -354,7 +359,7 @@ def load_pipeline(
     UserError as for `load_model`, and where the parts do not fit together.
     """
     dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}
-    checkpoint = single_file.find(name_or_path)
+    checkpoint = find_checkpoint(name_or_path)
     if checkpoint is not None:
         return _load_checkpoint(checkpoint, kinds, **dtypes)
     folder = resolve(name_or_path)
@@ -374,24 +379,27 @@ def load_pipeline(
 
 
 def _parts_of(
-    checkpoint: single_file.Checkpoint, names: Iterable[str], *, dtype: Any, compute_dtype: Any
+    checkpoint: Checkpoint, names: Iterable[str], *, dtype: Any, compute_dtype: Any
 ) -> dict[str, Any]:
     compute, path = dtype if compute_dtype is None else compute_dtype, checkpoint.path
     checkpoint.check()
     parts = {}
     for part in names:
         config = checkpoint.configs[part]
-        filling = Filling(describe_of(path, SINGLE[part][0], config, compute), dtype)
+        filling = Filling(
+            describe_of(path, checkpoint.family.parts[part][0], config, compute), dtype
+        )
         fill(filling, checkpoint.tensors(part, filling.names))
         parts[part] = filling.finish(path)
     return parts
 
 
 def _load_checkpoint(
-    checkpoint: single_file.Checkpoint, kinds: Sequence[str], **dtypes: Any
+    checkpoint: Checkpoint, kinds: Sequence[str], **dtypes: Any
 ) -> StableDiffusion:
     path = checkpoint.path
-    parts = _parts_of(checkpoint, SINGLE, **dtypes)
+    check_texts(path, checkpoint.family.double, kinds)
+    parts = _parts_of(checkpoint, checkpoint.family.parts, **dtypes)
     found = kind_of(parts["unet"], parts["vae"])
     kind = found if found in kinds else kinds[0]
     check_pipeline(path, parts, checkpoint.tokenizer, kind)
@@ -400,6 +408,7 @@ def _load_checkpoint(
     return StableDiffusion(
         **parts, tokenizer=checkpoint.tokenizer, scheduler_config=scheduler, folder=path,
         digest=hub.digest([path], checkpoint.settings_files),
+        zeroes_empty=checkpoint.zeroes_empty,
     )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ _VAE_ATTENTION = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
+# The transpose there of what Hugging Face's files call so with a ".weight" behind it.
+TEXT_PROJECTION = "text_projection"
 _OPEN_CLIP = (
     ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
@@ -58,6 +60,7 @@ _OPEN_CLIP = (
     (".self_attn.", ".attn."),
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
+    ("text_projection.weight", TEXT_PROJECTION),
 )
 
 

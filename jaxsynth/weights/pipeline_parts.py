@@ -38,10 +38,15 @@ DOUBLE = {**SINGLE, "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConf
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 TEXT_TO_IMAGE = (*PIPELINES, *XL_PIPELINES)
-# Those whose denoisers read beside the noisy latents an image's, or a mask and an image's.
-EDITING = "StableDiffusionInstructPix2PixPipeline"
-INPAINTING = "StableDiffusionInpaintPipeline"
-KINDS = (*TEXT_TO_IMAGE, EDITING, INPAINTING)
+# Those whose denoisers read beside the noisy latents an image's, or a mask and an image's; SDXL's
+# are the last of each.
+EDITING = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
+INPAINTING = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
+KINDS = (*TEXT_TO_IMAGE, *EDITING, *INPAINTING)
+REFINER = (
+    "is SDXL's refiner, which goes on with the images of a base; expected a base, such as "
+    "stabilityai/stable-diffusion-xl-base-1.0"
+)
 DIFFUSERS_VERSION = "0.40.0"
 # SDXL's sizes: of the original image, of its crop's corner, of the crop.
 _SIZES = 6
@@ -130,10 +135,24 @@ class StableDiffusion:
 
 def kind_of(unet: UNet2DCondition, vae: AutoencoderKL) -> str:
     """The pipeline that a denoiser is for, by what it reads; one of `KINDS`."""
-    latent = vae.config.latent_channels
-    further = {2 * latent: EDITING, 2 * latent + 1: INPAINTING}
-    plain = XL_PIPELINES if unet.config.addition_embed_type else PIPELINES
+    double, latent = unet.config.addition_embed_type is not None, vae.config.latent_channels
+    further = {2 * latent: EDITING[double], 2 * latent + 1: INPAINTING[double]}
+    plain = XL_PIPELINES if double else PIPELINES
     return further.get(unet.config.in_channels, plain[0])
+
+
+def is_xl(kind: Any) -> bool:
+    """Whether a pipeline's class is one of SDXL's."""
+    return str(kind).startswith("StableDiffusionXL")
+
+
+def check_texts(where: Path, double: bool, kinds: Sequence[str]) -> None:
+    """UserError naming a base to take where this is SDXL, and none of `kinds` is."""
+    if double and not any(map(is_xl, kinds)):
+        raise UserError(
+            f"{where}: is SDXL, with two text encoders; expected a base with one here, such as "
+            "Stable Diffusion 1.5 or 2.1"
+        )
 
 
 def parts_in(
@@ -145,25 +164,17 @@ def parts_in(
     where it is one of SDXL.
     """
     kind, where = index.get("_class_name"), folder / "model_index.json"
-    double = kind in XL_PIPELINES
+    check_texts(where, is_xl(kind), kinds)
     if kind not in kinds:
-        if double and PIPELINES[0] in kinds:
-            raise UserError(
-                f"{where}: is SDXL, with two text encoders; expected a base with one here, such "
-                "as Stable Diffusion 1.5 or 2.1"
-            )
-        if str(kind).startswith("StableDiffusionXL") and not double:
-            raise UserError(
-                f"{where}: _class_name {quoted(kind)}, but of SDXL only text to image is read "
-                f"here ({XL_PIPELINES[0]}); take a base of Stable Diffusion 1.5 or 2 instead"
-            )
         raise UserError(f"{where}: _class_name {quoted(kind)}, expected one of {tuple(kinds)}")
-    if not double:
+    if not is_xl(kind):
         return SINGLE
     if index.get("text_encoder", (None,))[-1] is None or index.get("requires_aesthetics_score"):
+        raise UserError(f"{where}: {REFINER}")
+    if index.get("is_cosxl_edit"):
         raise UserError(
-            f"{where}: is SDXL's refiner, which goes on with the images of a base; expected a "
-            "base, such as stabilityai/stable-diffusion-xl-base-1.0"
+            f"{where}: is_cosxl_edit is true, of a network that was trained with the noise of EDM, "
+            "from which nothing is drawn here; expected InstructPix2Pix of SDXL itself"
         )
     return DOUBLE
 
@@ -177,13 +188,16 @@ def read_tokenizer(folder: Path, parts: Mapping[str, Any]) -> Tokenizing:
     first = Tokenizer(folder / "tokenizer")
     if not is_double(parts):
         return first
-    second = Tokenizer(folder / "tokenizer_2")
+    return paired(first, Tokenizer(folder / "tokenizer_2"), folder / "tokenizer_2")
+
+
+def paired(first: Tokenizer, second: Tokenizer, where: Path) -> TokenizerPair:
+    """SDXL's two, of which the second is of `where`; UserError naming it and how they differ."""
     for field in ("max_length", "vocab_size"):
         one, other = getattr(first, field), getattr(second, field)
         if one != other:
             raise UserError(
-                f"{folder / 'tokenizer_2'}: {field} is {other}, expected that of the first "
-                f"tokenizer, {one}"
+                f"{where}: {field} is {other}, expected that of the first tokenizer, {one}"
             )
     return TokenizerPair(first, second)
 
@@ -205,10 +219,11 @@ def check_pipeline(
     """
     unet, vae, text = (networks[part].config for part in SINGLE)
     latent = vae.latent_channels
-    read = {
-        EDITING: ("twice vae latent_channels", 2 * latent),
-        INPAINTING: ("twice vae latent_channels and one", 2 * latent + 1),
-    }.get(kind, ("vae latent_channels", latent))
+    read = ("vae latent_channels", latent)
+    if kind in EDITING:
+        read = ("twice vae latent_channels", 2 * latent)
+    elif kind in INPAINTING:
+        read = ("twice vae latent_channels and one", 2 * latent + 1)
     width: tuple[str, int] = ("text_encoder hidden_size", text.hidden_size)
     if is_double(networks):
         second = networks["text_encoder_2"].config
@@ -290,11 +305,14 @@ def model_index(scheduler: str, kind: str, *, zeroes: bool) -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    if kind not in XL_PIPELINES:
+    if not is_xl(kind):
         return index | {"requires_safety_checker": False, "safety_checker": [None, None]}
-    return index | {
+    index |= {
         "force_zeros_for_empty_prompt": zeroes,
         "image_encoder": [None, None],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
     }
+    # The pipeline that edits has no images that prompt.
+    without = ("feature_extractor", "image_encoder") if kind in EDITING else ()
+    return {name: value for name, value in index.items() if name not in without}

@@ -51,7 +51,7 @@ def images():
 def test_edits_are_those_of_diffusers(folder, images):
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    pipeline = load_pipeline(folder, kinds=(EDITING,))
+    pipeline = load_pipeline(folder, kinds=EDITING)
     found = edit_images(pipeline, images, PROMPTS, CONFIG, seed=7)
     assert found.shape == images.shape and found.dtype == np.uint8
 
@@ -89,7 +89,7 @@ def scene_of(*concepts) -> Scene:
 def test_pairs_of_a_run_may_come_from_a_diffusion_model(folder, images, tmp_path):
     """Here because the program is compiled above; what a stopped run has edited is kept."""
     scene, data = scene_of(Concept("artistic", "the digit two")), data_of(images)
-    pipeline = load_pipeline(folder, kinds=(EDITING,))
+    pipeline = load_pipeline(folder, kinds=EDITING)
     write_edits(tmp_path, scene, data, pipeline, CONFIG)
     edits = Edits(scene, data, tmp_path)
     for name, photos in draw_photos(data, scene).items():
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused(folder, base_folder, images):
     plain = load_pipeline(base_folder)
     with pytest.raises(UserError, match="the denoiser has 4 input channels, expected 8"):
         edit_images(plain, images, PROMPTS, CONFIG, seed=0)
-    pipeline = load_pipeline(folder, kinds=(EDITING,))
+    pipeline = load_pipeline(folder, kinds=EDITING)
     with pytest.raises(UserError, match="2 prompts for 3 images"):
         edit_images(pipeline, images, PROMPTS[:2], CONFIG, seed=0)
     with pytest.raises(UserError, match="images of 7x16 pixels, expected multiples of 2"):
@@ -148,4 +148,4 @@ def test_what_does_not_fit_is_refused(folder, base_folder, images):
     with pytest.raises(UserError, match="'StableDiffusionInstructPix2PixPipeline', expected one"):
         load_pipeline(folder)
     with pytest.raises(UserError, match="'StableDiffusionPipeline', expected one"):
-        load_pipeline(base_folder, kinds=(EDITING,))
+        load_pipeline(base_folder, kinds=EDITING)

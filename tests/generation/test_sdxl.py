@@ -12,6 +12,8 @@ import torch
 from diffusers import (
     ControlNetModel,
     StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
 )
 
@@ -19,6 +21,7 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.diffusion.samplers import initial_noise, make_sampler, noised
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.generation.controls import Control
+from jaxsynth.generation.edited import EditConfig, edit_images
 from jaxsynth.generation.generate import GenerateConfig, Generator
 from jaxsynth.generation.image_prompts import ImagePrompt
 from jaxsynth.generation.pictures import Pictures
@@ -31,11 +34,15 @@ from jaxsynth.models.diffusion.image_prompt import (
     attention_places,
 )
 from jaxsynth.models.diffusion.text_to_image import encode_texts
+from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import encode_images
 from jaxsynth.weights.adapters.image_prompts import write_image_adapter
-from jaxsynth.weights.bases import convert
 from jaxsynth.weights.hf import (
+    EDITING,
+    INPAINTING,
+    KINDS,
     PIPELINES,
+    TEXT_TO_IMAGE,
     describe_pipeline,
     load_pipeline,
     pipeline_configs,
@@ -187,6 +194,99 @@ def test_a_picture_a_controlnet_and_an_image_prompt_are_those_of_diffusers(
     assert np.abs(found / 255 - images / 255).max() > 0.05
 
 
+def reading_more(pipeline, folder, channels):
+    """The folder of the base with a denoiser of so many input channels, as it loads."""
+    config = UNet2DConditionConfig.from_dict(XL_UNET | {"in_channels": channels})
+    unet = random_network(UNet2DCondition, config, 5)
+    save_pipeline(dataclasses.replace(pipeline, unet=unet), folder)
+    return load_pipeline(folder, kinds=EDITING if channels == 8 else INPAINTING)
+
+
+def to_torch(array):
+    return torch.from_numpy(np.moveaxis(np.asarray(array), -1, 1).copy())
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.heavy
+def test_painted_parts_are_those_of_diffusers(pipeline, images, tmp_path, monkeypatch):
+    base, strength = reading_more(pipeline, tmp_path / "base", 9), 0.7
+    mask = np.zeros((2, 8, 8), bool)
+    mask[:, 2:, :5] = True
+    pictures = Pictures([images[:1], images[1:]], [mask[:1], mask[1:]], strength=strength)
+    generator = Generator(base, PROMPTS, CONFIG, seed=5, pictures=pictures)
+    labels, numbers = np.arange(2), np.zeros(2, np.int32)
+    found = generator(labels, numbers) / 255
+
+    cls = StableDiffusionXLInpaintPipeline
+    oracle = cls.from_pretrained(tmp_path / "base", add_watermarker=False)
+    oracle.set_progress_bar_config(disable=True)
+    sampler = sampler_of(base, "", CONFIG.num_inference_steps, strength)
+    keys = image_keys(5, labels, numbers)
+    mean, std = encode_images(base.vae, images / np.float32(127.5) - 1)
+    noise = to_torch(initial_noise(keys, mean.shape[1:], sampler))
+    unit = noised(keys, 0 * mean, std, dataclasses.replace(sampler, levels=np.eye(2)[:1]))
+    around = (images / np.float32(127.5) - 1) * ~mask[..., None]
+    seen = np.asarray(base.vae.encode(jnp.asarray(around)).mean) * base.vae.config.scaling_factor
+    monkeypatch.setattr(f"{cls.__module__}.randn_tensor", lambda *_, **__: noise)
+    latents = to_torch(mean + np.asarray(unit))
+    monkeypatch.setattr(cls, "_encode_vae_image", lambda *_, **__: latents)
+    expected = oracle(
+        PROMPTS,
+        image=to_torch(images / np.float32(255)),
+        mask_image=torch.from_numpy(mask[:, None].astype(np.float32)),
+        masked_image_latents=to_torch(seen),
+        height=8,
+        width=8,
+        strength=strength,
+        num_inference_steps=CONFIG.num_inference_steps,
+        guidance_scale=CONFIG.guidance_scale,
+        guidance_rescale=CONFIG.guidance_rescale,
+        output_type="np",
+    ).images
+    assert np.abs(found - expected).max() < 2.5 / 255
+    assert expected.std() > 0.02
+    assert np.abs(found - images / 255).max() > 0.05
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("negative", ["", "one"])
+def test_edits_are_those_of_diffusers(pipeline, images, tmp_path, negative):
+    base = reading_more(pipeline, tmp_path / "base", 8)
+    config = EditConfig(3, 1.5, 3, batch_size=2, negative_prompt=negative)
+    found = edit_images(base, images, PROMPTS, config, seed=5)
+    oracle = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(
+        tmp_path / "base", add_watermarker=False
+    )
+    oracle.set_progress_bar_config(disable=True)
+    sampler = sampler_of(base, "", config.num_inference_steps)
+    keys = image_keys(5, np.zeros(2, np.int32), np.arange(2))
+    expected = oracle(
+        PROMPTS,
+        image=to_torch(images / np.float32(255)),
+        height=8,
+        width=8,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        image_guidance_scale=config.image_guidance_scale,
+        negative_prompt=[negative] * 2 if negative else None,
+        latents=to_torch(initial_noise(keys, (4, 4, 4), sampler)),
+        output_type="np",
+    ).images
+    assert np.abs(found / 255 - expected).max() < 2.5 / 255
+    assert expected.std() > 0.02
+    pictures = Pictures([images[:1], images[1:]])
+    drawn = Generator(
+        base, PROMPTS, dataclasses.replace(CONFIG, guidance_rescale=0.0, guidance_scale=3.0),
+        seed=5, negative_prompts=[negative] * 2, pictures=pictures,
+    )  # fmt: skip
+    again = drawn.draw(keys, np.arange(2), np.arange(2))
+    assert np.abs(again.astype(int) - found).max() <= 1
+
+
 def test_a_controlnet_of_another_family_is_refused(pipeline):
     config = dataclasses.replace(CONTROLNET, addition_embed_type=None)
     control = Control(random_network(ControlNet, config, 0), np.zeros((2, 8, 8, 3), np.uint8))
@@ -237,7 +337,12 @@ def edited(folder, target, part, **changes):
         (
             "model_index.json",
             {"_class_name": "StableDiffusionXLInpaintPipeline"},
-            "StableDiffusionXLInpaintPipeline', but of SDXL only text to image is read here .*take",
+            "'StableDiffusionXLInpaintPipeline', expected one of",
+        ),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLInstructPix2PixPipeline", "is_cosxl_edit": True},
+            "is_cosxl_edit is true, of a network that was trained with the noise of EDM",
         ),
         (
             "model_index.json",
@@ -258,8 +363,9 @@ def edited(folder, target, part, **changes):
 )
 def test_other_folders_are_refused(sdxl_folder, tmp_path, part, changes, message):
     folder = edited(sdxl_folder, tmp_path / "edited", part, **changes)
+    kinds = KINDS if "is_cosxl_edit" in changes else TEXT_TO_IMAGE
     with pytest.raises(UserError, match=message):
-        load_pipeline(folder)
+        load_pipeline(folder, kinds=kinds)
 
 
 def test_parts_that_do_not_fit_are_refused(pipeline, base_folder, tmp_path):
@@ -272,9 +378,7 @@ def test_parts_that_do_not_fit_are_refused(pipeline, base_folder, tmp_path):
             save_pipeline(dataclasses.replace(pipeline, **changes), tmp_path)
 
 
-def test_what_has_no_use_for_two_text_encoders_refuses_them(sdxl_folder, tmp_path):
+def test_what_has_no_use_for_two_text_encoders_refuses_them(sdxl_folder):
     for load in (load_pipeline, describe_pipeline, pipeline_configs):
         with pytest.raises(UserError, match="is SDXL, with two text encoders; expected a base"):
             load(sdxl_folder, kinds=PIPELINES)
-    with pytest.raises(UserError, match="is SDXL, which has no form in one file; --to=diffusers"):
-        convert(sdxl_folder, tmp_path / "x.safetensors", "comfyui")

@@ -11,10 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsynth.cli.convert import convert
 from jaxsynth.core.errors import UserError
+from jaxsynth.diffusion.samplers import make_sampler
+from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.weights.adapters.io import Networks
 from jaxsynth.weights.hf import describe_pipeline, load_pipeline
 from jaxsynth.weights.layout import to_file
-from jaxsynth.weights.single_file import SETTINGS, find
+from jaxsynth.weights.single_file.checkpoint import SETTINGS, find_checkpoint
 from jaxsynth.weights.tokenizer import train_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -206,7 +208,7 @@ def test_what_the_file_says_of_its_schedule(files, tmp_path):
         ({"betas": betas, "model_ema.decay": betas[:1]}, {}, "v_prediction", True),
     ):
         save_file(tensors | more, path, metadata=metadata)
-        found = find(path).scheduler
+        found = find_checkpoint(path).scheduler
         assert found["prediction_type"] == kind
         assert ("trained_betas" in found) == own
         if own:
@@ -217,7 +219,12 @@ def test_velocities_of_the_first_family(files, tmp_path):
     shutil.copytree(files["1.x"].parent / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "model.safetensors"
     save_file(load_file(files["1.x"]) | {"v_pred": np.zeros(0, "f4")}, path)
-    assert find(path).scheduler["prediction_type"] == "v_prediction"
+    assert find_checkpoint(path).scheduler["prediction_type"] == "v_prediction"
+    save_file(load_file(path) | {"ztsnr": np.zeros(0, "f4")}, path)
+    found = find_checkpoint(path).scheduler
+    assert found["rescale_betas_zero_snr"] and found["timestep_spacing"] == "trailing"
+    schedule = NoiseSchedule.from_config(found)
+    assert make_sampler(found, schedule, 4).timesteps[0] == 999
 
 
 def test_the_folder_behind_an_at_gives_settings(folders, files, tmp_path):
@@ -234,7 +241,7 @@ def test_the_folder_behind_an_at_gives_settings(folders, files, tmp_path):
     (other / "unet" / "config.json").write_text(json.dumps(config))
     found = load_pipeline(f"{path}@{other}")
     assert found.unet.config.attention_head_dim == 4
-    assert find(f"{path}@{other / 'tokenizer'}").configs["unet"].attention_head_dim == 8
+    assert find_checkpoint(f"{path}@{other / 'tokenizer'}").configs["unet"].attention_head_dim == 8
     assert found.digest != load_pipeline(f"{path}@{folders['1.x']}").digest
 
 
@@ -255,7 +262,7 @@ def strangers(tensors):
         "embedding": ({"emb_params": one}, "is an embedding"),
         "sdxl": (
             tensors | {"conditioner.embedders.0.x.weight": one},
-            "in one file of SDXL.*StableDiffusionXLPipeline",
+            "unknown key 'cond_stage_model.*, of none of its networks",
         ),
         "flux": ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": one}, "of FLUX"),
         "controlnet": ({"control_model.input_hint_block.0.weight": one}, "is a ControlNet"),

@@ -22,7 +22,7 @@ from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfi
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights.hf import StableDiffusion, describe
 from jaxsynth.weights.layout import stored
-from jaxsynth.weights.single_file import SCHEDULE
+from jaxsynth.weights.single_file.families import SCHEDULE
 from jaxsynth.weights.tokenizer import train_tokenizer
 
 

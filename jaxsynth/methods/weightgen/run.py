@@ -100,7 +100,7 @@ class _Sources:
     @cached_property
     def editing(self) -> Source[StableDiffusion]:
         model = self.config.edits.model
-        return Source(lambda: load_pipeline(model, kinds=(EDITING,)), lambda found: found.digest)
+        return Source(lambda: load_pipeline(model, kinds=EDITING), lambda found: found.digest)
 
     @cached_property
     def mesh(self) -> Mesh | None:

@@ -1,0 +1,1 @@
+"""Whole Stable Diffusions in one file, in the original code's names."""
