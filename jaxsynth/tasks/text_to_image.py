@@ -159,10 +159,11 @@ def encode_source(
     With `shape`, (height, width) in pixels, of the middle of every image in that shape.
     """
     size = pipeline.image_size
-    square = all(record.image.shape[0] == record.image.shape[1] for record in source)
-    crops = 1 if square or shape else crops
+    # Of an image there is one such middle, as there is one square of an image that is one.
+    single = shape is not None or all(x.image.shape[0] == x.image.shape[1] for x in source)
+    crops = 1 if single else crops
     height, width = shape or (size, size)
-    to_square = DiffusionTransform(size, random_crop=not square)
+    to_square = DiffusionTransform(size, random_crop=not single)
     means, stds, sizes = [], [], []
     # A few images at a time: the crops of a large set do not fit in memory.
     for start in range(0, len(source), batch_size):

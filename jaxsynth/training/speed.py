@@ -90,9 +90,10 @@ class Meter:
             done = sum(times * self._flops(one) for one, times in self._calls.items())
             work = done / self._calls.total()
             now = time.perf_counter()  # counting is no part of the training
-            found["flops_per_second"] = rate * work
             peak = PEAKS.get(jax.devices()[0].device_kind)
-            if peak is not None:
+            if work:
+                found["flops_per_second"] = rate * work
+            if work and peak is not None:
                 found["mfu"] = rate * work / (peak * jax.device_count())
         self._calls.clear()
         found["idle"] = min(self._idle / passed, 1.0)
