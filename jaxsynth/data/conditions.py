@@ -28,7 +28,7 @@ from scipy import ndimage
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.dataset import ImageSource
-from jaxsynth.data.decode import IMAGE_SUFFIXES, center_crop, resize_short
+from jaxsynth.data.decode import IMAGE_SUFFIXES, center_crop, covered, resize_short
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.views import Subset
 
@@ -40,6 +40,8 @@ WITH_PARTNER = ("segmentation", "depth", "mask")
 _TAN_22_5 = math.sqrt(2) - 1
 
 Partner = Path | np.ndarray
+# In pixels: the side of a square, or (height, width).
+Size = int | tuple[int, int]
 Values = TypeVar("Values", np.ndarray, Array)
 
 
@@ -249,8 +251,8 @@ def partner_digests(source: ImageSource, folder: str | Path) -> dict[str, str]:
 
 
 def source_conditions(
-    source: ImageSource, kind: str, size: int, *, folder: str | Path | None = None, **options: Any
-) -> Float32[np.ndarray, "n size size k"]:
+    source: ImageSource, kind: str, size: Size, *, folder: str | Path | None = None, **options: Any
+) -> Float32[np.ndarray, "n h w k"]:
     """The `source_condition` of every image of a source."""
     found = [source_condition(source, i, kind, size, folder, **options) for i in range(len(source))]
     return np.stack(found)
@@ -260,11 +262,11 @@ def source_condition(
     source: ImageSource,
     index: int,
     kind: str,
-    size: int,
+    size: Size,
     folder: str | Path | None = None,
     **options: Any,
-) -> Float32[np.ndarray, "size size k"]:
-    """The condition of an image of a source: short side to `size`, then the centre.
+) -> Float32[np.ndarray, "h w k"]:
+    """The condition of an image of a source, of `size`, as `fitted_condition` cuts it.
 
     Kinds that an image tells are made of the image at that size. Others are read from `folder`, or
     taken from the source where it knows them, and made smaller themselves, labels without mixing
@@ -277,11 +279,11 @@ def source_condition(
         raise UserError(f"condition {kind!r} needs the folder of its files")
     record = source[index]
     if kind not in WITH_PARTNER:
-        image = resize_short(Image.fromarray(record.image), size, Image.Resampling.BILINEAR)
-        return make_condition(kind, np.array(center_crop(image, size)), **options)
+        image = _middle(Image.fromarray(record.image), size, Image.Resampling.BILINEAR)
+        return make_condition(kind, np.array(image), **options)
     partner = known if folder is None else partner_file(folder, record.id)
     whole = make_condition(kind, record.image, partner=partner, **options)
-    return square_condition(whole, size, mix=kind != "segmentation")
+    return fitted_condition(whole, size, mix=kind != "segmentation")
 
 
 def known_map(source: ImageSource, index: int, kind: str) -> UInt8[np.ndarray, "h w"] | None:
@@ -293,19 +295,25 @@ def known_map(source: ImageSource, index: int, kind: str) -> UInt8[np.ndarray, "
     return source.maps[kind][index]
 
 
-def square_condition(
-    condition: Float32[np.ndarray, "h w k"], size: int, *, mix: bool
-) -> Float32[np.ndarray, "size size k"]:
-    """Short side to `size`, then the centre: where `DiffusionTransform` has the image.
+def fitted_condition(
+    condition: Float32[np.ndarray, "h w k"], size: Size, *, mix: bool
+) -> Float32[np.ndarray, "height width k"]:
+    """The middle: of a square where `DiffusionTransform` has the image, else where `buckets.cut`.
 
     `mix` interpolates; otherwise each pixel takes the nearest one's value.
     """
     resample = Image.Resampling.BILINEAR if mix else Image.Resampling.NEAREST
     channels = [
-        np.asarray(center_crop(resize_short(Image.fromarray(channel), size, resample), size))
+        np.asarray(_middle(Image.fromarray(channel), size, resample))
         for channel in np.moveaxis(condition, -1, 0)
     ]
     return np.clip(np.stack(channels, axis=-1), 0, 1)
+
+
+def _middle(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+    if isinstance(size, tuple):
+        return covered(image, *size, resample)[0]
+    return center_crop(resize_short(image, size, resample), size)
 
 
 def as_bytes(condition: Float32[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:

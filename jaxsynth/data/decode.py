@@ -224,17 +224,23 @@ def center_crop(image: Image.Image, size: int, rounding: CropRounding = "round")
     return image.crop((left, top, left + size, top + size))
 
 
+def covered(
+    image: Image.Image, height: int, width: int, resample: Image.Resampling
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The middle of an image that is just large enough for so many pixels, and its top and left."""
+    scale = max(height / image.height, width / image.width)
+    sides = (round(image.height * scale), round(image.width * scale))
+    size = (max(sides[1], width), max(sides[0], height))
+    fitted = image if image.size == (width, height) else image.resize(size, resample)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return fitted.crop((left, top, left + width, top + height)), (top, left)
+
+
 def covering(
     image: UInt8[np.ndarray, "h w 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The middle of an image that is just large enough for so many pixels (bicubic)."""
-    scale = max(height / image.shape[0], width / image.shape[1])
-    size = [max(round(image.shape[i] * scale), least) for i, least in enumerate((height, width))]
-    fitted = Image.fromarray(image)
-    if image.shape[:2] != (height, width):
-        fitted = fitted.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    left, top = (size[1] - width) // 2, (size[0] - height) // 2
-    return np.array(fitted.crop((left, top, left + width, top + height)))
+    return np.array(covered(Image.fromarray(image), height, width, Image.Resampling.BICUBIC)[0])
 
 
 def square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:

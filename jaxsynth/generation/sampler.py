@@ -306,18 +306,22 @@ def latent_shape(
 
     UserError for sides that the autoencoder and the denoiser's levels do not divide.
     """
-    down, config = pipeline.vae.config.downscale, pipeline.unet.config
+    down, side = pipeline.vae.config.downscale, pipeline.unet.config.sample_size
     channels = pipeline.vae.config.latent_channels
     if size is None and not pipeline.size:
-        return config.sample_size, config.sample_size, channels
-    size = size or (pipeline.size, pipeline.size)
-    factor = down * 2 ** (len(config.block_out_channels) - 1)
+        return side, side, channels
+    size, factor = size or (pipeline.size, pipeline.size), size_factor(pipeline)
     if min(size) < factor or any(side % factor for side in size):
         raise UserError(
             f"size: {size[1]}x{size[0]} pixels (width x height), expected multiples of {factor} "
             "for this base"
         )
     return size[0] // down, size[1] // down, channels
+
+
+def size_factor(pipeline: StableDiffusion) -> int:
+    """What the autoencoder and the denoiser's levels divide the sides of images by."""
+    return pipeline.vae.config.downscale * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
 
 
 def check_size(pipeline: StableDiffusion, side: int) -> None:

@@ -14,13 +14,11 @@ What learns is for the model to say: the new word's rows, an adapter of any kind
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
 
 from jaxsynth.core.limits import (
     Count,
@@ -32,16 +30,17 @@ from jaxsynth.core.limits import (
     Share,
 )
 from jaxsynth.core.places import Templates
-from jaxsynth.data.dataset import ImageSource
-from jaxsynth.data.pipeline.epochs import epoch_rows
+from jaxsynth.data.pipeline.buckets import BucketConfig
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.diffusion.identity import IdentityPrompted
 from jaxsynth.models.diffusion.image_prompt import ProjectionConfig, ResamplerConfig
 from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage, encode_texts
-from jaxsynth.tasks.motion import ClipConfig, encode_clips
-from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, encode_source, learns_text
+from jaxsynth.tasks.motion import ClipConfig
+from jaxsynth.tasks.text_to_image import Denoising, FinetuneConfig, learns_text
+from jaxsynth.tasks.told import SHARDED, SHARED, Told, ToldBatches, joined
 from jaxsynth.training import sharding
 from jaxsynth.training.config import SCHEDULES, TrainingConfig
+from jaxsynth.training.task import Buckets
 from jaxsynth.training.trainer import Resident, Task
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -54,7 +53,8 @@ class InversionConfig(TrainingConfig):
     `initializer` (a word that is one token; "" takes what the subject is). Each image is told by
     one of `templates` at each step: "object", "style", "imagenet7", a text file with one a line, or
     "" for the data's own. `noise_offset` adds noise to whole channels, `snr_gamma` weighs times
-    (min-SNR); of images that are not square so many crops are encoded (`crops_per_image`).
+    (min-SNR); of images that are not square so many crops are encoded (`crops_per_image`), unless
+    they are learned in `buckets` of aspect ratios.
     """
 
     steps: Natural = 5000
@@ -68,6 +68,11 @@ class InversionConfig(TrainingConfig):
     noise_offset: NotNegative = 0.0
     snr_gamma: Positive | None = None
     crops_per_image: Count = 4
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_crops(self.buckets, self.crops_per_image)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class DreamBoothConfig(FinetuneConfig):
     draws beforehand. At weight 0 none are drawn. `noise_offset` adds noise to whole channels.
 
     With `vectors` above 0, `identifier` is a new word ("<subject>") of so many embeddings, which
-    start as the class's and are learned beside the adapter (pivotal tuning).
+    start as the class's and are learned beside the adapter (pivotal tuning). `buckets` are the
+    shapes of several aspect ratios, in which images are learned; the class's are cut to each.
     """
 
     epochs: Natural = 0
@@ -93,9 +99,11 @@ class DreamBoothConfig(FinetuneConfig):
     class_images: Natural = 100
     vectors: Natural = 0
     noise_offset: NotNegative = 0.0
+    buckets: BucketConfig = field(default_factory=BucketConfig)
 
     def __post_init__(self):
         super().__post_init__()
+        _check_crops(self.buckets, self.crops_per_image)
         if self.prior_weight and self.class_images < 1:
             raise ValueError(
                 f"class_images: {self.class_images}, expected at least 1 to keep the prior by; "
@@ -112,7 +120,8 @@ class CaptionConfig(FinetuneConfig):
     one is taken each time; the first part stays first. `noise_offset` adds noise to whole channels.
 
     With `unmasked_weight` below 1 each image has a mask, and what is outside of it counts so much
-    of what is inside.
+    of what is inside. `buckets` are the shapes of several aspect ratios, in which images are
+    learned.
     """
 
     epochs: Natural = 0
@@ -121,6 +130,11 @@ class CaptionConfig(FinetuneConfig):
     caption_orders: Count = 1
     unmasked_weight: Annotated[float, Range(0, 1, above=True)] = 1.0
     noise_offset: NotNegative = 0.0
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_crops(self.buckets, self.crops_per_image)
 
 
 @dataclass(frozen=True)
@@ -223,19 +237,18 @@ class InstantIDConfig(TrainingConfig):
         return ResamplerConfig(features, width, self.queries, self.hidden, self.depth)
 
 
+def _check_crops(buckets: BucketConfig, crops: int) -> None:
+    if buckets.enabled and crops != FinetuneConfig.crops_per_image:
+        raise ValueError(
+            f"crops_per_image: {crops}, but an image in a bucket is cut once, at its centre; leave "
+            "it out, or buckets.enabled"
+        )
+
+
 def _check_drops(drops: tuple[float, float, float]) -> None:
     if sum(drops) > 1:
         raise ValueError(f"drop_image, drop_text, drop_both: {drops}, expected at most 1 in all")
 
-
-# Streams of an order's key beside those of its epochs, which it is folded with the numbers of: a
-# permutation splits its key, and the parts of a split are what folding with small numbers gives.
-_TEXTS, _OTHERS = 2**31 - 1, 2**31 - 2
-
-# Of `Told`: with crops on the second axis, with images on the first, and what sets are joined by.
-CROPPED = ("mean", "std", "sizes")
-_SHARDED = (*CROPPED, "first", "choices", "images", "places", "condition")
-_JOINED = (*CROPPED, "ids", "first", "choices")
 
 Training = (
     InversionConfig
@@ -247,157 +260,55 @@ Training = (
 )
 
 
-@dataclass(frozen=True)
-class Told:
-    """Encoded images, and the texts that each may be told by.
-
-    `mean`, `std` and `sizes` are those of `text_to_image.Examples`, one for each crop, or of clips
-    one for each window of f frames. `ids` are
-    the distinct texts, the empty one first; image i has the `choices[i]` texts from `first[i]` on.
-    Where images prompt, `images` are an encoder's features of each and `absent` those of no image.
-    `places` say how much each position of the latents counts. `condition` are pictures that a
-    ControlNet follows, uint8.
-    """
-
-    mean: Float[np.ndarray, "n k *f h w c"]
-    std: Float[np.ndarray, "n k *f h w c"]
-    sizes: Float[np.ndarray, "n k 6"]
-    ids: Int[np.ndarray, "m *e t"]
-    first: Int[np.ndarray, " n"]
-    choices: Int[np.ndarray, " n"]
-    images: Float[np.ndarray, "n ..."] | None = None
-    absent: Float[np.ndarray, "..."] | None = None
-    places: Float[np.ndarray, "n h w 1"] | None = None
-    condition: UInt8[np.ndarray, "n h2 w2 3"] | None = None
-
-    def __len__(self) -> int:
-        return self.first.shape[0]  # also of shapes
-
-
-def encode_told(
-    pipeline: StableDiffusion,
-    source: ImageSource,
-    texts: Sequence[Sequence[str]],
-    *,
-    crops: int,
-    seed: int,
-    encoder: Callable[[Sequence[Any]], np.ndarray] | None = None,
-    clips: ClipConfig | None = None,
-) -> Told:
-    """The images of a source as latents, each with its texts (`texts[i]`, at least one).
-
-    `encoder` gives the features of no image and of each. With `clips` the source's clips are
-    encoded as that says, in its own number of windows in place of `crops`.
-    """
-    if clips is None:
-        found = encode_source(pipeline, source, crops=crops, seed=seed)
-    else:
-        found = encode_clips(pipeline, source, clips, seed=seed)
-    distinct = {("",): 0}
-    rows = [""]
-    for own in map(tuple, texts):
-        if own not in distinct:
-            distinct[own] = len(rows)
-            rows += own
-    first = np.array([distinct[tuple(own)] for own in texts], np.int32)
-    choices = np.array([len(own) for own in texts], np.int32)
-    told = Told(*found, pipeline.tokenizer(rows), first, choices)
-    if encoder is None:
-        return told
-    features = encoder([source[i].image for i in range(len(source))])
-    return replace(told, images=features[1:], absent=features[0])
-
-
-@dataclass(frozen=True)
-class ToldBatches:
-    """Batches of `count` images in the order of `epoch_rows`, each told by one of its texts.
-
-    A share `dropout` of the texts is emptied: the empty text stands for them or, with `zeroes`,
-    zeros for its condition, as in the pipeline's generation. Of images that prompt, `drops` are the
-    shares without the image, the text, and both. With `others`, whose rows follow those of the
-    images, as many of them follow in the batch, and the mean of the examples' losses times their
-    weights is that of the images plus `prior_weight` times that of the others.
-    """
-
-    count: int
-    batch_size: int
-    dropout: float = 0.0
-    others: int = 0
-    prior_weight: float = 0.0
-    drops: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    zeroes: bool = False
-
-    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
-        rows = epoch_rows(data["order"], step, self.count, self.batch_size)
-        own = jax.random.fold_in(jax.random.fold_in(data["order"], _TEXTS), step)
-        keys = [jax.random.fold_in(own, i) for i in (0, 1)]
-        batch = {}
-        if self.others:
-            order = jax.random.fold_in(data["order"], _OTHERS)
-            more = self.count + epoch_rows(order, step, self.others, self.batch_size)
-            rows = jnp.concatenate([rows, more])
-            # Twice each, because the mean is over both halves.
-            weights = jnp.asarray([2.0, 2.0 * self.prior_weight])
-            batch["weight"] = jnp.repeat(weights, self.batch_size)
-        chosen = jax.random.uniform(keys[0], rows.shape) * data["choices"][rows]
-        text = data["first"][rows] + chosen.astype(jnp.int32)
-        empty = jnp.zeros(rows.shape, bool)
-        if self.dropout:
-            empty = jax.random.bernoulli(keys[1], self.dropout, rows.shape)
-        if "images" in data:
-            seen = data["images"][rows]
-            drawn = jax.random.uniform(jax.random.fold_in(own, 2), rows.shape)
-            image, both, text_alone = np.cumsum(np.take(self.drops, (0, 2, 1)))
-            empty = empty | ((drawn >= image) & (drawn < text_alone))
-            without = (drawn < both).reshape(-1, *[1] * (seen.ndim - 1))
-            batch["image"] = jnp.where(without, data["absent"], seen)
-        if self.dropout or "images" in data:
-            text = jnp.where(empty, 0, text)
-            if self.zeroes:
-                batch["given"] = ~empty
-        names = (*CROPPED, "places", "condition")
-        batch |= {name: data[name][rows] for name in names if name in data}
-        if "texts" in data:
-            return batch | {"text": data["texts"].take(text)}
-        return batch | {"ids": data["ids"][text]}
-
-
 def customize_task(
     pipeline: StableDiffusion,
     model: TextToImage,
-    images: Told,
+    images: Told | Sequence[Told],
     config: Training,
     *,
     seed: int,
-    others: Told | None = None,
+    others: Told | Sequence[Told] | None = None,
     identity: Mapping[str, Any] | None = None,
     evaluate: Callable[[TextToImage, int], Mapping[str, Any]] | None = None,
     sample: Callable[[TextToImage], np.ndarray] | None = None,
 ) -> Task:
     """The training of what is `Trainable` in `model` on images and their texts; all may be shapes.
 
-    `others` are images of the subject's class, for a `DreamBoothConfig` that keeps the prior;
+    Images of several shapes are a `Told` for each, of which a batch has one. `others` are images of
+    the subject's class, for a `DreamBoothConfig` that keeps the prior, in the shapes of `images`;
     `evaluate` and `sample` are the task's.
     """
     order_key, key = jax.random.split(jax.random.key(seed))
-    data: dict[str, Any] = dict(vars(images) if others is None else _joined(images, others))
-    data = {name: values for name, values in data.items() if values is not None}
+    sets = [images] if isinstance(images, Told) else list(images)
+    priors = [others] if isinstance(others, Told) else list(others or [None] * len(sets))
+    parts = [
+        dict(vars(one)) if prior is None else joined(one, prior)
+        for one, prior in zip(sets, priors, strict=True)
+    ]
+    parts = [{name: x for name, x in part.items() if x is not None} for part in parts]
+    data: dict[str, Any] = {name: parts[0][name] for name in SHARED if name in parts[0]}
+    parts = [{name: x for name, x in part.items() if name not in SHARED} for part in parts]
     data["order"] = order_key
     if not learns_text(model):
         data["texts"] = _conditions(model, data.pop("ids"))
     batches = ToldBatches(
-        len(images),
         config.batch_size,
         getattr(config, "caption_dropout", 0.0),
-        0 if others is None else len(others),
+        0 if priors[0] is None else len(priors[0]),
         getattr(config, "prior_weight", 0.0),
         getattr(config, "drops", (0.0, 0.0, 0.0)),
         pipeline.zeroes_empty,
     )
+    sharded = tuple(name for name in SHARDED if name in parts[0])
+    if len(parts) == 1:
+        resident = Resident(data | parts[0], batches, sharded)
+    else:
+        buckets = Buckets(tuple(parts), tuple(map(len, sets)), seed)
+        resident = Resident(data, batches, sharded, buckets)
     return Task(
         model=model,
         loss=Denoising(config.snr_gamma, config.remat, config.noise_offset),
-        batches=Resident(data, batches, sharded=tuple(x for x in _SHARDED if x in data)),
+        batches=resident,
         table=(*sharding.CONTROLNET, *sharding.CLIP),
         key=key,
         constants=NoiseSchedule.from_config(pipeline.scheduler_config),
@@ -407,76 +318,6 @@ def customize_task(
         evaluate=evaluate,
         sample=sample,
     )
-
-
-def places_of(
-    masks: Float[np.ndarray, "n size size 1"], downscale: int, unmasked: float
-) -> Float[np.ndarray, "n h w 1"]:
-    """How much each position of the latents counts: in the masks 1, outside of them `unmasked`."""
-    count, size = masks.shape[:2]
-    side = size // downscale
-    means = masks.reshape(count, side, downscale, side, downscale, 1).mean((2, 4))
-    return unmasked + (1 - unmasked) * means
-
-
-def planned_images(
-    pipeline: StableDiffusion,
-    count: int,
-    texts: int,
-    *,
-    size: int = 0,
-    features: tuple[int, ...] | None = None,
-    masked: bool = False,
-    followed: bool = False,
-    clips: ClipConfig | None = None,
-) -> Told:
-    """The shapes of so many square images with so many texts in all, and `features` of each.
-
-    `masked` images have `places`, and `followed` ones a `condition`. With `clips` they are clips,
-    in the windows that that says.
-    """
-
-    def shape(*dims: int, dtype: Any = np.float32) -> Any:
-        return jax.ShapeDtypeStruct(dims, dtype)
-
-    channels, downscale = pipeline.unet.config.in_channels, pipeline.vae.config.downscale
-    side = (size or pipeline.image_size) // downscale
-    windows = (1,) if clips is None else (clips.windows_per_clip, clips.frames)
-    latents, rows = shape(count, *windows, side, side, channels), shape(count, dtype=np.int32)
-    told = Told(
-        latents, latents, shape(count, windows[0], 6),
-        shape(texts + 1, *pipeline.tokenizer.shape, dtype=np.int32), rows, rows,
-    )  # fmt: skip
-    if masked:
-        return replace(told, places=shape(count, side, side, 1))
-    if followed:
-        pixels = side * downscale
-        told = replace(told, condition=shape(count, pixels, pixels, 3, dtype=np.uint8))
-    if features is None:
-        return told
-    return replace(told, images=shape(count, *features), absent=shape(*features))
-
-
-def _joined(images: Told, others: Told) -> dict[str, Any]:
-    """The arrays of both, whose images may have another number of crops."""
-    if isinstance(images.first, jax.ShapeDtypeStruct):
-        pairs = {name: (getattr(images, name), getattr(others, name)) for name in _JOINED}
-        return {
-            name: jax.ShapeDtypeStruct((x.shape[0] + y.shape[0], *x.shape[1:]), x.dtype)
-            for name, (x, y) in pairs.items()
-        }
-    crops = max(images.mean.shape[1], others.mean.shape[1])
-
-    def cropped(values: np.ndarray) -> np.ndarray:
-        return np.take(values, np.arange(crops) % values.shape[1], axis=1)
-
-    # Texts of the others come after those of the images, and their own empty text is left over.
-    shifted = replace(others, first=others.first + len(images.ids))
-    pairs = {name: (getattr(images, name), getattr(shifted, name)) for name in _JOINED}
-    return {
-        name: np.concatenate([cropped(x) for x in pair] if name in CROPPED else pair)
-        for name, pair in pairs.items()
-    }
 
 
 def _conditions(model: TextToImage, ids: Any) -> TextCondition:

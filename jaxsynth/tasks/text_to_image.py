@@ -30,6 +30,7 @@ from jaxsynth.core.limits import BelowOne, Count, Finite, Natural, NotNegative, 
 from jaxsynth.data.conditions import as_fractions
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import DiffusionTransform
+from jaxsynth.data.pipeline.buckets import cut
 from jaxsynth.data.pipeline.epochs import epoch_rows
 from jaxsynth.diffusion.losses import diffusion_loss
 from jaxsynth.diffusion.noising import drawn_crops, sample_noise
@@ -151,12 +152,18 @@ def encode_source(
     crops: int,
     seed: int,
     batch_size: int = 8,
+    shape: tuple[int, int] | None = None,
 ) -> Encoded:
-    """The latents of every image's crops (one of square images), with the crops' sizes."""
+    """The latents of every image's crops (one of square images), with the crops' sizes.
+
+    With `shape`, (height, width) in pixels, of the middle of every image in that shape.
+    """
     size = pipeline.image_size
-    square = all(record.image.shape[0] == record.image.shape[1] for record in source)
-    crops = 1 if square else crops
-    cut = DiffusionTransform(size, random_crop=not square)
+    # Of an image there is one such middle, as there is one square of an image that is one.
+    single = shape is not None or all(x.image.shape[0] == x.image.shape[1] for x in source)
+    crops = 1 if single else crops
+    height, width = shape or (size, size)
+    to_square = DiffusionTransform(size, random_crop=not single)
     means, stds, sizes = [], [], []
     # A few images at a time: the crops of a large set do not fit in memory.
     for start in range(0, len(source), batch_size):
@@ -164,9 +171,12 @@ def encode_source(
         for i in range(start, min(start + batch_size, len(source))):
             image = source[i].image
             for k in range(crops):
-                crop, corner = cut.cut(image, np.random.default_rng([seed, i, k]))
+                if shape:
+                    crop, corner = cut(image, height, width)
+                else:
+                    crop, corner = to_square.cut(image, np.random.default_rng([seed, i, k]))
                 pixels.append(crop)
-                sizes.append((*image.shape[:2], *corner, size, size))
+                sizes.append((*image.shape[:2], *corner, height, width))
         for found, values in zip(
             (means, stds), encode_images(pipeline.vae, np.stack(pixels), batch_size), strict=True
         ):

@@ -114,6 +114,7 @@ def fit(
     leaves, structure = jax.tree.flatten(state)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
     program = program_of(step_fn, structure, frozen_structure, leaves)
+    traced: dict[Any, Any] = {}
     pending: tuple[int, Any] | None = None
     meter: Meter | None = None
 
@@ -143,14 +144,18 @@ def fit(
                 if meter is not None:
                     meter.look()
                 batch = _on_device(batch) if place is None else place(batch)
+                shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+                new = shapes not in traced
+                if new:
+                    traced[shapes] = program.trace(leaves, frozen_leaves, batch)
                 if meter is None:
-                    traced = program.trace(leaves, frozen_leaves, batch)
-                    work = lambda: count_flops(traced.jaxpr) / steps_per_call  # noqa: B023, E731
+                    work = lambda one: count_flops(traced[one].jaxpr) / steps_per_call  # noqa: E731
                     meter = Meter(step, examples, work)
-                # What a step reads lies on the devices by now; only its first call makes constants.
-                with jax.transfer_guard_host_to_device("allow" if calls == 1 else "disallow"):
+                # What a step reads lies on the devices by now; only the first call of a program
+                # makes constants.
+                with jax.transfer_guard_host_to_device("allow" if new else "disallow"):
                     leaves, values = program(leaves, frozen_leaves, batch)
-            meter.queued(values)
+            meter.queued(values, shapes)
             # The device works on this step while the host reads the one before it.
             if pending is not None:
                 newest = collect()

@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jaxsynth.core.errors import UserError
 from jaxsynth.training import sharding
+from jaxsynth.training.config import TrainingConfig
 from jaxsynth.training.step import TrainState
-from jaxsynth.training.task import Learns, Task
+from jaxsynth.training.task import Learns, Resident, Streamed, Task
 
 
 def state_places(state: TrainState, task: Task, mesh: Mesh, together: bool) -> TrainState:
@@ -56,7 +59,7 @@ def filled_rows(
         return data
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     filled = dict(data)
-    for name in names:
+    for name in (one for one in names if one in data):
         short = -len(data[name]) % parts if not abstract else -data[name].shape[0] % parts
         if not short:
             continue
@@ -94,3 +97,32 @@ def is_stack(task: Task) -> bool:
     """Whether a part that learns is a stack: batches and their data then have its axis first."""
     learns = task.learns.values() if isinstance(task.learns, Mapping) else (task.learns,)
     return "stack" in learns
+
+
+def check_rows(config: TrainingConfig, mesh: Mesh, batches: Resident | Streamed) -> None:
+    """UserError unless every part of a batch divides over the devices of `mesh`."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    cut = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
+    if config.batch_size // config.accumulate % parts:
+        raise UserError(
+            f"batch_size: {config.batch_size}{cut} is not divisible over data x fsdp = {parts} "
+            f"devices; the next that is: {-(-config.batch_size // parts) * parts}"
+        )
+    if isinstance(batches, Streamed):
+        return
+    # A batch may consist of parts, each with fewer rows than it.
+    data = jax.tree.map(shape_of, batches.data)
+    if batches.buckets:
+        data |= jax.tree.map(shape_of, batches.buckets.data[0])
+    batch = jax.eval_shape(batches.next_batch, jax.ShapeDtypeStruct((), jnp.int32), data)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if leaf.shape[0] // config.accumulate % parts:
+            raise UserError(
+                f"batch_size: of {config.batch_size}, {leaf.shape[0]} rows are "
+                f"{sharding.dotted(path)!r}{cut}, not divisible over data x fsdp = {parts} devices"
+            )
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array, or of a shape."""
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))

@@ -6,7 +6,9 @@ Written beside the metrics, not into them: `metrics.jsonl` is the same in every 
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any
 
 import jax
@@ -40,12 +42,15 @@ class Meter:
 
     Args:
         examples: of one step; 0: unknown.
-        flops: of one step on all devices, called once, after the first step; None: unknown.
+        flops: of one step of a program on all devices, called once for each; None: unknown.
     """
 
-    def __init__(self, step: int, examples: int = 0, flops: Callable[[], float] | None = None):
-        self._step, self._examples, self._count = step, examples, flops
-        self._flops = 0.0
+    def __init__(
+        self, step: int, examples: int = 0, flops: Callable[[Hashable], float] | None = None
+    ):
+        self._step, self._examples = step, examples
+        self._flops = None if flops is None else cache(flops)
+        self._calls: Counter[Hashable] = Counter()
         self._began = self._working = time.perf_counter()
         self._idle = 0.0
         self._result: PyTree = None
@@ -55,9 +60,10 @@ class Meter:
         if self._result is not None and not _is_ready(self._result):
             self._working = time.perf_counter()
 
-    def queued(self, result: PyTree) -> None:
-        """The devices have been given a step that ends with `result`."""
+    def queued(self, result: PyTree, program: Hashable = None) -> None:
+        """The devices have been given a step of a program that ends with `result`."""
         now = time.perf_counter()
+        self._calls[program] += 1
         if self._result is not None and _is_ready(self._result):
             self._idle += now - self._working
         self._working, self._result = now, result
@@ -79,14 +85,17 @@ class Meter:
         found: dict[str, Any] = {"steps_per_second": rate}
         if self._examples:
             found["examples_per_second"] = rate * self._examples
-        if self._count is not None:
-            self._flops, self._count = self._count(), None
+        if self._flops is not None and self._calls:
+            # The mean of the programs that ran, which differ where examples have several shapes.
+            done = sum(times * self._flops(one) for one, times in self._calls.items())
+            work = done / self._calls.total()
             now = time.perf_counter()  # counting is no part of the training
-        if self._flops:
-            found["flops_per_second"] = rate * self._flops
             peak = PEAKS.get(jax.devices()[0].device_kind)
-            if peak is not None:
-                found["mfu"] = rate * self._flops / (peak * jax.device_count())
+            if work:
+                found["flops_per_second"] = rate * work
+            if work and peak is not None:
+                found["mfu"] = rate * work / (peak * jax.device_count())
+        self._calls.clear()
         found["idle"] = min(self._idle / passed, 1.0)
         found["host_bytes"] = host_memory()
         self._step, self._began, self._idle = step, now, 0.0

@@ -15,6 +15,21 @@ Loss = Callable[[Any, PyTree, PyTree, Key[Array, ""]], tuple[Array, dict[str, Ar
 
 
 @dataclass(frozen=True)
+class Buckets:
+    """Examples of several shapes, of which each call of the program takes one (`training.turns`).
+
+    Args:
+        data: the arrays of the examples of each shape, of the same names.
+        counts: how many examples have each shape.
+        seed: decides which shape comes when.
+    """
+
+    data: tuple[dict[str, Any], ...]
+    counts: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Resident:
     """Batches drawn on the device from arrays that lie there: cached latents, small images.
 
@@ -23,11 +38,15 @@ class Resident:
             their first axis and are cut over the devices; the others are on every device.
         next_batch: `(step, data) -> batch`, a frozen dataclass; it must not draw rows beyond the
             number of examples, because arrays that do not divide are filled up.
+        buckets: arrays of which a batch reads those of one shape beside `data`. A program is
+            compiled for each shape, and `next_batch` is given "shift" too: step + shift counts the
+            steps of the shape.
     """
 
     data: dict[str, Any]
     next_batch: Callable[[Array, dict[str, Array]], PyTree]
     sharded: tuple[str, ...] = ()
+    buckets: Buckets | None = None
 
 
 @dataclass(frozen=True)

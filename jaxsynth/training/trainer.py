@@ -51,9 +51,11 @@ from jaxsynth.training.metrics import MetricsWriter
 from jaxsynth.training.optim import Rate, make_optimizer, unused_patterns
 from jaxsynth.training.placement import (
     batch_rows,
+    check_rows,
     data_places,
     filled_rows,
     is_stack,
+    shape_of,
     state_places,
 )
 from jaxsynth.training.planning import Plan, compile_plan, shaped
@@ -69,6 +71,7 @@ from jaxsynth.training.step import (
     stacked,
 )
 from jaxsynth.training.task import Loss, Resident, Streamed, Task
+from jaxsynth.training.turns import Turns
 
 
 def train(
@@ -129,8 +132,8 @@ class Steps:
     """
 
     def __init__(self, task: Task, config: TrainingConfig, *, mesh: Mesh | None = None):
-        if not isinstance(task.batches, Resident):
-            raise ValueError("Steps: batches from the host, expected Resident ones")
+        if not isinstance(task.batches, Resident) or task.batches.buckets:
+            raise ValueError("Steps: batches of the host or of buckets, expected Resident ones")
         self.done, self._config = 0, config
         self._built = built = _assemble([task], config, mesh, together=False)
         self._leaves, self._structure = jax.tree.flatten(built.state)
@@ -212,6 +215,8 @@ class _Built:
     count: int
     together: bool
     mesh: Mesh | None
+    # Of examples of several shapes, those of each.
+    parts: tuple[dict[str, Any], ...] = ()
 
 
 def _assemble(
@@ -233,8 +238,11 @@ def _assemble(
             raise UserError(f"{name}: {unused[0]!r} matches no parameter that learns")
     phases = tuple(task.loss.items()) if isinstance(task.loss, Mapping) else task.loss
     resident = isinstance(task.batches, Resident)
+    buckets = task.batches.buckets if resident else None
+    if buckets and (together or abstract):
+        raise ValueError("buckets: expected one training of them, and one shape for a plan")
     if mesh is not None and not together and not is_stack(task):
-        _check_rows(config, mesh, task.batches)
+        check_rows(config, mesh, task.batches)
     step = _step(
         phases,
         task.batches.next_batch if resident else None,
@@ -262,6 +270,7 @@ def _assemble(
         state, data = jax.eval_shape(init, *start), _shapes_of(task.batches, len(tasks), together)
     else:
         state, data = init(*start), _data_of([one.batches for one in tasks], together)
+    parts = list(buckets.data) if buckets else []
     if mesh is not None:
         place = shaped if abstract else sharding.place
         state = place(state, state_places(state, task, mesh, together))
@@ -274,16 +283,22 @@ def _assemble(
         frozen = place(frozen, frozen_places)
         if resident:
             stacks = together or is_stack(task)
-            data = filled_rows(data, task.batches.sharded, mesh, stacks, abstract)
-            data = place(data, data_places(data, task, mesh, together))
+            data, *parts = (
+                filled_rows(one, task.batches.sharded, mesh, stacks, abstract)
+                for one in (data, *parts)
+            )
+            data, *parts = (
+                place(one, data_places(one, task, mesh, together)) for one in (data, *parts)
+            )
         elif abstract:
             rows = NamedSharding(mesh, sharding.BATCH)
             data = place(data, jax.tree.map(lambda _: rows, data))
     elif not abstract:
-        frozen, data = jax.device_put((frozen, data))
+        frozen, data, parts = jax.device_put((frozen, data, parts))
     return _Built(
-        step, state, frozen, data, task, graphdef, (buffers, base), len(tasks), together, mesh
-    )
+        step, state, frozen, data, task, graphdef, (buffers, base), len(tasks), together, mesh,
+        tuple(parts),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -369,6 +384,9 @@ def _fit(built: _Built, config: TrainingConfig, folder: Path, description: str) 
         batches = task.batches.start()
         if mesh is not None:
             place = lambda batch: sharding.shard_batch(batch, mesh)  # noqa: E731
+    elif task.batches.buckets:
+        buckets = task.batches.buckets
+        batches = Turns(built.data, built.parts, buckets, config.steps_per_call, mesh)
     streams = isinstance(task.batches, Streamed)
     identity = {
         "task": dict(task.identity),
@@ -446,28 +464,6 @@ def check_batches(trainings: Mapping[str, TrainingConfig], mesh: Mesh | None) ->
             )
 
 
-def _check_rows(config: TrainingConfig, mesh: Mesh, batches: Resident | Streamed) -> None:
-    """UserError unless every part of a batch divides over the devices of `mesh`."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    cut = f" in {config.accumulate} parts (accumulate)" if config.accumulate > 1 else ""
-    if config.batch_size // config.accumulate % parts:
-        raise UserError(
-            f"batch_size: {config.batch_size}{cut} is not divisible over data x fsdp = {parts} "
-            f"devices; the next that is: {-(-config.batch_size // parts) * parts}"
-        )
-    if isinstance(batches, Streamed):
-        return
-    # A batch may consist of parts, each with fewer rows than it.
-    data = jax.tree.map(_shape, batches.data)
-    batch = jax.eval_shape(batches.next_batch, jax.ShapeDtypeStruct((), jnp.int32), data)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if leaf.shape[0] // config.accumulate % parts:
-            raise UserError(
-                f"batch_size: of {config.batch_size}, {leaf.shape[0]} rows are "
-                f"{sharding.dotted(path)!r}{cut}, not divisible over data x fsdp = {parts} devices"
-            )
-
-
 def _data_of(batches: Sequence[Resident | Streamed], together: bool) -> PyTree:
     if isinstance(batches[0], Streamed):
         if together:
@@ -489,13 +485,9 @@ def _shapes_of(batches: Resident | Streamed, count: int, together: bool) -> PyTr
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         if together:
             return _repeated(leaf, count)
-        return _shape(leaf)
+        return shape_of(leaf)
 
     return jax.tree.map(shape, given)
-
-
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _repeated(leaf: Any, count: int) -> jax.ShapeDtypeStruct:

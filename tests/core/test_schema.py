@@ -75,6 +75,10 @@ CROSSED = (
     ("controlled", "adapter=lora2", "config.adapter: adapter 'lora2': expected one of lora, dora"),
     ("customize", "technique=svd", "technique: 'svd' is not implemented, expected one of"),
     ("customize", "generate.sampler=heun", "generate: sampler: 'heun', expected one of ddim"),
+    (
+        "customize", "textual_inversion.buckets.step=64",
+        "textual_inversion.buckets: step: 64, but images are cut to squares; set enabled=true",
+    ),
     ("datadream", "finetune.accumulate=3", "config.finetune: batch_size: 8 is not divisible by"),
     ("datadream", "classify.adapter.heads=2", "classify.adapter.heads: no such field of lora"),
     ("datadream", "finetune.rates=((,1)", "config.finetune.rates"),
@@ -85,7 +89,7 @@ CROSSED = (
     ("scaling", "generate.images_per_class=1", "images_per_class: 1, but `sizes` asks for"),
     ("tiny_base", "unet.steps_per_call=7", "is not divisible by steps_per_call = 7"),
     ("weightgen", "photos=1", "of 1 photos"),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "field", "words"), CROSSED)

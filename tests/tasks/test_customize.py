@@ -26,14 +26,11 @@ from jaxsynth.tasks.customize import (
     ImagePromptConfig,
     InstantIDConfig,
     InversionConfig,
-    ToldBatches,
     customize_task,
-    encode_told,
-    places_of,
-    planned_images,
 )
 from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig, MotionLoRAConfig
 from jaxsynth.tasks.text_to_image import Denoising
+from jaxsynth.tasks.told import ToldBatches, encode_told, places_of, planned_images
 from jaxsynth.training import sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.sharding import make_mesh
@@ -253,7 +250,7 @@ def test_images_are_told_by_their_own_texts_and_some_by_none():
         "choices": jnp.asarray([1, 2, 4]),
         "ids": jnp.arange(8)[:, None],
     }
-    batches = ToldBatches(count=3, batch_size=3, dropout=0.25)
+    batches = ToldBatches(batch_size=3, dropout=0.25)
     drawn = jax.vmap(lambda step: batches(step, data))(jnp.arange(400))
     image, text = (np.asarray(drawn[name]).reshape(-1).astype(int) for name in ("mean", "ids"))
     assert np.mean(text == 0) == pytest.approx(0.25, abs=0.04)
@@ -275,7 +272,7 @@ def test_images_texts_and_both_are_dropped_at_their_rates():
         "images": jnp.asarray([[1.0], [2.0]]),
         "absent": jnp.asarray([-1.0]),
     }
-    batches = ToldBatches(count=2, batch_size=2, drops=(0.3, 0.2, 0.1))
+    batches = ToldBatches(batch_size=2, drops=(0.3, 0.2, 0.1))
     drawn = jax.vmap(lambda step: batches(step, data))(jnp.arange(1500))
     image, text = (np.asarray(drawn[name]).reshape(-1).astype(int) for name in ("image", "ids"))
     np.testing.assert_array_equal(image[(image > 0) & (text > 0)], text[(image > 0) & (text > 0)])

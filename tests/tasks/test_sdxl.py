@@ -30,7 +30,7 @@ from jaxsynth.methods.customize.techniques import load, prepared, save
 from jaxsynth.models.diffusion.image_prompt import adapter_of
 from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.models.diffusion.text_to_image import encode_texts
-from jaxsynth.tasks.customize import CaptionConfig, ToldBatches, customize_task, encode_told
+from jaxsynth.tasks.customize import CaptionConfig, customize_task
 from jaxsynth.tasks.motion import ClipConfig
 from jaxsynth.tasks.text_to_image import (
     FinetuneConfig,
@@ -39,6 +39,7 @@ from jaxsynth.tasks.text_to_image import (
     finetune_tasks,
     planned_task,
 )
+from jaxsynth.tasks.told import ToldBatches, encode_told
 from jaxsynth.training import trainer
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters import io as adapter_io

@@ -32,16 +32,32 @@ def test_waiting_for_the_host_is_idle_time():
 
 
 def test_work_is_counted_once_and_memory_in_bytes():
-    calls = []
-    meter = Meter(4, examples=8, flops=lambda: calls.append(0) or 1e9)
-    first, second = meter.read(5), meter.read(7)
-    assert calls == [0]
+    calls, result = [], jax.block_until_ready(jnp.ones(()))
+    meter = Meter(4, examples=8, flops=lambda program: calls.append(program) or 1e9)
+    found = []
+    for step in (5, 7):
+        meter.queued(result)
+        found.append(meter.read(step))
+    first, second = found
+    assert calls == [None]
     for found in (first, second):
         assert found["flops_per_second"] == pytest.approx(found["steps_per_second"] * 1e9)
         assert found["examples_per_second"] == pytest.approx(found["steps_per_second"] * 8)
         assert "mfu" not in found  # a CPU's peak is not known
     held = jnp.ones((1 << 24,)).block_until_ready()
     assert first["host_bytes"] <= host_memory() and host_memory() >= held.nbytes
+
+
+def test_work_is_the_mean_of_the_programs_that_ran():
+    result = jax.block_until_ready(jnp.ones(()))
+    meter = Meter(0, flops=lambda program: {"wide": 1e9, "square": 4e9}[program])
+    for program in ("wide", "square", "square"):
+        meter.queued(result, program)
+    found = meter.read(3)
+    assert found["flops_per_second"] == pytest.approx(found["steps_per_second"] * 3e9)
+    meter.queued(result, "wide")
+    found = meter.read(4)
+    assert found["flops_per_second"] == pytest.approx(found["steps_per_second"] * 1e9)
 
 
 def test_a_page_says_how_fast_the_trainings_of_a_stage_were(tmp_path):

@@ -114,6 +114,12 @@ class Config:
             object.__setattr__(self, self.technique, TECHNIQUES[self.technique]())
         check_limits(self)
         self._check_faces()
+        buckets = getattr(self.training, "buckets", None)
+        if buckets is not None and buckets.enabled and self.data.image_size:
+            raise ValueError(
+                f"data.image_size: {self.data.image_size} cuts images to squares before they come "
+                f"to {self.technique}.buckets; set it to 0"
+            )
         if self.sees_images != bool(self.references):
             why = "draws like held-out images" if self.sees_images else "draws like no image"
             raise ValueError(f"references: {self.references}, but {self.technique} {why}")

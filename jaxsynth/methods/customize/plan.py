@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxsynth.core.words import counted
 from jaxsynth.data.faces import Faces, read_faces
 from jaxsynth.data.prompts import default_template
 from jaxsynth.generation.animations import at_once, on_linear_schedule
@@ -22,6 +23,7 @@ from jaxsynth.methods.customize.faces import (
 from jaxsynth.methods.customize.faces import planned as planned_faces
 from jaxsynth.methods.customize.motion import motion_of, with_domain
 from jaxsynth.methods.customize.techniques import (
+    bucket_shapes,
     class_prompt,
     prepared,
     shapes_of,
@@ -36,11 +38,12 @@ from jaxsynth.tasks.customize import (
     CaptionConfig,
     ImagePromptConfig,
     InstantIDConfig,
+    Training,
     customize_task,
-    planned_images,
 )
 from jaxsynth.tasks.motion import AnimateDiffConfig, ClipConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
+from jaxsynth.tasks.told import planned_images
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.weights.adapters import io as adapter_io
@@ -85,6 +88,7 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         encoder, note = _faces(config, note)
         features = (1, encoder.width)
     prompts *= max(1, config.references)
+    told = _of_buckets(training, base, note)
 
     def train(batch: int) -> Plan:
         sized = replace(training, batch_size=batch)
@@ -99,7 +103,7 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         )  # fmt: skip
         rows = batch * (2 if prior else 1)
         return trainer.plan(
-            config.technique, task, sized.sized(images), mesh, images=rows, note=note
+            config.technique, task, sized.sized(images), mesh, images=rows, note=told
         )
 
     def draw(name: str, count: int, learned: bool, batch: int) -> Plan:
@@ -146,6 +150,17 @@ def plan(config: Config, mesh: Mesh) -> list[Program]:
         calls = partial(batches, count * each)
         programs.append(Program(name, build, "generate.batch_size", batch, unit, calls))
     return programs
+
+
+def _of_buckets(training: Training, base: StableDiffusion, note: str) -> str:
+    """The note of a training, whose largest bucket is the square that is planned."""
+    shapes = bucket_shapes(training, base)
+    if not shapes:
+        return note
+    most = min(len(shapes), training.buckets.most)
+    side = base.image_size
+    told = f"of {counted(most, 'bucket')} at the most, the largest, {side}x{side}, with all images"
+    return f"{note}; {told}" if note else told
 
 
 def _faces(config: Config, note: str) -> tuple[Faces | FaceEncoderConfig, str]:

@@ -11,11 +11,14 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsynth.adapters.inject import AdapterState
+from jaxsynth.core.console import console
 from jaxsynth.core.io import file_digest, replacing, write_json
+from jaxsynth.core.words import counted
 from jaxsynth.data.conditions import as_fractions, source_conditions
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.decode import check_square
 from jaxsynth.data.faces import Faces, keypoint_pictures
+from jaxsynth.data.pipeline.buckets import Bucket, buckets_of
 from jaxsynth.data.prompts import prompts as class_prompts
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.store import ImageStore
@@ -34,6 +37,7 @@ from jaxsynth.methods.customize.faces import Judge, face_parts, faces_in
 from jaxsynth.methods.customize.motion import learned_modules, motion_of, with_domain
 from jaxsynth.methods.customize.shots import shots_of
 from jaxsynth.methods.customize.techniques import (
+    bucket_shapes,
     load,
     name_of,
     prepared,
@@ -50,8 +54,9 @@ from jaxsynth.quality.features import clip_features
 from jaxsynth.quality.similarity import mean_cosine, paired_cosine, text_features
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.customize import Told, Training, customize_task, encode_told, places_of
+from jaxsynth.tasks.customize import Training, customize_task
 from jaxsynth.tasks.motion import ClipConfig
+from jaxsynth.tasks.told import Told, encode_buckets, encode_told, places_of
 from jaxsynth.training.sharding import local_mesh
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import train
@@ -214,29 +219,43 @@ def learn(
     start = base if domain is None else with_domain(base, domain)
     pipeline, model = prepared(training, config.word, start, key, known or encoder, modules)
     source = shots_of(data, config.shots, config.seed)
+    texts = texts_of(training, config.word, data, source, config.seed)
+    shapes, buckets = bucket_shapes(training, base), []
+    if shapes:
+        buckets = buckets_of(source, shapes, training.buckets.most)
+        shapes = [one.shape for one in buckets]
+        _tell(buckets, training.batch_size)
 
     see = None
     if encoder is not None:
         see = partial(encoder, of_patches=getattr(training, "of_patches", False))
 
-    def encoded(images: ImageSource, texts):
+    def encoded(images: ImageSource, texts, buckets: Sequence[Bucket]) -> list[Told]:
+        if buckets:
+            return encode_buckets(pipeline, images, texts, buckets)
         told = encode_told(
             pipeline, images, texts, crops=crops, seed=config.seed, encoder=see, clips=clips
         )
-        return told if known is None else _with_faces(told, images, known, base.image_size)
+        return [told if known is None else _with_faces(told, images, known, base.image_size)]
 
-    images = encoded(source, texts_of(training, config.word, data, source, config.seed))
+    images = encoded(source, texts, buckets)
     unmasked = getattr(training, "unmasked_weight", 1.0)
     if unmasked < 1:
-        images = replace(images, places=_places(base, source, unmasked, masks))
+        places = _places(base, source, unmasked, masks, buckets)
+        images = [replace(one, places=own) for one, own in zip(images, places, strict=True)]
     prior = None
     if others is not None:
         store = ImageStore(others.path)
         (prompt,) = store.class_names
-        prior = encoded(store, [(prompt,)] * len(store))
+        # Those of the class keep the prior in every shape that the subject is learned in.
+        every = [Bucket(*shape, np.arange(len(store))) for shape in shapes]
+        prior = encoded(store, [(prompt,)] * len(store), every)
     evaluate = None
     if training.evaluate_every:
-        evaluate = _held_out(pipeline, encoded, training, config.word, data)
+        held_out = Subset(data.test, np.arange(min(MOST_HELD_OUT, len(data.test))))
+        into = buckets_of(held_out, shapes) if shapes else []
+        told = encoded(held_out, texts_of(training, config.word, data, held_out), into)
+        evaluate = _held_out(pipeline, told)
     if clips is None:
         name = name_of(training, config.word)
         sample = _sampler(pipeline, data, name, known or encoder)
@@ -247,9 +266,11 @@ def learn(
         sample=sample,
         identity={"base": base.digest},
     )  # fmt: skip
-    sized = training.sized(len(images))
+    sized = training.sized(len(source))
     model = train(task, sized, work.training, mesh=work.mesh, description="customize")
-    counts = {"images": len(images), "steps": sized.steps}
+    counts: dict[str, Any] = {"images": len(source), "steps": sized.steps}
+    if buckets:
+        counts["buckets"] = {str(one): len(one.rows) for one in buckets}
     if not work.writes:
         return counts
     write_json(work.folder / "images.json", list(source.ids))
@@ -265,41 +286,69 @@ def _with_faces(told: Told, source: ImageSource, faces: Faces, size: int) -> Tol
 
 
 def _places(
-    base: StableDiffusion, source: ImageSource, unmasked: float, folder: Path | None
-) -> np.ndarray:
-    """How much each position of the images' latents counts; UserError for one that is no square."""
-    check_square(source, "masks")
-    masks = source_conditions(source, "mask", base.image_size, folder=folder)
-    return places_of(masks, base.vae.config.downscale, unmasked)
+    base: StableDiffusion,
+    source: ImageSource,
+    unmasked: float,
+    folder: Path | None,
+    buckets: Sequence[Bucket],
+) -> list[np.ndarray]:
+    """How much each position of the latents counts, of the images of each bucket.
+
+    Without buckets of all; UserError then for an image that is no square.
+    """
+    if not buckets:
+        check_square(source, "masks")
+    sets = [(Subset(source, one.rows), one.shape) for one in buckets]
+    return [
+        places_of(
+            source_conditions(images, "mask", size, folder=folder),
+            base.vae.config.downscale,
+            unmasked,
+        )
+        for images, size in sets or [(source, base.image_size)]
+    ]
+
+
+def _tell(buckets: Sequence[Bucket], batch_size: int) -> None:
+    few = sum(len(one.rows) < batch_size for one in buckets)
+    shown = ", ".join(f"{one}: {counted(len(one.rows), 'image')}" for one in buckets)
+    repeats = f"; {few} with fewer images than a batch, in which they come again" if few else ""
+    console.print(
+        f"{counted(len(buckets), 'bucket')}, each a program to compile: {shown}{repeats}",
+        markup=False,
+    )
 
 
 def _held_out(
-    pipeline: StableDiffusion, encoded: Callable, training: Training, word: str, data: Dataset
+    pipeline: StableDiffusion, told: Sequence[Told]
 ) -> Callable[[TextToImage, int], Mapping[str, Any]]:
-    """The error of the noise on images that are not learned from, each with its first text."""
-    count = min(MOST_HELD_OUT, len(data.test))
-    source = Subset(data.test, np.arange(count))
-    told = encoded(source, texts_of(training, word, data, source))
-    x0, ids = told.mean[:MOST_HELD_OUT, 0], told.ids[told.first[:MOST_HELD_OUT]]
-    sizes = told.sizes[:MOST_HELD_OUT, 0]
+    """The error of the noise on images that are not learned from, each with its first text.
+
+    Images of several shapes are a `Told` for each.
+    """
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
 
     def evaluate(model: TextToImage, step: int) -> Mapping[str, Any]:
-        texts = encode_texts(model, ids).sized(sizes)
-        if told.images is not None:
-            tokens = jax.jit(lambda part, x: part(x))(model.image_projections[0], told.images)
-            texts = texts.followed_by(tokens)
-        texts = jax.tree.map(np.asarray, texts)
-        followed = told.condition
-
-        def inputs(rows: np.ndarray) -> dict[str, np.ndarray]:
-            more = {} if followed is None else {"condition": as_fractions(followed[rows])}
-            return texts.take(rows).inputs() | more
-
-        denoiser = model.unet if followed is None else model
-        return {"held_out_error": held_out_error(denoiser, schedule, x0, inputs, seed=0)}
+        errors = [_error(model, schedule, one) for one in told]
+        return {"held_out_error": float(np.average(errors, weights=list(map(len, told))))}
 
     return evaluate
+
+
+def _error(model: TextToImage, schedule: NoiseSchedule, told: Told) -> float:
+    texts = encode_texts(model, told.ids[told.first]).sized(told.sizes[:, 0])
+    if told.images is not None:
+        tokens = jax.jit(lambda part, x: part(x))(model.image_projections[0], told.images)
+        texts = texts.followed_by(tokens)
+    texts = jax.tree.map(np.asarray, texts)
+    followed = told.condition
+
+    def inputs(rows: np.ndarray) -> dict[str, np.ndarray]:
+        more = {} if followed is None else {"condition": as_fractions(followed[rows])}
+        return texts.take(rows).inputs() | more
+
+    denoiser = model.unet if followed is None else model
+    return held_out_error(denoiser, schedule, told.mean[:, 0], inputs, seed=0)
 
 
 def _sampler(

@@ -10,13 +10,14 @@ from flax import nnx
 
 from jaxsynth.adapters.inject import AdapterState, extract, mark_trainable
 from jaxsynth.adapters.surgery.token_rows import TABLE
+from jaxsynth.core.errors import UserError
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.faces import Faces
 from jaxsynth.data.prompts import read_templates
 from jaxsynth.data.sources.captioned import captions
 from jaxsynth.data.splits import few_shot
 from jaxsynth.generation.animations import on_linear_schedule
-from jaxsynth.generation.sampler import check_size
+from jaxsynth.generation.sampler import check_size, size_factor
 from jaxsynth.methods.customize.config import Config
 from jaxsynth.methods.customize.faces import FaceEncoderConfig
 from jaxsynth.methods.customize.motion import check_clips, moving, save_motion
@@ -160,6 +161,20 @@ def shapes_of(
     return transform(prepare, base.networks)
 
 
+def bucket_shapes(training: Training, base: StableDiffusion) -> list[tuple[int, int]]:
+    """(height, width) of the buckets that images are learned in; none where all become squares.
+
+    UserError for sides that the base's networks do not divide.
+    """
+    buckets = getattr(training, "buckets", None)
+    if buckets is None or not buckets.enabled:
+        return []
+    try:
+        return buckets.shapes(base.image_size, size_factor(base))
+    except UserError as error:
+        raise UserError(f"buckets.{error}") from None
+
+
 def class_prompt(training: Training, word: str, template: str) -> str:
     """The prompt of the images that keep the prior, "" where none are needed."""
     if not isinstance(training, DreamBoothConfig) or not training.prior_weight:
@@ -174,6 +189,7 @@ def check(
     config.check(data)
     check_size(base, config.image_size)
     training, word = config.training, config.word
+    bucket_shapes(training, base.sized(config.image_size))
     if isinstance(training, ClipConfig):
         check_clips(training, data, base, modules)
     if config.shots:

@@ -1,11 +1,13 @@
 """Customisation, end to end in the smallest size: what techniques leave, restarts, refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxsynth.adapters import registry
 from jaxsynth.adapters.inject import extract
@@ -216,6 +218,60 @@ def test_what_cannot_be_is_told_before_anything_is_made(base_folder, tmp_path, c
     assert cli.main(arguments(base_folder, tmp_path / "w", technique, field)) in (1, 2)
     error = capfd.readouterr().err
     assert message in error and not list(tmp_path.rglob(MANIFEST))
+
+
+BUCKETS = ("data.image_size=0", "lora.buckets.enabled=true")
+UNSUITED = {
+    "data.image_size=8": "data.image_size: 8 cuts images to squares before they come to lora.bu",
+    "lora.buckets.step=6": "buckets.step: 6, expected a multiple of 4 for this base, such as 8",
+    "lora.buckets.min_side=12": "buckets.min_side: 12, expected at most image_size = 8",
+    "lora.crops_per_image=2": "crops_per_image: 2, but an image in a bucket is cut once",
+}
+
+
+@pytest.mark.parametrize("field", UNSUITED)
+def test_buckets_that_do_not_suit_are_told_beforehand(base_folder, tmp_path, capfd, field):
+    assert cli.main(arguments(base_folder, tmp_path / "w", "lora", *BUCKETS, field)) in (1, 2)
+    assert UNSUITED[field] in capfd.readouterr().err and not list(tmp_path.rglob(MANIFEST))
+
+
+def test_captioned_images_are_learned_in_buckets_with_their_masks(base_folder, tmp_path, capfd):
+    """On eight devices, of which most have no image of the rarer shape; others are held out."""
+    folder, masks = tmp_path / "photos", tmp_path / "masks"
+    rng = np.random.default_rng(0)
+    for place in (folder, masks):
+        place.mkdir()
+    for i in range(10):
+        height, width = (9, 9) if i % 5 else (8, 32)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        Image.fromarray(pixels[..., 0]).save(masks / f"{i}.png")
+        (folder / f"{i}.txt").write_text(("zero", "one")[i % 2])
+    given = arguments(
+        base_folder, tmp_path / "w", "lora", *BUCKETS, "data.source=captions",
+        f"data.path={folder}", "data.class_names=", "shots=0", "lora.unmasked_weight=0.5",
+        f"mask_folder={masks}",
+    )  # fmt: skip
+    assert cli.main(given) == 0
+    learned = load_artifact(tmp_path / "w" / "learned-seed0")
+    buckets = learned.counts["buckets"]
+    assert list(buckets) == ["8x8", "16x4"] and sum(buckets.values()) == learned.counts["images"]
+    assert "2 buckets, each a program to compile: 8x8: " in capfd.readouterr().out
+    lines = read_metrics(learned.path / ".training" / "metrics.jsonl")
+    assert any(np.isfinite(line.get("eval/held_out_error", np.nan)) for line in lines)
+
+
+def test_the_largest_bucket_is_planned(base_folder):
+    values = load_config(f"{CONFIG}:smoke,technique=lora")
+    values |= {"base": str(base_folder), "clip": str(base_folder / "clip")}
+    plans = []
+    for fields in ((), BUCKETS):
+        given = [("lora.batch_size", "8"), *(x.split("=", 1) for x in (*OWN["lora"], *fields))]
+        config = to_dataclass(Config, override(values, given))
+        plans.append(plan(config, make_mesh(data=2, fsdp=4))[0].compile())
+    told = "of 5 buckets at the most, the largest, 8x8, with all images"
+    assert plans[1].note.endswith(told)
+    assert replace(plans[1], note="") == replace(plans[0], note="")
 
 
 def test_people_must_be_known_or_given():
