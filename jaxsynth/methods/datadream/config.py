@@ -82,7 +82,8 @@ class SetConfig:
     Without a pool they are the training images that are no shots, their labels unseen. "edited" are
     drawn by the base from each class's prompt, beginning with its shots in turn, with noise of the
     given `strength` (DISEF), or of IsSynth's for that many shots where it is left open; `captioned`
-    ones are told by the run's `captions`, each image by that of another shot (DISEF too).
+    ones are told by the run's `captions`, each image by that of another shot (DISEF too). What is
+    drawn is drawn by the base, or, with `by`, by the generator of that mode: "dset" or "cls".
     """
 
     kind: Annotated[str, OneOf("prompts", "retrieved", "edited")] = "prompts"
@@ -92,21 +93,27 @@ class SetConfig:
     query: Annotated[str, OneOf("texts", "shots")] = "texts"
     strength: Annotated[float, Range(0, 1, above=True)] | None = None
     captioned: bool = False
+    by: Annotated[str, OneOf("", "dset", "cls")] = ""
 
     def __post_init__(self):
         check_limits(self)
         used = {
-            "prompts": ("prompts", "guidance_scale"),
+            "prompts": ("prompts", "guidance_scale", "by"),
             "retrieved": ("pool", "query"),
-            "edited": ("guidance_scale", "strength", "captioned"),
+            "edited": ("guidance_scale", "strength", "captioned", "by"),
         }
         plain = {
             "prompts": PromptConfig(), "guidance_scale": None, "pool": "", "query": "texts",
-            "strength": None, "captioned": False,
+            "strength": None, "captioned": False, "by": "",
         }  # fmt: skip
         for name, default in plain.items():
             if name not in used[self.kind] and getattr(self, name) != default:
                 raise ValueError(f"{name}: given, but a set of kind {self.kind!r} has none")
+        if self.by == "cls" and (self.kind == "prompts" or self.captioned):
+            raise ValueError(
+                "by: 'cls' has an adapter for each class, but the texts of this set are not those "
+                "of classes; expected 'dset'"
+            )
 
     def strength_of(self, shots: int) -> float:
         """The strength for so many shots of each class."""
@@ -238,6 +245,11 @@ class Config:
         for name in self.sets:
             if not name or name in (*MODES, PROMPTS) or "/" in name:
                 raise ValueError(f"sets: {name!r}, expected another name, without /")
+            if self.sets[name].by and self.sets[name].by not in self.modes:
+                raise ValueError(
+                    f"sets.{name}.by: {self.sets[name].by!r}, expected one of the run's modes: "
+                    f"{', '.join(self.modes)}"
+                )
             if self.sets[name].captioned and not self.captions:
                 raise ValueError(
                     f"sets.{name}.captioned: true, but the run has no `captions`; give a .jsonl or "
@@ -282,7 +294,9 @@ class Config:
 
     def needs_shots(self, name: str) -> bool:
         """Whether a set of images is another one for other shots."""
-        return name in MODES or (name != PROMPTS and self.sets[name].kind != "prompts")
+        if name in (*MODES, PROMPTS):
+            return name != PROMPTS
+        return self.sets[name].kind != "prompts" or bool(self.sets[name].by)
 
     def depends_on_shots(self, recipe: str) -> bool:
         """Whether a recipe's classifier is another one for other shots."""

@@ -119,12 +119,18 @@ def _drawing(
 
     The latter needs a part of the steps and an encoder besides, which are not counted.
     """
-    title = f"generate, set {name}"
+    title, by = f"generate, set {name}", config.sets[name].by
+
+    def adapt(model: TextToImage) -> TextToImage:
+        if not by:
+            return model
+        own = config.finetuning(by).adapter_config()
+        return registry.add(model, own, rngs=jax.random.key(0))
 
     def build(batch: int) -> Plan:
         return plan_images(
             title, base, replace(config.generate, batch_size=batch), mesh, prompts=classes,
-            adapt=lambda model: model, adapters=1, note=note,
+            adapt=adapt, adapters=classes if by == "cls" else 1, note=note,
         )  # fmt: skip
 
     def updates(batch: int) -> int:

@@ -351,25 +351,26 @@ class _Run:
             )
         if one.guidance_scale is not None:
             config = replace(config, guidance_scale=one.guidance_scale)
-        if one.kind == "edited":
+        adapter = None
+        if one.by:
             assert drawn is not None
-            size, strength = self.config.image_size, one.strength_of(shots)
-            return generate_images(
-                folder / "images",
-                Generating(config, seed, self.config.dtype, size, strength),
-                label=f"images {label}",
-                data=self.data,
-                base=self.base,
-                shots=drawn,
-                captions=self.captions if one.captioned else None,
-            )
+            of_mode = set_folder(self.config, self.folder, one.by, shots, seed)
+            adapter = self.finetune(one.by, of_mode, shots, seed, drawn)
+        size, strength, bank = self.config.image_size, None, self.banks.get(name)
+        if one.kind == "edited":
+            strength, label = one.strength_of(shots), f"images {label}"
+        else:
+            label = f"images {label}" if one.by else f"images {name}: seed {seed}"
         return generate_images(
             folder / "images",
-            Generating(config, seed, self.config.dtype, self.config.image_size),
-            label=f"images {name}: seed {seed}",
+            Generating(config, seed, self.config.dtype, size, strength),
+            label=label,
             data=self.data,
             base=self.base,
-            bank=self.banks[name],
+            adapter=adapter,
+            bank=bank,
+            shots=drawn if one.kind == "edited" else None,
+            captions=self.captions if one.captioned else None,
         )
 
     def finetune(
