@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key, UInt8
+from jaxtyping import Array, Int, Key, PyTree, UInt8
 
 from jaxsynth.adapters.inject import AdapterState, can_merge, merge
 from jaxsynth.adapters.registry import attach
@@ -76,7 +76,8 @@ class Generator:
     `prompts[c]` is the text of class c, and `negative_prompts[c]` what it is guided away from (the
     config's for all, unless given). `adapters` is None (the base alone), one state for all classes,
     or one state per class, which is then picked per image. `model`, the pipeline's networks with
-    adapters in them, replaces both. `size` (height, width) in pixels is the base's unless given.
+    adapters in them, replaces both; with `factors`, stacked, image c has the c-th of what is
+    `Trainable` in it. `size` (height, width) in pixels is the base's unless given.
     `pictures` are images to begin with, those of class c at number c, `image_prompts` such that
     prompt it beside the text, and `controls` ControlNets with conditions that it follows. With
     `motion` each image is an animation, and a batch as many of them as have its number of frames.
@@ -91,6 +92,7 @@ class Generator:
         seed: int,
         adapters: AdapterState | Sequence[AdapterState] | None = None,
         model: TextToImage | None = None,
+        factors: PyTree = None,
         negative_prompts: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         pictures: Pictures | None = None,
@@ -139,7 +141,7 @@ class Generator:
             )
             nets = [control.controlnet for control in controls]
             models = [WithControlNets(one, nets) for one in models]
-        networks = Networks.of(models, mesh=mesh, table=conditioner.table)
+        networks = Networks.of(models, factors=factors, mesh=mesh, table=conditioner.table)
         texts = _conditions(pipeline, networks, (self.prompts, negative), pixels)
         images = config.batch_size
         self.batch_size = images if motion is None else at_once(images, motion.frames, mesh)

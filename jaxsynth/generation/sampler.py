@@ -98,25 +98,29 @@ class Networks:
         models: Sequence[nnx.Module],
         *,
         weights: Sequence[float] | None = None,
+        factors: PyTree = None,
         mesh: Mesh | None = None,
         table: sharding.Table = (),
     ) -> "Networks":
         """Splits models of one structure around the same frozen arrays.
 
-        On a mesh the frozen arrays lie as the table says, and what adapters brought is on every
-        device.
+        `factors` are what is `Trainable` in each of several models, stacked, of which `models`
+        holds one. On a mesh the frozen arrays lie as the table says, and what adapters brought is
+        on every device.
         """
-        graphdef, factors, constants, frozen = nnx.split(models[0], Trainable, Constant, ...)
-        routed = len(models) > 1 or weights is not None
-        if routed:
+        routed = factors is not None or len(models) > 1 or weights is not None
+        graphdef, own, constants, frozen = nnx.split(models[0], Trainable, Constant, ...)
+        if factors is None and not routed:
+            factors = own
+        elif factors is None:
             factors = stack([nnx.state(model, Trainable) for model in models])
         strengths = None if weights is None else jnp.asarray(weights, jnp.float32)
         if mesh is not None:
             frozen = sharding.shard(frozen, mesh, table)
             brought = (factors, constants, strengths)
             factors, constants, strengths = sharding.replicate(brought, mesh)
-        own = tuple(getattr(models[0], "stacked", ()))
-        return cls(graphdef, factors, constants, frozen, strengths, routed, own)
+        stacked = tuple(getattr(models[0], "stacked", ()))
+        return cls(graphdef, factors, constants, frozen, strengths, routed, stacked)
 
     @property
     def structure(self) -> "Structure":

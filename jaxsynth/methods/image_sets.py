@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jaxsynth.adapters.inject import merge
 from jaxsynth.adapters.registry import attach
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.io import file_digest, write_json
+from jaxsynth.core.io import file_digest, file_digests_cached, json_digest, write_json
 from jaxsynth.data.dataset import Dataset, ImageSource
 from jaxsynth.data.decode import square
 from jaxsynth.data.names import safe_name
@@ -28,6 +29,7 @@ from jaxsynth.generation.generate import (
     fill_store,
     merges,
 )
+from jaxsynth.generation.mixtures import MixtureGenerator, Mixtures, dirichlet_of, pair_of
 from jaxsynth.generation.pictures import Pictures
 from jaxsynth.generation.sampler import image_keys
 from jaxsynth.models.diffusion.text_to_image import TextToImage
@@ -49,6 +51,7 @@ class Generating:
     Args:
         image_size: their side in pixels, 0 the base's own.
         strength: that of the noise on the real images with which they begin, where they do.
+        mixture: one of `MIXTURES`, where each class has an adapter for each of its shots.
     """
 
     generate: GenerateConfig
@@ -56,6 +59,16 @@ class Generating:
     dtype: str
     image_size: int = 0
     strength: float | None = None
+    mixture: str = ""
+
+
+# Which sum of a class's adapters an image is drawn with.
+MIXTURES = {"loft": pair_of, "chimera": dirichlet_of}
+
+
+def shot_folder(number: int) -> str:
+    """Where the adapter of a class's shot lies in the class's folder."""
+    return f"{number:04d}"
 
 
 def with_adapter(base: StableDiffusion, adapter: Artifact | None) -> StableDiffusion:
@@ -102,7 +115,7 @@ def generate_images(
     """A store of images of every class; each process fills its share of the shards.
 
     Args:
-        adapter: one adapter, or without a bank one for each class.
+        adapter: one adapter, or without a bank one for each class, or for each shot of it.
         under: an adapter of all classes that `adapter` was trained on top of.
         bank: where each image's prompt is chosen from, in place of its class's one.
         shots: the real images of its class that images begin with, in turn (SDEdit).
@@ -110,7 +123,12 @@ def generate_images(
     """
     base, states, digests = with_adapter(base.sized(config.image_size), under), None, []
     prompts = class_prompts(data) if bank is None else bank.texts
-    if adapter is not None:
+    mixtures = None
+    if adapter is not None and config.mixture:
+        files = [_shot_files(adapter.path / safe_name(name)) for name in data.class_names]
+        mixtures = Mixtures(files, partial(MIXTURES[config.mixture], config.seed))
+        digests = [json_digest(file_digests_cached(own)) for own in files]
+    elif adapter is not None:
         own = [safe_name(name) for name in data.class_names] if bank is None else []
         files = adapter_io.find(adapter.path, own)
         loaded = [adapter_io.load(file) for file in files]
@@ -126,10 +144,15 @@ def generate_images(
             prompts, choose = tuple(own[i] for i in order), _of_another(labels)
             images = [images[label] for label in labels[order]]
         pictures = Pictures(images, strength=config.strength)
-    generator = Generator(
-        base, prompts, config.generate, seed=config.seed, adapters=states, pictures=pictures,
-        mesh=local_mesh(),
-    )  # fmt: skip
+    if mixtures is not None:
+        generator: Generator | MixtureGenerator = MixtureGenerator(
+            base, prompts, config.generate, mixtures, seed=config.seed, mesh=local_mesh()
+        )
+    else:
+        generator = Generator(
+            base, prompts, config.generate, seed=config.seed, adapters=states, pictures=pictures,
+            mesh=local_mesh(),
+        )  # fmt: skip
 
     def draw(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
         chosen = [choose(*map(int, pair)) for pair in zip(labels, indices, strict=True)]
@@ -142,6 +165,12 @@ def generate_images(
         seed=config.seed, adapter_digests=digests, description="generate",
     )  # fmt: skip
     return {"images": count, "prompts": len(prompts), "devices": jax.device_count()}
+
+
+def _shot_files(folder: Path) -> list[Path]:
+    """The adapters of a class's shots, in their order."""
+    count = sum(1 for _ in folder.iterdir())
+    return adapter_io.find(folder, [shot_folder(i) for i in range(count)])
 
 
 def _chooser(seed: int, bank: PromptBank | None) -> Callable[[int, int], int]:

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsynth.adapters.inject import AdapterState
+from jaxsynth.core.console import console
 from jaxsynth.core.io import file_digests_cached
 from jaxsynth.data.conditions import partner_digests
 from jaxsynth.data.dataset import DataConfig, Dataset, source_digest
 from jaxsynth.data.faces import Faces, read_faces
-from jaxsynth.data.load import load_dataset
+from jaxsynth.data.load import load_dataset, source_of
+from jaxsynth.data.repeats import repeats
 from jaxsynth.data.views import joined
 from jaxsynth.models.diffusion.motion import MotionModules
 from jaxsynth.runs.stage import Source
@@ -30,8 +32,15 @@ ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 10_000
 
 
 def data_source(config: DataConfig) -> Source[Dataset]:
-    """The data set that a config names."""
-    return Source(lambda: load_dataset(config), lambda data: data.digest, lambda data: data.listing)
+    """The data set that a config names; of a folder it is told which images it has twice."""
+
+    def load() -> Dataset:
+        dataset = load_dataset(config)
+        for line in repeats(dataset) if source_of(config) == "folder" else ():
+            console.print(line, markup=False)
+        return dataset
+
+    return Source(load, lambda data: data.digest, lambda data: data.listing)
 
 
 def pipeline_source(

@@ -238,8 +238,12 @@ class EpochBatches:
     count: int
     batch_size: int
 
+    def rows(self, step: Array, data: dict[str, Array]) -> Int[Array, " b"]:
+        """Which examples a step's batch holds."""
+        return epoch_rows(data["order"], step, self.count, self.batch_size)
+
     def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
-        rows = epoch_rows(data["order"], step, self.count, self.batch_size)
+        rows = self.rows(step, data)
         names = ("mean", "std", "sizes", "ids")
         batch: dict[str, Any] = {name: data[name][rows] for name in names if name in data}
         if "texts" in data:

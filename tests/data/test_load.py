@@ -1,5 +1,7 @@
 """Sources: digits, folders with every kind of image file, subsets, caching."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,8 +10,10 @@ from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
 from jaxsynth.data.decode import ImageError, decode_image, encode_png, square
 from jaxsynth.data.load import load_dataset
 from jaxsynth.data.names import class_of_folder, natural_key, safe_name
+from jaxsynth.data.repeats import repeats
 from jaxsynth.data.sources.arrays import cached
 from jaxsynth.data.views import Subset, joined
+from jaxsynth.runs.sources import data_source
 
 COLOUR = (200, 30, 90)
 
@@ -227,3 +231,33 @@ def test_data_sets_join_into_one(folder):
             )
         with pytest.raises(IndexError):
             found[len(found)]
+
+
+def test_a_hidden_folder_of_images_is_no_class_in_silence(folder):
+    photo(folder / "train" / ".thumbnails" / "1.png")
+    load_dataset(DataConfig(path=str(folder)))
+    photo(folder / "train" / ".net" / "1.png")
+    with pytest.raises(SourceError, match=r"\.net: a hidden folder with images: is it a class"):
+        load_dataset(DataConfig(path=str(folder)))
+
+
+def test_images_that_stand_twice_are_told(folder, capsys):
+    """In two classes, and among training and test images; files that are another's to the byte."""
+    root = folder.parent / "twice"
+    for name, start in (("cat", 0), ("dog", 100)):
+        for split, count, first in (("train", 3, start), ("test", 2, start + 10)):
+            for i in range(count):
+                photo(root / split / name / f"{i}.png", (first + i, 0, 0))
+    config = DataConfig(path=str(root))
+    assert repeats(load_dataset(config)) == []
+    shutil.copy(root / "train/cat/0.png", root / "train/dog/again.png")
+    shutil.copy(root / "train/cat/1.png", root / "test/cat/9.png")
+    expected = [
+        "twice: 1 image in more than one class, such as cat/0.png and dog/again.png; move or "
+        "remove what is wrong",
+        "twice: 1 test image also among the training images, such as cat/1.png and cat/9.png, so "
+        "that accuracies may be too high; remove one of each",
+    ]
+    assert repeats(load_dataset(config)) == expected
+    assert len(data_source(config).value.train) == 7
+    assert capsys.readouterr().out.replace("\n", " ").split() == " ".join(expected).split()

@@ -37,7 +37,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 GIVEN = {
     "tiny_base": ("corpus.photos.source=digits", "corpus.photos.class_names=()"),
     "datadream": (
-        "modes=dset,cls", "validation_fraction=0.5", "shots=2", "sets.words.kind=prompts",
+        "modes=dset,cls,loft,chimera", "validation_fraction=0.5", "shots=2",
+        "sets.words.kind=prompts",
         "sets.photos.kind=retrieved", "sets.edited.kind=edited", "recipes.all.sets.edited=1",
         "recipes.all.sets.words=1", "recipes.all.sets.photos=1",
         "recipes.all.keep.agreement=true", "students.own.checkpoint={classifier}",

@@ -33,6 +33,10 @@ from jaxsynth.data.decode import (
 RUBBISH = ("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir",
            "#recycle", "$recycle.bin", "system volume information", "lost+found",
            "__pycache__")  # fmt: skip
+# Hidden folders of previews, notebooks, version control, file servers and waste baskets.
+HIDDEN = (".thumb", ".@__thumb", ".ipynb", ".cache", ".git", ".hg", ".svn", ".dvc", ".trash",
+          ".picasa", ".snap", ".sync", ".stversions", ".spotlight", ".fseventsd", ".temporary",
+          ".documentrevisions", ".dtrash")  # fmt: skip
 # Texts that describe an image lie beside it under its name, and so do the seconds of film that
 # telephones keep with a photo.
 CAPTIONS = (".txt", ".caption", ".json", ".xml", ".xmp", ".aae", ".npz", ".mov")
@@ -86,6 +90,18 @@ def visible(folder: Path) -> list[Path]:
                 "other systems may leave names; rename it"
             ) from None
     return found
+
+
+def hidden_images(folder: Path) -> list[Path]:
+    """Hidden folders with images that no program is known to leave there."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.startswith(".")
+        and not path.name.lower().startswith(HIDDEN)
+        and path.is_dir()
+        and any(map(is_image, path.iterdir()))
+    )
 
 
 def is_image(path: Path) -> bool:

@@ -24,6 +24,7 @@ from jaxsynth.data.names import class_of_folder, natural_key
 from jaxsynth.data.sources.files import (
     FileSource,
     check_images,
+    hidden_images,
     images_in,
     is_image,
     refuse,
@@ -56,7 +57,9 @@ def class_folders(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise SourceError(f"{root}: {'not a' if root.exists() else 'no such'} folder")
     found: dict[str, Path] = {}
-    problems: dict[Path, str] = {}
+    problems = dict.fromkeys(
+        hidden_images(root), "a hidden folder with images: is it a class, rename it without the dot"
+    )
     known = exported_classes(root)
     for path in visible(root):
         if path.is_dir():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from jaxsynth.adapters.mixing import check_mixes
 from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.core.config import Text, to_dataclass, to_dict
 from jaxsynth.core.limits import (
@@ -30,14 +31,45 @@ from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.tasks.clip_classifier import ClassifyConfig
 from jaxsynth.tasks.supervised import SupervisedConfig
 from jaxsynth.tasks.text_to_image import FinetuneConfig
+from jaxsynth.training.config import Factors
 from jaxsynth.training.sharding import MeshConfig
 
-MODES = ("dset", "cls", "stacked")
+MODES = ("dset", "cls", "stacked", "loft", "chimera")
+# Those with an adapter of each image, drawn with sums of a class's.
+MIXED = ("loft", "chimera")
 # The set of images that the base draws from each class's prompt, in every run.
 PROMPTS = "prompts"
 # Real guidance of IsSynth (He et al. 2023, arXiv 2210.07574): from so many shots on, the share of
 # the noise that a shot gets; of 100 steps 15, 20, 35, 40 and 50.
 ISSYNTH = ((16, 0.15), (8, 0.20), (4, 0.35), (2, 0.40), (1, 0.50))
+
+
+@dataclass(frozen=True)
+class LoftConfig(FinetuneConfig):
+    """How an adapter of one image is trained; the defaults are LoFT's released configuration."""
+
+    steps: Natural = 600
+    batch_size: Count = 1
+    learning_rate: Positive = 1e-3
+    warmup_steps: Natural = 10
+    rank: Count | None = 2
+    text_targets: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mixes(self.adapter_config())
+
+
+@dataclass(frozen=True)
+class ChimeraConfig(FinetuneConfig):
+    """How heads of images are trained with what they share; the rates are ChimeraLoRA's."""
+
+    learning_rate: Positive = 1e-4
+    rates: Factors = (("lora_B", 10.0),)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mixes(self.adapter_config())
 
 
 @dataclass(frozen=True)
@@ -50,7 +82,8 @@ class SetConfig:
     Without a pool they are the training images that are no shots, their labels unseen. "edited" are
     drawn by the base from each class's prompt, beginning with its shots in turn, with noise of the
     given `strength` (DISEF), or of IsSynth's for that many shots where it is left open; `captioned`
-    ones are told by the run's `captions`, each image by that of another shot (DISEF too).
+    ones are told by the run's `captions`, each image by that of another shot (DISEF too). What is
+    drawn is drawn by the base, or, with `by`, by the generator of that mode: "dset" or "cls".
     """
 
     kind: Annotated[str, OneOf("prompts", "retrieved", "edited")] = "prompts"
@@ -60,21 +93,27 @@ class SetConfig:
     query: Annotated[str, OneOf("texts", "shots")] = "texts"
     strength: Annotated[float, Range(0, 1, above=True)] | None = None
     captioned: bool = False
+    by: Annotated[str, OneOf("", "dset", "cls")] = ""
 
     def __post_init__(self):
         check_limits(self)
         used = {
-            "prompts": ("prompts", "guidance_scale"),
+            "prompts": ("prompts", "guidance_scale", "by"),
             "retrieved": ("pool", "query"),
-            "edited": ("guidance_scale", "strength", "captioned"),
+            "edited": ("guidance_scale", "strength", "captioned", "by"),
         }
         plain = {
             "prompts": PromptConfig(), "guidance_scale": None, "pool": "", "query": "texts",
-            "strength": None, "captioned": False,
+            "strength": None, "captioned": False, "by": "",
         }  # fmt: skip
         for name, default in plain.items():
             if name not in used[self.kind] and getattr(self, name) != default:
                 raise ValueError(f"{name}: given, but a set of kind {self.kind!r} has none")
+        if self.by == "cls" and (self.kind == "prompts" or self.captioned):
+            raise ValueError(
+                "by: 'cls' has an adapter for each class, but the texts of this set are not those "
+                "of classes; expected 'dset'"
+            )
 
     def strength_of(self, shots: int) -> float:
         """The strength for so many shots of each class."""
@@ -145,12 +184,16 @@ class Config:
     and compute type of the frozen networks; adapters stay float32. `image_size` is the side in
     pixels of the images that the generator learns and draws (0: the base's own). `modes`: "dset" is
     one adapter for the whole data set, "cls" one for each class, "stacked" one for each class that
-    learns on top of the data set's. `classes_at_once` bounds how many class adapters train together
-    (0: all). `captions` are texts of the training images, with which the generator is fine-tuned in
-    the place of classes' prompts: a .jsonl of lines {"file_name", "text"}, or a folder of texts
-    named as the images (`read_captions`). `validation_fraction` of the shots is kept from training
-    and chooses the classifier's step; at 0 the last step is taken. `adapter`, where it is given, is
-    what the generator learns by (`finetune.adapter`); the classifier's is `classify.adapter`.
+    learns on top of the data set's; "loft" has one for each shot and draws with sums of two of a
+    class (arXiv 2505.11703), "chimera" one for each class with a head for each of its shots and
+    draws with weighted sums of the heads (ChimeraLoRA, CVPR 2026). `loft` and `chimera` say how
+    these train, in `finetune`'s place. `classes_at_once` bounds how many classes' adapters train
+    together (0: all). `captions` are texts of the training images, with which the generator is
+    fine-tuned in the place of classes' prompts: a .jsonl of lines {"file_name", "text"}, or a
+    folder of texts named as the images (`read_captions`). `validation_fraction` of the shots is
+    kept from training and chooses the classifier's step; at 0 the last step is taken. `adapter`,
+    where it is given, is what the generator learns by (`finetune.adapter`); the classifier's is
+    `classify.adapter`.
 
     `recipes` are more rows of the table by their names, `sets` images that they use, and `students`
     classifiers besides CLIP.
@@ -171,6 +214,8 @@ class Config:
     captions: MaybeFileOrFolder = ""
     adapter: AdapterChoice | None = None
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    loft: LoftConfig = field(default_factory=LoftConfig)
+    chimera: ChimeraConfig = field(default_factory=ChimeraConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     sets: dict[str, SetConfig] = field(default_factory=dict)
@@ -186,9 +231,25 @@ class Config:
                 f"modes: {', '.join(self.modes)}; 'stacked' learns on top of 'dset', which is not "
                 "among them"
             )
+        if self.adapter is not None and set(self.modes) <= set(MIXED):
+            raise ValueError(
+                f"adapter: given, but {' and '.join(self.modes)} learn by an adapter of their own: "
+                f"{self.modes[0]}.adapter"
+            )
+        for name, default in (("loft", LoftConfig()), ("chimera", ChimeraConfig())):
+            if name not in self.modes and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: given, but {name!r} is none of the modes ({', '.join(self.modes)}); "
+                    f"add it to `modes` or leave {name} out"
+                )
         for name in self.sets:
             if not name or name in (*MODES, PROMPTS) or "/" in name:
                 raise ValueError(f"sets: {name!r}, expected another name, without /")
+            if self.sets[name].by and self.sets[name].by not in self.modes:
+                raise ValueError(
+                    f"sets.{name}.by: {self.sets[name].by!r}, expected one of the run's modes: "
+                    f"{', '.join(self.modes)}"
+                )
             if self.sets[name].captioned and not self.captions:
                 raise ValueError(
                     f"sets.{name}.captioned: true, but the run has no `captions`; give a .jsonl or "
@@ -216,9 +277,10 @@ class Config:
                 "adapter and finetune.adapter are both given, and are one setting; give one"
             )
 
-    @property
-    def finetuning(self) -> FinetuneConfig:
-        """How the generator is fine-tuned: `finetune` with the run's `adapter`."""
+    def finetuning(self, mode: str) -> FinetuneConfig:
+        """How a mode fine-tunes the generator: its own, or `finetune` with the run's `adapter`."""
+        if mode in MIXED:
+            return getattr(self, mode)
         if self.adapter is None:
             return self.finetune
         return dataclasses.replace(self.finetune, adapter=self.adapter)
@@ -232,7 +294,9 @@ class Config:
 
     def needs_shots(self, name: str) -> bool:
         """Whether a set of images is another one for other shots."""
-        return name in MODES or (name != PROMPTS and self.sets[name].kind != "prompts")
+        if name in (*MODES, PROMPTS):
+            return name != PROMPTS
+        return self.sets[name].kind != "prompts" or bool(self.sets[name].by)
 
     def depends_on_shots(self, recipe: str) -> bool:
         """Whether a recipe's classifier is another one for other shots."""

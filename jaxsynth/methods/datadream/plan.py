@@ -11,12 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsynth.adapters import registry
+from jaxsynth.adapters.mixing import mixed_config
 from jaxsynth.core.words import counted
 from jaxsynth.generation.planning import plan_images
-from jaxsynth.methods.datadream.config import Config
+from jaxsynth.methods.datadream.config import MIXED, Config
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.sources import count_data
 from jaxsynth.tasks.clip_classifier import ANY_REGIONS, classifier_task
+from jaxsynth.tasks.image_heads import headed
 from jaxsynth.tasks.networks import CheckpointNetwork
 from jaxsynth.tasks.supervised import planned_task as supervised_task
 from jaxsynth.tasks.text_to_image import planned_task
@@ -117,12 +119,18 @@ def _drawing(
 
     The latter needs a part of the steps and an encoder besides, which are not counted.
     """
-    title = f"generate, set {name}"
+    title, by = f"generate, set {name}", config.sets[name].by
+
+    def adapt(model: TextToImage) -> TextToImage:
+        if not by:
+            return model
+        own = config.finetuning(by).adapter_config()
+        return registry.add(model, own, rngs=jax.random.key(0))
 
     def build(batch: int) -> Plan:
         return plan_images(
             title, base, replace(config.generate, batch_size=batch), mesh, prompts=classes,
-            adapt=lambda model: model, adapters=1, note=note,
+            adapt=adapt, adapters=classes if by == "cls" else 1, note=note,
         )  # fmt: skip
 
     def updates(batch: int) -> int:
@@ -137,38 +145,49 @@ def _finetuning(
     config: Config, base: StableDiffusion, mode: str, classes: int, mesh: Mesh, note: str
 ) -> Program:
     """One adapter for all classes ("dset"), or as many as train together."""
-    train, shots = config.finetuning, max(config.shots)
-    count = 0 if mode == "dset" else config.classes_at_once or classes
-    images = shots if count else shots * classes
-    name = f"fine-tune {counted(count, 'class')}" if count else "fine-tune dset"
-    name += ", stacked" if mode == "stacked" else ""
+    train, shots = config.finetuning(mode), max(config.shots)
+    at_once = 0 if mode == "dset" else config.classes_at_once or classes
+    name = f"fine-tune {counted(at_once, 'class')}" if at_once else "fine-tune dset"
+    name += f", {mode}" if mode in ("stacked", *MIXED) else ""
+    count, images = at_once, shots if at_once else shots * classes
+    if mode == "loft":
+        count, images = at_once * shots, 1
 
     def build(batch: int) -> Plan:
         sized = replace(train, batch_size=batch)
         task = planned_task(base, sized, images=images)
+        if mode == "chimera":
+            task = headed(task, images, sized)
         return trainer.plan(name, task, sized.sized(images), mesh, count=count, note=note)
 
     def updates(batch: int) -> int:
-        sized, groups = replace(train, batch_size=batch), math.ceil(classes / (count or classes))
-        sets = [shots if count else shots * classes for shots in config.shots]
+        sized = replace(train, batch_size=batch)
+        groups = math.ceil(classes / (at_once or classes))
+        sets = [shots if at_once else shots * classes for shots in config.shots]
+        sets = [1] * len(sets) if mode == "loft" else sets
         return len(config.seeds) * groups * sum(sized.sized(own).steps for own in sets)
 
     unit = train.accumulate * (1 if count else rows_of(mesh))
-    return Program(name, build, "finetune.batch_size", train.batch_size, unit, updates)
+    field = f"{mode if mode in MIXED else 'finetune'}.batch_size"
+    return Program(name, build, field, train.batch_size, unit, updates)
 
 
 def _generating(
     config: Config, base: StableDiffusion, mode: str, classes: int, mesh: Mesh, note: str
 ) -> Program:
-    adapters = 1 if mode == "dset" else classes
+    adapters, adapter = 1 if mode == "dset" else classes, config.finetuning(mode).adapter_config()
+    if mode in MIXED:
+        adapter = mixed_config(adapter, 2 if mode == "loft" else 1)
 
     def adapt(model: TextToImage) -> TextToImage:
-        return registry.add(model, config.finetuning.adapter_config(), rngs=jax.random.key(0))
+        return registry.add(model, adapter, rngs=jax.random.key(0))
 
     def build(batch: int) -> Plan:
+        own = mode in MIXED  # an adapter and a text of each image's own
         return plan_images(
             f"generate, {mode}", base, replace(config.generate, batch_size=batch), mesh,
-            prompts=classes, adapt=adapt, adapters=adapters, note=note,
+            prompts=batch if own else classes, adapt=adapt, adapters=batch if own else adapters,
+            note=note,
         )  # fmt: skip
 
     def updates(batch: int) -> int:

@@ -65,13 +65,18 @@ def rows(modes: list[str], config: Config) -> list[Row]:
     ]
     for mode in modes:
         own = f"shots{{shots}}-seed{{seed}}/{mode}"
-        lines.append(Row(f"Synthetic, DataDream {mode}", f"{own}/synthetic", mode))
-        lines.append(Row(f"DataDream {mode} + real shots", f"{own}/both", mode))
+        lines.append(Row(f"Synthetic, {_title(mode)}", f"{own}/synthetic", mode))
+        lines.append(Row(f"{_title(mode)} + real shots", f"{own}/both", mode))
     for name in config.recipes:
         below = "shots{shots}-seed{seed}" if config.depends_on_shots(name) else "prompt-seed{seed}"
         folder = f"{below}/recipes/{safe_name(name)}/classifier"
         lines.append(Row(name, folder, baseline=not config.recipes[name].sets))
     return lines
+
+
+def _title(mode: str) -> str:
+    """What a mode's images are called."""
+    return {"loft": "LoFT", "chimera": "ChimeraLoRA"}.get(mode, f"DataDream {mode}")
 
 
 def page_of(workdir: Path) -> Path:
@@ -169,7 +174,7 @@ def _set_folders(
 ) -> dict[str, list[Path]]:
     """Each set's folders, one a seed, by the name that the page gives it."""
     names = {"prompts only": PROMPTS}
-    names |= {f"DataDream {mode}": mode for mode in modes} | {name: name for name in config.sets}
+    names |= {_title(mode): mode for mode in modes} | {name: name for name in config.sets}
     return {
         title: [set_folder(config, workdir, name, shots, seed) for seed in seeds]
         for title, name in names.items()
@@ -381,6 +386,8 @@ def _modes_note(modes: list[str]) -> str:
         "dset": "one adapter for the whole data set",
         "cls": "one adapter for each class",
         "stacked": "one for each class on top of that for the data set",
+        "loft": "one for each shot, of which sums of two of a class draw (LoFT)",
+        "chimera": "one for each class with a head for each shot, of which sums draw (ChimeraLoRA)",
     }
     return "".join(f" `{mode}` is {meaning[mode]}." for mode in modes)
 
@@ -431,7 +438,7 @@ def _grid(workdir: Path, dataset: Dataset, shots: int, seed: int, modes: list[st
     sources: list[tuple[str, ImageSource]] = [("real", drawn)]
     stores = {"prompt only": workdir / f"prompt-seed{seed}" / "images"}
     for mode in modes:
-        stores[f"DataDream {mode}" if len(modes) > 1 else "DataDream"] = folder / mode / "images"
+        stores[_title(mode) if len(modes) > 1 else "DataDream"] = folder / mode / "images"
     for name, path in stores.items():
         if (path / MANIFEST).is_file():  # a page can be made while the run is under way
             sources.append((name, ImageStore(path)))

@@ -39,7 +39,7 @@ from jaxsynth.generation.sampler import check_size
 from jaxsynth.methods.datadream import report as pages
 from jaxsynth.methods.datadream.alignment import Measuring, measure_set, too_few
 from jaxsynth.methods.datadream.comparison import compare
-from jaxsynth.methods.datadream.config import MODES, PROMPTS, Config, SetConfig, set_folder
+from jaxsynth.methods.datadream.config import MIXED, MODES, PROMPTS, Config, SetConfig, set_folder
 from jaxsynth.methods.datadream.plan import plan
 from jaxsynth.methods.datadream.stages import (
     KEPT,
@@ -215,7 +215,7 @@ class _Run:
             trainings["finetune"] = self.config.finetune
         check_batches(trainings, self.mesh)
         if "stacked" in self.config.modes:
-            adapter = self.config.finetuning.adapter_config()
+            adapter = self.config.finetuning("stacked").adapter_config()
             model = registry.add(self.base.value.networks, adapter, rngs=jax.random.key(0))
             check_merges(self.base.value, model)
         if self.config.measure_sets and self.too_few:
@@ -332,7 +332,10 @@ class _Run:
                 below = set_folder(self.config, self.folder, "dset", shots, seed)
                 under = self.finetune("dset", below, shots, seed, drawn)
             adapter = self.finetune(name, folder, shots, seed, drawn, under)
-            return self.generate(f"images {label}", folder / "images", seed, adapter, under)
+            mixture = name if name in MIXED else ""
+            return self.generate(
+                f"images {label}", folder / "images", seed, adapter, under, mixture
+            )
         one, config = self.config.sets[name], self.config.generate
         if one.kind == "retrieved":
             assert drawn is not None
@@ -348,25 +351,26 @@ class _Run:
             )
         if one.guidance_scale is not None:
             config = replace(config, guidance_scale=one.guidance_scale)
-        if one.kind == "edited":
+        adapter = None
+        if one.by:
             assert drawn is not None
-            size, strength = self.config.image_size, one.strength_of(shots)
-            return generate_images(
-                folder / "images",
-                Generating(config, seed, self.config.dtype, size, strength),
-                label=f"images {label}",
-                data=self.data,
-                base=self.base,
-                shots=drawn,
-                captions=self.captions if one.captioned else None,
-            )
+            of_mode = set_folder(self.config, self.folder, one.by, shots, seed)
+            adapter = self.finetune(one.by, of_mode, shots, seed, drawn)
+        size, strength, bank = self.config.image_size, None, self.banks.get(name)
+        if one.kind == "edited":
+            strength, label = one.strength_of(shots), f"images {label}"
+        else:
+            label = f"images {label}" if one.by else f"images {name}: seed {seed}"
         return generate_images(
             folder / "images",
-            Generating(config, seed, self.config.dtype, self.config.image_size),
-            label=f"images {name}: seed {seed}",
+            Generating(config, seed, self.config.dtype, size, strength),
+            label=label,
             data=self.data,
             base=self.base,
-            bank=self.banks[name],
+            adapter=adapter,
+            bank=bank,
+            shots=drawn if one.kind == "edited" else None,
+            captions=self.captions if one.captioned else None,
         )
 
     def finetune(
@@ -383,7 +387,7 @@ class _Run:
             self.made[folder / "adapter"] = finetune_generator(
                 folder / "adapter",
                 Finetuning(
-                    self.config.finetuning,
+                    self.config.finetuning(mode),
                     mode,
                     seed,
                     self.config.dtype,
@@ -407,10 +411,12 @@ class _Run:
         seed: int,
         adapter: Artifact | None = None,
         under: Artifact | None = None,
+        mixture: str = "",
     ) -> Artifact:
+        config = self.config
         return generate_images(
             folder,
-            Generating(self.config.generate, seed, self.config.dtype, self.config.image_size),
+            Generating(config.generate, seed, config.dtype, config.image_size, mixture=mixture),
             label=label,
             data=self.data,
             base=self.base,

@@ -3,9 +3,12 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.core.documents import read_json
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import write_json
@@ -18,7 +21,8 @@ from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset, shared
 from jaxsynth.generation.generate import GenerateConfig, sample_images
-from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE, with_adapter
+from jaxsynth.methods.datadream.config import MIXED
+from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE, shot_folder, with_adapter
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.clip_classifier import (
@@ -28,7 +32,9 @@ from jaxsynth.tasks.clip_classifier import (
     train_classifier,
 )
 from jaxsynth.tasks.clip_predictions import predict, scores
+from jaxsynth.tasks.image_heads import finetune_heads
 from jaxsynth.tasks.text_to_image import (
+    Examples,
     FinetuneConfig,
     encode_examples,
     finetune,
@@ -85,6 +91,8 @@ def _adapter_bytes(
     **_: object,
 ) -> int:
     train, count = config.finetune, 1 if config.mode == "dset" else data.num_classes
+    if config.mode in MIXED:  # a head is about an adapter
+        count = shots.counts["images"]
     base = base.sized(config.image_size)
     return training_bytes(planned_task(base, train, images=1).model, train, count=count)
 
@@ -100,7 +108,8 @@ def finetune_generator(
     under: Artifact | None = None,
     captions: Captions | None = None,
 ) -> dict:
-    """One adapter for all classes, or one for each in a folder of its name.
+    """One adapter for all classes, or one for each in a folder of its name; of `MIXED` modes that
+    folder has one for each shot, in folders 0000, 0001, ...
 
     Those of the classes learn on top of the adapter `under`, where there is one. `captions` say
     what each shot shows, in the place of its class's prompt.
@@ -122,16 +131,45 @@ def finetune_generator(
     rows = np.cumsum([0, *map(len, drawn.train)])
     each = [examples.select(np.arange(start, end)) for start, end in itertools.pairwise(rows)]
     group = config.classes_at_once or len(each)
+    of_shots = {"loft": _of_images, "chimera": finetune_heads}.get(config.mode)
+    adapters = 0
     for start in range(0, len(each), group):
         own = each[start : start + group]
-        states = finetune_each(
+        train = finetune_each if of_shots is None else of_shots
+        states = train(
             base, own, finetuning, work.training / f"{start:04d}", seed=config.seed, first=start,
             mesh=work.mesh, description=f"fine-tune {counted(len(own), 'class')}",
         )  # fmt: skip
-        for label, state in enumerate(states, start):
-            if work.writes:
-                adapter_io.save(state, work.folder / safe_name(data.class_names[label]))
-    return {"adapters": len(each), "steps": finetuning.num_steps(len(each[0]))}
+        for label, found in enumerate(states, start):
+            folder = work.folder / safe_name(data.class_names[label])
+            named = (
+                [(folder, found)]
+                if isinstance(found, AdapterState)
+                else [(folder / shot_folder(i), state) for i, state in enumerate(found)]
+            )
+            adapters += len(named)
+            for place, state in named if work.writes else ():
+                adapter_io.save(state, place)
+    images = 1 if config.mode == "loft" else len(each[0])
+    return {"adapters": adapters, "steps": finetuning.num_steps(images)}
+
+
+def _of_images(
+    base: StableDiffusion,
+    sets: Sequence[Examples],
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    first: int,
+    **more: Any,
+) -> list[list[AdapterState]]:
+    """An adapter of each example of each set, all of which train together."""
+    counts = [len(own) for own in sets]
+    alone = [own.select(np.array([i])) for own in sets for i in range(len(own))]
+    # The shots of the classes before: of all classes as many.
+    states = finetune_each(base, alone, config, folder, first=first * counts[0], **more)
+    ends = np.cumsum([0, *counts])
+    return [states[start:end] for start, end in itertools.pairwise(ends)]
 
 
 # How images are drawn during a training, one for each of the first prompts.

@@ -17,12 +17,13 @@ from PIL import Image
 from jaxsynth.adapters.inject import AdapterState
 from jaxsynth.adapters.kinds.lokr import LoKrConfig
 from jaxsynth.adapters.kinds.lora import LoRAConfig
+from jaxsynth.adapters.registry import AdapterChoice
 from jaxsynth.cli import main as cli
 from jaxsynth.core.config import load_config, override, to_dataclass, to_dict
 from jaxsynth.core.errors import UserError
 from jaxsynth.data.splits import load_shots
 from jaxsynth.data.store import ImageStore
-from jaxsynth.methods.datadream.config import Config, Recipe, SetConfig, StudentConfig
+from jaxsynth.methods.datadream.config import Config, LoftConfig, Recipe, SetConfig, StudentConfig
 from jaxsynth.methods.datadream.plan import plan
 from jaxsynth.quality.filters import FilterConfig
 from jaxsynth.runs.run import read_config
@@ -64,11 +65,18 @@ DIGITS = (
     "--config.adapter.rank=1",
     "--config.adapter.factor=2",
     "--config.classify.adapter=dora",
-    "--config.modes=dset,cls,stacked",
+    "--config.modes=dset,cls,stacked,loft,chimera",
+    "--config.loft.steps=2",
+    "--config.loft.unet_targets=to_q",
+    "--config.chimera.steps=2",
+    "--config.chimera.rank=2",
+    "--config.chimera.unet_targets=to_q",
+    "--config.chimera.text_targets=",
     "--config.measure_sets=true",
     "--config.sets.names.prompts.weights.name=1",
     "--config.sets.edited.kind=edited",
     "--config.sets.edited.strength=0.5",
+    "--config.sets.edited.by=cls",
     "--config.recipes.photos.sets.edited=1",
     "--config.sets.rest.kind=retrieved",
     "--config.sets.rest.query=shots",
@@ -123,6 +131,7 @@ def finished(base_folder, tmp_path_factory, settings, digits):
     return workdir
 
 
+MODES_RUN = ("dset", "cls", "stacked", "loft", "chimera")
 STAGES = (
     "zero-shot",
     "prompt-seed0/images",
@@ -131,7 +140,7 @@ STAGES = (
     "shots2-seed0/real",
     *(
         f"shots2-seed0/{mode}/{stage}"
-        for mode in ("dset", "cls", "stacked")
+        for mode in MODES_RUN
         for stage in ("adapter", "images", "synthetic", "both")
     ),
     "prompt-seed0/sets/names/images",
@@ -146,7 +155,7 @@ STAGES = (
     ),
     "prompt-seed0/alignment",
     "prompt-seed0/sets/names/alignment",
-    *(f"shots2-seed0/{name}/alignment" for name in ("dset", "cls", "stacked")),
+    *(f"shots2-seed0/{name}/alignment" for name in MODES_RUN),
     *(f"shots2-seed0/sets/{name}/alignment" for name in ("rest", "edited")),
 )
 
@@ -161,11 +170,11 @@ def test_a_plan_counts_what_the_run_did(finished):
     for path in finished.rglob("metrics.jsonl"):
         what = next(folder.parent for folder in path.parents if folder.name == ".training")
         mode = "dset" if "dset" in what.parts else f"{config.classes_at_once or 3} classes"
-        mode += ", stacked" if "stacked" in what.parts else ""
+        mode += "".join(f", {one}" for one in MODES_RUN[2:] if one in what.parts)
         name = f"fine-tune {mode}" if what.name == "adapter" else "classify"
         name = f"recipe {what.parent.name}" if what.name == "classifier" else name
         done[name] += read_metrics(path)[-1]["step"]
-    for mode in ("dset", "cls", "stacked"):
+    for mode in MODES_RUN:
         images = [finished / "shots2-seed0" / mode / "images"]
         images += [finished / "prompt-seed0" / "images"] if mode == "dset" else []
         shards = sum(len(list(folder.glob("*.jsonl"))) for folder in images)
@@ -185,7 +194,7 @@ def test_every_stage_is_made_and_reported(finished):
         load_artifact(finished / stage).verify()
     results = json.loads((finished / "results.json").read_text())
     rows = {r["row"]: r for r in results}
-    assert len(results) == len(rows) == 14
+    assert len(results) == len(rows) == 18
     for row in rows.values():
         assert 0 <= row["top1"] <= 1 and set(row["per_class"]) == {"1", "4", "7"}
         logits = np.load(finished / row["artifact"] / "logits.npy")
@@ -237,6 +246,8 @@ def test_the_generated_sets(finished):
             "shots2-seed0/dset",
             "shots2-seed0/cls",
             "shots2-seed0/stacked",
+            "shots2-seed0/loft",
+            "shots2-seed0/chimera",
         )
     }
     pixels = {}
@@ -248,6 +259,11 @@ def test_the_generated_sets(finished):
     assert {e.adapter for e in sets["prompt-seed0"].entries} == {""}
     assert len({e.adapter for e in sets["shots2-seed0/dset"].entries}) == 1
     assert len({e.adapter for e in sets["shots2-seed0/cls"].entries}) == 3
+    for mode in ("loft", "chimera"):
+        own = sorted((finished / "shots2-seed0" / mode / "adapter").rglob("*.safetensors"))
+        assert [file.parent.name for file in own] == ["0000", "0001"] * 3
+        assert [file.parent.parent.name for file in own] == ["1", "1", "4", "4", "7", "7"]
+        assert len({e.adapter for e in sets[f"shots2-seed0/{mode}"].entries}) == 3
     files = adapter_io.find(finished / "shots2-seed0/cls/adapter", ("1", "4", "7"))
     assert [file.relative_to(finished).as_posix() for file in files] == [
         f"shots2-seed0/cls/adapter/{name}/adapter.safetensors" for name in "147"
@@ -294,7 +310,7 @@ def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     (partial / "report.html").unlink()
     code, out, err = command("report", partial)
     assert (code, err) == (0, "") and "report.html" in out
-    assert len(json.loads((partial / "results.json").read_text())) == 11
+    assert len(json.loads((partial / "results.json").read_text())) == 15
     code, out, err = command("report", partial, finished)
     assert (code, err) == (0, "") and f"side by side: {partial / 'comparison.html'}" in out
     page = (partial / "comparison.html").read_text()
@@ -532,9 +548,15 @@ def test_adapters_of_different_settings_keep_them(tmp_path):
         ({"modes": ("dsett",)}, "modes: .*dsett"),
         ({"shots": ()}, r"shots: \(\), expected at least one"),
         ({"dtype": "float16"}, "dtype: 'float16'"),
+        ({"loft": LoftConfig(steps=1)}, "loft: given, but 'loft' is none of the modes"),
+        (
+            {"modes": ("loft",), "adapter": AdapterChoice("lora", {})},
+            "adapter: given, but loft learn by an adapter of their own: loft.adapter",
+        ),
         ({"modes": ("cls", "stacked")}, "modes: cls, stacked; 'stacked' learns on top of 'dset'"),
         ({"recipes": {"a": Recipe({"dset": 1.0, "x": 1.0})}}, "recipes.a.sets: 'x', expected"),
         ({"recipes": {"a": Recipe(classify={"lr": 1.0})}}, "recipes.a.classify.lr: no such field"),
+        ({"sets": {"x": SetConfig(by="cls", kind="edited")}}, "sets.x.by: 'cls', expected one of"),
         ({"sets": {"cls": SetConfig()}}, "sets: 'cls', expected another name"),
         ({"recipes": {"a": Recipe(student="b")}}, "recipes.a.student: 'b', expected one of"),
         ({"students": {"b": StudentConfig("x")}}, "students: 'b' is the student of none of"),
@@ -555,9 +577,15 @@ def test_issynths_strength_falls_with_the_shots():
     ("make", "message"),
     [
         (
+            lambda: LoftConfig(adapter=AdapterChoice("lokr", {"factor": 2})),
+            "its sum is no adapter of its kind; take lora",
+        ),
+        (
             lambda: SetConfig(kind="drawn"),
             "kind: 'drawn', expected one of prompts, retrieved",
         ),
+        (lambda: SetConfig(kind="retrieved", by="dset"), "by: given, but a set of kind 'retr"),
+        (lambda: SetConfig(by="cls"), "by: 'cls' has an adapter for each class"),
         (lambda: SetConfig(pool="photos"), "pool: given, but a set of kind 'prompts' has none"),
         (lambda: SetConfig(kind="retrieved", guidance_scale=1.0), "guidance_scale: given"),
         (lambda: Recipe(real=False), "sets: none, and real is false"),
