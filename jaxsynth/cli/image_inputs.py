@@ -177,7 +177,7 @@ def controls(
 
     from jaxsynth.generation.controls import Control
     from jaxsynth.models.diffusion.controlnet import ControlNet, ControlNetConfig
-    from jaxsynth.weights.hf import load_model
+    from jaxsynth.weights.models import load_model
 
     found = []
     for text, file in zip(args.controlnet, args.condition, strict=True):

@@ -23,7 +23,8 @@ from jaxsynth.models.clip import (
     CLIPVisionModelWithProjection,
 )
 from jaxsynth.weights import hub
-from jaxsynth.weights.hf import Clip, describe, describe_clip, load_clip, load_model
+from jaxsynth.weights.hf import Clip, describe_clip, load_clip
+from jaxsynth.weights.models import describe, load_model
 
 _TOWER = "clip_vision_model"
 _BATCH = 32

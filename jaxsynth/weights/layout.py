@@ -100,7 +100,7 @@ class Filling:
     """
 
     def __init__(self, abstract: nnx.Module, dtype: Any, *, copies: bool = True):
-        """`abstract` is what `hf.describe` gives; `dtype` that of `storage_dtypes`."""
+        """`abstract` is what `models.describe` gives; `dtype` that of `storage_dtypes`."""
         self._graphdef, state = nnx.split(abstract)
         self._variables = dict(nnx.to_flat_state(state))
         shapes = {path: variable.shape for path, variable in self._variables.items()}

@@ -28,8 +28,8 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.weights.adapters import io
 from jaxsynth.weights.adapters.lycoris import write_networks
-from jaxsynth.weights.hf import describe
 from jaxsynth.weights.layout import to_file
+from jaxsynth.weights.models import describe
 from tests.adapters.nets import scrambled
 
 README = Path(__file__).parents[2] / "jaxsynth" / "adapters" / "README.md"

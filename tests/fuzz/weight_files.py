@@ -21,7 +21,7 @@ from jaxsynth.models.classifiers import convnext, dinov2, resnet, swin, vit
 from jaxsynth.models.clip import CLIPConfig
 from jaxsynth.models.diffusion import controlnet, dit, unet, vae
 from jaxsynth.models.gan import e2gan, patchgan, pix2pix
-from jaxsynth.weights import hf, hub, preprocessing
+from jaxsynth.weights import hf, hub, models, preprocessing
 from jaxsynth.weights.adapters import io
 from jaxsynth.weights.adapters.embeddings import (
     FORMATS,
@@ -155,7 +155,7 @@ def configs(folder: Path) -> list[Case]:
         path = folder / cls.__name__ / "config.json"
         path.parent.mkdir()
         path.write_text(json.dumps(dataclasses.asdict(cls())))
-        cases.append(Case(cls.__name__, path, lambda p, cls=cls: hf._config(cls, p)))
+        cases.append(Case(cls.__name__, path, lambda p, cls=cls: models.config_at(cls, p)))
 
     def sampler(path: Path) -> None:
         config = read_json(path)
@@ -183,7 +183,7 @@ def configs(folder: Path) -> list[Case]:
 
 def networks(folder: Path) -> list[Case]:
     small = dit.DiTConfig(num_attention_heads=2, attention_head_dim=4, num_layers=1, sample_size=4)
-    hf.save_model(dit.DiT(small, rngs=nnx.Rngs(jax.random.key(0))), None, folder / "dit")
+    models.save_model(dit.DiT(small, rngs=nnx.Rngs(jax.random.key(0))), None, folder / "dit")
     config = resnet.ResNetConfig(
         embedding_size=4, hidden_sizes=(4, 8), depths=(1, 1), layer_type="basic", num_labels=2
     )
@@ -194,7 +194,7 @@ def networks(folder: Path) -> list[Case]:
     )
     cases = []
     for name, read in (
-        ("dit", lambda p: hf.load_model(dit.DiT, dit.DiTConfig, p)),
+        ("dit", lambda p: models.load_model(dit.DiT, dit.DiTConfig, p)),
         ("resnet", classifiers.load_classifier),
     ):
         cases.append(Case(name, folder / name, read, below(folder / name)))

@@ -23,7 +23,8 @@ from jaxsynth.models.diffusion.motion import MotionConfig, MotionModules
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.adapters.diffusers import write_diffusers
 from jaxsynth.weights.adapters.motion import write_motion
-from jaxsynth.weights.hf import load_pipeline, save_model
+from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.models import save_model
 from tests.adapters.nets import randomised
 from tests.cli.test_generate import generate
 from tests.generation.test_combined import image_adapter

@@ -28,7 +28,8 @@ from jaxsynth.models.diffusion.image_prompt import (
 from jaxsynth.weights.adapters.diffusers import write_diffusers
 from jaxsynth.weights.adapters.embeddings import Embedding, write_embedding
 from jaxsynth.weights.adapters.image_prompts import write_image_adapter
-from jaxsynth.weights.hf import load_pipeline, save_model
+from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.models import save_model
 from tests.adapters.nets import randomised
 from tests.cli.test_generate import generate, pictures
 from tests.methods.small_base import UNET, WIDTH, random_network

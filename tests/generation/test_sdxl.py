@@ -46,10 +46,10 @@ from jaxsynth.weights.hf import (
     describe_pipeline,
     load_pipeline,
     pipeline_configs,
-    save_model,
     save_pipeline,
 )
 from jaxsynth.weights.layout import to_file
+from jaxsynth.weights.models import save_model
 from tests.methods.small_base import XL_UNET, random_network
 from tests.models.torch_parity import relative_error
 

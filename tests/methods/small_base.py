@@ -16,7 +16,8 @@ from jaxsynth.models.clip import (
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.tasks.networks import NetworkConfig
-from jaxsynth.weights.hf import Clip, StableDiffusion, describe, save_clip, save_pipeline
+from jaxsynth.weights.hf import Clip, StableDiffusion, save_clip, save_pipeline
+from jaxsynth.weights.models import describe
 from jaxsynth.weights.networks.classifiers import Classifier, save_classifier
 from jaxsynth.weights.pipeline_parts import TokenizerPair
 from jaxsynth.weights.preprocessing import Preprocessing

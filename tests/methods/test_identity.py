@@ -110,6 +110,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "learns": ("norms",),
     "judge": ("shots",),
     "query": ("shots",),
+    "by": ("dset",),
     "sets": ({"words": 1.0},),
     "classify": ({"label_smoothing": 0.5},),
     "space": ("features",),

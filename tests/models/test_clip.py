@@ -15,7 +15,7 @@ from jaxsynth.models.clip import (
     CLIPVisionConfig,
     CLIPVisionModel,
 )
-from jaxsynth.weights.hf import describe
+from jaxsynth.weights.models import describe
 from jaxsynth.weights.names import canonical, from_hf, hf_name, hf_shape
 
 torch = pytest.importorskip("torch")

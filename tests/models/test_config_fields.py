@@ -19,7 +19,7 @@ from jaxsynth.models import clip
 from jaxsynth.models.classifiers import convnext, dinov2, resnet, swin, vit
 from jaxsynth.models.diffusion import controlnet, dit, unet, vae, weight_unet
 from jaxsynth.models.gan import e2gan, patchgan, pix2pix
-from jaxsynth.weights.hf import describe
+from jaxsynth.weights.models import describe
 
 
 def shapes(*arrays: tuple[int, ...] | jax.ShapeDtypeStruct) -> list[jax.ShapeDtypeStruct]:

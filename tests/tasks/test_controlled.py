@@ -35,7 +35,8 @@ from jaxsynth.tasks.controlled import (
 from jaxsynth.training import sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
-from jaxsynth.weights.hf import load_model, load_pipeline, save_model
+from jaxsynth.weights.hf import load_pipeline
+from jaxsynth.weights.models import load_model, save_model
 from tests.models.torch_parity import nchw, nhwc, relative_error
 from tests.training.programs import memory_of_programs
 

@@ -19,16 +19,14 @@ from jaxsynth.weights import hub
 from jaxsynth.weights.hf import (
     Clip,
     StableDiffusion,
-    describe,
     load_clip,
-    load_model,
     load_pipeline,
     read_json,
     save_clip,
-    save_model,
     save_pipeline,
 )
 from jaxsynth.weights.layout import to_file
+from jaxsynth.weights.models import describe, load_model, save_model
 from jaxsynth.weights.names import hf_name
 from jaxsynth.weights.tokenizer import train_tokenizer
 

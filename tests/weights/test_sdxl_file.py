@@ -23,7 +23,6 @@ from jaxsynth.weights.hf import (
     INPAINTING,
     KINDS,
     PIPELINES,
-    describe,
     describe_pipeline,
     kind_of,
     load_pipeline,
@@ -31,6 +30,7 @@ from jaxsynth.weights.hf import (
     save_pipeline,
 )
 from jaxsynth.weights.layout import keys_of, to_file
+from jaxsynth.weights.models import describe
 from jaxsynth.weights.names import hf_shape
 from jaxsynth.weights.original_names import open_clip_name
 from jaxsynth.weights.single_file.checkpoint import find_checkpoint, names_of

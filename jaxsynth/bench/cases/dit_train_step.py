@@ -25,7 +25,7 @@ from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.tasks.class_conditional import AdaptConfig, Drawn, LabelledDenoising
 from jaxsynth.training.optim import Rate, make_optimizer
 from jaxsynth.training.step import init_state, make_train_step
-from jaxsynth.weights.hf import save_model
+from jaxsynth.weights.models import save_model
 from jaxsynth.weights.networks.dit import SCHEDULER
 
 # The places that the paper names.

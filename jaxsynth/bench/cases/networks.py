@@ -20,8 +20,9 @@ from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxsynth.weights.hf import StableDiffusion, describe
+from jaxsynth.weights.hf import StableDiffusion
 from jaxsynth.weights.layout import stored
+from jaxsynth.weights.models import describe
 from jaxsynth.weights.single_file.families import SCHEDULE
 from jaxsynth.weights.tokenizer import train_tokenizer
 

@@ -29,8 +29,9 @@ from jaxsynth.weights.adapters.motion import (
     write_motion,
     write_motion_lora,
 )
-from jaxsynth.weights.hf import StableDiffusion, describe
+from jaxsynth.weights.hf import StableDiffusion
 from jaxsynth.weights.hub import DIFFUSERS_WEIGHTS as WEIGHTS
+from jaxsynth.weights.models import describe
 
 # Beside diffusers' files, in the authors' names.
 MODULES, LORA = "motion_modules.safetensors", "motion_lora.safetensors"

@@ -7,7 +7,7 @@ from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.quality.features import FeatureExtractor, clip_extractor, inception_extractor
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.weights import hub
-from jaxsynth.weights.hf import load_model
+from jaxsynth.weights.models import load_model
 from jaxsynth.weights.networks.dit import DiTPipeline, load_dit
 
 

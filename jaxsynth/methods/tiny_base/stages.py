@@ -51,15 +51,8 @@ from jaxsynth.training import sharding
 from jaxsynth.training.metrics import read_metrics
 from jaxsynth.training.space import training_bytes
 from jaxsynth.training.trainer import Task, train
-from jaxsynth.weights.hf import (
-    Clip,
-    StableDiffusion,
-    load_clip,
-    load_model,
-    save_clip,
-    save_model,
-    save_pipeline,
-)
+from jaxsynth.weights.hf import Clip, StableDiffusion, load_clip, save_clip, save_pipeline
+from jaxsynth.weights.models import load_model, save_model
 from jaxsynth.weights.tokenizer import Tokenizer, train_tokenizer
 
 # How the sheet of samples is drawn.

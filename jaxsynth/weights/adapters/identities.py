@@ -22,7 +22,7 @@ from jaxsynth.weights.adapters.image_prompts import (
     width_of_base,
     write_image_adapter,
 )
-from jaxsynth.weights.hf import load_model, save_model
+from jaxsynth.weights.models import load_model, save_model
 
 FILE, NET = "ip-adapter.bin", "ControlNetModel"
 _CLASS = "ControlNetModel"

@@ -30,8 +30,8 @@ from jaxsynth.models.diffusion.image_prompt import (
 )
 from jaxsynth.weights import hub
 from jaxsynth.weights.adapters import tensor_files
-from jaxsynth.weights.hf import describe
 from jaxsynth.weights.layout import Filling, to_file
+from jaxsynth.weights.models import describe
 from jaxsynth.weights.tensors import PICKLED, expect_floats
 from jaxsynth.weights.torch_files.writer import write_pickled
 

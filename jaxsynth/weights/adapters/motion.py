@@ -28,8 +28,9 @@ from jaxsynth.models.diffusion.unet import UNet2DConditionConfig
 from jaxsynth.weights import hub, recognize
 from jaxsynth.weights.adapters import diffusers, lora_files, tensor_files
 from jaxsynth.weights.checks import check_counts
-from jaxsynth.weights.hf import DIFFUSERS_VERSION, describe_of
+from jaxsynth.weights.hf import DIFFUSERS_VERSION
 from jaxsynth.weights.layout import Filling, to_file
+from jaxsynth.weights.models import describe_of
 from jaxsynth.weights.tensors import PICKLED, SUFFIXES, Tensors, expect_floats
 from jaxsynth.weights.torch_files.writer import write_pickled
 

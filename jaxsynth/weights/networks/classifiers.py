@@ -38,9 +38,9 @@ from jaxsynth.models.classifiers.swin import SwinConfig, SwinForImageClassificat
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.weights import hub, preprocessing
 from jaxsynth.weights.checks import check_counts
-from jaxsynth.weights.hf import describe_of
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling, keys_of, to_file
+from jaxsynth.weights.models import describe_of
 from jaxsynth.weights.networks import timm
 from jaxsynth.weights.networks.heads import LinearHead
 from jaxsynth.weights.preprocessing import Preprocessing

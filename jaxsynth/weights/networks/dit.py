@@ -21,9 +21,10 @@ from jaxsynth.core.errors import UserError, shown
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig, position_embedding
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.weights import hub
-from jaxsynth.weights.hf import DIFFUSERS_VERSION, describe, load_model, save_model
+from jaxsynth.weights.hf import DIFFUSERS_VERSION
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling
+from jaxsynth.weights.models import describe, load_model, save_model
 from jaxsynth.weights.tensors import expect_floats
 from jaxsynth.weights.torch_files.reader import read_state_dict
 
@@ -102,7 +103,7 @@ def load_dit(
 
     A .pt file is the authors' state dict, flat or under "ema" or "model"; its configuration follows
     from its tensors, or is `config` where the number of heads does not (widths other than the
-    published). UserError naming file and key as for `hf.load_model`, for copies of an embedder that
+    published). UserError naming file and key as for `models.load_model`, for copies of an embedder that
     differ, and where the parts do not fit together.
     """
     path = Path(name_or_path).expanduser()

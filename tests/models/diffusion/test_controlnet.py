@@ -18,7 +18,7 @@ from jaxsynth.core.errors import UserError
 from jaxsynth.models.diffusion.controlnet import ControlNet, ControlNetConfig, embedding_channels
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.training import sharding
-from jaxsynth.weights.hf import load_model, save_model
+from jaxsynth.weights.models import load_model, save_model
 from jaxsynth.weights.names import from_hf, hf_name
 from tests.models.torch_parity import copy_weights, nchw, nhwc, randomise, relative_error
 

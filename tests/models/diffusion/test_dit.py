@@ -18,7 +18,7 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig, position_embedding
 from jaxsynth.models.repeat import scan_stacked
 from jaxsynth.training.sharding import DIT, make_mesh, shard, shard_batch
-from jaxsynth.weights.hf import describe
+from jaxsynth.weights.models import describe
 from tests.models.torch_parity import copy_weights, nchw, nhwc, randomise, relative_error
 
 TINY = {

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
-from jaxsynth.weights.hf import describe
+from jaxsynth.weights.models import describe
 from jaxsynth.weights.names import hf_name, hf_shape
 from tests.models.torch_parity import copy_weights, nchw, nhwc, randomise, relative_error
 

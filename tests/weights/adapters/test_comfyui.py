@@ -16,7 +16,7 @@ from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfi
 from jaxsynth.weights.adapters import comfyui, lycoris, tensor_files
 from jaxsynth.weights.adapters.layer_names import comfyui_names
 from jaxsynth.weights.adapters.layered import read_layers
-from jaxsynth.weights.hf import describe
+from jaxsynth.weights.models import describe
 from tests.adapters.nets import scrambled
 
 UNET = {

@@ -32,8 +32,9 @@ from jaxsynth.weights.adapters.image_prompts import (
     write_image_adapter,
 )
 from jaxsynth.weights.adapters.io import Networks, read
-from jaxsynth.weights.hf import load_clip, load_pipeline, save_model
+from jaxsynth.weights.hf import load_clip, load_pipeline
 from jaxsynth.weights.image_encoder import encoder_of, load_image_encoder
+from jaxsynth.weights.models import save_model
 from jaxsynth.weights.safetensors import opened
 from tests.methods.small_base import WIDTH, random_network
 

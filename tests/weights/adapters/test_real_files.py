@@ -23,8 +23,8 @@ from jaxsynth.weights.adapters import io
 from jaxsynth.weights.adapters.components import join_networks
 from jaxsynth.weights.adapters.embeddings import embedding_file
 from jaxsynth.weights.adapters.native import write_state
-from jaxsynth.weights.hf import describe
 from jaxsynth.weights.layout import to_file
+from jaxsynth.weights.models import describe
 
 UNET = {
     "sample_size": 8,

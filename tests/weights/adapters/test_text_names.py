@@ -18,8 +18,8 @@ from jaxsynth.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxsynth.weights.adapters import diffusers
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.adapters import peft as folders
-from jaxsynth.weights.hf import describe
 from jaxsynth.weights.layout import to_file
+from jaxsynth.weights.models import describe
 from tests.adapters.nets import scrambled
 
 TEXT = {

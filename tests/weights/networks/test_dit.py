@@ -14,7 +14,7 @@ from jaxsynth.adapters.kinds.lora import LoRAConfig, add_lora
 from jaxsynth.core.errors import UserError
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig, position_embedding
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxsynth.weights.hf import describe, load_model, save_model
+from jaxsynth.weights.models import describe, load_model, save_model
 from jaxsynth.weights.networks.dit import SCHEDULER, DiTPipeline, load_dit, save_dit
 
 diffusers = pytest.importorskip("diffusers")
