@@ -103,8 +103,8 @@ def load_dit(
 
     A .pt file is the authors' state dict, flat or under "ema" or "model"; its configuration follows
     from its tensors, or is `config` where the number of heads does not (widths other than the
-    published). UserError naming file and key as for `models.load_model`, for copies of an embedder that
-    differ, and where the parts do not fit together.
+    published). UserError naming file and key as for `models.load_model`, for copies of an embedder
+    that differ, and where the parts do not fit together.
     """
     path = Path(name_or_path).expanduser()
     dtypes = {"dtype": dtype, "compute_dtype": compute_dtype}

@@ -222,7 +222,7 @@ def test_what_cannot_be_is_told_before_anything_is_made(base_folder, tmp_path, c
 
 BUCKETS = ("data.image_size=0", "lora.buckets.enabled=true")
 UNSUITED = {
-    "data.image_size=8": "data.image_size: 8 cuts images to squares before they come to lora.bu",
+    "data.image_size=8": "data.image_size: 8 cuts images to squares before they come to lora",
     "lora.buckets.step=6": "buckets.step: 6, expected a multiple of 4 for this base, such as 8",
     "lora.buckets.min_side=12": "buckets.min_side: 12, expected at most image_size = 8",
     "lora.crops_per_image=2": "crops_per_image: 2, but an image in a bucket is cut once",
