@@ -1,10 +1,11 @@
 """`jaxsynth plan`: what each program of a config needs on machines that are not here."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxsynth.core.errors import UsageError, UserError
@@ -31,6 +32,8 @@ the program, with the hours that those add up to. A program takes longer than th
   --only       programs whose names hold that text
   --rows       rows of a batch on each device, in place of the config's batch sizes: the same
                config on slices of any size
+  --quick      with the least of the compiler's effort, for large networks: the same programs,
+               whose temporaries and traffic may be larger than those of the run
 
 A program that does not fit is tried with half the batch, a quarter, ... until it does; --fit finds
 the largest batch of every program. --memory says how much a device has where that is not known.
@@ -53,7 +56,7 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         description="Compile a config's programs for many devices, without any of them, and print "
         "the memory, the work and the traffic that they need.",
         usage="jaxsynth plan --config=FILE[:VARIANT] (--topology=KIND:SHAPE | --devices=N) "
-        "[--data=N] [--fsdp=N] [--tensor=N] [--only=TEXT] [--rows=N] [--fit] "
+        "[--data=N] [--fsdp=N] [--tensor=N] [--only=TEXT] [--rows=N] [--quick] [--fit] "
         "[--config.FIELD=VALUE ...]",
         epilog=EPILOG,
     )
@@ -73,6 +76,9 @@ def add_parser(verbs) -> argparse.ArgumentParser:
         "--only", default="", metavar="TEXT", help="programs with it in their names"
     )
     parser.add_argument("--rows", type=int, metavar="N", help="rows of a batch on each device")
+    parser.add_argument(
+        "--quick", action="store_true", help="compile with the least effort, for large networks"
+    )
     parser.add_argument("--memory", type=float, metavar="GIB", help="of each device")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
     return parser
@@ -97,7 +103,8 @@ def plan(args: argparse.Namespace, configured: Callable, enable_cache: Callable[
         slices = [(name, *slice_of(name)) for name in args.topology.split(",")]
     name, method, config = configured(args)
     enable_cache()
-    planned = [_plan_on(args, name, method, config, *one) for _, *one in slices]
+    with _least_effort() if args.quick else contextlib.nullcontext():
+        planned = [_plan_on(args, name, method, config, *one) for _, *one in slices]
     if len(planned) > 1:
         from jaxsynth.core.console import console
         from jaxsynth.report.plans import slices_table
@@ -106,6 +113,22 @@ def plan(args: argparse.Namespace, configured: Callable, enable_cache: Callable[
         each = zip(slices, planned, strict=True)
         table = slices_table([(where, chip, plans) for (where, chip, _), plans in each])
         console.print(to_rich(table))
+
+
+@contextlib.contextmanager
+def _least_effort() -> Iterator[None]:
+    """Programs are compiled quickly, not well. Both of XLA's switches go from -1 to 1."""
+    import jax
+
+    names = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name in names:
+            jax.config.update(name, -1.0)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _plan_on(
@@ -127,7 +150,8 @@ def _plan_on(
         raise UserError(f"mesh: {error}") from None
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = jax.devices()[0].device_kind if chip is None else f"{chip.name} chip"
-    console.print(f"{name} on {mesh.size} x {kind} ({shape})", markup=False)
+    effort = ", compiled with the least effort" if args.quick else ""
+    console.print(f"{name} on {mesh.size} x {kind} ({shape}){effort}", markup=False)
     with compiling_for("" if chip is None else "tpu"):
         every = method.plan(config, mesh)
         programs = [one for one in every if args.only in one.name]

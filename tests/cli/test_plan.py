@@ -6,6 +6,7 @@ import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxsynth.cli import main as cli
@@ -52,6 +53,14 @@ def test_memory_work_and_traffic_are_printed(command):
     assert "The whole run" in out and "1,234" in out
     code, out, _ = command("--devices=8", "--config.mesh.data=2", "--config.mesh.tensor=4")
     assert code == 0 and "(data=2, fsdp=1, tensor=4)" in out
+
+
+def test_the_compiler_may_be_quick(command):
+    """Said, and over with the plan."""
+    before = jax.config.jax_exec_time_optimization_effort
+    code, out, err = command("--devices=8", "--quick")
+    assert (code, err) == (0, "") and "(data=8, fsdp=1, tensor=1), compiled with the least" in out
+    assert jax.config.jax_exec_time_optimization_effort == before != -1.0
 
 
 def test_what_does_not_fit_is_said_with_what_would(command):
