@@ -125,15 +125,16 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from jaxsynth.core.console import console, duration, set_quiet
-    from jaxsynth.runs.run import write_record
+    from jaxsynth.runs.run import COMMAND, write_record
 
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
         install()
     first = jax.process_index() == 0
     set_quiet(not first)
-    workdir, command = args.workdir, shlex.join(["jaxsynth", *args.argv])
+    workdir = args.workdir
+    COMMAND.set(shlex.join(["jaxsynth", *args.argv]))
     if not _is_known(workdir, name) and first:
-        write_record(workdir, name, config, command=command)
+        write_record(workdir, name, config)
 
     devices = jax.devices()
     console.print(
@@ -143,8 +144,6 @@ def run(args: argparse.Namespace) -> None:
     )
     began = time.monotonic()
     result = method.run(config, workdir)
-    if first:
-        write_record(workdir, name, config, command=command)
     where = f": {result}" if isinstance(result, Path) else ""
     console.print(f"Done in {duration(time.monotonic() - began)}{where}", markup=False)
 

@@ -5,6 +5,7 @@ Stages hold what decided each of them; the record holds the whole config, for th
 
 import os
 import time
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,16 +19,19 @@ from jaxsynth.runs.stage import versions
 
 _STALE = 60.0  # seconds
 
+# What the user typed; empty where a run is started from Python.
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")
+
 T = TypeVar("T")
 
 
-def write_record(workdir: Path, method: str, config: Any, *, command: str = "") -> None:
-    """Write `run.json`: the whole config, the command, the hardware and the versions."""
+def write_record(workdir: Path, method: str, config: Any) -> None:
+    """Write `run.json`: the whole config, `COMMAND`, the hardware and the versions."""
     workdir.mkdir(parents=True, exist_ok=True)
     record = {
         "method": method,
         "config": to_dict(config),
-        "command": command,
+        "command": COMMAND.get(),
         "hardware": {
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),
@@ -40,6 +44,15 @@ def write_record(workdir: Path, method: str, config: Any, *, command: str = "") 
         # What a killed writer left; a file that is being written is seconds old at the most.
         if path.is_file() and time.time() - path.stat().st_mtime > _STALE:
             path.unlink(missing_ok=True)
+
+
+def record_made(workdir: Path, config: Any) -> None:
+    """Write the record of what has been made, before the page of it is written.
+
+    Until then the record of an earlier run stays, so that one that is refused changes nothing.
+    """
+    if rehearsing() is None and jax.process_index() == 0:
+        write_record(workdir, config.method, config)
 
 
 def keep_record(workdir: Path, config: Any) -> None:

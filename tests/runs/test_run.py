@@ -3,7 +3,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from jaxsynth.runs.run import read_config, write_record
+from jaxsynth.runs.run import COMMAND, read_config, write_record
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ def test_a_record_removes_what_a_killed_writer_left_and_no_file_of_a_living_one(
     for path, age in ((left, 3600), (living, 0)):
         path.write_text("{")
         os.utime(path, (time.time() - age,) * 2)
-    write_record(tmp_path, "counting", Config(5), command="jaxsynth run")
+    token = COMMAND.set("jaxsynth run")
+    write_record(tmp_path, "counting", Config(5))
+    COMMAND.reset(token)
     assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "run.json"]
     assert json.loads((tmp_path / "run.json").read_text())["command"] == "jaxsynth run"
     assert read_config(tmp_path, Config) == Config(5)

@@ -22,7 +22,7 @@ from jaxsynth.methods.controlled import stages
 from jaxsynth.methods.controlled.config import Config
 from jaxsynth.methods.controlled.plan import plan
 from jaxsynth.methods.controlled.report import report
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import condition_files, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact
 from jaxsynth.runs.sweep import sweep
@@ -34,6 +34,7 @@ __all__ = ["Config", "make", "plan", "report", "run"]
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of the run, then its page; returns the page's path."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return report(Path(workdir))
 
 

@@ -30,7 +30,7 @@ from jaxsynth.methods.customize.motion import with_domain
 from jaxsynth.methods.customize.plan import plan
 from jaxsynth.methods.customize.report import report
 from jaxsynth.methods.customize.techniques import check, class_prompt, filled, name_of
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import (
     adapter_source,
     clip_source,
@@ -50,6 +50,7 @@ __all__ = ["Config", "make", "plan", "report", "run"]
 def run(config: Config, workdir: Path) -> Path:
     """Every stage with every seed, then the page; returns the page's path."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return report(Path(workdir))
 
 

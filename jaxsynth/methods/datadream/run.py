@@ -63,7 +63,7 @@ from jaxsynth.methods.image_sets import (
 )
 from jaxsynth.quality.evaluate import open_images
 from jaxsynth.runs.results import check_stages
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.tasks.networks import CheckpointNetwork
@@ -78,6 +78,7 @@ __all__ = ["Config", "compare", "make", "plan", "report", "run"]
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of the run, then its page; returns the page's path."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return report(workdir)
 
 

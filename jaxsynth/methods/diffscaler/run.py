@@ -31,7 +31,7 @@ from jaxsynth.methods.diffscaler.plan import plan, planned_base
 from jaxsynth.models.diffusion.vae import AutoencoderKL
 from jaxsynth.runs.rehearsal import Unmade
 from jaxsynth.runs.results import check_stages
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import condition_files, data_source, joined_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.runs.sweep import sweep
@@ -46,6 +46,7 @@ BASE, ROUTED = "base", "routed"
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of the run, then its page; returns the page's path, or the base's folder."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return report(workdir) if config.data else Path(workdir) / BASE
 
 

@@ -36,7 +36,7 @@ from jaxsynth.methods.robustness.stages import (
     predict_sets,
     train_model,
 )
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import clip_source, content_digest, files_digest
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.tasks.clip_classifier import classifier_task
@@ -53,6 +53,7 @@ __all__ = ["Config", "make", "plan", "report", "run"]
 def run(config: Config, workdir: Path) -> Path:
     """Every stage, then the page; returns the page's path."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return report(Path(workdir))
 
 

@@ -64,7 +64,7 @@ from jaxsynth.methods.scaling.trainings import (
 )
 from jaxsynth.runs.rehearsal import NotMade, rehearsing
 from jaxsynth.runs.results import check_stages
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import clip_source, data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source, StageError
 from jaxsynth.tasks.networks import started
@@ -81,6 +81,7 @@ T = TypeVar("T")
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of the study, then its page; returns the page's path."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return report(Path(workdir))
 
 

@@ -39,7 +39,7 @@ from jaxsynth.methods.tiny_base.stages import (
 from jaxsynth.models.clip import CLIPConfig, CLIPModel
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import count_data, data_source
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
@@ -78,6 +78,7 @@ class Slices:
 def run(config: Config, workdir: Path) -> Path:
     """Runs every stage below `workdir` and returns the folder of the finished base."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return Path(workdir) / BASE
 
 

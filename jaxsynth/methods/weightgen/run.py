@@ -49,7 +49,7 @@ from jaxsynth.methods.weightgen.stages import (
     train_weights,
 )
 from jaxsynth.runs.results import check_stages
-from jaxsynth.runs.run import keep_record
+from jaxsynth.runs.run import keep_record, record_made
 from jaxsynth.runs.sources import data_source, pipeline_source
 from jaxsynth.runs.stage import Artifact, Source
 from jaxsynth.training.sharding import make_mesh
@@ -63,6 +63,7 @@ PARTS = ("train", "validation", "unseen")
 def run(config: Config, workdir: Path) -> Path:
     """Every stage of every seed, then the page; returns the page's path."""
     make(config, workdir)
+    record_made(Path(workdir), config)
     return report(workdir)
 
 
