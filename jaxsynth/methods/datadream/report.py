@@ -282,15 +282,17 @@ def _chosen(found: dict[tuple[int, int], Path]) -> str:
 
 
 def _stages(workdir: Path) -> dict[tuple[int, int], Path]:
-    """The folders of each (shots, seed), by name."""
-    found = {}
+    """The folders of each (shots, seed), of those with a classifier where there are some."""
+    found: dict[tuple[int, int], Path] = {}
     for folder in workdir.glob("shots*-seed*"):
         shots, seed = folder.name.removeprefix("shots").split("-seed")
         if (folder / "shots" / MANIFEST).is_file():
             found[int(shots), int(seed)] = folder
     if not found:
         raise FileNotFoundError(f"{workdir}: no finished shots stage (shots*-seed*/shots)")
-    return found
+    # Shots are drawn for all seeds before the first training.
+    scored = {key: path for key, path in found.items() if any(path.rglob("scores.json"))}
+    return scored or found
 
 
 def _folder(workdir: Path, row: Row, shots: int, seed: int) -> Path | None:
@@ -378,7 +380,12 @@ def _seeds_note(seeds: list[int], results: list[dict], images: int) -> str:
             f"{images} of them, {100 * best:.1f} % has the 95 % interval {100 * limits.low:.1f} to "
             f"{100 * limits.high:.1f} (Clopper and Pearson); another training may differ by more."
         )
-    return f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+    made: dict[str, set[int]] = {}
+    for result in results:
+        made.setdefault(result["row"], set()).add(result["seed"])
+    fewer = [f"{row} ({len(own)})" for row, own in made.items() if len(own) < len(seeds)]
+    note = f" Rows of fewer seeds: {', '.join(fewer)}." if fewer else ""
+    return f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}.{note}"
 
 
 def _modes_note(modes: list[str]) -> str:

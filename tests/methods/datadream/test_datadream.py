@@ -311,6 +311,15 @@ def test_the_page_of_a_run_under_way(finished, tmp_path, command):
     code, out, err = command("report", partial)
     assert (code, err) == (0, "") and "report.html" in out
     assert len(json.loads((partial / "results.json").read_text())) == 15
+    # Another seed of which the shots alone are drawn, and one with a single row.
+    for seed in (1, 2):
+        other = partial / f"shots2-seed{seed}"
+        shutil.copytree(partial / "shots2-seed0/shots", other / "shots")
+    shutil.copytree(partial / "shots2-seed0/real", other / "real")
+    code, out, err = command("report", partial)
+    assert (code, err) == (0, "") and "of 2 seeds" in out
+    page = (partial / "report.html").read_text()
+    assert "over seeds 0, 2. Rows of fewer seeds: " in page and "DataDream dset (1)" in page
     code, out, err = command("report", partial, finished)
     assert (code, err) == (0, "") and f"side by side: {partial / 'comparison.html'}" in out
     page = (partial / "comparison.html").read_text()
