@@ -137,7 +137,8 @@ class DataConfig:
     images_per_class: how many images of a class "builtin" draws.
     train_split, test_split: split names of "tfds" and "folder"; "" for test takes the first of
         test, validation (or val) there is, else a held-out part of train. "none" for the test of a
-        "folder" holds it out of train whatever other folders there are.
+        "folder" holds it out of train whatever other folders there are. "validation" for the test
+        of "digits" takes half of their training images, to choose settings by.
     test_path: another folder, of the test images of "folder".
     labels: the table (CSV or JSON lines) of the classes of images that lie side by side.
     """

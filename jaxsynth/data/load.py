@@ -32,7 +32,7 @@ LOADERS: dict[str, Callable[[DataConfig], Loaded]] = dict(
 )
 # The settings that each source reads, beside those that are about classes and prompts.
 READ = {
-    "digits": {"name", "image_size"},
+    "digits": {"name", "image_size", "test_split"},
     "builtin": {"name", "image_size", "test_fraction", "split_seed", "images_per_class"},
     "folder": {"name", "path", "image_size", "test_fraction", "split_seed", "train_split",
                "test_split", "test_path", "labels"},

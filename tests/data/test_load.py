@@ -48,6 +48,16 @@ def test_digits():
     assert load_dataset(DataConfig(image_size=16)).test[5].image.shape == (16, 16, 3)
 
 
+def test_digits_to_choose_settings_by():
+    """None of the test images is among them."""
+    data, own = load_dataset(DataConfig()), load_dataset(DataConfig(test_split="validation"))
+    assert set(own.train.ids) | set(own.test.ids) == set(data.train.ids)
+    assert not set(own.train.ids) & set(own.test.ids) and abs(len(own.train) - len(own.test)) <= 10
+    assert own.split == "half of the training digits; the test digits are not seen"
+    with pytest.raises(SourceError, match="digits have no 'small', only 'validation', or nothing"):
+        load_dataset(DataConfig(test_split="small"))
+
+
 def test_class_subset_renumbers():
     data = load_dataset(DataConfig(class_names=("7", "2")))
     assert data.display_names == ("seven", "two")

@@ -3,18 +3,32 @@
 import numpy as np
 from PIL import Image
 
-from jaxsynth.data.dataset import DataConfig, ImageSource
+from jaxsynth.data.dataset import DataConfig, ImageSource, SourceError
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.data.views import held_out
+
+VALIDATION = "validation"
 
 
 def load_digits(
     config: DataConfig,
 ) -> tuple[tuple[str, ...], ImageSource, ImageSource, str]:
-    """Class names, train, test, and how they were split."""
+    """Class names, train, test, and how they were split.
+
+    With the `test_split` "validation" half of the training digits stand for the test digits, which
+    nothing sees: to choose settings by.
+    """
     names = tuple(str(i) for i in range(10))
     train, test = held_out(digits_source(config.image_size), names, 0.5, 0)
-    return names, train, test, "half of each class held out, the same always"
+    if not config.test_split:
+        return names, train, test, "half of each class held out, the same always"
+    if config.test_split != VALIDATION:
+        raise SourceError(
+            f"test_split: digits have no {config.test_split!r}, only {VALIDATION!r}, or nothing "
+            "for their test images"
+        )
+    train, test = held_out(train, names, 0.5, 0)
+    return names, train, test, "half of the training digits; the test digits are not seen"
 
 
 def digits_source(image_size: int = 0) -> ArraySource:
