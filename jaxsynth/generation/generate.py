@@ -5,6 +5,7 @@ class. Shards of a store hold whole batches: a restarted run repeats exactly the
 shards that were not finished.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +44,8 @@ from jaxsynth.weights.hf import StableDiffusion
 
 # ArrayRecord fills its files up to a multiple of so many bytes.
 _BLOCK = 1 << 16
+# Seconds of drawing that are finished after a request to stop: machines are taken after 30.
+_SOON = 15.0
 
 
 @dataclass(frozen=True)
@@ -317,8 +320,16 @@ def fill_store(
             preemption.stop_if_requested(f"with {done} of {counted(own, 'image')} drawn")
             positions = np.array(writer.span(shard))
             labels, indices = positions % classes, positions // classes
-            images = []
+            images: list[np.ndarray] = []
+            began = time.monotonic()
             for start in range(0, len(positions), config.batch_size):
+                if images and preemption.requested():
+                    # A shard is finished where that is soon, and else drawn again.
+                    left = (len(positions) - start) * (time.monotonic() - began) / start
+                    if left > _SOON:
+                        preemption.stop_if_requested(
+                            f"with {done - start} of {counted(own, 'image')} kept"
+                        )
                 rows = slice(start, start + config.batch_size)
                 images.append(generator(labels[rows], indices[rows]))
                 if len(images) == 1 and shard == mine[0]:

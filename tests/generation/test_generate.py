@@ -11,6 +11,7 @@ from jaxsynth.adapters.inject import AdapterState, extract, merge
 from jaxsynth.adapters.registry import attach
 from jaxsynth.core import preemption
 from jaxsynth.data.store import ImageStore
+from jaxsynth.generation import generate
 from jaxsynth.generation.generate import GenerateConfig, Generator, fill_store, image_keys
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.tasks.text_to_image import FinetuneConfig, adapted
@@ -174,6 +175,24 @@ def test_a_store_and_its_restart(pipeline, adapters, own, tmp_path):
     (tmp_path / "00002.seal").unlink()
     fill(generator, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
+
+
+@pytest.mark.parametrize(("soon", "kept"), [(0.0, 0), (60.0, 12)])
+def test_a_long_shard_is_not_waited_for(tmp_path, monkeypatch, soon, kept):
+    """Asked to stop in its first batch, a shard is finished where that is soon, or left."""
+    asked = threading.Event()
+    monkeypatch.setattr(preemption, "_asked", asked)
+    monkeypatch.setattr(generate, "_SOON", soon)
+    config = dataclasses.replace(CONFIG, images_per_class=8, batches_per_shard=3)
+
+    def told_to_stop(labels, indices):
+        asked.set()
+        return np.zeros((len(labels), 8, 8, 3), np.uint8)
+
+    words = f"with {kept} of 24 images {'drawn' if kept else 'kept'}"
+    with pytest.raises(preemption.Preempted, match=words):
+        fill_store(told_to_stop, tmp_path, NAMES, PROMPTS, config, seed=3)
+    assert len(list(tmp_path.glob("*.seal"))) == kept // 12
 
 
 def test_a_request_to_stop_is_heard_between_shards(pipeline, adapters, tmp_path, monkeypatch):
