@@ -9,4 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare test
 cd "$repository"
 # A process for each core, up to four: more would each compile the same programs again.
-exec "$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not slow" "$@"
+# A process takes files in the order of tests/conftest.py: those that take longest first.
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist loadfile \
+  --no-loadscope-reorder -m "not slow" "$@"

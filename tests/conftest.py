@@ -74,15 +74,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Heavy tests are slow ones, before `-m` chooses; the longest files begin."""
-    slow: Counter[Path] = Counter()
+    weights: Counter[Path] = Counter()
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
-        # A test of several processes takes about as long as ten others.
-        weight = 10 if item.get_closest_marker("multiprocess") else 1
-        slow[item.path] += weight * (item.get_closest_marker("slow") is not None)
+        # A slow test takes about as long as ten others, one of several processes as a hundred.
+        several, slow = map(item.get_closest_marker, ("multiprocess", "slow"))
+        weights[item.path] += 100 if several else 10 if slow else 1
     # A file is one process's: begun last, it would leave the other cores idle.
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)
