@@ -394,6 +394,7 @@ class _Run:
                     self.config.dtype,
                     0 if mode == "dset" else self.config.classes_at_once,
                     self.config.image_size,
+                    shots if mode in MIXED else 0,
                 ),
                 label=f"adapter {mode}: {_name(shots, seed)}",
                 mesh=self.mesh,

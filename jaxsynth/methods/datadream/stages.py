@@ -21,7 +21,6 @@ from jaxsynth.data.splits import few_shot, load_shots
 from jaxsynth.data.store import ImageStore
 from jaxsynth.data.views import Subset, shared
 from jaxsynth.generation.generate import GenerateConfig, sample_images
-from jaxsynth.methods.datadream.config import MIXED
 from jaxsynth.methods.image_sets import KEPT_FILE, SHOTS_FILE, shot_folder, with_adapter
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.runs.stage import Artifact, Work, stage
@@ -72,7 +71,8 @@ def draw_shots(work: Work, config: Drawing, *, data: Dataset) -> dict:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a generator learns the shots. `classes_at_once` is that of adapters of classes."""
+    """How a generator learns the shots. `classes_at_once` is that of adapters of classes, `shots`
+    how many of a class have an adapter of their own."""
 
     finetune: FinetuneConfig
     mode: str
@@ -80,6 +80,7 @@ class Finetuning:
     dtype: str
     classes_at_once: int = 0
     image_size: int = 0
+    shots: int = 0
 
 
 def _adapter_bytes(
@@ -91,8 +92,7 @@ def _adapter_bytes(
     **_: object,
 ) -> int:
     train, count = config.finetune, 1 if config.mode == "dset" else data.num_classes
-    if config.mode in MIXED:  # a head is about an adapter
-        count = shots.counts["images"]
+    count *= max(config.shots, 1)  # a head is about an adapter
     base = base.sized(config.image_size)
     return training_bytes(planned_task(base, train, images=1).model, train, count=count)
 
