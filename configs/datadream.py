@@ -4,7 +4,7 @@
 
 Variants:
 - `tiny`: scikit-learn's handwritten digits, the shipped 32x32 base, one seed, 16 shots: what
-  `launch/demo.sh` runs, in five to eleven minutes on two CPU cores: the published rows, and the
+  `launch/demo.sh` runs, in six to twelve minutes on two CPU cores: the published rows, and the
   recipe that did best on validation images. With `--config.data.path=photos/` your own photos take
   the place of the digits.
 - `digits`: the paper's claims at that scale: 1, 4 and 16 shots, three seeds, `dset` and `cls`.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on a fresh machine that has Python >= 3.11 and git: makes .venv, then runs DataDream
 # on scikit-learn's handwritten digits with the base model in this repository. On two CPU cores it
-# ends within 10 minutes with a table and runs/demo/report.html; started again, it goes on.
+# ends in six to twelve minutes with a table and runs/demo/report.html; started again, it goes on.
 #
 #   launch/demo.sh [--config.FIELD=VALUE ...]     environment variables: launch/environment.sh
 set -euo pipefail
