@@ -5,6 +5,7 @@ all images of a class with weights of a uniform Dirichlet distribution. The sums
 batch at a time, so that as many lie on the device as a batch has images.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -16,10 +17,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, UInt8
 
-from jaxsynth.adapters.inject import AdapterState, Trainable, load_state, stack
+from jaxsynth.adapters.inject import AdapterState, Constant, Trainable, load_state, stack
 from jaxsynth.adapters.mixing import mix
 from jaxsynth.adapters.registry import attach
+from jaxsynth.generation.conditioners import Text
 from jaxsynth.generation.generate import GenerateConfig, Generator
+from jaxsynth.training import sharding
 from jaxsynth.weights.adapters import io as adapter_io
 from jaxsynth.weights.hf import StableDiffusion
 
@@ -77,10 +80,17 @@ class MixtureGenerator:
         seed: int,
         mesh: Mesh | None = None,
     ):
+        # The surgery once, and the frozen arrays where they shall lie: what differs between images
+        # are the adapters' values.
+        model = attach(pipeline.networks, adapters(0, 0))
+        if mesh is not None:
+            graphdef, own, constants, frozen = nnx.split(model, Trainable, Constant, ...)
+            model = nnx.merge(graphdef, own, constants, sharding.shard(frozen, mesh, Text.table))
+            graphdef, state = nnx.split(pipeline.vae)
+            vae = nnx.merge(graphdef, sharding.shard(state, mesh, sharding.VAE))
+            pipeline = dataclasses.replace(pipeline, vae=vae)
         self._pipeline, self._prompts, self._config = pipeline, list(prompts), config
-        self._adapters, self._seed, self._mesh = adapters, seed, mesh
-        # The surgery once: what differs between images are values.
-        self._model = model = attach(pipeline.networks, adapters(0, 0))
+        self._adapters, self._seed, self._mesh, self._model = adapters, seed, mesh, model
         self._fill = jax.jit(jax.vmap(lambda state: nnx.state(load_state(model, state), Trainable)))
 
     def draw(

@@ -177,7 +177,8 @@ def _generating(
 ) -> Program:
     adapters, adapter = 1 if mode == "dset" else classes, config.finetuning(mode).adapter_config()
     if mode in MIXED:
-        adapter = mixed_config(adapter, 2 if mode == "loft" else 1)
+        # One shot has no pair.
+        adapter = mixed_config(adapter, 2 if mode == "loft" and max(config.shots) > 1 else 1)
 
     def adapt(model: TextToImage) -> TextToImage:
         return registry.add(model, adapter, rngs=jax.random.key(0))
