@@ -5,13 +5,17 @@ both directions, the tables of ITU-T T.81 annex K scaled by the quality) and as 
 interpolated with weights 3/4 and 1/4). The entropy coding in between loses nothing and is left out.
 
 All of it is in whole numbers, rounded where libjpeg rounds: its slow but accurate cosine transform
-(Loeffler, Ligtenberg and Moschytz 1989) with 13 bits of fraction too. So the picture is Pillow's.
+(Loeffler, Ligtenberg and Moschytz 1989) with 13 bits of fraction too. So the picture is Pillow's,
+and on a CPU, where libjpeg is faster, Pillow makes it.
 """
+
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from PIL import Image
 
 from jaxsynth.ops.materialize import materialize
 
@@ -66,6 +70,22 @@ def jpeg(image: Float[Array, "h w 3"], quality: int) -> Float[Array, "h w 3"]:
         for plane, table in zip(planes, (of_luma, of_chroma, of_chroma), strict=True)
     )
     return from_planes(luma, blue, red, (height, width))
+
+
+def jpeg_by_pillow(
+    images: Float[np.ndarray, "n h w 3"], quality: int
+) -> Float[np.ndarray, "n h w 3"]:
+    """What `jpeg` makes of each image, by libjpeg on the host."""
+    found = np.empty(images.shape, np.float32)
+    # XLA divides by a constant as it multiplies by the inverse.
+    share = np.float32(1) / np.float32(255)
+    whole = np.round(images * np.float32(255)).astype(np.uint8)
+    for pixels, into in zip(whole, found, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        with Image.open(file, formats=["JPEG"]) as saved:
+            np.multiply(np.asarray(saved), share, out=into)
+    return found
 
 
 def to_planes(pixels: Int[Array, "h w 3"]) -> tuple[Array, Array, Array]:

@@ -31,9 +31,9 @@ from jaxsynth.robustness.corruptions.registry import (
     EXTRA_CORRUPTIONS,
     SEVERITIES,
     TEST_CORRUPTIONS,
+    all_released,
     corrupt,
     corrupt_3d,
-    to_released,
 )
 from jaxsynth.robustness.metrics.corruption import PAPER_CORRUPTIONS, PAPER_CORRUPTIONS_3D
 from jaxsynth.robustness.predictors import Answers, Asker, ask, labels_of
@@ -110,7 +110,7 @@ def corrupted_batch(
     depth = depth_from_inverse(1024 * (1 + 4 * jnp.asarray(nearness)))
     if name in CODEC_CORRUPTIONS:
         moved = jnp.asarray(corrupt_by_codec(name, images, depth, severity, drawn, first=first))
-        return jax.vmap(to_released)(moved) if released else moved
+        return all_released(moved) if released else moved
     return corrupt_3d(name, images, depth, severity, drawn, first=first, released=released)
 
 

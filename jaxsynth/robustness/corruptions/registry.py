@@ -25,7 +25,7 @@ from jaxsynth.robustness.corruptions import common_3d as three_d
 from jaxsynth.robustness.corruptions import digital, weather
 from jaxsynth.robustness.corruptions import noise as noises
 from jaxsynth.robustness.corruptions.filters import draw_plasma
-from jaxsynth.robustness.corruptions.jpeg import jpeg
+from jaxsynth.robustness.corruptions.jpeg import jpeg, jpeg_by_pillow
 
 SEVERITIES = (1, 2, 3, 4, 5)
 # Below it a glass blur has no pixel to move, and zooms nothing to enlarge.
@@ -104,8 +104,17 @@ def corrupt(
     images, severity = _checked(name, CORRUPTIONS, images, severity, key)
     if textures is not None:
         textures = _checked_textures(name, textures, images.shape)
-    draws = _draws(key, check_whole(first, "first", 0), CORRUPTIONS[name].draw, images.shape)
-    return _corrupt(images, draws, textures, name, severity, released)
+    first = check_whole(first, "first", 0)
+    if not _on_host(images):
+        draws = _draws(key, first, CORRUPTIONS[name].draw, images.shape)
+        return _corrupt(images, draws, textures, name, severity, released)
+    if name == "jpeg_compression":
+        moved = jpeg_by_pillow(np.asarray(images).clip(0, 1), digital.QUALITY[severity - 1])
+    else:
+        draws = _draws(key, first, CORRUPTIONS[name].draw, images.shape)
+        moved = _corrupt(images, draws, textures, name, severity, False)
+    moved = jax.device_put(moved, images.sharding)
+    return all_released(moved) if released else moved
 
 
 def corrupt_3d(
@@ -132,7 +141,9 @@ def corrupt_3d(
         shading = _checked_map(shading, "shading", images.shape, (0, 1))
     first = check_whole(first, "first", 0)
     draws = _draws(key, first, CORRUPTIONS_3D[name].draw, images.shape)
-    return _corrupt_3d(images, depth, draws, shading, name, severity, released)
+    if not released or not _on_host(images):
+        return _corrupt_3d(images, depth, draws, shading, name, severity, released)
+    return all_released(_corrupt_3d(images, depth, draws, shading, name, severity, False))
 
 
 def program_memory(name: str, shape: tuple[int, ...], severity: int) -> int:
@@ -149,6 +160,21 @@ def to_released(image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
     """An image in [0, 1] cut to 8 bits and saved as JPEG, as the released set is."""
     # Cutting what was 8 bits before must not lose a level to rounding.
     return jpeg(jnp.floor(image * 255 + 1e-3) / 255, _RELEASED_QUALITY)
+
+
+def all_released(images: Float[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
+    """`to_released` of each image, on a CPU by libjpeg."""
+    if not _on_host(images):
+        return jax.vmap(to_released)(images)
+    cut = np.floor(np.asarray(images) * np.float32(255) + np.float32(1e-3)) / np.float32(255)
+    return jax.device_put(jpeg_by_pillow(cut, _RELEASED_QUALITY), images.sharding)
+
+
+def _on_host(images: Array) -> bool:
+    """Whether Pillow can have the images without a copy to it: not while a program is traced."""
+    if isinstance(images, jax.core.Tracer) or not images.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in images.devices())
 
 
 # A program of its own, which severities and corruptions of the same randomness share.

@@ -1,14 +1,17 @@
 """ImageNet-C's corruptions against NumPy, SciPy and Pillow, fed the same noise; keys, batches."""
 
 import io
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from jaxsynth.robustness.corruptions import digital, weather
-from jaxsynth.robustness.corruptions.jpeg import jpeg, quantisation_tables
+from jaxsynth.robustness.corruptions.jpeg import jpeg, jpeg_by_pillow, quantisation_tables
 from jaxsynth.robustness.corruptions.registry import CORRUPTIONS, SEVERITIES, corrupt, to_released
 from tests.robustness import corruption_reference as reference
 
@@ -111,6 +114,7 @@ def test_jpeg_is_pillows(quality, size, image):
     expected = reference.jpeg(part, quality)
     found = np.asarray(jax.jit(jpeg, static_argnums=1)(part, quality))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(jpeg_by_pillow(part[None], quality)[0], found)
     assert np.abs(expected - part).mean() > 3e-3
 
 
@@ -127,6 +131,21 @@ def test_released_cuts_and_saves(image):
     between = np.clip(image + np.float32(0.6 / 255), 0, 1)
     expected = reference.jpeg(np.floor(between * 255 + 1e-3) / 255, 85)
     np.testing.assert_allclose(to_released(between), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("name", ["jpeg_compression", "contrast"])
+def test_pillow_and_the_device_save_the_same(name, released, small):
+    """Called on a CPU's images JPEG is Pillow's, within a program and on sharded ones ours."""
+    ask = partial(corrupt, name, severity=3, key=jax.random.key(0), released=released)
+    found = ask(jnp.asarray(small))
+    traced = jax.jit(lambda images: ask(images))(small)
+    np.testing.assert_array_equal(found, traced)
+    mesh = Mesh(np.array(jax.devices()[:3]), ("data",))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    sharded = ask(jax.device_put(small, rows))
+    np.testing.assert_array_equal(sharded, found)
+    assert name == "contrast" or sharded.sharding == rows
 
 
 @pytest.fixture(scope="module")
