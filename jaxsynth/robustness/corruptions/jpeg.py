@@ -10,6 +10,8 @@ and on a CPU, where libjpeg is faster, Pillow makes it.
 """
 
 import io
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +77,22 @@ def jpeg(image: Float[Array, "h w 3"], quality: int) -> Float[Array, "h w 3"]:
 def jpeg_by_pillow(
     images: Float[np.ndarray, "n h w 3"], quality: int
 ) -> Float[np.ndarray, "n h w 3"]:
-    """What `jpeg` makes of each image, by libjpeg on the host."""
+    """What `jpeg` makes of each image, cut to [0, 1], by libjpeg on the host, some at a time."""
     found = np.empty(images.shape, np.float32)
-    # XLA divides by a constant as it multiplies by the inverse.
-    share = np.float32(1) / np.float32(255)
-    whole = np.round(images * np.float32(255)).astype(np.uint8)
-    for pixels, into in zip(whole, found, strict=True):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        with Image.open(file, formats=["JPEG"]) as saved:
-            np.multiply(np.asarray(saved), share, out=into)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda image, into: _by_pillow(image, quality, into), images, found))
     return found
+
+
+def _by_pillow(image: np.ndarray, quality: int, into: np.ndarray) -> None:
+    np.clip(image, 0, 1, out=into)
+    np.multiply(into, np.float32(255), out=into)
+    np.rint(into, out=into)
+    file = io.BytesIO()
+    Image.fromarray(into.astype(np.uint8)).save(file, "JPEG", quality=quality)
+    with Image.open(file, formats=["JPEG"]) as saved:
+        # XLA divides by a constant as it multiplies by the inverse.
+        np.multiply(np.asarray(saved), np.float32(1) / np.float32(255), out=into)
 
 
 def to_planes(pixels: Int[Array, "h w 3"]) -> tuple[Array, Array, Array]:

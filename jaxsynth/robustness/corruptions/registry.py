@@ -109,7 +109,7 @@ def corrupt(
         draws = _draws(key, first, CORRUPTIONS[name].draw, images.shape)
         return _corrupt(images, draws, textures, name, severity, released)
     if name == "jpeg_compression":
-        moved = jpeg_by_pillow(np.asarray(images).clip(0, 1), digital.QUALITY[severity - 1])
+        moved = jpeg_by_pillow(np.asarray(images), digital.QUALITY[severity - 1])
     else:
         draws = _draws(key, first, CORRUPTIONS[name].draw, images.shape)
         moved = _corrupt(images, draws, textures, name, severity, False)
