@@ -34,6 +34,10 @@ examples:
   jaxsynth run --config=configs/datadream.py:sd21 --workdir=runs/pets \\
       --config.data.source=folder --config.data.path=photos/
 
+a machine that may be taken away with its disk:
+  --mirror=gs://BUCKET/runs/NAME copies what changes to a bucket every minute; the same command on
+  another machine, with an empty --workdir, goes on from there (pip install 'jaxsynth[gcs]').
+
 several machines (the same command on each):
   --distributed finds the others by itself on a Cloud TPU pod, SLURM, Open MPI or Kubernetes;
   elsewhere give --coordinator_address, --num_processes and --process_id, or set

@@ -117,6 +117,8 @@ def run(args: argparse.Namespace) -> None:
 
     reuse.look_in(args.reuse)
     if args.dry_run:
+        if args.mirror:
+            raise UsageError("--dry-run fetches nothing: leave --mirror out")
         _is_known(args.workdir, name)
         rehearsal_verb.rehearse(method, config, args.workdir)
         return
@@ -125,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from jaxsynth.core.console import console, duration, set_quiet
+    from jaxsynth.runs.mirror import mirrored
     from jaxsynth.runs.run import COMMAND, write_record
 
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
@@ -133,19 +136,20 @@ def run(args: argparse.Namespace) -> None:
     set_quiet(not first)
     workdir = args.workdir
     COMMAND.set(shlex.join(["jaxsynth", *args.argv]))
-    if not _is_known(workdir, name) and first:
-        write_record(workdir, name, config)
+    with mirrored(workdir, args.mirror):
+        if not _is_known(workdir, name) and first:
+            write_record(workdir, name, config)
 
-    devices = jax.devices()
-    console.print(
-        f"jaxsynth {jaxsynth.__version__}, JAX {jax.__version__}, {len(devices)} x "
-        f"{devices[0].device_kind}: {name} in {workdir}",
-        markup=False,
-    )
-    began = time.monotonic()
-    result = method.run(config, workdir)
-    where = f": {result}" if isinstance(result, Path) else ""
-    console.print(f"Done in {duration(time.monotonic() - began)}{where}", markup=False)
+        devices = jax.devices()
+        console.print(
+            f"jaxsynth {jaxsynth.__version__}, JAX {jax.__version__}, {len(devices)} x "
+            f"{devices[0].device_kind}: {name} in {workdir}",
+            markup=False,
+        )
+        began = time.monotonic()
+        result = method.run(config, workdir)
+        where = f": {result}" if isinstance(result, Path) else ""
+        console.print(f"Done in {duration(time.monotonic() - began)}{where}", markup=False)
 
 
 def _is_known(workdir: Path, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import jaxsynth
 from jaxsynth.cli import generate, help, plan
-from jaxsynth.cli.paths import local_path
+from jaxsynth.cli.paths import address, local_path
 from jaxsynth.core.errors import UsageError, quoted
 
 
@@ -148,6 +148,10 @@ def _run_parser(verbs) -> argparse.ArgumentParser:
     parser.add_argument(
         "--reuse", type=local_path, action="append", default=[], metavar="DIR",
         help="take finished stages of other runs below this folder where they are the same",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mirror", type=address, metavar="ADDRESS",
+        help="keep a copy in a bucket (gs://BUCKET/runs/NAME) and go on from it on a new machine",
     )  # fmt: skip
     parser.add_argument(
         "--dry-run",

@@ -17,6 +17,19 @@ def local_path(text: str) -> Path:
         raise argparse.ArgumentTypeError("is empty, expected a path (. is the current folder)")
     found = _ADDRESS.match(text)
     if found is not None:
-        mount = "; mount the bucket (gcsfuse BUCKET DIR) and give DIR" * (found[1] == "gs")
+        mount = (
+            "; mount the bucket (gcsfuse BUCKET DIR) and give DIR, or have a run copied there by "
+            f"--workdir=DIR --mirror={text}"
+        ) * (found[1] == "gs")
         raise argparse.ArgumentTypeError(f"{text!r} is an address, expected a path here{mount}")
     return Path(text)
+
+
+def address(text: str) -> str:
+    """An address of a store such as gs://BUCKET/runs/NAME, as a type of an argument."""
+    found = _ADDRESS.match(text)
+    if found is None or not text[found.end() :].strip("/"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no address, expected one such as gs://BUCKET/runs/NAME"
+        )
+    return text

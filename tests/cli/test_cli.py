@@ -113,6 +113,20 @@ def test_run_then_again_then_report(command):
     assert code == 0 and out.strip() == "w/report.html"
 
 
+def test_a_run_goes_on_from_its_mirror(command, tmp_path):
+    mirror = f"--mirror=file://{tmp_path}/bucket/runs"
+    argv = (*RUN, "--config.steps=1", mirror)
+    assert command(*argv)[0] == 0
+    shutil.rmtree("w")
+    code, out, err = command(*argv)
+    assert (code, err) == (0, "") and "unchanged, skipped" in out
+    assert f"files of file://{tmp_path}/bucket/runs fetched into w" in out
+    assert json.loads(Path("bucket/runs/run.json").read_text())["config"]["steps"] == 1
+    # A run that is refused leaves the copy as it is.
+    code, _, err = command(*RUN, mirror)
+    assert code == 1 and "config.steps: 1 -> 5" in err
+
+
 def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
     argv = ("run", "--config=counting.py", "--workdir=runs/a")
     code, out, err = command(*argv, "--dry-run")
@@ -140,8 +154,13 @@ def test_a_dry_run_lists_stages_and_makes_nothing(command, monkeypatch):
             ("run", "--config=counting.py", "--workdir=gs://b/runs"),
             2,
             "argument --workdir: 'gs://b/runs' is an address, expected a path here; mount the "
-            "bucket (gcsfuse BUCKET DIR) and give DIR",
+            "bucket (gcsfuse BUCKET DIR) and give DIR, or have a run copied there by --workdir=DIR "
+            "--mirror=gs://b/runs",
         ),
+        ((*RUN, "--mirror=runs/copy"), 2, "'runs/copy' is no address, expected one such as gs://"),
+        ((*RUN, "--mirror=gs://"), 2, "'gs://' is no address"),
+        ((*RUN, "--mirror=gs://b/x", "--dry-run"), 2, "--dry-run fetches nothing: leave --mirror"),
+        ((*RUN, "--mirror=nosuch://b/x"), 2, "--mirror=nosuch://b/x: Protocol not known: nosuch"),
         ((*RUN, "--reuse=s3://b/runs"), 2, "--reuse: 's3://b/runs' is an address, expected a path"),
         (
             ("generate", "--base=tiny", "--prompt=x", "--out=gs://b/x"),
