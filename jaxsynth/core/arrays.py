@@ -7,6 +7,7 @@ wrong is a `UserError` that names the file and the array.
 
 import math
 import os
+import struct
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,15 +19,23 @@ from jaxsynth.core.errors import UserError, quoted
 
 # An archive of this many bytes or more must not unpack to more than `_PACKING` times its size.
 _SMALL, _PACKING = 1 << 28, 64
+# A zip file's header of one entry; its last two numbers are the lengths of what follows it.
+_LOCAL = struct.Struct("<4s5H3L2H")
 
 
 def read_arrays(
-    path: str | os.PathLike, keys: Iterable[str] = (), *, optional: Iterable[str] | None = None
+    path: str | os.PathLike,
+    keys: Iterable[str] = (),
+    *,
+    optional: Iterable[str] | None = None,
+    mapped: bool = False,
 ) -> dict[str, np.ndarray]:
     """The arrays of an .npz: `keys`, and those of `optional` that it has; without keys, all.
 
-    UserError naming the file and the array for a key that is missing or for one that is neither,
-    for a file that is cut short or damaged, and for pickled objects.
+    With `mapped`, numbers that are not packed stay in the file until they are looked at, and are
+    not compared with the archive's checksums. UserError naming the file and the array for a key
+    that is missing or for one that is neither, for a file that is cut short or damaged, and for
+    pickled objects.
     """
     path, keys = Path(path), list(keys)
     if not path.is_file():
@@ -46,8 +55,12 @@ def read_arrays(
             wanted = [*keys, *(name for name in optional or () if name in entries)]
             found = {}
             for name in wanted or entries:
-                with archive.open(entries[name]) as file:
-                    found[name] = _read(file, entries[name].file_size, f"{path}: {_named(name)}")
+                entry, where = entries[name], f"{path}: {_named(name)}"
+                if mapped and entry.compress_type == zipfile.ZIP_STORED and entry.file_size:
+                    found[name] = _map(path, entry, where)
+                    continue
+                with archive.open(entry) as file:
+                    found[name] = _read(file, entry.file_size, where)
             return found
     except UserError:
         raise
@@ -71,6 +84,24 @@ def read_array(path: str | os.PathLike, *, mapped: bool = False) -> np.ndarray:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # of an empty map
         _refuse(path, "an array", error)
+
+
+def _map(path: Path, entry: zipfile.ZipInfo, where: str) -> np.ndarray:
+    """An array of an archive, where it lies in the file unpacked."""
+    with path.open("rb") as file:
+        file.seek(entry.header_offset)
+        start = file.read(_LOCAL.size)
+        if len(start) < _LOCAL.size or start[:4] != b"PK\x03\x04":
+            raise UserError(f"{where}: cut short")
+        name, more = _LOCAL.unpack(start)[-2:]
+        begin = entry.header_offset + _LOCAL.size + name + more
+        if begin + entry.file_size > path.stat().st_size:
+            raise UserError(f"{where}: cut short")
+        file.seek(begin)
+        shape, order, dtype = _header(file, begin + entry.file_size, where)
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", file.tell(), shape, order)
 
 
 def _read(file: Any, size: int, where: str | Path) -> np.ndarray:

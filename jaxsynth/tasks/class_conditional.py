@@ -11,7 +11,7 @@ base model while the noisy part learns the target.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,25 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key
 
 from jaxsynth.adapters.inject import seed_dropout
-from jaxsynth.core.arrays import read_arrays
-from jaxsynth.core.documents import checked
 from jaxsynth.core.errors import UserError
-from jaxsynth.core.io import replacing
 from jaxsynth.core.limits import Count, Natural, NotNegative, Range, Share, check_limits
-from jaxsynth.data.conditions import as_bytes, as_fractions
-from jaxsynth.data.dataset import ImageSource
+from jaxsynth.data.conditions import as_fractions
 from jaxsynth.diffusion.learned_range import learned_range_loss
 from jaxsynth.diffusion.losses import diffusion_loss
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.models.diffusion.dit import DiT
-from jaxsynth.models.diffusion.vae import AutoencoderKL, encode_images
-from jaxsynth.ops.space_to_depth import space_to_depth
+from jaxsynth.tasks.latents import Latents, RandomBatches, RetainingBatches, stream_latents
 from jaxsynth.training import sharding
 from jaxsynth.training.config import TrainingConfig
-from jaxsynth.training.trainer import Resident, Task, train, train_stacked
+from jaxsynth.training.trainer import Resident, Streamed, Task, train, train_stacked
 
 
 @dataclass(frozen=True)
@@ -68,13 +63,15 @@ class AdaptConfig(TrainingConfig):
     """How a transformer or its adapters are trained; the defaults are DiT's.
 
     Labels are dropped with probability `label_dropout`, for guidance. `retention` is Diff-Tuning's,
-    None plain training.
+    None plain training. `streamed`: latents stay on the disk, and the host reads those of a batch
+    ahead of it: the same batches as from devices that hold all, for sets that do not fit there.
     """
 
     steps: Natural = 24_000
     batch_size: Count = 256
     label_dropout: Share = 0.1
     retention: Retention | None = None
+    streamed: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,78 +85,6 @@ class AdaptConfig(TrainingConfig):
                     f"has {rows} {what} images, expected a multiple of accumulate = "
                     f"{self.accumulate}"
                 )
-
-
-@dataclass(frozen=True)
-class Latents:
-    """A labelled data set as the VAE's posteriors, scaled as the transformer wants them.
-
-    `mean` and `std` have an axis of `k` views of each image (itself, and mirrored). `condition`, if
-    any, is that of each view at the latents' size: fractions, or uint8 in 255ths (`conditioned`).
-    """
-
-    mean: Float[np.ndarray, "n k h w c"]
-    std: Float[np.ndarray, "n k h w c"]
-    labels: Int[np.ndarray, " n"]
-    condition: Shaped[np.ndarray, "n k h w m"] | None = None
-
-    def __post_init__(self):
-        if self.condition is not None and self.condition.shape[:-1] != self.mean.shape[:-1]:
-            raise ValueError(
-                f"Latents: a condition of {self.condition.shape} for latents of {self.mean.shape}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def conditioned(self, pixels: Shaped[np.ndarray, "n height width m"]) -> "Latents":
-        """The same with condition images, of the images' size and mirrored where they are.
-
-        `pixels` are fractions or uint8 in 255ths; stored as the latter, at the latents' size with
-        nothing lost (`ops.space_to_depth`). ValueError where sizes do not fit.
-        """
-        values = pixels if pixels.dtype == np.uint8 else as_bytes(pixels)
-        views = [values, values[:, :, ::-1]][: self.mean.shape[1]]
-        factor = max(values.shape[1] // self.mean.shape[2], 1)
-        condition = np.stack([space_to_depth(view, factor) for view in views], axis=1)
-        return replace(self, condition=condition)
-
-    def inputs(self, rows: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
-        """What the transformer is told about the first view of these images."""
-        given = {"labels": self.labels[rows]}
-        if self.condition is not None:
-            given["condition"] = as_fractions(self.condition[rows, 0])
-        return given
-
-    def save(self, path: Path) -> None:
-        """Write one `.npz`."""
-        arrays = {name: getattr(self, name) for name in ("mean", "std", "labels", "condition")}
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
-
-    @classmethod
-    def load(cls, path: Path) -> "Latents":
-        """Read what `save` wrote."""
-        found = read_arrays(path, ("mean", "std", "labels"), optional=("condition",))
-        return checked(path, cls, **found)
-
-
-def encode_latents(
-    vae: AutoencoderKL, source: ImageSource, *, mirror: bool, batch_size: int = 64
-) -> Latents:
-    """The images of `source`, of one square size, as latents; with `mirror` also mirrored.
-
-    Decoded a batch at a time: a large data set fits in memory as latents, not as pixels.
-    """
-    parts = []
-    for start in range(0, len(source), batch_size):
-        rows = range(start, min(start + batch_size, len(source)))
-        images = np.stack([source[i].image for i in rows]).astype(np.float32) / 127.5 - 1
-        views = [images, images[:, :, ::-1]] if mirror else [images]
-        encoded = [encode_images(vae, view, batch_size=batch_size) for view in views]
-        parts.append([np.stack(part, axis=1) for part in zip(*encoded, strict=True)])
-    mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Latents(mean, std, np.asarray(source.labels, np.int32))
 
 
 def sample_times(key: Key[Array, ""], count: int, total: int, power: float) -> Int[Array, " b"]:
@@ -259,42 +184,6 @@ class RetainingDenoising(LabelledDenoising):
         )
 
 
-@dataclass(frozen=True)
-class RandomBatches:
-    """Batches drawn with replacement: "mean" and "std" (b, h, w, c), "labels", "condition".
-
-    The data has "mean" and "std" (n, k, h, w, c), "labels" (n,), of which the first "count" images
-    and "views" views are drawn, "key", and where there are conditions "condition" (n, k, h, w, m).
-    """
-
-    batch_size: int
-
-    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
-        keys = _batch_keys(step, data)
-        rows = jax.random.randint(keys[0], (self.batch_size,), 0, data["count"])
-        view = jax.random.randint(keys[1], (self.batch_size,), 0, data["views"])
-        viewed = [name for name in ("mean", "std", "condition") if name in data]
-        batch = {name: data[name][rows, view] for name in viewed}
-        return batch | {"labels": data["labels"][rows]}
-
-
-@dataclass(frozen=True)
-class RetainingBatches:
-    """Batches of `target` with `rows` of the data's first `count` latents in "kept" beside them."""
-
-    target: RandomBatches
-    rows: int
-    count: int
-
-    def __call__(self, step: Array, data: dict[str, Array]) -> dict[str, Array]:
-        rows = jax.random.randint(_batch_keys(step, data)[2], (self.rows,), 0, self.count)
-        return self.target(step, data) | {"kept": data["kept"][rows]}
-
-
-def _batch_keys(step: Array, data: dict[str, Array]) -> Key[Array, "3"]:
-    return jax.random.split(jax.random.fold_in(data["key"], step), 3)
-
-
 def adapt_tasks(
     models: Sequence[DiT],
     sets: Sequence[Latents],
@@ -329,16 +218,21 @@ def adapt_tasks(
         next_batch, more = RetainingBatches(target, rows, len(kept)), {"kept": kept}
     order_key, key = jax.random.split(jax.random.key(seed))
     tasks = []
-    for model, data in zip(models, _padded(sets), strict=True):
-        own = {**data, **more, "key": order_key}
-        examples = ("mean", "std", "labels", "condition", "kept")
+    padded = sets if config.streamed else _padded(sets)
+    for model, one in zip(models, padded, strict=True):
+        batches: Resident | Streamed
+        if config.streamed:
+            batches = stream_latents(one, next_batch, order_key, config.steps, kept)
+        else:
+            own = {**one, **more, "key": order_key}
+            examples = ("mean", "std", "labels", "condition", "kept")
+            sharded = tuple(name for name in examples if name in own)
+            batches = Resident(own, next_batch, sharded=sharded)
         tasks.append(
             Task(
                 model=model,
                 loss=loss,
-                batches=Resident(
-                    own, next_batch, sharded=tuple(name for name in examples if name in own)
-                ),
+                batches=batches,
                 table=sharding.DIT,
                 key=key,
                 constants=schedule,
@@ -366,10 +260,11 @@ def adapt(
     Arguments and errors as `adapt_tasks`. Returns the trained model (its average where there is
     one).
     """
+    config = config.sized(len(latents))
     (task,) = adapt_tasks(
         [model], [latents], schedule, config, seed=seed, kept=kept, identity=identity
     )
-    return train(task, config.sized(len(latents)), folder, mesh=mesh, description=description)
+    return train(task, config, folder, mesh=mesh, description=description)
 
 
 def adapt_each(
@@ -389,8 +284,18 @@ def adapt_each(
 
     Model i becomes what `adapt` makes of it alone, up to rounding. An epoch is one over the largest
     set. On a mesh the models lie along "data"; where their number is not divisible by it, the last
-    one is trained more than once.
+    one is trained more than once. With `config.streamed` they train in turn, each in a folder of
+    its own below `folder`.
     """
+    if config.streamed:
+        options = {"seed": seed, "kept": kept, "identity": identity, "mesh": mesh}
+        return [
+            adapt(
+                model, one, schedule, config, folder / str(place),
+                description=f"{description}, {place + 1} of {len(sets)}", **options,
+            )
+            for place, (model, one) in enumerate(zip(models, sets, strict=True))
+        ]  # fmt: skip
     tasks = adapt_tasks(models, sets, schedule, config, seed=seed, kept=kept, identity=identity)
     sized = config.sized(max(map(len, sets)))
     return train_stacked(tasks, sized, folder, mesh=mesh, description=description)

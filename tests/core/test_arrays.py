@@ -24,10 +24,12 @@ def same(found, expected):
     assert found.dtype == expected.dtype and found.shape == expected.shape
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_archive_holds_what_numpy_wrote(tmp_path, save):
+def test_an_archive_holds_what_numpy_wrote(tmp_path, save, mapped):
     save(tmp_path / "a.npz", **{f"x{i}": value for i, value in enumerate(ARRAYS)})
-    found = read_arrays(tmp_path / "a.npz")
+    found = read_arrays(tmp_path / "a.npz", mapped=mapped)
+    assert isinstance(found["x0"], np.memmap) == (mapped and save is np.savez)
     assert list(found) == [f"x{i}" for i in range(len(ARRAYS))]
     for value, expected in zip(found.values(), ARRAYS, strict=True):
         same(value, np.asarray(expected))

@@ -15,7 +15,7 @@ from jaxsynth.quality.metrics import Statistics
 from jaxsynth.robustness import suite
 from jaxsynth.runs import run
 from jaxsynth.runs.stage import load_artifact, run_stage
-from jaxsynth.tasks.class_conditional import Latents
+from jaxsynth.tasks.latents import Latents
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import MetricsWriter, read_metrics
 from tests.fuzz.cases import Case, below, touch

@@ -21,14 +21,13 @@ from jaxsynth.quality.errors import held_out_error
 from jaxsynth.tasks.class_conditional import (
     AdaptConfig,
     LabelledDenoising,
-    Latents,
     Retention,
     adapt,
     adapt_each,
     adapt_tasks,
-    encode_latents,
     sample_times,
 )
+from jaxsynth.tasks.latents import Latents, encode_latents, write_latents
 from jaxsynth.training import sharding, trainer
 from jaxsynth.training.checkpoint import Checkpoints
 from jaxsynth.training.metrics import read_metrics
@@ -126,6 +125,13 @@ def test_latents_of_images_and_of_their_mirror_images(base_folder, tmp_path):
     for name in ("mean", "std", "labels"):
         assert getattr(again, name).dtype == getattr(found, name).dtype
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+    # A batch at a time the same file is written, and what is mapped is what is read.
+    assert write_latents(tmp_path / "y.npz", vae, source, mirror=True, batch_size=2) == 5
+    assert (tmp_path / "y.npz").read_bytes() == (tmp_path / "x.npz").read_bytes()
+    mapped = Latents.load(tmp_path / "y.npz", mapped=True)
+    for name in ("mean", "std", "labels"):
+        assert isinstance(getattr(mapped, name), np.memmap)
+        np.testing.assert_array_equal(getattr(mapped, name), getattr(found, name))
 
 
 @pytest.mark.heavy
@@ -214,10 +220,10 @@ class Killed(Exception):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("each", [False, True])
-def test_a_resumed_training_is_bit_identical(starts, sets, tmp_path, monkeypatch, each):
+@pytest.mark.parametrize(("each", "streamed"), [(False, False), (True, False), (False, True)])
+def test_a_resumed_training_is_bit_identical(starts, sets, tmp_path, monkeypatch, each, streamed):
     config = dataclasses.replace(
-        CONFIG, steps=8, steps_per_call=2, checkpoint_every=2, ema_decay=0.5
+        CONFIG, steps=8, steps_per_call=2, checkpoint_every=2, ema_decay=0.5, streamed=streamed
     )
 
     def train(name):
@@ -373,10 +379,33 @@ def test_devices_train_many_sets(starts, sets, tmp_path, sharded_smalls):
 
 
 @pytest.mark.heavy
-def test_a_plan_needs_what_training_needs(starts, sets, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["plain", "retaining", "mesh", "each"])
+def test_latents_on_disk_train_what_resident_ones_do(starts, sets, tmp_path, how):
+    config = RETAINING if how == "retaining" else GENTLE
+    config = dataclasses.replace(config, steps=3, ema_decay=0.5)
+    streamed = dataclasses.replace(config, streamed=True)
+    kept = np.random.default_rng(0).normal(size=(9, 4, 4, 4)).astype(np.float32)
+    options = {"seed": 5, "kept": kept if how == "retaining" else None}
+    if how == "each":  # apart, since what is streamed trains in turn
+        found = adapt_each(starts, sets, SCHEDULE, streamed, tmp_path / "found", **options)
+        for i, model in enumerate(found):
+            alone = adapt(starts[i], sets[i], SCHEDULE, config, tmp_path / f"{i}", **options)
+            assert distance(model, alone, starts[i]) < 1e-5
+        return
+    options |= {"mesh": make_mesh(data=2, fsdp=4)} if how == "mesh" else {}
+    sets[1].save(tmp_path / "set.npz")
+    mapped = Latents.load(tmp_path / "set.npz", mapped=True)
+    found = adapt(starts[1], mapped, SCHEDULE, streamed, tmp_path / "found", **options)
+    held = adapt(starts[1], sets[1], SCHEDULE, config, tmp_path / "held", **options)
+    assert distance(found, held, starts[1]) < 1e-5
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_plan_needs_what_training_needs(starts, sets, tmp_path, monkeypatch, streamed):
     """Compiled from shapes alone, the program is that of the run: its bytes are the same."""
     mesh = make_mesh(data=2, fsdp=4)
-    config = dataclasses.replace(GENTLE, steps=1, ema_decay=0.5)
+    config = dataclasses.replace(GENTLE, steps=1, ema_decay=0.5, streamed=streamed)
     measured = memory_of_programs(monkeypatch)
     adapt(starts[1], sets[1], SCHEDULE, config, tmp_path, seed=0, mesh=mesh)
     (memory,) = measured

@@ -20,11 +20,11 @@ from jaxsynth.ops.space_to_depth import space_to_depth
 from jaxsynth.quality.errors import held_out_error
 from jaxsynth.tasks.class_conditional import (
     AdaptConfig,
-    Latents,
     RetainingDenoising,
     adapt,
     adapt_tasks,
 )
+from jaxsynth.tasks.latents import Latents
 from jaxsynth.weights.hf import load_pipeline
 from jaxsynth.weights.networks.dit import SCHEDULER, DiTPipeline, load_dit, save_dit
 from tests.adapters.nets import randomised

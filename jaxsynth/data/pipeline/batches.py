@@ -128,6 +128,11 @@ def _iterator(batches: grain.MapDataset, num_workers: int, num_threads: int):
     return iter(dataset)
 
 
+def ahead(batches: Any, *, num_threads: int = -1):
+    """`batches[0]`, `batches[1]`, ..., read ahead by threads; has get_state and set_state."""
+    return _iterator(grain.MapDataset.source(batches), 0, num_threads)
+
+
 def train_batches(
     source: ImageSource,
     batch_size: int,

@@ -55,7 +55,8 @@ from jaxsynth.models.shapes import transform
 from jaxsynth.quality.adherence import agreement
 from jaxsynth.report.grids import write_grid
 from jaxsynth.runs.stage import Artifact, Work, stage
-from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt
+from jaxsynth.tasks.class_conditional import AdaptConfig, adapt
+from jaxsynth.tasks.latents import Latents
 from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.networks.dit import DiTPipeline

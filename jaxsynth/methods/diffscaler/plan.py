@@ -32,7 +32,8 @@ from jaxsynth.methods.diffscaler.inputs import vae_folder
 from jaxsynth.models.diffusion.dit import DiT, DiTConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxsynth.runs.sources import count_data
-from jaxsynth.tasks.class_conditional import AdaptConfig, Latents, adapt_tasks
+from jaxsynth.tasks.class_conditional import AdaptConfig, adapt_tasks
+from jaxsynth.tasks.latents import Latents
 from jaxsynth.training import trainer
 from jaxsynth.training.planning import Plan, Program, rows_of
 from jaxsynth.training.sharding import make_mesh

@@ -48,11 +48,10 @@ from jaxsynth.runs.rehearsal import Unmade
 from jaxsynth.runs.stage import Artifact, Work, stage
 from jaxsynth.tasks.class_conditional import (
     AdaptConfig,
-    Latents,
     adapt,
     adapt_each,
-    encode_latents,
 )
+from jaxsynth.tasks.latents import Latents, write_latents
 from jaxsynth.training.space import training_bytes
 from jaxsynth.weights.adapters.native import STATE_FILE, read_state, write_state
 from jaxsynth.weights.networks.dit import DDIM_SCHEDULER, DiTPipeline, save_dit
@@ -89,7 +88,9 @@ class Encoding:
 def _latent_bytes(config: Encoding, *, data: Dataset, vae: AutoencoderKL) -> int:
     side = data.train[0].image.shape[0] // vae.config.downscale
     one = 2 * 4 * side * side * vae.config.latent_channels
-    return one * (len(data.train) * (2 if config.mirror else 1) + len(data.test))
+    views = len(data.train) * (2 if config.mirror else 1)
+    # While a part is written, half of it lies beside it.
+    return one * (views + len(data.test)) + one * max(views, len(data.test)) // 2
 
 
 @stage(format=1, space=_latent_bytes)
@@ -97,9 +98,8 @@ def encode(work: Work, config: Encoding, *, data: Dataset, vae: AutoencoderKL) -
     """A data set's latents in three parts, labelled by its own classes."""
     counts = {}
     for part, source in parts_of(data).items():
-        latents = encode_latents(vae, source, mirror=config.mirror and part == "train")
-        latents.save(work.folder / f"{part}.npz")
-        counts[part] = len(latents)
+        mirror = config.mirror and part == "train"
+        counts[part] = write_latents(work.folder / f"{part}.npz", vae, source, mirror=mirror)
     return {**counts, "classes": list(data.display_names)}
 
 
@@ -128,7 +128,7 @@ def pretrain(
 ) -> dict | None:
     """A DiT trained from scratch on the base's data, as a diffusers folder."""
     made, names = config.pretrain, latents.counts["classes"]
-    data = read_latents(latents, "train")
+    data = read_latents(latents, "train", mapped=made.train.streamed)
     network = made.network(data.mean.shape[2], data.mean.shape[-1], len(names))
     model = DiT(network, rngs=nnx.Rngs(config.seed))
     schedule = NoiseSchedule.from_config(DDIM_SCHEDULER)
@@ -213,7 +213,7 @@ def train_recipe(
     adaptation = config.adaptation
     model = adapt(
         adaptation.apply(base.transformer, len(latents.counts["classes"])),
-        new_latents(base, latents, "train"),
+        new_latents(base, latents, "train", mapped=config.train.streamed),
         schedule,
         config.train,
         work.training,
@@ -274,7 +274,8 @@ def train_sets(
     schedule = NoiseSchedule.from_config(base.scheduler_config)
     sets = {name.removeprefix(LATENTS): one for name, one in latents.items()}
     model = config.adaptation.apply(base.transformer, config.rows)
-    data = [new_latents(base, one, "train") for one in sets.values()]
+    mapped = config.train.streamed
+    data = [new_latents(base, one, "train", mapped=mapped) for one in sets.values()]
     options: dict[str, Any] = {
         "seed": config.adaptation.seed,
         "kept": read_kept(kept),
@@ -419,14 +420,14 @@ def routing(work: Work, config: Routing, *, base: DiTPipeline, **sets: Artifact)
     return found
 
 
-def read_latents(stage: Artifact, part: str) -> Latents:
+def read_latents(stage: Artifact, part: str, *, mapped: bool = False) -> Latents:
     """A part's latents, labelled by the data set's own classes."""
-    return Latents.load(stage.path / f"{part}.npz")
+    return Latents.load(stage.path / f"{part}.npz", mapped=mapped)
 
 
-def new_latents(base: DiTPipeline, stage: Artifact, part: str) -> Latents:
+def new_latents(base: DiTPipeline, stage: Artifact, part: str, *, mapped: bool = False) -> Latents:
     """A part's latents of a new data set, with the labels of the extended table."""
-    found = read_latents(stage, part)
+    found = read_latents(stage, part, mapped=mapped)
     return dataclasses.replace(found, labels=found.labels + first_label(base.transformer))
 
 

@@ -17,7 +17,7 @@ from jaxsynth.methods.diffscaler import run
 from jaxsynth.methods.diffscaler.config import Config
 from jaxsynth.methods.diffscaler.stages import known_latents
 from jaxsynth.runs.stage import MANIFEST, load_artifact
-from jaxsynth.tasks.class_conditional import Latents
+from jaxsynth.tasks.latents import Latents
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.networks.dit import load_dit
 from tests.words import last_of_each
