@@ -20,7 +20,7 @@ Variants:
 - `recipes`: digits at 1, 4 and 16 shots, five seeds: the published recipe beside what costs less
   (augmentation, 2SFS, other prompts, retrieved photos) and beside later work (ProtoAug, two heads,
   filters, both generators' images together), each alone and combined.
-- `worth`: a part of it: 4 shots, three seeds, one adapter a seed.
+- `worth`: a part of it: 4 shots, five seeds, one adapter a seed.
 - `students`: `sd21` with a ResNet-50 and a DINOv2 ViT-S/14 beside CLIP, each trained on the shots
   and on shots and synthetic images. Any checkpoint that `jaxsynth.load_classifier` reads may learn:
   `--config.students.NAME.checkpoint=FOLDER --config.recipes.ROW.student=NAME`. On a TPU or GPU.
@@ -273,6 +273,9 @@ def _recipes() -> ConfigDict:
             "retrieved photos + shots": {"sets": {"retrieved": 1.0}},
             "photos retrieved by shots + shots": {"sets": {"retrieved by shots": 1.0}},
             "dset, ProtoAug": {"sets": {"dset": 1.0}, "classify": {"regions": REGIONS}},
+            "dset and IsSynth, ProtoAug": {
+                "sets": {"dset": 1.0, "IsSynth": 1.0}, "classify": {"regions": REGIONS},
+            },
             "dset, two heads": {"sets": {"dset": 1.0}, "classify": {"visual_head": True}},
             "dset, 2SFS": {
                 "sets": {"dset": 1.0}, "classify": {"learns": "norms", "head_share": 0.4},
@@ -299,12 +302,13 @@ def _recipes() -> ConfigDict:
 def _worth() -> ConfigDict:
     """What is nearest to the question whether synthetic images add to real ones."""
     config = _recipes()
-    config.shots, config.seeds, config.modes = (4,), (0, 1, 2), ("dset",)
+    config.shots, config.modes = (4,), ("dset",)
     config.measure_sets = False
     config.sets = ConfigDict({name: config.sets[name] for name in ("IsSynth", "retrieved")})
     kept = (
         "shots, augmented and mixed", "shots, two heads", "IsSynth + shots",
-        "retrieved photos + shots", "dset, ProtoAug", "dset, two heads", "dset, filtered",
+        "retrieved photos + shots", "dset, ProtoAug", "dset and IsSynth, ProtoAug",
+        "dset, two heads", "dset, filtered",
     )  # fmt: skip
     config.recipes = ConfigDict({name: config.recipes[name] for name in kept})
     return config
