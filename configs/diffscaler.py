@@ -156,7 +156,8 @@ def _smoke() -> ConfigDict:
     config.base = ""
     config.pretrain = {"width": 32, "layers": 2}
     config.pretrain.train = ConfigDict(_train(20, 4, learning_rate=1e-3, ema_decay=0.9))
-    config.data.textures.images_per_class = config.data.patches.images_per_class = 8
+    del config.data.textures
+    config.data.patches.images_per_class = 8
     config.train = ConfigDict(_train(20, 4))
     config.sets_steps = 0
     config.generate.images_per_class = 4

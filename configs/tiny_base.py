@@ -60,5 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "unet": train(10_000, 32, 1e-3),
             "caption_dropout": 0.1,
             "snr_gamma": 5.0,
+            "preview_images": 2 if smoke else 10,
+            "preview_steps": 2 if smoke else 25,
         }
     )

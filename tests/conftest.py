@@ -24,6 +24,8 @@ for _flag in _FLAGS:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 for _name, _value in {
     "JAX_PLATFORMS": "cpu",
+    # Of processes that tests start too: JAX itself keeps what takes a second to compile.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     # Test processes side by side share the cores.
     "OMP_NUM_THREADS": "1" if "PYTEST_XDIST_WORKER" in os.environ else "2",
     "TOKENIZERS_PARALLELISM": "false",
@@ -54,7 +56,6 @@ CACHE = (
 
 jax.config.update("jax_num_cpu_devices", FAKE_DEVICES)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # Where a test does run on an accelerator, the parity bounds still mean float32 products.
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -38,8 +38,9 @@ def test_what_counts_as_a_difference(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_what_an_undisturbed_one_leaves(
-    tmp_path, monkeypatch, compilation_cache
+    tmp_path, monkeypatch, base_folder, compilation_cache
 ):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
-    found = kill_often("robustness", 3, 0, tmp_path)
+    small = (f"models.original.clip={base_folder}/clip", "image_size=16")
+    found = kill_often("robustness", 3, 0, tmp_path, small)
     assert found.kills == 3 and found.runs >= 1 and found.differences == []

@@ -12,7 +12,6 @@ import pytest
 
 from jaxsynth.cli.main import METHODS
 from jaxsynth.runs.stage import MANIFEST
-from tests.methods.test_identity import GIVEN
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -26,14 +25,22 @@ SMALLER = {
         "modes=dset", "base={base}", "clip={base}/clip", "finetune.batch_size=4",
         "data.class_names=1,4,7", "finetune.rank=2", "classify.rank=2",
     ),
-    "diffscaler": ("recipes=affiner_zero", "draw=affiner_zero", "together=False"),
+    # A recipe's own images are drawn as those of the sets are.
+    "diffscaler": (
+        "recipes=affiner_zero", "draw=", "together=False", "data.digits.class_names=1,4,7",
+        "pretrain.train.steps=4", "pretrain.train.steps_per_call=2", "train.steps=4",
+        "train.steps_per_call=2",
+    ),
+    "robustness": ("models.original.clip={base}/clip", "image_size=16"),
     "scaling": (
         "base={base}", "finetune.rank=2", "seeds=0", "fractions=()", "mixed_size=0",
-        "judge.sizes=()",
+        "judge.sizes=()", "sizes=2,4", "real_sizes=2,4",
     ),
     "tiny_base": (
-        *GIVEN["tiny_base"], "unet_channels=16,32", "vae_channels=8,8,8", "width=32",
-        "text_layers=1", "vision_layers=1",
+        "corpus.photos.source=digits", "corpus.photos.class_names=1,7", "corpus.digits=6",
+        "corpus.shapes=6", "unet_channels=16,16", "unet_heads=2", "vae_channels=8,8", "width=16",
+        "text_layers=1", "vision_layers=1", "vocab_size=560", "max_length=12", "clip.steps=2",
+        "vae.steps=2", "unet.steps=2",
     ),
 }  # fmt: skip
 

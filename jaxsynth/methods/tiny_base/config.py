@@ -76,6 +76,9 @@ class Config:
     unet: PretrainConfig = field(default_factory=PretrainConfig)
     caption_dropout: Share = 0.1
     snr_gamma: Positive = 5.0
+    # Of the sheet of samples: images of each prompt.
+    preview_images: Count = 10
+    preview_steps: Count = 25
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 

@@ -93,8 +93,8 @@ def make(config: Config, workdir: Path) -> None:
     clip = train_clip(workdir / "clip", slices.clip, mesh=mesh, corpus=corpus, tokenizer=tokenizer)
     vae = train_vae(workdir / "vae", slices.vae, mesh=mesh, corpus=corpus)
     unet = train_unet(workdir / "unet", slices.unet, mesh=mesh, corpus=corpus, clip=clip, vae=vae)
-    corpus_config = config.corpus
-    card = Card(corpus_config.photos.class_names, corpus_config.digits, corpus_config.shapes)
+    drawn, shown = config.corpus, (config.preview_images, config.preview_steps)
+    card = Card(drawn.photos.class_names, drawn.digits, drawn.shapes, *shown)
     assemble(workdir / BASE, card, clip=clip, vae=vae, unet=unet)
 
 

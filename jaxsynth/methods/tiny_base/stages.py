@@ -7,7 +7,7 @@ schedule, which suits the 8x8 latents better than the linear one. Four latent to
 channels keep a step in tens of milliseconds on two CPU cores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ from jaxsynth.weights.models import load_model, save_model
 from jaxsynth.weights.tokenizer import Tokenizer, train_tokenizer
 
 # How the sheet of samples is drawn.
-PREVIEW = GenerateConfig(guidance_scale=2.0, num_inference_steps=25, batch_size=100)
+PREVIEW = GenerateConfig(guidance_scale=2.0, batch_size=100)
 
 
 @dataclass(frozen=True)
@@ -295,11 +295,13 @@ def encode_corpus(vae: AutoencoderKL, data: Corpus) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True)
 class Card:
-    """What the finished base's card says of its corpus."""
+    """What the finished base's card says of its corpus, and how many images it shows."""
 
     classes: tuple[str, ...]
     digits: int
     shapes: int
+    images: int = 10
+    inference_steps: int = 25
 
 
 def _assembled_bytes(config: Card, **networks: Artifact) -> int:
@@ -322,7 +324,8 @@ def assemble(work: Work, config: Card, *, clip: Artifact, vae: Artifact, unet: A
     # Half precision halves the files; every weight is far inside its range.
     save_pipeline(pipeline, work.folder, dtype=jnp.float16)
     save_clip(tower, work.folder / "clip", dtype=jnp.float16)
-    pictures = sample_images(pipeline, PREVIEW_PROMPTS, PREVIEW, seed=0, count=10)
+    drawn = replace(PREVIEW, num_inference_steps=config.inference_steps)
+    pictures = sample_images(pipeline, PREVIEW_PROMPTS, drawn, seed=0, count=config.images)
     titles = [prompt.removeprefix("a ") for prompt in PREVIEW_PROMPTS]
     write_grid(work.folder / "samples.png", pictures, titles)
     rows = [_card_row(name, x) for name, x in (("clip", clip), ("vae", vae), ("unet", unet))]

@@ -81,10 +81,10 @@ def test_every_stage_is_made_and_reported(finished):
 
 def test_one_store_holds_all_sets(finished):
     store = ImageStore(finished / "images")
-    # Three digits, four textures and two photos' patches, three of each.
-    assert len(store) == 27 and len(store.class_names) == 9
+    # Three digits and two photos' patches, three of each.
+    assert len(store) == 15 and len(store.class_names) == 5
     assert (store.datasets[0], store.class_names[0]) == ("digits", "one")
-    assert (store.datasets[-1], store.class_names[-1]) == ("textures", "waves")
+    assert (store.datasets[-1], store.class_names[-1]) == ("patches", "dahlia")
     assert np.std(store[0].image) > 0
 
 
