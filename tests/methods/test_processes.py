@@ -21,6 +21,7 @@ LOOSE = 0.05
 # What of a smoke config would only take longer here.
 SMALLER = {
     "controlled": ("base={base}", "ways=affiner"),
+    "customize": ("base={base}", "clip={base}/clip"),
     "datadream": (
         "modes=dset", "base={base}", "clip={base}/clip", "finetune.batch_size=4",
         "data.class_names=1,4,7", "finetune.rank=2", "classify.rank=2",
