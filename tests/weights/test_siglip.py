@@ -89,21 +89,28 @@ def write_tokenizer(folder, backend, settings) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A SigLIP 2 of random weights, its folder and transformers' network and tokenizer."""
-    folder = tmp_path_factory.mktemp("siglip")
+def write_siglip(folder, length=LENGTH):
+    """The folder of a SigLIP 2 of random weights; transformers' network."""
     config = transformers.SiglipConfig(
         text_config={
-            **TOWER, "vocab_size": 80, "max_position_embeddings": LENGTH,
+            **TOWER, "vocab_size": 80, "max_position_embeddings": length,
             "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
         },
         vision_config={**TOWER, "image_size": 16, "patch_size": 4},
     )  # fmt: skip
     peer = randomise(transformers.SiglipModel(config))
+    peer.logit_scale.data.fill_(2.0)
     peer.save_pretrained(folder, max_shard_size="16KB")
     write_tokenizer(folder, gemma(), SETTINGS)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return peer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A SigLIP 2's folder, and transformers' network and tokenizer."""
+    folder = tmp_path_factory.mktemp("siglip")
+    peer = write_siglip(folder)
     words = transformers.AutoTokenizer.from_pretrained(folder)
     return SimpleNamespace(folder=folder, peer=peer, words=words)
 
