@@ -1,5 +1,7 @@
 """Training of a CLIP as an image classifier: LoRA on both towers (DataDream, after DISEF).
 
+A SigLIP trains in its place, by the same cross entropy over classes (`models.siglip`).
+
 Images are real, synthetic or both, with the loss
 `real_weight * CE(real) + (1 - real_weight) * CE(synthetic)` over a batch that holds a fixed number
 of each (the official code divides by zero where one kind is missing). What it says of images is in

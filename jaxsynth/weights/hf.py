@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines and CLIP folders in and out of Hugging Face's format.
+"""Stable Diffusion pipelines, CLIP and SigLIP folders in and out of Hugging Face's format.
 
 Everything this package trains on or produces is such a folder, because that is what diffusers and
 transformers load. Loading is strict in both directions: a key too many, a key too few or a shape
