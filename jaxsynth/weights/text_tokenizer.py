@@ -1,6 +1,6 @@
 """The tokenizer of a SigLIP folder, whatever its kind, on the `tokenizers` library.
 
-SigLIP's is a sentencepiece model of C4's words, SigLIP 2's is Gemma's byte-level one of 256,000.
+SigLIP's is a sentencepiece model of C4's words, SigLIP 2's is Gemma's of 256,000 pieces.
 tokenizer.json holds either whole; what texts are brought to besides is in tokenizer_config.json.
 All of them were trained on texts in lower case that end with the end of text and are padded to the
 length of the text tower, whose last position is the text's feature (Zhai et al. 2023, arXiv
@@ -76,7 +76,10 @@ class TextTokenizer:
             own = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         self._set_ends(backend, settings, settings_path)
-        last = backend.encode(_SAMPLE).ids[-1:]
+        try:
+            last = backend.encode(_SAMPLE).ids[-1:]
+        except Exception as error:
+            raise UserError(f"{where}: cannot read {_SAMPLE!r}: {_reason(error)}") from None
         if last != [self.eos_token_id]:
             found = "nothing" if not last else quoted(backend.id_to_token(last[0]))
             raise UserError(
@@ -106,10 +109,13 @@ class TextTokenizer:
         if asked["bos_token"]:
             ends["bos_token"] = _named(settings, "bos_token", path, backend)
         words = [ends[name] if asked[name] else "" for name in ends]
-        backend.post_processor = processors.TemplateProcessing(
-            single=" ".join(part for part in (words[0], "$A", words[1]) if part),
-            special_tokens=[(word, backend.token_to_id(word)) for word in words if word],
-        )
+        try:
+            backend.post_processor = processors.TemplateProcessing(
+                single=[part for part in (words[0], "$A", words[1]) if part],
+                special_tokens=[(word, backend.token_to_id(word)) for word in words if word],
+            )
+        except Exception as error:
+            raise UserError(f"{path}: start and end of a text: {_reason(error)}") from None
 
     @property
     def each(self) -> tuple[Self]:
@@ -157,8 +163,13 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         # A panic of the library is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = quoted(str(error).partition("\n")[0], 200)[1:-1]
-        raise UserError(f"{path}: no tokenizer of the tokenizers library: {reason}") from None
+        raise UserError(
+            f"{path}: no tokenizer of the tokenizers library: {_reason(error)}"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    return quoted(str(error).partition("\n")[0], 200)[1:-1]
 
 
 def _named(settings: dict[str, Any], name: str, path: Path, backend: tokenizers.Tokenizer) -> str:
