@@ -21,8 +21,9 @@ Variants:
   (augmentation, 2SFS, other prompts, retrieved photos) and beside later work (ProtoAug, two heads,
   filters, both generators' images together), each alone and combined.
 - `worth`: a part of it: 4 shots, five seeds, one adapter a seed.
-- `students`: `sd21` with a ResNet-50 and a DINOv2 ViT-S/14 beside CLIP, each trained on the shots
-  and on shots and synthetic images. Any checkpoint that `jaxsynth.load_classifier` reads may learn:
+- `students`: `sd21` with a ResNet-50, a DINOv2 ViT-S/14 and a SigLIP 2 ViT-B/16 beside CLIP, each
+  trained on the shots and on shots and synthetic images. Any checkpoint that
+  `jaxsynth.load_classifier` reads may learn:
   `--config.students.NAME.checkpoint=FOLDER --config.recipes.ROW.student=NAME`. On a TPU or GPU.
 - `smoke`: every stage of `tiny` in a few steps, for the tests.
 
@@ -325,7 +326,11 @@ def _students() -> ConfigDict:
             "blur_p": 0.0, "solarize_p": 0.0,
         },
     }  # fmt: skip
-    checkpoints = {"resnet50": "microsoft/resnet-50", "dinov2": "facebook/dinov2-small"}
+    checkpoints = {
+        "resnet50": "microsoft/resnet-50",
+        "dinov2": "facebook/dinov2-small",
+        "siglip2": "google/siglip2-base-patch16-224",
+    }
     config.students = ConfigDict(
         {name: {"checkpoint": found, "train": train} for name, found in checkpoints.items()}
     )

@@ -7,7 +7,7 @@ Modules carry Hugging Face's names, `pre_layrnorm` included, so weight paths map
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self):
-        _check_tower(self)
+        check_tower(self)
         if not isinstance(self.eos_token_id, int):
             raise ValueError(
                 f"CLIPTextConfig.eos_token_id: expected an int, got {self.eos_token_id}"
@@ -74,7 +74,7 @@ class CLIPVisionConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self):
-        _check_tower(self)
+        check_tower(self)
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -123,7 +123,36 @@ class CLIPConfig:
         return cls(**known_fields(cls, config, ignored=TRANSFORMERS_NOTES), **towers)
 
 
-def _check_tower(config: CLIPTextConfig | CLIPVisionConfig) -> None:
+class TowerConfig(Protocol):
+    """What the blocks of a tower read of its config: CLIP's here, SigLIP's in `models.siglip`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
+
+
+class TextConfig(TowerConfig, Protocol):
+    """What the embeddings of a text read besides."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+def check_tower(config: TowerConfig) -> None:
+    """ValueError for sizes that do not fit each other, or dropout, which no tower here has."""
     layers.check_transformer(config)
     if config.attention_dropout:
         raise ValueError(
@@ -171,12 +200,12 @@ class CLIPVisionOutput(NamedTuple):
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention with separate projections."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype, rngs: nnx.Rngs):
         width = config.hidden_size
         self.heads = config.num_attention_heads
         inner = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
         for name, std in (("q", inner), ("k", inner), ("v", inner), ("out", width**-0.5)):
-            setattr(self, f"{name}_proj", _linear(width, width, std=std, dtype=dtype, rngs=rngs))
+            setattr(self, f"{name}_proj", linear(width, width, std=std, dtype=dtype, rngs=rngs))
 
     def __call__(self, x: Array, mask: Array | None, causal: bool) -> Array:
         split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
@@ -192,12 +221,12 @@ class CLIPAttention(nnx.Module):
 class CLIPMLP(nnx.Module):
     """The two-layer perceptron of a block."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
         self.activation = layers.activation(config.hidden_act)
-        self.fc1 = _linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype, rngs=rngs)
         std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
-        self.fc2 = _linear(inner, width, std=std, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(inner, width, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -206,10 +235,10 @@ class CLIPMLP(nnx.Module):
 class CLIPEncoderLayer(nnx.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs: nnx.Rngs):
-        self.layer_norm1 = _norm(config, dtype, rngs)
+    def __init__(self, config: TowerConfig, *, dtype, rngs: nnx.Rngs):
+        self.layer_norm1 = norm(config, dtype, rngs)
         self.self_attn = CLIPAttention(config, dtype=dtype, rngs=rngs)
-        self.layer_norm2 = _norm(config, dtype, rngs)
+        self.layer_norm2 = norm(config, dtype, rngs)
         self.mlp = CLIPMLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, mask: Array | None, causal: bool) -> Array:
@@ -220,7 +249,7 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """A stack of blocks; a python list because Hugging Face numbers the layers in their names."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype, rngs: nnx.Rngs):
         self.layers = nnx.List(
             CLIPEncoderLayer(config, dtype=dtype, rngs=rngs)
             for _ in range(config.num_hidden_layers)
@@ -245,10 +274,10 @@ class CLIPEncoder(nnx.Module):
 class CLIPTextEmbeddings(nnx.Module):
     """Token plus position embeddings."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.token_embedding = _embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
-        self.position_embedding = _embed(
+        self.token_embedding = embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
+        self.position_embedding = embed(
             config.max_position_embeddings, width, dtype=dtype, rngs=rngs
         )
 
@@ -256,7 +285,7 @@ class CLIPTextEmbeddings(nnx.Module):
         longest = self.position_embedding.num_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(
-                f"CLIP text: {input_ids.shape[1]} tokens, but max_position_embeddings is {longest}"
+                f"text tower: {input_ids.shape[1]} tokens, but max_position_embeddings is {longest}"
             )
         positions = jnp.arange(input_ids.shape[1])
         return self.token_embedding(input_ids) + self.position_embedding(positions)
@@ -280,7 +309,7 @@ class CLIPVisionEmbeddings(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.position_embedding = _embed(config.num_patches + 1, width, dtype=dtype, rngs=rngs)
+        self.position_embedding = embed(config.num_patches + 1, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "b h w c"]) -> Array:
         if pixels.ndim != 4 or pixels.shape[1:] != self.shape:
@@ -302,7 +331,7 @@ class CLIPTextTransformer(nnx.Module):
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
         self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
-        self.final_layer_norm = _norm(config, dtype, rngs)
+        self.final_layer_norm = norm(config, dtype, rngs)
 
     def __call__(
         self,
@@ -325,9 +354,9 @@ class CLIPVisionTransformer(nnx.Module):
 
     def __init__(self, config: CLIPVisionConfig, *, dtype, rngs: nnx.Rngs):
         self.embeddings = CLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
-        self.pre_layrnorm = _norm(config, dtype, rngs)
+        self.pre_layrnorm = norm(config, dtype, rngs)
         self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
-        self.post_layernorm = _norm(config, dtype, rngs)
+        self.post_layernorm = norm(config, dtype, rngs)
 
     def __call__(self, pixels: Array, *, remat: str | None = None) -> CLIPVisionOutput:
         states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), remat=remat)
@@ -354,7 +383,7 @@ class CLIPTextModelWithProjection(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
-        self.text_projection = _linear(
+        self.text_projection = linear(
             config.hidden_size,
             config.projection_dim,
             std=config.hidden_size**-0.5,
@@ -389,7 +418,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.vision_model = CLIPVisionTransformer(config, dtype=dtype, rngs=rngs)
-        self.visual_projection = _linear(
+        self.visual_projection = linear(
             config.hidden_size,
             config.projection_dim,
             std=config.hidden_size**-0.5,
@@ -408,7 +437,7 @@ class CLIPModel(nnx.Module):
         self.text_model = CLIPTextTransformer(text, dtype=dtype, rngs=rngs)
         self.vision_model = CLIPVisionTransformer(vision, dtype=dtype, rngs=rngs)
         for name, width in (("text", text.hidden_size), ("visual", vision.hidden_size)):
-            projection = _linear(
+            projection = linear(
                 width,
                 config.projection_dim,
                 std=width**-0.5,
@@ -419,11 +448,15 @@ class CLIPModel(nnx.Module):
             setattr(self, f"{name}_projection", projection)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
+    def project_image(self, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:
+        """What the image tower gives, in the space of texts."""
+        return self.visual_projection(pooled)
+
     def encode_image(
         self, pixels: Float[Array, "b h w c"], *, remat: str | None = None
     ) -> Float[Array, "b p"]:
         """Projected image features, not normalised; pixels normalised with CLIP's mean and std."""
-        return self.visual_projection(self.vision_model(pixels, remat=remat).pooled)
+        return self.project_image(self.vision_model(pixels, remat=remat).pooled)
 
     def encode_text(
         self,
@@ -436,7 +469,7 @@ class CLIPModel(nnx.Module):
         return self.text_projection(self.text_model(input_ids, attention_mask, remat=remat).pooled)
 
 
-def _linear(d_in: int, d_out: int, *, std: float, dtype, rngs, use_bias: bool = True) -> nnx.Linear:
+def linear(d_in: int, d_out: int, *, std: float, dtype, rngs, use_bias: bool = True) -> nnx.Linear:
     """A Linear with CLIP's initialisation (Radford et al., section 2.5, and OpenAI's code)."""
     return layers.Linear(
         d_in,
@@ -448,12 +481,12 @@ def _linear(d_in: int, d_out: int, *, std: float, dtype, rngs, use_bias: bool = 
     )
 
 
-def _embed(count: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
+def embed(count: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
     init = nnx.initializers.normal(0.02)
     return nnx.Embed(count, width, dtype=dtype, embedding_init=init, rngs=rngs)
 
 
-def _norm(config: CLIPTextConfig | CLIPVisionConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def norm(config: TowerConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return layers.layer_norm(
         config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
     )

@@ -23,7 +23,6 @@ from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.io import replacing
 from jaxsynth.data.dataset import ImageSource
-from jaxsynth.data.pipeline.augment import EvalTransform
 from jaxsynth.data.pipeline.batches import eval_batches
 from jaxsynth.data.sources.arrays import ArraySource
 from jaxsynth.models.classifiers import inception
@@ -92,7 +91,8 @@ def clip_extractor(
 ) -> FeatureExtractor:
     """Projected image embeddings of a CLIP folder, not normalised, as clean-fid's CLIP-FID.
 
-    Images are prepared as for the classifier: short side (bicubic), centre, CLIP's mean and std.
+    Images are prepared as for the classifier: short side (bicubic), centre, CLIP's mean and std;
+    of a SigLIP both sides, without a crop.
     """
     path = Path(name_or_path).expanduser()
     name = path.resolve().name if path.is_dir() else os.fspath(name_or_path)
@@ -102,12 +102,13 @@ def clip_extractor(
 def clip_features(clip: Clip, *, name: str = "", batch_size: int = 64) -> FeatureExtractor:
     """`clip_extractor` of a CLIP that is loaded."""
     size = clip.image_size
+    cut = f"both sides to {size} {clip.interpolation}"
     return FeatureExtractor(
         name=f"CLIP {name}".strip(),
         digest=clip.digest,
-        preprocessing=f"short side to {size} bicubic, centre",
+        preprocessing=cut if clip.squash else f"short side to {size} bicubic, centre",
         dimensions=clip.model.config.projection_dim,
-        transform=EvalTransform(size, clip.mean, clip.std),
+        transform=clip.transform,
         forward=_compile(clip.model, lambda model, pixels: model.encode_image(pixels)),
         batch_size=batch_size,
     )

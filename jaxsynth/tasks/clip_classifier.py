@@ -1,5 +1,7 @@
 """Training of a CLIP as an image classifier: LoRA on both towers (DataDream, after DISEF).
 
+A SigLIP trains in its place, by the same cross entropy over classes (`models.siglip`).
+
 Images are real, synthetic or both, with the loss
 `real_weight * CE(real) + (1 - real_weight) * CE(synthetic)` over a batch that holds a fixed number
 of each (the official code divides by zero where one kind is missing). What it says of images is in
@@ -46,8 +48,8 @@ from jaxsynth.core.limits import BelowOne, Count, Finite, Natural, NotNegative, 
 from jaxsynth.data.dataset import ImageSource
 from jaxsynth.data.pipeline.augment import Augment, TrainTransform
 from jaxsynth.data.pipeline.batches import Batch, mixed_batches, real_count, train_batches
-from jaxsynth.models.clip import CLIPModel
 from jaxsynth.models.shapes import is_abstract, transform
+from jaxsynth.models.siglip import TwoTowers
 from jaxsynth.tasks.clip_loss import Classification
 from jaxsynth.tasks.clip_predictions import (
     class_features,
@@ -201,7 +203,7 @@ def classifier_task(
                 )
     init_key, step_key = jax.random.split(jax.random.key(seed))
 
-    def prepared(base: CLIPModel) -> CLIPModel:
+    def prepared(base: TwoTowers) -> TwoTowers:
         if config.learns == "norms":
             model = mark_trainable(base, [NORMS])
         else:
@@ -327,7 +329,7 @@ def train_classifier(
     validation: ImageSource | None = None,
     mesh: Mesh | None = None,
     description: str = "classify",
-) -> CLIPModel:
+) -> TwoTowers:
     """The CLIP with what it learned; resumes from `folder/checkpoints`.
 
     An epoch is `images` images. With both `real` and `synthetic` the loss is weighted; with one of
@@ -382,7 +384,7 @@ def _train_best(
     per_epoch: int,
     mesh: Mesh | None,
     description: str,
-) -> CLIPModel:
+) -> TwoTowers:
     """The task's model after its last step, or after the one that does best on `validation`."""
     if validation is None:
         return train(task, config, folder, mesh=mesh, description=description)
@@ -453,7 +455,7 @@ class _Best:
         self._folder, self._clip, self._prompts, self._source = folder, clip, prompts, source
         self._choose = choose
 
-    def __call__(self, model: CLIPModel, step: int) -> dict[str, float]:
+    def __call__(self, model: TwoTowers, step: int) -> dict[str, float]:
         share = {}
         if has_visual_head(model):
             if self._choose:
@@ -469,7 +471,7 @@ class _Best:
             write_json(self._folder / "best.json", {"step": step, "accuracy": accuracy, **share})
         return {"accuracy": accuracy, **share}
 
-    def model(self, start: CLIPModel) -> CLIPModel:
+    def model(self, start: TwoTowers) -> TwoTowers:
         """The best one; `start` is the network before it learned."""
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("best adapter written")

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxsynth.adapters.inject import seed_dropout
 from jaxsynth.data.pipeline.mixing import mix_batch, one_hot
 from jaxsynth.data.pipeline.normalize import normalize_pixels
-from jaxsynth.models.clip import CLIPModel
+from jaxsynth.models.siglip import TwoTowers
 from jaxsynth.tasks.clip_predictions import class_features, head_logits
 from jaxsynth.tasks.regions import region_terms
 
@@ -39,7 +39,7 @@ class Classification:
     robustness: float = 0.0
     drops: bool = True
 
-    def __call__(self, model: CLIPModel, constants: dict[str, Any], batch: dict, key: Array):
+    def __call__(self, model: TwoTowers, constants: dict[str, Any], batch: dict, key: Array):
         keys = [jax.random.fold_in(key, i) for i in range(2)]
         num_real = self.num_real // self.accumulate
         if num_real:  # each process's part has its own real images first

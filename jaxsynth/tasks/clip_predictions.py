@@ -1,7 +1,9 @@
 """What a CLIP says of images: its logits by the classes' texts, and those of heads put on it.
 
 Logits are cosine similarities between an image and the prompt of each class, times CLIP's logit
-scale. A network may have two parts more, which are trained with it (`tasks.clip_classifier`):
+scale. Of a SigLIP they are the same: the bias that it adds to the logit of every pair is left out,
+as a softmax over classes is the same with and without it. A network may have two parts more, which
+are trained with it (`tasks.clip_classifier`):
 
 - `class_head`: rows in the place of the classes' text features (2SFS, arXiv 2503.11609);
 - `visual_head`: a linear classifier of the image tower's class token, whose probabilities are mixed
@@ -22,10 +24,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxsynth.adapters.inject import Constant, Trainable, with_attributes
 from jaxsynth.data.dataset import ImageSource
-from jaxsynth.data.pipeline.augment import EvalTransform
 from jaxsynth.data.pipeline.batches import eval_batches
 from jaxsynth.data.prompts import check_template
-from jaxsynth.models.clip import CLIPModel
+from jaxsynth.models.siglip import TwoTowers
 from jaxsynth.training import sharding
 from jaxsynth.weights.hf import Clip
 
@@ -55,23 +56,23 @@ class ClassHead(nnx.Module):
         self.rows = Trainable(rows)
 
 
-def with_visual_head(model: CLIPModel, classes: int, share: float) -> CLIPModel:
+def with_visual_head(model: TwoTowers, classes: int, share: float) -> TwoTowers:
     """A copy with a visual head that has learned nothing yet."""
     width = model.config.vision_config.hidden_size
     return with_attributes(model, visual_head=VisualHead(width, classes, share))
 
 
-def with_class_head(model: CLIPModel, rows: Float[Array, "c p"]) -> CLIPModel:
+def with_class_head(model: TwoTowers, rows: Float[Array, "c p"]) -> TwoTowers:
     """A copy whose classes are told by these rows and no longer by texts."""
     return with_attributes(model, class_head=ClassHead(rows))
 
 
-def has_visual_head(model: CLIPModel) -> bool:
+def has_visual_head(model: TwoTowers) -> bool:
     return getattr(model, "visual_head", None) is not None
 
 
 def class_features(
-    model: CLIPModel, ids: Int[Array, "c t"], *, remat: str | None = None
+    model: TwoTowers, ids: Int[Array, "c t"], *, remat: str | None = None
 ) -> Float[Array, "c p"]:
     """What images are compared with: the class head's rows, or the normalized texts' features."""
     if getattr(model, "class_head", None) is not None:
@@ -81,7 +82,7 @@ def class_features(
 
 # Compiled once for all evaluations of a training.
 @partial(jax.jit, static_argnames="remat")
-def encode_text(model: CLIPModel, ids: Array, *, remat: str | None = None) -> Array:
+def encode_text(model: TwoTowers, ids: Array, *, remat: str | None = None) -> Array:
     """Normalized text features (c, p)."""
     text = model.encode_text(ids, remat=remat).astype(jnp.float32)
     return text / jnp.linalg.norm(text, axis=-1, keepdims=True)
@@ -89,11 +90,11 @@ def encode_text(model: CLIPModel, ids: Array, *, remat: str | None = None) -> Ar
 
 @partial(jax.jit, static_argnames="remat")
 def head_logits(
-    model: CLIPModel, text: Array, pixels: Array, *, remat: str | None = None
+    model: TwoTowers, text: Array, pixels: Array, *, remat: str | None = None
 ) -> tuple[Array, ...]:
     """The logits (b, c) by `class_features`, and those of the visual head where there is one."""
     token = model.vision_model(pixels, remat=remat).pooled
-    image = model.visual_projection(token).astype(jnp.float32)
+    image = model.project_image(token).astype(jnp.float32)
     image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
     # Logits are up to 100 times a cosine: the few bits that TPUs keep by default would show.
     cosines = jnp.matmul(image, text.T, precision="highest")
@@ -115,24 +116,24 @@ def fuse(
 
 
 @jax.jit
-def _compare(model: CLIPModel, text: Array, pixels: Array) -> Array:
+def _compare(model: TwoTowers, text: Array, pixels: Array) -> Array:
     by_head = head_logits(model, text, pixels)
     return fuse(*by_head, model.visual_head.share[...]) if len(by_head) > 1 else by_head[0]
 
 
 @jax.jit
-def _both(model: CLIPModel, text: Array, pixels: Array) -> Array:
+def _both(model: TwoTowers, text: Array, pixels: Array) -> Array:
     return jnp.stack(head_logits(model, text, pixels), axis=1)
 
 
 @jax.jit
-def _embed(model: CLIPModel, text: None, pixels: Array) -> Array:
+def _embed(model: TwoTowers, text: None, pixels: Array) -> Array:
     return model.encode_image(pixels).astype(jnp.float32)
 
 
 def predict(
     clip: Clip,
-    model: CLIPModel,
+    model: TwoTowers,
     prompts: Sequence[str],
     source: ImageSource,
     *,
@@ -149,7 +150,7 @@ def predict(
 
 
 def embed(
-    clip: Clip, model: CLIPModel, source: ImageSource, *, batch_size: int = 64
+    clip: Clip, model: TwoTowers, source: ImageSource, *, batch_size: int = 64
 ) -> Float[np.ndarray, "n p"]:
     """Normalized image features of every image of `source`, in order."""
     found = _each(clip, model, None, _embed, source, batch_size, None)
@@ -157,8 +158,8 @@ def embed(
 
 
 def with_best_share(
-    clip: Clip, model: CLIPModel, prompts: Sequence[str], source: ImageSource
-) -> CLIPModel:
+    clip: Clip, model: TwoTowers, prompts: Sequence[str], source: ImageSource
+) -> TwoTowers:
     """A copy whose visual head has the share that is most often right on `source`.
 
     Of equal ones the nearest to a half, which prefers neither head.
@@ -173,7 +174,7 @@ def with_best_share(
     return with_share(model, max(SHARES, key=lambda x: (right[SHARES.index(x)], -abs(x - 0.5))))
 
 
-def with_share(model: CLIPModel, share: float) -> CLIPModel:
+def with_share(model: TwoTowers, share: float) -> TwoTowers:
     """A copy whose visual head has another share."""
     head = with_attributes(model.visual_head, share=Constant(jnp.float32(share)))
     return with_attributes(model, visual_head=head)
@@ -181,9 +182,9 @@ def with_share(model: CLIPModel, share: float) -> CLIPModel:
 
 def _each(
     clip: Clip,
-    model: CLIPModel,
+    model: TwoTowers,
     text: Array | None,
-    forward: Callable[[CLIPModel, Array | None, Array], Array],
+    forward: Callable[[TwoTowers, Array | None, Array], Array],
     source: ImageSource,
     batch_size: int,
     mesh: Mesh | None,
@@ -198,8 +199,7 @@ def _each(
         batch_size = -(-batch_size // parts) * parts
         put = partial(jax.device_put, device=NamedSharding(mesh, sharding.BATCH))
     out: np.ndarray | None = None
-    transform = EvalTransform(clip.image_size, clip.mean, clip.std)
-    for batch in eval_batches(source, batch_size, transform):
+    for batch in eval_batches(source, batch_size, clip.transform):
         valid = batch["valid"]
         found = np.asarray(forward(model, text, put(batch["image"])))[valid]
         if out is None:
@@ -210,7 +210,7 @@ def _each(
 
 
 def of_pixels(
-    clip: Clip, model: CLIPModel, names: Sequence[str], templates: Sequence[str] = ("{}",)
+    clip: Clip, model: TwoTowers, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> Partial:
     """A function of images (b, h, w, 3) in [0, 1], of the CLIP's size, to float32 logits (b, c).
 
@@ -228,7 +228,7 @@ def of_pixels(
     return Partial(_of_pixels, model, text, jnp.asarray(clip.mean), jnp.asarray(clip.std))
 
 
-def _of_pixels(model: CLIPModel, text: Array, mean: Array, std: Array, images: Array) -> Array:
+def _of_pixels(model: TwoTowers, text: Array, mean: Array, std: Array, images: Array) -> Array:
     return _compare(model, text, (images - mean) / std)
 
 

@@ -92,6 +92,7 @@ VAE: Table = (
     (r"(^|\.)conv(_in|_out|_shortcut|[12])?\.(kernel|bias)$", _FREE),
     (r"\.(norm[12]|group_norm|conv_norm_out)\.(scale|bias)$", _FREE),
 )
+# CLIP's and SigLIP's two towers.
 CLIP: Table = (
     (r"\.self_attn\.[qkv]_proj\.kernel$", _COLUMNS),
     (r"\.self_attn\.[qkv]_proj\.bias$", _PART),
@@ -101,10 +102,13 @@ CLIP: Table = (
     (r"\.mlp\.fc2\.kernel$", _ROWS),
     (r"\.(self_attn\.out_proj|mlp\.fc2)\.bias$", _FREE),
     (r"\.(token_embedding|position_embedding)\.embedding$", _FREE),
-    (r"\.(class_embedding|patch_embedding\.kernel)$", _FREE),
+    (r"\.(class_embedding|patch_embedding\.(kernel|bias))$", _FREE),
     (r"(^|\.)(layer_norm[12]|final_layer_norm|pre_layrnorm|post_layernorm)\.(scale|bias)$", _FREE),
     (r"(^|\.)(text_projection|visual_projection)\.kernel$", _FREE),
-    (r"(^|\.)logit_scale$", _FREE),
+    (r"(^|\.)logit_(scale|bias)$", _FREE),
+    # SigLIP's pooling of images, whose three projections are one matrix, and head of texts.
+    (r"\.head\.(probe|attention\.in_proj_weight|attention\.in_proj_bias)$", _FREE),
+    (r"\.head\.(attention\.out_proj\.|layernorm\.)?(kernel|scale|bias)$", _FREE),
 )
 
 

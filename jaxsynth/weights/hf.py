@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines and CLIP folders in and out of Hugging Face's format.
+"""Stable Diffusion pipelines, CLIP and SigLIP folders in and out of Hugging Face's format.
 
 Everything this package trains on or produces is such a folder, because that is what diffusers and
 transformers load. Loading is strict in both directions: a key too many, a key too few or a shape
@@ -19,6 +19,7 @@ from jaxsynth.core.console import console
 from jaxsynth.core.documents import checked, read_json, take
 from jaxsynth.core.errors import UserError
 from jaxsynth.core.places import ASSETS
+from jaxsynth.data.pipeline.augment import EvalTransform
 from jaxsynth.diffusion.scheduler_config import corrected
 from jaxsynth.diffusion.schedules import NoiseSchedule
 from jaxsynth.models.clip import (
@@ -27,7 +28,9 @@ from jaxsynth.models.clip import (
     CLIPConfig,
     CLIPModel,
 )
-from jaxsynth.weights import hub, published
+from jaxsynth.models.siglip import SiglipConfig, SiglipModel, TwoTowers
+from jaxsynth.ops.resize import Filter
+from jaxsynth.weights import hub, published, siglip
 from jaxsynth.weights.hub import resolve
 from jaxsynth.weights.layout import Filling
 from jaxsynth.weights.models import (
@@ -62,6 +65,7 @@ from jaxsynth.weights.pipeline_parts import (
     zeroes_empty,
 )
 from jaxsynth.weights.single_file.checkpoint import Checkpoint, find_checkpoint
+from jaxsynth.weights.text_tokenizer import TextTokenizer
 from jaxsynth.weights.tokenizer import Tokenizer
 
 __all__ = [
@@ -84,15 +88,26 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A CLIP with what its inputs need: images are `(pixels / 255 - mean) / std`, square."""
+    """A CLIP or SigLIP with what its inputs need.
 
-    model: CLIPModel
-    tokenizer: Tokenizer
+    Images are `(pixels / 255 - mean) / std`, square: the short side is resized and the middle cut
+    out, or with `squash` (SigLIP) both sides are resized.
+    """
+
+    model: TwoTowers
+    tokenizer: Tokenizer | TextTokenizer
     image_size: int
     mean: tuple[float, float, float] = IMAGE_MEAN
     std: tuple[float, float, float] = IMAGE_STD
     folder: Path | None = None
     digest: str = ""
+    squash: bool = False
+    interpolation: Filter = "bicubic"
+
+    @property
+    def transform(self) -> EvalTransform:
+        """From an image of any size to what the network is given."""
+        return EvalTransform(self.image_size, self.mean, self.std, self.squash, self.interpolation)
 
 
 def is_here(name_or_path: str | os.PathLike) -> bool:
@@ -207,19 +222,26 @@ def describe_clip(
     """A CLIP of shapes, as `describe_pipeline`: no weights are read, of a published one nothing."""
     compute = dtype if compute_dtype is None else compute_dtype
     config = None if is_here(name_or_path) else published.CLIPS.get(os.fspath(name_or_path))
-    if config is None:
-        folder = resolve(name_or_path, weights=False)
-        config, tokenizer = config_at(CLIPConfig, folder / "config.json"), Tokenizer(folder)
+    if config is not None:
+        folder = None
+        tokens = config.text_config.max_position_embeddings
+        tokenizer = _stand_in_tokenizer(name_or_path, tokens)
     else:
-        folder, tokenizer = None, _stand_in_tokenizer(name_or_path)
-    model = stored_shapes(describe(CLIPModel, config, compute), dtype)
+        folder = resolve(name_or_path, weights=False)
+        if siglip.is_siglip(folder):
+            config = config_at(SiglipConfig, folder / "config.json")
+            tokenizer = siglip.read_tokenizer(folder, config.text_config)
+        else:
+            config, tokenizer = config_at(CLIPConfig, folder / "config.json"), Tokenizer(folder)
+    kind = SiglipModel if isinstance(config, SiglipConfig) else CLIPModel
+    model = stored_shapes(describe(kind, config, compute), dtype)
     return Clip(model, tokenizer, config.vision_config.image_size, folder=folder)
 
 
-def _stand_in_tokenizer(name: str | os.PathLike) -> Tokenizer:
+def _stand_in_tokenizer(name: str | os.PathLike, tokens: int = published.TOKENS) -> Tokenizer:
     """One for shapes: as many ids of a text as the published one makes."""
     _say_once((f"{name}: planned from its published sizes, no file of it is read",))
-    return Tokenizer(ASSETS / "tiny" / "tokenizer", max_length=published.TOKENS)
+    return Tokenizer(ASSETS / "tiny" / "tokenizer", max_length=tokens)
 
 
 def load_pipeline(
@@ -356,13 +378,23 @@ def save_pipeline(pipeline: StableDiffusion, folder: str | os.PathLike, dtype: A
 def load_clip(
     name_or_path: str | os.PathLike, dtype: Any = jnp.float32, *, compute_dtype: Any = None
 ) -> Clip:
-    """A CLIP with its tokenizer from a folder, the package ("tiny/clip") or the hub.
+    """A CLIP or SigLIP with its tokenizer from a folder, the package ("tiny/clip") or the hub.
 
-    Mean and standard deviation are preprocessor_config.json's, or OpenAI's where there is no such
-    file. UserError as for `load_model`, and where the parts do not fit together.
+    Mean and standard deviation are preprocessor_config.json's, or OpenAI's where a CLIP has no such
+    file. UserError as for `load_model`, where the parts do not fit together, and for SigLIP 2's
+    NaFlex.
     """
     folder = resolve(name_or_path)
-    model = load_model(CLIPModel, CLIPConfig, folder, dtype=dtype, compute_dtype=compute_dtype)
+    types = {"dtype": dtype, "compute_dtype": compute_dtype}
+    if siglip.is_siglip(folder):
+        model = load_model(SiglipModel, SiglipConfig, folder, **types)
+        tokenizer = siglip.read_tokenizer(folder, model.config.text_config)
+        seen = siglip.read_preprocessing(folder, model.config.vision_config)
+        return Clip(
+            model, tokenizer, seen.image_size, seen.mean, seen.std, folder, _clip_digest(folder),
+            squash=True, interpolation=seen.interpolation,
+        )  # fmt: skip
+    model = load_model(CLIPModel, CLIPConfig, folder, **types)
     tokenizer = Tokenizer(folder)
     check_tokenizer(folder, tokenizer, model.config.text_config)
     check_end(folder, tokenizer, model.config.text_config)
@@ -373,8 +405,11 @@ def load_clip(
     for name, default in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
         values = take(settings, name, tuple[float, float, float], path, default)
         statistics[name.removeprefix("image_")] = values
-    whole = hub.digest(hub.weight_files(folder), sorted(folder.glob("*.*")))
-    return Clip(model, tokenizer, size, **statistics, folder=folder, digest=whole)
+    return Clip(model, tokenizer, size, **statistics, folder=folder, digest=_clip_digest(folder))
+
+
+def _clip_digest(folder: Path) -> str:
+    return hub.digest(hub.weight_files(folder), sorted(folder.glob("*.*")))
 
 
 def _image_size(path: Path, settings: Mapping[str, Any], expected: int) -> int:
@@ -389,8 +424,14 @@ def _image_size(path: Path, settings: Mapping[str, Any], expected: int) -> int:
 
 
 def save_clip(clip: Clip, folder: str | os.PathLike, dtype: Any = None) -> None:
-    """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPProcessor load."""
+    """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPProcessor load.
+
+    Of a SigLIP, its SiglipModel, PreTrainedTokenizerFast and SiglipImageProcessor.
+    """
     folder = Path(folder)
+    if isinstance(clip.model, SiglipModel):
+        siglip.save(clip.model, clip.tokenizer, clip.transform, folder, dtype)
+        return
     check_tokenizer(folder, clip.tokenizer, clip.model.config.text_config)
     check_end(folder, clip.tokenizer, clip.model.config.text_config)
     config = dataclasses.asdict(clip.model.config)

@@ -27,6 +27,7 @@ from jaxsynth.weights.hf import Clip, describe_clip, load_clip
 from jaxsynth.weights.models import describe, load_model
 
 _TOWER = "clip_vision_model"
+_CLIP_ALONE = "images as prompts are seen by a CLIP, here and in IP-Adapter's files"
 _BATCH = 32
 
 
@@ -96,10 +97,10 @@ def describe_image_encoder(name_or_path: str) -> ImageEncoder:
 
 
 def encoder_of(clip: Clip) -> ImageEncoder:
-    """The image tower of a CLIP."""
-    return ImageEncoder(
-        clip.model, EvalTransform(clip.image_size, clip.mean, clip.std), clip.digest
-    )
+    """The image tower of a CLIP; UserError for a SigLIP, which no IP-Adapter reads."""
+    if not isinstance(clip.model, CLIPModel):
+        raise UserError(f"{clip.folder}: a SigLIP, expected a CLIP: {_CLIP_ALONE}")
+    return ImageEncoder(clip.model, clip.transform, clip.digest)
 
 
 def load_image_encoder(name_or_path: str) -> ImageEncoder:
@@ -129,7 +130,8 @@ def _folder(folder: Path) -> Path:
 def _kind(folder: Path) -> str:
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", _TOWER):
+        why = f": {_CLIP_ALONE}" if str(kind).startswith("siglip") else ""
         raise UserError(
-            f"{folder / 'config.json'}: model_type {quoted(kind)}, expected clip or {_TOWER}"
+            f"{folder / 'config.json'}: model_type {quoted(kind)}, expected clip or {_TOWER}{why}"
         )
     return kind

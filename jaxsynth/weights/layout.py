@@ -58,12 +58,12 @@ def storage_dtypes(shapes: Mapping[Parts, tuple[int, ...]], dtype: Any) -> dict[
     """The type to store each parameter in: `dtype`, but of norms and scalars float32 at least.
 
     They are few, and bfloat16 rounds CLIP's logit scale of 4.6052 to 4.59375: a factor of 98.9
-    instead of 100. A norm is what has a `scale`.
+    instead of 100. A norm is what has a `scale`; SigLIP's scalars have one axis of size 1.
     """
     norms = {path[:-1] for path in shapes if path[-1] == "scale"}
     wide = jnp.promote_types(dtype, jnp.float32)
     return {
-        path: wide if not shape or path[:-1] in norms else jnp.dtype(dtype)
+        path: wide if shape in ((), (1,)) or path[:-1] in norms else jnp.dtype(dtype)
         for path, shape in shapes.items()
     }
 

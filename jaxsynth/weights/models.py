@@ -27,6 +27,7 @@ from jaxsynth.models.diffusion.controlnet import ControlNet
 from jaxsynth.models.diffusion.dit import DiT
 from jaxsynth.models.diffusion.unet import UNet2DCondition
 from jaxsynth.models.diffusion.vae import AutoencoderKL
+from jaxsynth.models.siglip import SiglipModel, SiglipTextModel, SiglipVisionModel
 from jaxsynth.weights import hub
 from jaxsynth.weights.checks import check_counts
 from jaxsynth.weights.layout import Filling, stored, to_file
@@ -42,6 +43,9 @@ _TRANSFORMERS = {
     CLIPTextModel: "clip_text_model",
     CLIPTextModelWithProjection: "clip_text_model",
     CLIPVisionModel: "clip_vision_model",
+    SiglipModel: "siglip",
+    SiglipTextModel: "siglip_text_model",
+    SiglipVisionModel: "siglip_vision_model",
 }
 _DIFFUSERS = {
     AutoencoderKL: "AutoencoderKL",

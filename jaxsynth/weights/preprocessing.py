@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxsynth.core.documents import read_json, take
 from jaxsynth.core.errors import UserError, quoted, shown
+from jaxsynth.data.pipeline.augment import RESAMPLING
 from jaxsynth.ops.resize import (
     CROP_ROUNDINGS,
     CropRounding,
@@ -29,11 +30,6 @@ from jaxsynth.ops.resize import (
 PREPROCESSOR = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_PIL = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 # The numbers that transformers writes are PIL's.
 _BY_NUMBER: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 # What a plain number as `size` means, by what the class's name starts with: both sides, or the
@@ -82,10 +78,10 @@ class Preprocessing:
                 f"Preprocessing: image_size {self.image_size} of resize {self.resize}, expected "
                 f"0 < image_size <= resize <= {_LARGEST}"
             )
-        if self.interpolation not in _PIL:
+        if self.interpolation not in RESAMPLING:
             raise ValueError(
                 f"Preprocessing.interpolation: {shown(self.interpolation)}, expected one of "
-                f"{', '.join(_PIL)}"
+                f"{', '.join(RESAMPLING)}"
             )
         if self.crop_rounding not in CROP_ROUNDINGS:
             raise ValueError(
@@ -108,7 +104,7 @@ class Preprocessing:
     def host(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
         """Resized and cropped by PIL: what the checkpoint saw in evaluation, before normalising."""
         height, width = self.resized(*image.shape[:2])
-        picture = Image.fromarray(image).resize((width, height), _PIL[self.interpolation])
+        picture = Image.fromarray(image).resize((width, height), RESAMPLING[self.interpolation])
         top, left = self._corner(height), self._corner(width)
         size = self.image_size
         return np.asarray(picture.crop((left, top, left + size, top + size)))

@@ -11,6 +11,7 @@ from typing import Any
 from jaxsynth.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from jaxsynth.models.diffusion.unet import UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKLConfig
+from jaxsynth.models.siglip import SiglipConfig, SiglipTextConfig
 from jaxsynth.weights.pipeline_parts import PIPELINES as ONE_TEXT_ENCODER
 from jaxsynth.weights.pipeline_parts import XL_PIPELINES
 
@@ -138,7 +139,10 @@ PIPELINES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD15,
 }
 _B16 = CLIPConfig(vision_config=CLIPVisionConfig(patch_size=16))
-CLIPS = {
+# CLIPs and SigLIPs.
+CLIPS: dict[str, CLIPConfig | SiglipConfig] = {
+    "google/siglip-base-patch16-224": SiglipConfig(),
+    "google/siglip2-base-patch16-224": SiglipConfig(SiglipTextConfig(vocab_size=256_000)),
     "openai/clip-vit-base-patch32": CLIPConfig(),
     "openai/clip-vit-base-patch16": _B16,
     "openai/clip-vit-large-patch14": replace(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tokenizers as lib
 from flax import nnx
 
 from jaxsynth.adapters import inject, registry
@@ -17,10 +18,11 @@ from jaxsynth.core.documents import read_json
 from jaxsynth.core.places import ASSETS
 from jaxsynth.diffusion.samplers import make_sampler
 from jaxsynth.diffusion.schedules import NoiseSchedule
-from jaxsynth.models.classifiers import convnext, dinov2, resnet, swin, vit
+from jaxsynth.models.classifiers import convnext, dinov2, resnet, siglip, swin, vit
 from jaxsynth.models.clip import CLIPConfig
 from jaxsynth.models.diffusion import controlnet, dit, unet, vae
 from jaxsynth.models.gan import e2gan, patchgan, pix2pix
+from jaxsynth.models.siglip import SiglipConfig
 from jaxsynth.weights import hf, hub, models, preprocessing
 from jaxsynth.weights.adapters import io
 from jaxsynth.weights.adapters.embeddings import (
@@ -32,6 +34,7 @@ from jaxsynth.weights.adapters.embeddings import (
 from jaxsynth.weights.networks import classifiers
 from jaxsynth.weights.networks.heads import LinearHead
 from jaxsynth.weights.safetensors import opened
+from jaxsynth.weights.text_tokenizer import TextTokenizer
 from jaxsynth.weights.tokenizer import Tokenizer, train_tokenizer
 from jaxsynth.weights.torch_files.reader import read_nested, read_state_dict
 from jaxsynth.weights.torch_files.writer import write_pickled
@@ -141,7 +144,28 @@ def tokenizers(folder: Path) -> list[Case]:
     def read(path: Path) -> None:
         Tokenizer(path)(["a photo of a cat"])
 
-    return [Case(place.name, place, read, below(place)) for place in (parts, whole)]
+    def read_any(path: Path) -> None:
+        TextTokenizer(path, positions=16)(["a photo of a cat"])
+
+    cases = [Case(place.name, place, read, below(place)) for place in (parts, whole)]
+    own = {"<unk>": 0, "</s>": 1, "▁a": 2, "▁cat": 3, "a": 4, "▁": 5}
+    for name, kind in (
+        ("bpe", lib.models.BPE(vocab=own, merges=[("▁", "a")], unk_token="<unk>")),
+        ("unigram", lib.models.Unigram([(word, -float(i)) for word, i in own.items()], unk_id=0)),
+    ):
+        backend = lib.Tokenizer(kind)
+        backend.normalizer = lib.normalizers.Lowercase()
+        backend.pre_tokenizer = lib.pre_tokenizers.Metaspace()
+        backend.post_processor = lib.processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+        place = folder / name
+        place.mkdir()
+        backend.save(str(place / "tokenizer.json"))
+        settings = {"eos_token": "</s>", "pad_token": {"content": "</s>"}, "add_eos_token": True}
+        (place / "tokenizer_config.json").write_text(json.dumps(settings))
+        cases.append(Case(name, place, read_any, below(place)))
+    return cases
 
 
 def configs(folder: Path) -> list[Case]:
@@ -150,7 +174,7 @@ def configs(folder: Path) -> list[Case]:
         CLIPConfig, unet.UNet2DConditionConfig, vae.AutoencoderKLConfig, dit.DiTConfig,
         controlnet.ControlNetConfig, vit.ViTConfig, dinov2.Dinov2Config, convnext.ConvNextConfig,
         swin.SwinConfig, resnet.ResNetConfig, e2gan.E2GANConfig, patchgan.PatchGANConfig,
-        pix2pix.Pix2PixConfig,
+        pix2pix.Pix2PixConfig, SiglipConfig, siglip.SiglipClassifierConfig,
     ):  # fmt: skip
         path = folder / cls.__name__ / "config.json"
         path.parent.mkdir()

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsynth.models import clip
+from jaxsynth.models import clip, siglip
 from jaxsynth.models.classifiers import convnext, dinov2, resnet, swin, vit
+from jaxsynth.models.classifiers import siglip as siglip_classifier
 from jaxsynth.models.diffusion import controlnet, dit, unet, vae, weight_unet
 from jaxsynth.models.gan import e2gan, patchgan, pix2pix
 from jaxsynth.weights.models import describe
@@ -94,7 +95,7 @@ TOWER_CHANGES = {
     "layer_norm_eps": 1e-4,
 }
 PROJECTION = {"projection_dim": "a vision tower alone is not projected; CLIPConfig's own counts"}
-REFUSED = {"attention_dropout": "only 0 is accepted (test_clip)"}
+REFUSED = {"attention_dropout": "only 0 is accepted (test_clip, test_siglip)"}
 VIT = {
     "hidden_size": 8,
     "num_hidden_layers": 2,
@@ -267,6 +268,58 @@ CASES = {
         {"logit_scale_init_value": "an initial value (tested below)"},
         call=lambda model, ids, pixels: (model.encode_text(ids), model.encode_image(pixels)),
     ),
+    "SiglipTextConfig": Case(
+        siglip.SiglipTextModel,
+        siglip.SiglipTextConfig(vocab_size=20, max_position_embeddings=6, **TOWER),
+        [integers(2, 6)],
+        {
+            **TOWER_CHANGES,
+            "vocab_size": 21,
+            "max_position_embeddings": 7,
+            "projection_size": 6,
+        },
+        REFUSED,
+    ),
+    "SiglipVisionConfig": Case(
+        siglip.SiglipVisionModel,
+        siglip.SiglipVisionConfig(image_size=8, patch_size=4, **TOWER),
+        shapes((2, 8, 8, 3)),
+        {
+            **TOWER_CHANGES,
+            "num_channels": 4,
+            "image_size": 16,
+            "patch_size": 2,
+            "vision_use_head": False,
+        },
+        REFUSED,
+    ),
+    "SiglipConfig": Case(
+        siglip.SiglipModel,
+        siglip.SiglipConfig(
+            siglip.SiglipTextConfig(vocab_size=20, max_position_embeddings=6, **TOWER),
+            siglip.SiglipVisionConfig(image_size=8, patch_size=4, **TOWER),
+        ),
+        [integers(2, 6), *shapes((2, 8, 8, 3))],
+        {
+            "text_config": siglip.SiglipTextConfig(vocab_size=21, **TOWER),
+            "vision_config": siglip.SiglipVisionConfig(image_size=8, patch_size=2, **TOWER),
+        },
+        call=lambda model, ids, pixels: (model.encode_text(ids), model.encode_image(pixels)),
+    ),
+    "SiglipClassifierConfig": Case(
+        siglip_classifier.SiglipForImageClassification,
+        siglip_classifier.SiglipClassifierConfig(image_size=8, patch_size=4, num_labels=3, **TOWER),
+        shapes((1, 8, 8, 3)),
+        {
+            **TOWER_CHANGES,
+            "num_channels": 4,
+            "image_size": 16,
+            "patch_size": 2,
+            "vision_use_head": False,
+            "num_labels": 4,
+        },
+        KIND | REFUSED,
+    ),
     "ViTConfig": Case(
         vit.ViTForImageClassification,
         vit.ViTConfig(model_type="deit", intermediate_size=12, **VIT),
@@ -432,10 +485,10 @@ def test_the_logit_scale_begins_at_its_field():
 
 
 def test_no_configuration_is_left_out():
-    modules = (clip, convnext, dinov2, resnet, swin, vit, controlnet, dit, unet, vae, weight_unet)
+    modules = (clip, siglip, convnext, dinov2, resnet, siglip_classifier, swin, vit)
     found = {
         name
-        for module in (*modules, e2gan, patchgan, pix2pix)
+        for module in (*modules, controlnet, dit, unet, vae, weight_unet, e2gan, patchgan, pix2pix)
         for name, value in vars(module).items()
         if dataclasses.is_dataclass(value) and hasattr(value, "from_dict")
     }

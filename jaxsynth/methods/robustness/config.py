@@ -25,8 +25,8 @@ class ModelConfig:
     """A classifier: a checkpoint with a head of its own, or a CLIP by the prompts of the classes.
 
     checkpoint: a folder, hub id or file that `load_classifier` takes (ViT, DeiT, ResNet, ConvNeXt,
-    Swin, DINOv2, MAE). head: a file with its linear head, where it has none. preprocessing: where
-    it tells none, "imagenet" or a preprocessor_config.json.
+    Swin, DINOv2, MAE, SigLIP). head: a file with its linear head, where it has none.
+    preprocessing: where it tells none, "imagenet" or a preprocessor_config.json.
     clip: a folder, hub id or "tiny/clip". templates: "" for the run's template, "imagenet7", or a
     file with one a line, over which a class's text is averaged. adapter: a peft folder around it.
     train_on: "", or the drawn set that adapters are trained on here, "original" or "mixed_rand"

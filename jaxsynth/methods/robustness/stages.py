@@ -15,7 +15,7 @@ from jaxsynth.core.io import write_json
 from jaxsynth.core.words import counted
 from jaxsynth.data.decode import square
 from jaxsynth.methods.robustness.sets import Loaded
-from jaxsynth.models.clip import CLIPModel
+from jaxsynth.models.siglip import TwoTowers
 from jaxsynth.robustness import bias_sets, suite
 from jaxsynth.robustness.corruptions.predictions import Corruptions
 from jaxsynth.robustness.metrics import table
@@ -132,10 +132,12 @@ def _predictor(
     if checkpoint is not None:
         return checkpoint.predict, checkpoint.preprocessing.host
     assert clip is not None
-    model: CLIPModel = clip.model
+    model: TwoTowers = clip.model
     if adapter is not None:
         model = attach(model, adapter)
     predict = of_pixels(clip, model, sets.words, config.templates)
+    if clip.squash:
+        return predict, clip.transform.square
     return predict, partial(square, size=clip.image_size)
 
 

@@ -3,7 +3,8 @@
 `load_classifier` takes a folder (or hub id) in transformers' layout (config.json with `model_type`
 and preprocessor_config.json) or timm's (config.json with `architecture` and `pretrained_cfg`), or a
 ResNet's weights alone, and a linear head in a file of its own where the network has none (DINOv2,
-MAE). Reading is strict both ways, and the preprocessing is the checkpoint's own or an error.
+MAE, SigLIP). Reading is strict both ways, and the preprocessing is the checkpoint's own or an
+error.
 
     classifier = load_classifier("facebook/deit-base-patch16-224")
     logits = classifier.predict(images)  # (n, 224, 224, 3) in [0, 1]
@@ -34,6 +35,10 @@ from jaxsynth.models.classifiers.dinov2 import (
     Dinov2ForImageClassification,
 )
 from jaxsynth.models.classifiers.resnet import REDUCTION, ResNetConfig, ResNetForImageClassification
+from jaxsynth.models.classifiers.siglip import (
+    SiglipClassifierConfig,
+    SiglipForImageClassification,
+)
 from jaxsynth.models.classifiers.swin import SwinConfig, SwinForImageClassification
 from jaxsynth.models.classifiers.vit import ViTConfig, ViTForImageClassification
 from jaxsynth.weights import hub, preprocessing
@@ -44,6 +49,7 @@ from jaxsynth.weights.models import describe_of
 from jaxsynth.weights.networks import timm
 from jaxsynth.weights.networks.heads import LinearHead
 from jaxsynth.weights.preprocessing import Preprocessing
+from jaxsynth.weights.siglip import check_fixed
 from jaxsynth.weights.tensors import PICKLED, Tensors, expect_floats
 
 _NETWORKS: dict[str, tuple[type[nnx.Module], Any]] = {
@@ -52,6 +58,8 @@ _NETWORKS: dict[str, tuple[type[nnx.Module], Any]] = {
     "dinov2": (Dinov2ForImageClassification, Dinov2Config),
     "dinov2_with_registers": (Dinov2ForImageClassification, Dinov2Config),
     "resnet": (ResNetForImageClassification, ResNetConfig),
+    "siglip": (SiglipForImageClassification, SiglipClassifierConfig),
+    "siglip_vision_model": (SiglipForImageClassification, SiglipClassifierConfig),
     "swin": (SwinForImageClassification, SwinConfig),
     "vit": (ViTForImageClassification, ViTConfig),
     "vit_mae": (ViTForImageClassification, ViTConfig),
@@ -110,34 +118,37 @@ def load_classifier(
     head: str | os.PathLike | None = None,
     *,
     preprocess: Preprocessing | None = None,
+    headless: bool = False,
 ) -> Classifier:
     """A classifier from a folder, a hub id, or a file of a ResNet's weights in torchvision's names.
 
     head: a .safetensors, .pth or .pt file with a linear layer (`weight`, `bias`), before which a
     batch norm's `running_mean` and `running_var` may stand; it takes the place of the checkpoint's
     own. Its width says what it reads of DINOv2. preprocess: takes the place of the checkpoint's
-    own, or of what it lacks. Weights are float32. UserError naming the file for unknown or missing
-    keys (all of them), a shape or config field that does not fit, or preprocessing that is nowhere
-    told.
+    own, or of what it lacks. headless: a network without a head is taken as well, which tells no
+    classes apart before it gets one (`tasks.networks.started`). Weights are float32. UserError
+    naming the file for unknown or missing keys (all of them), a shape or config field that does not
+    fit, or preprocessing that is nowhere told.
     """
     given = Path(path).expanduser()
     linear = None if head is None else LinearHead.read(Path(head).expanduser())
     if given.is_file():
-        return _from_file(given, linear, preprocess)
+        return _from_file(given, linear, preprocess, headless)
     folder = resolve(path)
     config_path = folder / "config.json"
     config = read_json(config_path)
     weights = Tensors(_weight_files(folder))
     if "architecture" in config:
-        return _from_timm(config_path, config, weights, linear, preprocess)
-    return _from_transformers(config_path, config, weights, linear, preprocess)
+        return _from_timm(config_path, config, weights, linear, preprocess, headless)
+    return _from_transformers(config_path, config, weights, linear, preprocess, headless)
 
 
 def save_classifier(classifier: Classifier, folder: str | os.PathLike) -> None:
     """Write a folder that `load_classifier` and transformers load.
 
     ValueError for a network that transformers does not have: DeiT III's layer scale, CLIP's norm
-    before the blocks, a head without bias, one that reads other tokens of DINOv2.
+    before the blocks, a head without bias, one that reads other tokens of DINOv2, or what SigLIP
+    pools by attention.
     """
     folder = Path(folder)
     config = classifier.model.config
@@ -147,6 +158,7 @@ def save_classifier(classifier: Classifier, folder: str | os.PathLike) -> None:
         ("pre_norm", False),
         ("head_bias", True),
         ("head_layers", 1),
+        ("vision_use_head", False),
     ):
         if fields.pop(name, usual) != usual:
             raise ValueError(
@@ -158,6 +170,9 @@ def save_classifier(classifier: Classifier, folder: str | os.PathLike) -> None:
     fields["model_type"] = "vit" if config.model_type == "vit_mae" else config.model_type
     if config.model_type == "convnext":
         fields["num_stages"] = len(config.depths)
+    if isinstance(config, SiglipClassifierConfig):
+        tower = {**fields, "model_type": "siglip_vision_model", "vision_use_head": False}
+        fields = {"model_type": "siglip", "vision_config": tower}
     kind = _ARCHITECTURES[fields["model_type"]] + (_DISTILLED if distilled else _WITH_HEAD)
     names = classifier.class_names or tuple(f"LABEL_{i}" for i in range(count))
     labels = {str(i): name for i, name in enumerate(names)}
@@ -180,6 +195,7 @@ _ARCHITECTURES = {
     "dinov2": "Dinov2",
     "dinov2_with_registers": "Dinov2WithRegisters",
     "resnet": "ResNet",
+    "siglip": "Siglip",
     "swin": "Swin",
     "vit": "ViT",
 }
@@ -199,8 +215,10 @@ def _from_transformers(
     weights: Tensors,
     head: LinearHead | None,
     preprocess: Preprocessing | None,
+    headless: bool,
 ) -> Classifier:
     kind = take(config, "model_type", str, path, "")
+    check_fixed(path, kind)
     if kind not in _NETWORKS:
         raise UserError(
             f"{path}: model_type {quoted(kind)}, expected one of {', '.join(sorted(_NETWORKS))}, "
@@ -220,7 +238,7 @@ def _from_transformers(
         made = config_cls.from_dict(fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    made = _with_head(made, head, path)
+    made = _with_head(made, head, path, headless)
     check_counts(path, made, *weights.counts())
     model = _fill(describe_of(path, network, made), weights, _renamer(made, head), head)
     own_path = path.parent / preprocessing.PREPROCESSOR
@@ -240,13 +258,14 @@ def _from_timm(
     weights: Tensors,
     head: LinearHead | None,
     preprocess: Preprocessing | None,
+    headless: bool,
 ) -> Classifier:
     # Files before timm 0.9 have its fields at the top.
     pretrained = {**config, **take(config, "pretrained_cfg", dict, path, {})}
     shape = take(pretrained, "input_size", tuple[int, int, int] | None, path, None)
     size = (shape or (3, 224, 224))[1]
     found = timm.describe(path, config, size, weights.keys)
-    made = _with_head(found.config, head, path)
+    made = _with_head(found.config, head, path, headless)
     if isinstance(made, Dinov2Config) and head is None:
         # timm's classifiers read the class token alone.
         made = dataclasses.replace(made, head_layers=0)
@@ -266,7 +285,9 @@ def _from_timm(
     return _made(model, preprocess, tuple(names or ()), path.parent, weights, head)
 
 
-def _from_file(path: Path, head: LinearHead | None, preprocess: Preprocessing | None) -> Classifier:
+def _from_file(
+    path: Path, head: LinearHead | None, preprocess: Preprocessing | None, headless: bool
+) -> Classifier:
     """A ResNet whose shape its tensors tell."""
     if preprocess is None:
         raise UserError(
@@ -276,7 +297,7 @@ def _from_file(path: Path, head: LinearHead | None, preprocess: Preprocessing | 
     weights = Tensors([path])
     shapes = {key: read().shape for _, key, read in weights.items()}
     config = _resnet_shape(path, shapes)
-    made = _with_head(config, head, path)
+    made = _with_head(config, head, path, headless)
     rename = _without_head(timm.rename_resnet) if head else timm.rename_resnet
     model = _fill(describe_of(path, ResNetForImageClassification, made), weights, rename, head)
     return _made(model, preprocess, (), path, weights, head)
@@ -314,10 +335,10 @@ def _resnet_shape(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ResNetCo
     )
 
 
-def _with_head(config: Any, head: LinearHead | None, path: Path) -> Any:
+def _with_head(config: Any, head: LinearHead | None, path: Path, headless: bool) -> Any:
     """The config with the classes of a separate head, and what it reads; UserError if neither."""
     if head is None:
-        if not config.num_labels:
+        if not config.num_labels and not headless:
             raise UserError(f"{path}: a {config.model_type} without a classifier: give its head")
         return config
     changes: dict[str, Any] = {"num_labels": head.classes}
@@ -343,9 +364,10 @@ def _with_head(config: Any, head: LinearHead | None, path: Path) -> Any:
 def _renamer(config: Any, head: LinearHead | None) -> timm.Rename:
     """Names of transformers' keys: a base model alone has no prefix."""
     prefix = getattr(config, "prefix", config.model_type)
+    unused = re.compile(f"{_UNUSED.pattern}|{getattr(config, 'left_out', '(?!)')}")
 
     def rename(key: str) -> tuple[str, ...]:
-        if _UNUSED.fullmatch(key) or (head and _CLASSIFIER.fullmatch(key)):
+        if unused.fullmatch(key) or (head and _CLASSIFIER.fullmatch(key)):
             return ()
         if key.startswith(f"{prefix}.") or _CLASSIFIER.fullmatch(key):
             return (key,)
@@ -423,7 +445,7 @@ def _made(
     head: LinearHead | None,
 ) -> Classifier:
     config: Any = model.config
-    fixed = isinstance(config, ViTConfig | SwinConfig)
+    fixed = isinstance(config, ViTConfig | SwinConfig | SiglipClassifierConfig)
     if fixed and config.image_size != preprocess.image_size:
         raise UserError(
             f"{folder}: the preprocessing gives {preprocess.image_size} pixels a side, the network "

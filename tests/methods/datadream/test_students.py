@@ -18,11 +18,18 @@ from jaxsynth.methods.datadream.students import Teaching, _weighted, train_stude
 from jaxsynth.methods.image_sets import Retrieving, retrieve_images
 from jaxsynth.runs.sources import clip_source, data_source
 from jaxsynth.runs.stage import Source
-from jaxsynth.tasks.networks import CheckpointNetwork
+from jaxsynth.tasks.networks import CheckpointNetwork, started
 from jaxsynth.tasks.supervised import Pool, SupervisedConfig, View, supervised_tasks
 from jaxsynth.weights.networks.classifiers import load_classifier
 from tests.methods.small_base import write_classifier
-from tests.weights.networks.test_classifiers import CASES, peer, write_preprocessing
+from tests.models.torch_parity import randomise
+from tests.weights.networks.test_classifiers import (
+    CASES,
+    VIT,
+    peer,
+    transformers,
+    write_preprocessing,
+)
 
 
 @pytest.mark.heavy
@@ -50,6 +57,23 @@ def test_every_family_begins_with_its_checkpoint_and_a_new_head(name, tmp_path):
         assert isinstance(leaf, Trainable) == isinstance(wanted[path], nnx.Param)
     logits = jax.eval_shape(lambda model, x: model(x), task.model, np.zeros((2, size, size, 3)))
     assert logits.shape == (2, 3)
+
+
+def test_a_checkpoint_without_a_head_begins_as_one_with_it(tmp_path):
+    """As most of SigLIP's and DINOv2's are published."""
+    vision = transformers.SiglipVisionConfig(**VIT, intermediate_size=20)
+    randomise(transformers.SiglipVisionModel(vision)).save_pretrained(tmp_path)
+    write_preprocessing(tmp_path, 16)
+    loaded = load_classifier(tmp_path, headless=True)
+    network = CheckpointNetwork.of(loaded)
+    model = network.make(3, jax.random.key(0))
+    found = dict(nnx.to_flat_state(nnx.state(started(model, network, loaded))))
+    wanted = dict(nnx.to_flat_state(nnx.state(loaded.model)))
+    new = {("classifier", "kernel"), ("classifier", "bias")}
+    assert found.keys() - wanted.keys() == new and not wanted.keys() - found.keys()
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(found[path].get_value(), leaf.get_value())
+    assert found["classifier", "kernel"].shape == (12, 3)
 
 
 @pytest.mark.heavy

@@ -69,6 +69,12 @@ CASES = {
         {**VIT, "mlp_ratio": 2, "num_register_tokens": 2},
     ),
 }  # fmt: skip
+# transformers' classifier reads the mean patch, and not what attention pools (below).
+CASES["SigLIP"] = (
+    "SiglipForImageClassification",
+    "SiglipConfig",
+    {"vision_config": {**VIT, "intermediate_size": 20}},
+)
 SIZES = {"Swin": 18, "ResNet": 40, "ConvNeXt": 15, "DINOv2": 24, "registers": 24}
 PREPROCESSING = {
     "image_processor_type": "BitImageProcessor",
@@ -243,6 +249,39 @@ def test_a_dinov2_heads_width_says_what_it_reads(times, taken, tmp_path):
     parts += [states[-1][:, 1:].mean(1)] if taken else []
     expected = np.concatenate(parts, 1) @ weight.T + bias
     assert relative_error(jit(classifier, images), expected) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["SiglipModel", "SiglipVisionModel"])
+def test_siglips_tower_takes_a_head_on_what_attention_pools(kind, tmp_path):
+    """From a folder of both towers or of one."""
+    vision = {**VIT, "intermediate_size": 20, "image_size": 17}
+    text = {**VIT, "vocab_size": 9, "max_position_embeddings": 4}
+    del text["image_size"], text["patch_size"]
+    config = {"vision_config": vision, "text_config": text} if kind == "SiglipModel" else vision
+    made = getattr(transformers, kind.replace("Model", "Config"))(**config)
+    module = randomise(getattr(transformers, kind)(made))
+    module.save_pretrained(tmp_path, max_shard_size="8KB")
+    write_preprocessing(tmp_path, 17)
+    with pytest.raises(UserError, match=r"a siglip.* without a classifier: give its head"):
+        load_classifier(tmp_path)
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((CLASSES, 12)).astype(np.float32)
+    hub.write_tensors(tmp_path / "head.safetensors", {"weight": weight})
+    (tmp_path / "head.safetensors").rename(tmp_path.parent / f"{kind}.safetensors")
+    classifier = load_classifier(tmp_path, tmp_path.parent / f"{kind}.safetensors")
+    images = rng.random((2, 17, 17, 3), np.float32)
+    tower = module.vision_model if kind == "SiglipModel" else module
+    with torch.no_grad():
+        expected = tower(nchw(normalised(images))).pooler_output.numpy() @ weight.T
+    assert relative_error(jit(classifier, images), expected) < 2e-5
+    with pytest.raises(ValueError, match=r"siglip.* has no vision_use_head other than False"):
+        save_classifier(classifier, tmp_path / "saved")
+    without = load_classifier(tmp_path, headless=True)
+    assert without.num_classes == 0 and not hasattr(without.model, "classifier")
+    naflex = {**json.loads((tmp_path / "config.json").read_text()), "model_type": "siglip2"}
+    (tmp_path / "config.json").write_text(json.dumps(naflex))
+    with pytest.raises(UserError, match=r"'siglip2': SigLIP 2's NaFlex .* take a checkpoint of a"):
+        load_classifier(tmp_path)
 
 
 def test_mae_takes_a_head_with_its_batch_norm(tmp_path):
