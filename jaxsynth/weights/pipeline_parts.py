@@ -23,6 +23,8 @@ from jaxsynth.models.clip import (
 from jaxsynth.models.diffusion.text_to_image import TextToImage
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.models.diffusion.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxsynth.models.siglip import SiglipTextConfig
+from jaxsynth.weights.text_tokenizer import TextTokenizer
 from jaxsynth.weights.tokenizer import Tokenizer
 
 # Each network's class and its config's.
@@ -265,7 +267,11 @@ def _check_added(folder: Path, unet: UNet2DConditionConfig, second: CLIPTextConf
         )
 
 
-def check_tokenizer(folder: Path, tokenizer: Tokenizer, config: CLIPTextConfig) -> None:
+def check_tokenizer(
+    folder: Path,
+    tokenizer: Tokenizer | TextTokenizer,
+    config: CLIPTextConfig | SiglipTextConfig,
+) -> None:
     """UserError for a tokenizer with more ids or longer texts than the text encoder reads."""
     for what, found, field in (
         ("ids", tokenizer.vocab_size, "vocab_size"),

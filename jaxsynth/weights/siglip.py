@@ -14,6 +14,7 @@ from jaxsynth.data.pipeline.augment import EvalTransform
 from jaxsynth.models.siglip import SiglipModel, SiglipTextConfig, SiglipVisionConfig
 from jaxsynth.weights import hub, preprocessing
 from jaxsynth.weights.models import save_model
+from jaxsynth.weights.pipeline_parts import check_tokenizer
 from jaxsynth.weights.preprocessing import PREPROCESSOR, Preprocessing
 from jaxsynth.weights.text_tokenizer import TextTokenizer
 
@@ -51,16 +52,7 @@ def check_fixed(path: Path, kind: Any) -> None:
 def read_tokenizer(folder: Path, config: SiglipTextConfig) -> TextTokenizer:
     """The tokenizer, if the text tower reads its ids; else UserError naming the folder."""
     tokenizer = TextTokenizer(folder, positions=config.max_position_embeddings)
-    for what, found, field in (
-        ("ids", tokenizer.vocab_size, "vocab_size"),
-        ("tokens a text", tokenizer.max_length, "max_position_embeddings"),
-    ):
-        limit = getattr(config, field)
-        if found > limit:
-            raise UserError(
-                f"{folder}: the tokenizer gives {found} {what}, "
-                f"but the text tower's {field} is {limit}"
-            )
+    check_tokenizer(folder, tokenizer, config)
     return tokenizer
 
 
