@@ -10,8 +10,6 @@ and on a CPU, where libjpeg is faster, Pillow makes it.
 """
 
 import io
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +75,11 @@ def jpeg(image: Float[Array, "h w 3"], quality: int) -> Float[Array, "h w 3"]:
 def jpeg_by_pillow(
     images: Float[np.ndarray, "n h w 3"], quality: int
 ) -> Float[np.ndarray, "n h w 3"]:
-    """What `jpeg` makes of each image, cut to [0, 1], by libjpeg on the host, some at a time."""
+    """What `jpeg` makes of each image, cut to [0, 1], by libjpeg on the host."""
     found = np.empty(images.shape, np.float32)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda image, into: _by_pillow(image, quality, into), images, found))
+    # One after another: Pillow's codec holds Python's lock, so that threads gain nothing.
+    for image, into in zip(images, found, strict=True):
+        _by_pillow(image, quality, into)
     return found
 
 
