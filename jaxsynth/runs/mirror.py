@@ -13,10 +13,10 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import fsspec
 import jax
@@ -27,6 +27,7 @@ from jaxsynth.core.console import console
 from jaxsynth.core.documents import parse_json, read_json
 from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.core.io import TEMPORARY, replacing, write_json
+from jaxsynth.core.records import to_json
 from jaxsynth.runs.agreement import agree_value
 from jaxsynth.runs.artifact import MANIFEST
 from jaxsynth.runs.folder import LOCK
@@ -43,6 +44,25 @@ _UNFINISHED = "orbax-checkpoint-tmp"
 
 class MirrorError(UserError):
     """The copy could not be read or written; the message names it."""
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the copy holds: the run's random name, and its files."""
+
+    id: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What a folder knows of its copy: size and time of each file when it was copied."""
+
+    address: str = ""
+    id: str = ""
+    copied: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    # Whether the copy was being fetched, which a kill may have ended.
+    fetching: bool = False
 
 
 class Mirror:
@@ -82,36 +102,34 @@ class Mirror:
 
         MirrorError where the copy is of another run than the folder, or cannot be reached.
         """
-        index = self._index()
-        own = read_json(self.folder / INDEX, optional=True)
-        if any(self.folder.iterdir() if self.folder.is_dir() else ()):
-            self._id = str(own.get("id", "")) or uuid.uuid4().hex
-            if index is not None and index["id"] != self._id:
+        listed = self._index()
+        known = self.folder / INDEX
+        own = read_json(known, _Own) if known.is_file() else _Own()
+        holds = any(self.folder.iterdir()) if self.folder.is_dir() else False
+        if holds and not own.fetching:
+            self._id = own.id or uuid.uuid4().hex
+            if listed is not None and listed.id != self._id:
                 raise MirrorError(
                     f"{self.address} holds the copy of another run than {self.folder}: give this "
                     "one another address, or an empty folder to go on with that one in"
                 )
             # What another address has is not what this one has.
-            if index is not None and own.get("address") == self.address:
-                copied = own.get("copied", {})
-                self._copied = {
-                    name: (int(copied[name][0]), int(copied[name][1]))
-                    for name in index["files"]
-                    if name in copied
-                }
-                self._listed = set(index["files"])
+            if listed is not None and own.address == self.address:
+                copied = {name: own.copied[name] for name in listed.files if name in own.copied}
+                self._copied = {name: (size, time) for name, (size, time) in copied.items()}
+                self._listed = set(listed.files)
             return 0
-        if index is None:
+        if listed is None:
             self._id = uuid.uuid4().hex
             return 0
-        self._id = index["id"]
+        self._id = listed.id
+        # So that one that is killed meanwhile begins again.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_own(_Own(self.address, self._id, fetching=True))
         # A manifest says that the files beside it are whole.
-        names = sorted(
-            index["files"], key=lambda name: (PurePosixPath(name).name == MANIFEST, name)
-        )
-        for name in names:
+        for name in sorted(listed.files, key=lambda name: PurePosixPath(name).name == MANIFEST):
             self._fetch(name)
-        return len(names)
+        return len(listed.files)
 
     def copy(self) -> int:
         """Bring the copy to what the folder holds; the number of files copied."""
@@ -199,23 +217,24 @@ class Mirror:
                 found[relative] = stamp.st_size, stamp.st_mtime_ns
         return found
 
-    def _index(self) -> dict[str, Any] | None:
+    def _index(self) -> "_Index | None":
         """What the copy holds, None where there is none."""
-        path = f"{self._root}/{INDEX}"
+        where = f"{self.address}/{INDEX}"
         try:
             with self._reached():
-                data = self._store.cat_file(path)
+                data = self._store.cat_file(f"{self._root}/{INDEX}")
         except FileNotFoundError:
             return None
-        index = parse_json(data, f"{self.address}/{INDEX}")
-        files = index["files"]
-        if not isinstance(index["id"], str) or not isinstance(files, dict):
-            raise MirrorError(f"{self.address}/{INDEX}: expected an id and files")
-        for name in files:
-            parts = PurePosixPath(name).parts
-            if not name or name.startswith("/") or ".." in parts or "\\" in name:
-                raise MirrorError(f"{self.address}/{INDEX}: a file outside of the run's folder")
-        return index
+        found = parse_json(data, where, _Index)
+        for name in found.files:
+            if (
+                not name
+                or name.startswith("/")
+                or "\\" in name
+                or ".." in PurePosixPath(name).parts
+            ):
+                raise MirrorError(f"{where}: a file outside of the run's folder")
+        return found
 
     def _fetch(self, name: str) -> None:
         path = self.folder / name
@@ -231,13 +250,14 @@ class Mirror:
         self._copied[name] = stamp.st_size, stamp.st_mtime_ns
 
     def _write_index(self, found: dict[str, tuple[int, int]]) -> None:
-        files = {name: size for name, (size, _) in found.items()}
-        self._listed = set(files)
-        data = json.dumps({"id": self._id, "files": files}).encode()
+        data = json.dumps(to_json(_Index(self._id, tuple(found)))).encode()
         with self._reached():
             self._store.pipe_file(f"{self._root}/{INDEX}", data)
-        own = {"address": self.address, "id": self._id, "copied": found}
-        write_json(self.folder / INDEX, own, indent=None)
+        self._listed = set(found)
+        self._write_own(_Own(self.address, self._id, found))
+
+    def _write_own(self, own: "_Own") -> None:
+        write_json(self.folder / INDEX, to_json(own), indent=None)
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

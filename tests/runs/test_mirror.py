@@ -7,7 +7,7 @@ import threading
 import fsspec
 import pytest
 
-from jaxsynth.core.errors import UsageError
+from jaxsynth.core.errors import UsageError, UserError
 from jaxsynth.runs import mirror
 from jaxsynth.runs.mirror import INDEX, Mirror, MirrorError, mirrored
 from jaxsynth.runs.stage import MANIFEST, run_stage
@@ -124,13 +124,36 @@ def test_what_cannot_be_a_copy_is_refused(tmp_path, store, monkeypatch):
     index = tmp_path / "store/runs/one" / INDEX
     known = json.loads(index.read_text())
     for name in ("../up", "/etc/passwd"):
-        index.write_text(json.dumps(known | {"files": {name: 1}}))
+        index.write_text(json.dumps(known | {"files": [name]}))
         with pytest.raises(MirrorError, match="outside of the run's folder"):
             Mirror(tmp_path / "new", store).begin()
-    index.write_text(json.dumps(known | {"files": {"gone.txt": 1}}))
+    for text in ("{", '{"id": 3, "files": []}', '{"id": "a"}', '{"id": "a", "files": {"b": 1}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match=rf"^{store}/{INDEX}: "):
+            Mirror(tmp_path / "new", store).begin()
+    index.write_text(json.dumps(known | {"files": ["gone.txt"]}))
     with pytest.raises(MirrorError, match=r"gone.txt is listed in .* and is not there"):
         Mirror(tmp_path / "new", store).begin()
     index.write_text(json.dumps(known))
+
+
+def test_a_fetch_that_was_killed_begins_again(tmp_path, store, monkeypatch):
+    with mirrored(tmp_path / "run", store):
+        made = make(tmp_path / "run")
+    folder = tmp_path / "new"
+    fetch = Mirror._fetch
+
+    def die(self, name):
+        fetch(self, name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "_fetch", die)
+        with pytest.raises(KeyboardInterrupt), mirrored(folder, store):
+            raise AssertionError("the run began")
+    with mirrored(folder, store):
+        assert files(folder) == files(tmp_path / "run")
+        assert make(folder).digest == made.digest
 
 
 def test_a_store_that_fails_is_told_and_the_folder_kept(tmp_path, store, monkeypatch):
