@@ -132,6 +132,8 @@ def _trainings(config: Config) -> list[_Training]:
     recipe, train = config.sets_recipe, config.sets_train
     rows = max(classes for classes, _, _ in counted.values())
     for group in [tuple(counted)] if config.together else [(name,) for name in counted]:
+        # What streams trains in turn (`adapt_each`).
+        stacked = len(group) > 1 and not train.streamed
         made.append(
             _Training(
                 f"{len(group)} sets" if len(group) > 1 else f"set of {group[0]}",
@@ -140,8 +142,9 @@ def _trainings(config: Config) -> list[_Training]:
                 max(counted[name][1] for name in group),
                 max(_views(config, name) for name in group),
                 rows,
-                count=len(group) if len(group) > 1 else 0,
+                count=len(group) if stacked else 0,
                 drawn=len(counted),
+                times=1 if stacked else len(group),
                 note=_joined(counted[name][2] for name in group),
             )
         )

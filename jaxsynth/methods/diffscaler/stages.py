@@ -269,7 +269,8 @@ def train_sets(
 ) -> dict | None:
     """A set of parameters for each data set of "latents NAME", all trained in one program.
 
-    Their class tables have one length, so that they stack; a set uses the first of its rows.
+    Their class tables have one length, so that they stack; a set uses the first of its rows. Where
+    latents stream, sets train in turn.
     """
     schedule = NoiseSchedule.from_config(base.scheduler_config)
     sets = {name.removeprefix(LATENTS): one for name, one in latents.items()}

@@ -181,6 +181,20 @@ def test_settings_that_cannot_be_are_refused(tmp_path, settings, capfd, field, m
     assert not list(tmp_path.rglob(MANIFEST))
 
 
+def test_sets_are_planned_as_they_are_trained():
+    """Side by side in one program, or from the disk in turn, where each has the whole mesh."""
+
+    def planned(streamed: bool):
+        values = load_config(f"{CONFIG}:smoke")
+        values["train"]["streamed"] = streamed
+        programs = run.plan(to_dataclass(Config, values), make_mesh(-1, 1, 1))
+        (found,) = (program for program in programs if program.name == "2 sets")
+        return found.unit, found.updates(8)
+
+    (stacked, once), (apart, twice) = planned(False), planned(True)
+    assert (stacked, apart) == (1, 8) and twice == 2 * once > 0
+
+
 def test_the_largest_network_compiles_for_eight_devices_without_being_there():
     """DiT-XL/2 in 16 bits, its weights cut four ways."""
     config = to_dataclass(Config, load_config(f"{CONFIG}:xl2"))
