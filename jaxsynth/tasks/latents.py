@@ -69,38 +69,21 @@ class Latents:
             given["condition"] = as_fractions(self.condition[rows, 0])
         return given
 
-    def save(self, path: Path) -> None:
-        """Write one `.npz`."""
-        arrays = {name: getattr(self, name) for name in ("mean", "std", "labels", "condition")}
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
-
     @classmethod
     def load(cls, path: Path, *, mapped: bool = False) -> "Latents":
-        """Read what `save` or `write_latents` wrote; `mapped` leaves it in the file until used."""
+        """Read what `write_latents` wrote; `mapped` leaves it in the file until used."""
         names = ("mean", "std", "labels")
         found = read_arrays(path, names, optional=("condition",), mapped=mapped)
         return checked(path, cls, **found)
 
 
-def encode_latents(
-    vae: AutoencoderKL, source: ImageSource, *, mirror: bool, batch_size: int = 64
-) -> Latents:
-    """The images of `source`, of one square size, as latents; with `mirror` also mirrored.
-
-    Decoded a batch at a time: a large data set fits in memory as latents, not as pixels.
-    """
-    parts = list(_encoded(vae, source, mirror, batch_size))
-    mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Latents(mean, std, np.asarray(source.labels, np.int32))
-
-
 def write_latents(
     path: Path, vae: AutoencoderKL, source: ImageSource, *, mirror: bool, batch_size: int = 64
 ) -> int:
-    """Write the file of `encode_latents(...).save(path)` with a batch in memory; the images in it.
+    """Write the images of `source`, of one square size, as an .npz of `Latents`; how many they are.
 
-    Until it is whole, half of it more lies on the disk beside it.
+    With `mirror` also mirrored. A batch is in memory at a time, of images and of latents; until the
+    file is whole, half of it more lies on the disk beside it.
     """
     parts = _encoded(vae, source, mirror, batch_size)
     with (
