@@ -58,11 +58,16 @@ _SLOWEST_START, _LONGEST_SILENCE = 600, 40
 
 def method_module(name: str) -> ModuleType:
     """The module that runs a method."""
+    if METHODS[name] in sys.modules:
+        return sys.modules[METHODS[name]]
     collects = gc.isenabled()
-    # What is imported stays; looking through it for garbage takes a second of seven.
+    # What is imported stays; looking through it for garbage takes a second of seven, and again
+    # whenever a program is traced.
     gc.disable()
     try:
-        return importlib.import_module(METHODS[name])
+        module = importlib.import_module(METHODS[name])
+        gc.freeze()
+        return module
     finally:
         if collects:
             gc.enable()

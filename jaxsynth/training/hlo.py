@@ -143,6 +143,9 @@ def _split_type(text: str) -> tuple[str, str]:
 
 def _closing(text: str) -> int:
     """Where the parenthesis closes that was open before `text`."""
+    first = text.find(")")
+    if first >= 0 and "(" not in text[:first]:
+        return first
     depth = 1
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1

@@ -1,6 +1,7 @@
 """The loop: what it reports, when it stops, and that an interrupted run ends with the same bits."""
 
 import io
+import json
 import os
 import resource
 import signal
@@ -15,9 +16,11 @@ import numpy as np
 import optax
 import pytest
 import small_net
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from jaxsynth.core import preemption
+from jaxsynth.training import checkpoint as checkpoints
 from jaxsynth.training.checkpoint import CheckpointError, Checkpoints
 from jaxsynth.training.loop import Constant, NonFiniteError, fit
 from jaxsynth.training.metrics import MetricsWriter, read_metrics
@@ -263,10 +266,13 @@ def test_an_interrupt_leaves_a_whole_checkpoint(tmp_path, key, monkeypatch, inte
         _same(state, checkpoint.restore(_state(key))[0])
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, key):
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, key, small, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SMALL", small)
     with Checkpoints(tmp_path / "c", every=2) as checkpoint:
         _fit(_state(key), Rows(), 2, checkpoint=checkpoint)
-    files = [path for path in (tmp_path / "c" / "2" / "state").rglob("*") if path.is_file()]
+    folder = tmp_path / "c" / "2" / ("small" if small else "state")
+    files = [path for path in folder.rglob("*") if path.is_file()]
     data = max(files, key=lambda path: path.stat().st_size)
     content = data.read_bytes()
     for place in range(0, len(content), max(len(content) // 12, 1)):
@@ -283,6 +289,43 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path, key):
         data.write_bytes(content)
         with Checkpoints(tmp_path / "c", every=2) as checkpoint:
             _same(state, checkpoint.restore(_state(key), Rows())[0])
+
+
+def test_small_and_large_arrays_are_restored_to_any_placing(tmp_path, monkeypatch):
+    mesh = jax.make_mesh((4,), ("fsdp",))
+    whole, cut = (jax.sharding.NamedSharding(mesh, P(*axes)) for axes in ((), ("fsdp",)))
+    monkeypatch.setattr(checkpoints, "SMALL", 64)
+    state = {
+        "half": jnp.arange(8, dtype=jnp.bfloat16),
+        "key": jax.random.key(3),
+        "large": jax.device_put(jnp.arange(64.0), whole),
+        "small": jax.device_put(jnp.arange(4.0), whole),
+        "cut": jax.device_put(jnp.arange(8.0), cut),
+    }
+    with Checkpoints(tmp_path / "c", every=1) as checkpoint:
+        checkpoint.save(1, state)
+    assert (tmp_path / "c" / "1" / "small" / "arrays.bin").stat().st_size == 2 * 8 + 8 + 4 * 4
+    moved = {
+        **state,
+        "cut": jax.device_put(jnp.zeros(8), whole),
+        "small": jax.device_put(jnp.zeros(4), cut),
+    }
+    with Checkpoints(tmp_path / "c", every=1) as checkpoint:
+        restored, _ = checkpoint.restore(moved)
+    _same(state, restored)
+    assert all(restored[name].sharding == moved[name].sharding for name in state)
+
+
+def test_a_checkpoint_without_a_file_of_small_arrays_is_read(tmp_path, key, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SMALL", 0)
+    with Checkpoints(tmp_path / "c", every=2) as checkpoint:
+        state = _fit(_state(key), Rows(), 2, checkpoint=checkpoint)
+    (note,) = (tmp_path / "c" / "2" / "run").glob("*.json")
+    value = json.loads(note.read_text())
+    del value["small"], value["sha256"]
+    note.write_text(json.dumps(value))
+    with Checkpoints(tmp_path / "c", every=2) as checkpoint:
+        _same(state, checkpoint.restore(_state(key), Rows())[0])
 
 
 def test_batches_that_end_early_are_an_error(key):
@@ -333,13 +376,14 @@ def test_only_the_newest_checkpoints_stay(tmp_path, key):
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["4", "5"]
 
 
-def test_a_save_that_fails_is_raised_once_and_not_logged_by_every_thread(tmp_path, caplog):
-    noise = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
+@pytest.mark.parametrize("size", [300, 600])
+def test_a_save_that_fails_is_raised_once_and_not_logged_by_every_thread(tmp_path, caplog, size):
+    noise = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoint = Checkpoints(tmp_path / "c", every=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(ValueError, match="File too large"), checkpoint:
+        with pytest.raises((OSError, ValueError), match="File too large"), checkpoint:
             checkpoint.save(1, {"noise": jnp.asarray(noise)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
