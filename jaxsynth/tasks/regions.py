@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
-from sklearn.cluster import KMeans
 
 from jaxsynth.core.arrays import read_arrays
 from jaxsynth.core.io import replacing
@@ -103,6 +102,8 @@ def find_regions(
     if path.is_file():
         found = read_arrays(path, ("regions",))["regions"]
     else:
+        from sklearn.cluster import KMeans  # slow to import, and few trainings have regions
+
         rows = np.concatenate(features).astype(np.float32)
         clusters = min(config.clusters or 2 * num_classes, len(np.unique(rows, axis=0)))
         means = KMeans(clusters, max_iter=config.iterations, n_init=1, random_state=seed)

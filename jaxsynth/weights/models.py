@@ -5,6 +5,7 @@ error, never a warning, since a silently random layer costs a training run.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -70,8 +71,22 @@ class _OneKey:
 
 
 def describe(model_cls: Callable[..., Model], config: Any, dtype: Any = jnp.float32) -> Model:
-    """A network of `jax.ShapeDtypeStruct`s: its structure and shapes, without any value."""
-    return nnx.eval_shape(lambda: model_cls(config, dtype=dtype, rngs=_OneKey()))
+    """A network of `jax.ShapeDtypeStruct`s: its structure and shapes, without any value.
+
+    Made once for each config, as many times as it is asked for: each caller changes its own.
+    """
+    try:
+        graphdef, state = _split(model_cls, config, dtype)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        graphdef, state = _split.__wrapped__(model_cls, config, dtype)
+    return nnx.merge(graphdef, jax.tree.map(lambda shape: shape, state))
+
+
+@functools.lru_cache(maxsize=32)
+def _split(model_cls: Callable[..., Model], config: Any, dtype: Any) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: model_cls(config, dtype=dtype, rngs=_OneKey())))
 
 
 def describe_of(

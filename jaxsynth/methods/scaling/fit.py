@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from jaxsynth.core.words import counted
 
@@ -152,7 +152,9 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Estimate:
     apart = np.asarray(one, float) - np.asarray(other, float)
     if len(apart) < 2:
         raise ValueError(f"difference: {counted(len(apart), 'seed')}, expected two or more")
-    reach = stats.t.ppf((1 + LEVEL) / 2, len(apart) - 1) * apart.std(ddof=1) / np.sqrt(len(apart))
+    reach = (
+        special.stdtrit(len(apart) - 1, (1 + LEVEL) / 2) * apart.std(ddof=1) / np.sqrt(len(apart))
+    )
     return Estimate(float(apart.mean()), float(apart.mean() - reach), float(apart.mean() + reach))
 
 
@@ -173,7 +175,7 @@ def _noise(seeds: Sequence[np.ndarray], resamples: int, rng) -> Float[np.ndarray
         [(own / own.mean() - 1) * np.sqrt(len(own) / (len(own) - 1)) for own in seeds]
     )
     freedom = int((counts - 1).sum())
-    apart = apart * stats.t.ppf((1 + LEVEL) / 2, freedom) / stats.norm.ppf((1 + LEVEL) / 2)
+    apart = apart * special.stdtrit(freedom, (1 + LEVEL) / 2) / special.ndtri((1 + LEVEL) / 2)
     noise = np.empty((resamples, len(seeds)))
     for i, count in enumerate(counts):
         noise[:, i] = rng.choice(apart, (resamples, count)).mean(1)

@@ -10,14 +10,16 @@ Everything is numpy over rows of features of the concepts' texts and rows of the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import RidgeCV
-from sklearn.metrics.pairwise import cosine_similarity
 
 from jaxsynth.core.words import counted
+
+# scikit-learn is imported where it is used: that takes as long as JAX, and most runs stop short.
+if TYPE_CHECKING:
+    from sklearn.linear_model import RidgeCV
 
 # Strengths relative to the features' mean square.
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 7))
@@ -31,7 +33,7 @@ class Ridge:
     `left_out` are the predictions for each concept by the others.
     """
 
-    model: RidgeCV
+    model: "RidgeCV"
     directions: Float[np.ndarray, "c v"]
     mean: Float[np.ndarray, " v"]
     strength: float
@@ -56,6 +58,8 @@ def fit_ridge(
 
     ValueError for less than three concepts, or where the numbers of rows differ.
     """
+    from sklearn.linear_model import RidgeCV
+
     features, weights = (np.asarray(x, np.float64) for x in (features, weights))
     if len(features) != len(weights) or len(features) < 3:
         raise ValueError(
@@ -87,12 +91,16 @@ def nearest(
     Texts of one form have most of their embedding in common, which would hide the rest. Of equally
     similar ones it is the first.
     """
+    from sklearn.metrics.pairwise import cosine_similarity
+
     centre = np.mean(features, 0)
     return np.argmax(cosine_similarity(queries - centre, features - centre), axis=1)
 
 
 def nearest_other(features: Float[np.ndarray, "c f"]) -> Int[np.ndarray, " c"]:
     """For each concept the most similar one of the others."""
+    from sklearn.metrics.pairwise import cosine_similarity
+
     similar = cosine_similarity(features - np.mean(features, 0))
     np.fill_diagonal(similar, -np.inf)
     return np.argmax(similar, axis=1)
@@ -120,6 +128,8 @@ def with_noise(
 
 def word_counts(texts: Sequence[str], vocabulary: Sequence[str]) -> Float[np.ndarray, "m f"]:
     """How often each word of `vocabulary` is in each text."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
     if not vocabulary:
         return np.zeros((len(texts), 0), np.float32)
     counter = CountVectorizer(

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
-from scipy import stats
+from scipy import special
 
 from jaxsynth.core.words import counted
 from jaxsynth.robustness.checks import check_key, check_whole
@@ -303,10 +303,10 @@ def _bca(drawn: np.ndarray, value: float, influences: np.ndarray, level: float):
     if not 0 < below < 1:
         # All resamples lie on one side: no finite correction, so their own quantiles.
         below = 0.5
-    bias = stats.norm.ppf(below)
+    bias = special.ndtri(below)
     centred = influences - influences.mean()
     spread = np.square(centred).sum()
     skew = (centred**3).sum() / (6 * spread**1.5) if spread > 0 else 0.0
-    ends = stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
-    levels = stats.norm.cdf(bias + (bias + ends) / (1 - skew * (bias + ends)))
+    ends = special.ndtri([(1 - level) / 2, (1 + level) / 2])
+    levels = special.ndtr(bias + (bias + ends) / (1 - skew * (bias + ends)))
     return (float(x) for x in np.quantile(drawn, levels))

@@ -13,7 +13,7 @@ normal one. Of one seed only the images tell how sure a figure is.
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from jaxsynth.robustness.metrics.bootstrap import Interval
 
@@ -36,7 +36,7 @@ def crossed_interval(
     if seeds > 1:
         apart = (values.mean(1) - mean) * np.sqrt(seeds / (seeds - 1))
         top = (1 + level) / 2
-        apart = apart * stats.t.ppf(top, seeds - 1) / stats.norm.ppf(top)
+        apart = apart * special.stdtrit(seeds - 1, top) / special.ndtri(top)
         drawn = drawn + rng.choice(apart, (resamples, seeds)).mean(1)
     low, high = np.quantile(mean + drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 # With fewer images of one sort than this a bootstrap's interval is too narrow.
 FEW = 5
@@ -41,8 +41,8 @@ def share_limits(hits: float, count: float, level: float) -> Limits:
     tail, misses = (1 - level) / 2, max(count - hits, 0.0)
     # Sums of float32 fractions come out beside whole numbers.
     hits, misses = (0.0 if x < 1e-4 else x for x in (hits, misses))
-    low = stats.beta.ppf(tail, hits, misses + 1) if hits else 0.0
-    high = stats.beta.ppf(1 - tail, hits + 1, misses) if misses else 1.0
+    low = special.betaincinv(hits, misses + 1, tail) if hits else 0.0
+    high = special.betaincinv(hits + 1, misses, 1 - tail) if misses else 1.0
     return Limits(float(low), float(high), min(hits, misses) < FEW)
 
 
@@ -104,6 +104,8 @@ def fpr_limits(
     positive: Float[np.ndarray, " m"], negative: Float[np.ndarray, " n"], level: float
 ) -> Limits:
     """Of the share of negative scores at or above the threshold that 95 % of positive ones pass."""
+    from scipy import stats  # slow to import, as is scikit-learn, and few runs come here
+
     ordered, count = np.sort(positive), len(positive)
     tail = (1 - level) / 4
     places = stats.binom.ppf([tail, 0.5, 1 - tail], count, 0.05).astype(int)
