@@ -47,18 +47,42 @@ class GroupNorm(nnx.GroupNorm):
     """
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        batch, height, width, channels = x.shape
-        size = channels // self.num_groups
+        fixed = (self.num_groups, self.epsilon, self.dtype)
+        return _normalize_groups(x, self.scale[...], self.bias[...], *fixed)
 
-        def group_mean(values: Array) -> Array:
-            sums = values.sum((1, 2)).reshape(batch, self.num_groups, size).sum(-1)
-            means = sums / (height * width * size)
-            return jnp.repeat(means, size, axis=-1)[:, None, None]
 
-        wide = x.astype(jnp.float32)
-        centred = wide - group_mean(wide)
-        inverse = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
-        return (centred * (inverse * self.scale[...]) + self.bias[...]).astype(self.dtype)
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _normalize_groups(
+    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, dtype: Any
+) -> Array:
+    batch, height, width, channels = x.shape
+    size = channels // groups
+
+    def group_mean(values: Array) -> Array:
+        sums = values.sum((1, 2)).reshape(batch, groups, size).sum(-1)
+        means = sums / (height * width * size)
+        return jnp.repeat(means, size, axis=-1)[:, None, None]
+
+    wide = x.astype(jnp.float32)
+    centred = wide - group_mean(wide)
+    inverse = jax.lax.rsqrt(group_mean(jnp.square(centred)) + epsilon)
+    return (centred * (inverse * scale) + bias).astype(dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm` over the last axis as one traced function."""
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        return _normalize_rows(x, self.scale[...], self.bias[...], self.epsilon, self.dtype)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _normalize_rows(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Any) -> Array:
+    x, scale, bias = (value.astype(dtype) for value in (x, scale, bias))
+    wide = x.astype(jnp.promote_types(dtype, jnp.float32))
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    return ((x - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + bias).astype(dtype)
 
 
 def group_norm(
@@ -77,9 +101,9 @@ def group_norm(
 
 def layer_norm(
     channels: int, *, epsilon: float = 1e-5, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
+) -> LayerNorm:
     """LayerNorm over the last axis, statistics in float32."""
-    return nnx.LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    return LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
 def conv2d(
@@ -168,6 +192,7 @@ def _prefers_product(lhs_shape, rhs_shape, strides, padding) -> bool:
     return lhs_shape[0] * height * width <= out_channels or height * width <= 4
 
 
+@partial(jax.jit, static_argnums=(2, 3))
 def _product_convolve(lhs: Array, rhs: Array, strides: tuple, padding: tuple) -> Array:
     kh, kw, in_channels, out_channels = rhs.shape
     height = _output_size(lhs.shape[1], kh, strides[0], padding[0])
@@ -272,6 +297,7 @@ def timestep_embedding(
     return jnp.pad(features, ((0, 0), (0, dim % 2)))
 
 
+@jax.jit
 def gelu(x: Array) -> Array:
     """The exact GELU through erf, as torch has it; `jax.nn.gelu` takes the costlier erfc."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
