@@ -61,6 +61,16 @@ def test_a_channels_own_convolution_is_a_sum_of_shifts(shape, kernel, monkeypatc
         assert relative_error(one, other) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_round_as_nnx_does(dtype):
+    x = 5 + jax.random.normal(jax.random.key(0), (2, 4, 3, 12)).astype(dtype)
+    layer = layers.layer_norm(12, dtype=dtype, rngs=nnx.Rngs(0))
+    layer.scale[...], layer.bias[...] = jnp.linspace(0.5, 2, 12), jnp.linspace(-1, 1, 12)
+    expected = jax.jit(lambda x: nnx.LayerNorm.__call__(layer, x))(x)
+    assert expected.dtype == dtype
+    np.testing.assert_array_equal(jax.jit(lambda x: layer(x))(x), expected)
+
+
 def test_norms_keep_their_precision_far_from_zero():
     """The fast variance E[x^2] - E[x]^2 is off by percents here."""
     x = (50 + 0.1 * np.random.default_rng(0).normal(size=(2, 4, 4, 16))).astype(np.float32)

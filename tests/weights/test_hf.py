@@ -588,6 +588,10 @@ def test_models_build_abstractly_and_save(tmp_path):
     config = CLIPConfig.from_dict({"text_config": TEXT, "vision_config": VISION})
     model = CLIPModel(config, rngs=nnx.Rngs(0))
     abstract = describe(CLIPModel, config)
+    # Asked for again it is another network, which is changed alone.
+    other = describe(CLIPModel, config)
+    other.logit_scale.set_value(jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert abstract.logit_scale.shape == ()
     assert nnx.split(abstract)[0] == nnx.split(model)[0]
     assert isinstance(abstract.logit_scale.get_value(), jax.ShapeDtypeStruct)
     save_model(model, {"text_config": TEXT, "vision_config": VISION}, tmp_path, jnp.float32)
