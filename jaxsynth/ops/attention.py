@@ -94,7 +94,6 @@ def _choose(query: Array, key: Array, mask: Array | None, bias: Array | None) ->
     return "einsum" if platform == "cpu" else "xla"
 
 
-@jax.jit
 def _einsum_attention(
     q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None = None
 ) -> Array:
