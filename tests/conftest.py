@@ -15,7 +15,11 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-_FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+_FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 # An XLA that does not know a flag ends the process.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
@@ -149,6 +153,14 @@ def base_folder(tmp_path_factory) -> Path:
     from tests.methods.small_base import write_base
 
     return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def deeper_folder(tmp_path_factory) -> Path:
+    """`base_folder` with a denoiser of two levels, which has every kind of layer."""
+    from tests.methods.small_base import DEEPER, write_base
+
+    return write_base(tmp_path_factory.mktemp("deeper"), DEEPER)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from jaxsynth.core.errors import UsageError
 from jaxsynth.diffusion.learned_range import variational_bound
 from jaxsynth.diffusion.schedules import NoiseSchedule, add_noise
 from jaxsynth.weights.networks.dit import SCHEDULER
-from tests.methods.small_base import TEXT, UNET, VAE
+from tests.methods.small_base import DEEPER, TEXT, VAE
 
 
 def printer(width: int = 80) -> Console:
@@ -44,7 +44,7 @@ def _small(monkeypatch):
     """The networks of the cases called tiny, smaller: what both sides compute is the same code."""
     half = networks.sd_shaped()
     small = networks.Networks(
-        unet=UNET,
+        unet=DEEPER,
         vae=VAE,
         text_encoder=half.text_encoder | TEXT,
         scheduler=half.scheduler,

@@ -209,7 +209,7 @@ def test_mistakes_are_told_in_one_line(base_folder, adapter, tmp_path, capfd):
         (1, out, (f"--prompts={tmp_path / 'bad.jsonl'}",), "bad.jsonl, line 2: unknown field"),
         (1, out, (f"--prompts={tmp_path / 'empty.txt'}",), "empty.txt: holds no prompt"),
         (1, out, (prompt, prompt, "--store"), "the prompt 'zero' is given twice"),
-        (1, out, (prompt, "--size=10x8"), "size: 10x8 pixels"),
+        (1, out, (prompt, "--size=9x8"), "size: 9x8 pixels"),
         (1, out, (prompt, "--sampler=lcm", "--steps=60"), "original_inference_steps"),
     ]
     for code, where, argv, message in table:

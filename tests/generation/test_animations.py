@@ -44,7 +44,7 @@ def pipeline(base_folder):
 
 @pytest.fixture(scope="module")
 def modules():
-    return random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4, 4), 1)
+    return random_network(MotionModules, MotionConfig((8,), 1, 8, 4, 4), 1)
 
 
 @pytest.fixture(scope="module")

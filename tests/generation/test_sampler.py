@@ -27,11 +27,9 @@ from jaxsynth.generation.sampler import (
     sampler_of,
 )
 from jaxsynth.models.diffusion.text_to_image import TextToImage, encode_texts
-from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.training.sharding import make_mesh
 from jaxsynth.weights.hf import load_pipeline
 from tests.adapters.nets import randomised
-from tests.methods.small_base import UNET, random_network
 
 CONFIG = GenerateConfig(num_inference_steps=2, batch_size=4)
 PROMPTS = ("a photo of the digit one", "zero")
@@ -46,20 +44,6 @@ NEEDED = {
 @pytest.fixture(scope="module")
 def pipeline(base_folder):
     return load_pipeline(base_folder)
-
-
-@pytest.fixture(scope="module")
-def shallow(pipeline):
-    """The base with a U-Net of one level, which has every layer that an adapter may change."""
-    config = UNet2DConditionConfig.from_dict(
-        UNET
-        | {
-            "block_out_channels": (8,),
-            "down_block_types": ("CrossAttnDownBlock2D",),
-            "up_block_types": ("CrossAttnUpBlock2D",),
-        }
-    )
-    return dataclasses.replace(pipeline, unet=random_network(UNet2DCondition, config, 1))
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +82,14 @@ def latents(pipeline, models, tables, mesh=None, **more) -> np.ndarray:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", registry.KINDS)
-def test_every_kind_of_adapter_samples_on_a_mesh(shallow, tables, kind):
+def test_every_kind_of_adapter_samples_on_a_mesh(pipeline, tables, kind):
     """Two adapters in one batch, unmerged, over two devices that cut frozen arrays and batch."""
-    models = [adapted(shallow, kind, seed) for seed in (0, 1)]
-    one = latents(shallow, models, tables)
+    models = [adapted(pipeline, kind, seed) for seed in (0, 1)]
+    one = latents(pipeline, models, tables)
     mesh = make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
-    two = latents(shallow, models, tables, mesh)
+    two = latents(pipeline, models, tables, mesh)
     assert np.abs(one - two).max() < 1e-4 * np.abs(one).max()
-    assert not np.allclose(one, latents(shallow, models[::-1], tables), atol=1e-3)
+    assert not np.allclose(one, latents(pipeline, models[::-1], tables), atol=1e-3)
     buffers = nnx.state(models[0], Constant)
     assert bool(jax.tree.leaves(buffers)) == (kind in ("vera", "pissa", "olora"))
 
@@ -181,7 +165,8 @@ def test_pictures_of_a_training_are_the_generators(pipeline):
     assert np.abs(first.astype(int) - second).mean() > 1
 
 
-def test_sizes(pipeline):
+def test_sizes(deeper_folder):
+    pipeline = load_pipeline(deeper_folder)
     wide = Generator(pipeline, PROMPTS, CONFIG, seed=3, size=(8, 16))
     assert wide(np.array([0, 1]), np.array([0, 0])).shape == (2, 8, 16, 3)
     with pytest.raises(UserError, match=r"size: 10x8 pixels.*multiples of 4"):

@@ -47,13 +47,19 @@ VISION = {
 }
 UNET = {
     "sample_size": 4,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": 2,
     "cross_attention_dim": WIDTH,
+}
+# With a block without attention and a change of size, where these matter.
+DEEPER = UNET | {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 VAE = {
     "block_out_channels": (8, 8),
@@ -73,7 +79,7 @@ XL_TEXT_2 = XL_TEXT | {
     "pad_token_id": 0,
     "projection_dim": 10,
 }
-XL_UNET = UNET | {
+XL_UNET = DEEPER | {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "transformer_layers_per_block": (1, 2),
@@ -114,13 +120,13 @@ def random_network(model_cls, config, seed: int) -> nnx.Module:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def write_base(folder: Path) -> Path:
+def write_base(folder: Path, unet: dict = UNET) -> Path:
     """A pipeline's folder with the CLIP in `clip/`, like the shipped `tiny`."""
     captions = [f"a photo of the digit {name}" for name in DIGITS] * 2
     tokenizer = train_tokenizer(captions, VOCAB, LENGTH, folder / "words")
     clip_config = {"text_config": TEXT, "vision_config": VISION, "projection_dim": WIDTH}
     pipeline = StableDiffusion(
-        unet=random_network(UNet2DCondition, UNet2DConditionConfig.from_dict(UNET), 1),
+        unet=random_network(UNet2DCondition, UNet2DConditionConfig.from_dict(unet), 1),
         vae=random_network(AutoencoderKL, AutoencoderKLConfig.from_dict(VAE), 2),
         text_encoder=random_network(CLIPTextModel, CLIPTextConfig.from_dict(TEXT), 3),
         tokenizer=tokenizer,

@@ -48,8 +48,11 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-def configured(name: str, *assignments: str):
+def configured(name: str, base: Path | str, *assignments: str):
     values = load_config(f"{CONFIGS / name}.py:smoke")
+    for field, value in values.items():
+        if value in ("tiny", "tiny/clip"):
+            values[field] = value.replace("tiny", str(base))
     values = override(values, [tuple(one.split("=", 1)) for one in assignments])
     module = method_module(name)
     if "method" not in module.Config.__dataclass_fields__:
@@ -59,9 +62,9 @@ def configured(name: str, *assignments: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_every_program_is_planned(name):
+def test_every_program_is_planned(name, deeper_folder):
     assignments, names = PROGRAMS[name]
-    module, config = configured(name, *assignments)
+    module, config = configured(name, deeper_folder, *assignments)
     live = sum(x.nbytes for x in jax.live_arrays())
     programs = module.plan(config, make_mesh(devices=jax.devices()[:2]))
     plans = [one.compile() for one in programs]
@@ -76,8 +79,10 @@ def test_every_program_is_planned(name):
 
 @pytest.mark.slow
 def test_no_program_gathers_a_batch():
-    mesh, batch = make_mesh(), ("finetune.batch_size=8", "classify.batch_size=16")
-    module, config = configured("datadream", *batch, "generate.batch_size=16", "modes=dset")
+    """Of a base whose latents are larger than what XLA gathers without a thought."""
+    mesh, batches = make_mesh(), ("finetune.batch_size=8", "classify.batch_size=16")
+    batches = (*batches, "generate.batch_size=16")
+    module, config = configured("datadream", "tiny", *batches, "modes=dset")
     for program in module.plan(config, mesh):
         plan = program.compile()
         assert plan.collectives, program.name
@@ -114,6 +119,6 @@ def test_full_size_studies_are_planned_from_their_configs_alone(variant, paramet
 
 
 def test_a_method_without_training_has_nothing_to_plan():
-    module, config = configured("robustness", "models.original.train_on=")
+    module, config = configured("robustness", "tiny", "models.original.train_on=")
     with pytest.raises(UserError, match="none is trained here"):
         module.plan(config, make_mesh())

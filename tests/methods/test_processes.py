@@ -28,7 +28,8 @@ SMALLER = {
     ),
     # A recipe's own images are drawn as those of the sets are.
     "diffscaler": (
-        "recipes=affiner_zero", "draw=", "together=False", "data.digits.class_names=1,4,7",
+        "vae={base}", "features={base}/clip", "recipes=affiner_zero", "draw=", "together=False",
+        "data.digits.class_names=1,4,7",
         "pretrain.train.steps=4", "pretrain.train.steps_per_call=2", "train.steps=4",
         "train.steps_per_call=2",
     ),
@@ -43,6 +44,7 @@ SMALLER = {
         "text_layers=1", "vision_layers=1", "vocab_size=560", "max_length=12", "clip.steps=2",
         "vae.steps=2", "unet.steps=2",
     ),
+    "weightgen": ("text={base}",),
 }  # fmt: skip
 
 
@@ -108,9 +110,11 @@ def close(one, two) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_do_what_one_does(method, tmp_path, base_folder, compilation_cache):
+def test_two_processes_do_what_one_does(method, tmp_path, request, compilation_cache):
+    # Ways to control a base adapt layers of every kind.
+    base = request.getfixturevalue("deeper_folder" if method == "controlled" else "base_folder")
     for name, count in (("one", 1), ("two", 2)):
-        outputs = run(method, tmp_path / name, count, base_folder, compilation_cache)
+        outputs = run(method, tmp_path / name, count, base, compilation_cache)
     # The second process says nothing of its own.
     assert "skipped" not in outputs[0] and "Done" in outputs[0] and "Done" not in outputs[1]
     one, two = (manifests(tmp_path / name) for name in ("one", "two"))

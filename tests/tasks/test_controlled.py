@@ -48,8 +48,8 @@ CONFIG = ControlConfig(
 
 
 @pytest.fixture(scope="module")
-def pipeline(base_folder):
-    return load_pipeline(base_folder)
+def pipeline(deeper_folder):
+    return load_pipeline(deeper_folder)
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def seen_by(config, encoder):
 
 @pytest.fixture(scope="module")
 def modules():
-    return random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4, 4), 1)
+    return random_network(MotionModules, MotionConfig((8,), 1, 8, 4, 4), 1)
 
 
 def told_clips(pipeline, config, texts):

@@ -45,7 +45,7 @@ CONFIG = FinetuneConfig(
     warmup_steps=0,
     rank=2,
     alpha=3.0,
-    eps=1e-2,
+    eps=0.1,
     unet_targets=("to_q", "to_v", "to_out.0"),
     text_targets=("q_proj", "out_proj"),
 )

@@ -56,9 +56,9 @@ def settings():
 
 
 @pytest.fixture(scope="module")
-def finished(base_folder, tmp_path_factory, settings) -> Path:
+def finished(deeper_folder, tmp_path_factory, settings) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "w"
-    assert cli.main(arguments(base_folder, workdir)) == 0
+    assert cli.main(arguments(deeper_folder, workdir)) == 0
     return workdir
 
 
@@ -81,12 +81,12 @@ def test_every_way_is_trained_drawn_and_reported(finished):
     assert "| ControlNet" in (finished / "table.md").read_text()
 
 
-def test_a_finished_run_is_skipped_and_a_changed_one_refused(base_folder, finished, capfd):
+def test_a_finished_run_is_skipped_and_a_changed_one_refused(deeper_folder, finished, capfd):
     times = {path: path.stat().st_mtime_ns for path in finished.rglob(MANIFEST)}
     assert len(times) == 3
-    assert cli.main(arguments(base_folder, finished)) == 0
+    assert cli.main(arguments(deeper_folder, finished)) == 0
     capfd.readouterr()
-    assert cli.main(arguments(base_folder, finished, "--config.images=5")) == 1
+    assert cli.main(arguments(deeper_folder, finished, "--config.images=5")) == 1
     assert "images" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in finished.rglob(MANIFEST)} == times
 
@@ -102,15 +102,15 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(base_folder, finish
     ],
 )
 def test_settings_that_cannot_be_are_refused(
-    base_folder, tmp_path, settings, capfd, field, message
+    deeper_folder, tmp_path, settings, capfd, field, message
 ):
-    assert cli.main(arguments(base_folder, tmp_path / "w", f"--config.{field}")) in (1, 2)
+    assert cli.main(arguments(deeper_folder, tmp_path / "w", f"--config.{field}")) in (1, 2)
     assert message in capfd.readouterr().err
     assert not list(tmp_path.rglob(MANIFEST))
 
 
-def test_adapters_go_into_every_layer(base_folder):
-    pipeline = load_pipeline(base_folder)
+def test_adapters_go_into_every_layer(deeper_folder):
+    pipeline = load_pipeline(deeper_folder)
     ways = {
         "affiner": Affiner,
         "lora": AdapterLayer,
@@ -133,14 +133,14 @@ def test_adapters_go_into_every_layer(base_folder):
         assert all(issubclass(kinds[path], wrapped) for path in own - {"conv_in"})
 
 
-def test_every_way_is_planned_from_config_files_alone(base_folder, tmp_path):
+def test_every_way_is_planned_from_config_files_alone(deeper_folder, tmp_path):
     values = load_config(f"{CONFIG}:smoke")
     values["train"]["batch_size"] = 8
     for name in ("unet", "vae", "text_encoder", "scheduler"):
         (tmp_path / name).mkdir()
-        for file in (base_folder / name).glob("*config.json"):
+        for file in (deeper_folder / name).glob("*config.json"):
             (tmp_path / name / file.name).symlink_to(file)
-    (tmp_path / "tokenizer").symlink_to(base_folder / "tokenizer")
+    (tmp_path / "tokenizer").symlink_to(deeper_folder / "tokenizer")
     config = to_dataclass(Config, values | {"base": str(tmp_path)})
     plans = [one.compile() for one in plan(config, make_mesh(data=4, fsdp=2))]
     names = ["controlnet", "draw, controlnet", "affiner", "draw, affiner"]

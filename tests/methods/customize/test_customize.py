@@ -230,12 +230,12 @@ UNSUITED = {
 
 
 @pytest.mark.parametrize("field", UNSUITED)
-def test_buckets_that_do_not_suit_are_told_beforehand(base_folder, tmp_path, capfd, field):
-    assert cli.main(arguments(base_folder, tmp_path / "w", "lora", *BUCKETS, field)) in (1, 2)
+def test_buckets_that_do_not_suit_are_told_beforehand(deeper_folder, tmp_path, capfd, field):
+    assert cli.main(arguments(deeper_folder, tmp_path / "w", "lora", *BUCKETS, field)) in (1, 2)
     assert UNSUITED[field] in capfd.readouterr().err and not list(tmp_path.rglob(MANIFEST))
 
 
-def test_captioned_images_are_learned_in_buckets_with_their_masks(base_folder, tmp_path, capfd):
+def test_captioned_images_are_learned_in_buckets_with_their_masks(deeper_folder, tmp_path, capfd):
     """On eight devices, of which most have no image of the rarer shape; others are held out."""
     folder, masks = tmp_path / "photos", tmp_path / "masks"
     rng = np.random.default_rng(0)
@@ -248,7 +248,7 @@ def test_captioned_images_are_learned_in_buckets_with_their_masks(base_folder, t
         Image.fromarray(pixels[..., 0]).save(masks / f"{i}.png")
         (folder / f"{i}.txt").write_text(("zero", "one")[i % 2])
     given = arguments(
-        base_folder, tmp_path / "w", "lora", *BUCKETS, "data.source=captions",
+        deeper_folder, tmp_path / "w", "lora", *BUCKETS, "data.source=captions",
         f"data.path={folder}", "data.class_names=", "shots=0", "lora.unmasked_weight=0.5",
         f"mask_folder={masks}",
     )  # fmt: skip
@@ -261,9 +261,9 @@ def test_captioned_images_are_learned_in_buckets_with_their_masks(base_folder, t
     assert any(np.isfinite(line.get("eval/held_out_error", np.nan)) for line in lines)
 
 
-def test_the_largest_bucket_is_planned(base_folder):
+def test_the_largest_bucket_is_planned(deeper_folder):
     values = load_config(f"{CONFIG}:smoke,technique=lora")
-    values |= {"base": str(base_folder), "clip": str(base_folder / "clip")}
+    values |= {"base": str(deeper_folder), "clip": str(deeper_folder / "clip")}
     plans = []
     for fields in ((), BUCKETS):
         given = [("lora.batch_size", "8"), *(x.split("=", 1) for x in (*OWN["lora"], *fields))]
@@ -320,7 +320,7 @@ def test_each_technique_is_planned(base_folder, technique, tmp_path):
     clip = str(base_folder / "clip")
     values |= {"base": str(base_folder), "clip": clip}
     if technique == "motion_lora":
-        modules = random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4), 1)
+        modules = random_network(MotionModules, MotionConfig((8,), 1, 8, 4), 1)
         values["motion"] = str(write_motion(tmp_path, modules))
     config = to_dataclass(Config, values)
     plans = [one.compile() for one in plan(config, make_mesh(data=2, fsdp=4))]

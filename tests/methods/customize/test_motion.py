@@ -169,7 +169,7 @@ def test_modules_and_clips_that_do_not_fit_are_refused(pipeline):
         AnimateDiffConfig(frames=25, version="v1")
     with pytest.raises(UserError, match="4 clips shorter than the 5 frames"):
         check_clips(AnimateDiffConfig(frames=3, stride=2), data, pipeline)
-    short = random_network(MotionModules, MotionConfig((8, 16), 1, 8, 4, 2), 1)
+    short = random_network(MotionModules, MotionConfig((8,), 1, 8, 4, 2), 1)
     with pytest.raises(UserError, match=r"motion_lora\.frames: 3, and the motion modules have"):
         check_clips(LORA, data, pipeline, short)
     other = random_network(MotionModules, MotionConfig((8, 16, 16), 1, 8, 4), 1)

@@ -16,7 +16,7 @@ from jaxsynth.models.diffusion.motion import (
 )
 from jaxsynth.models.diffusion.unet import UNet2DCondition, UNet2DConditionConfig
 from jaxsynth.weights.adapters.motion import read_motion
-from tests.methods.small_base import UNET, WIDTH, random_network
+from tests.methods.small_base import DEEPER, WIDTH, random_network
 from tests.models.torch_parity import copy_weights, nchw, nhwc, randomise, relative_error
 
 MOTION = {
@@ -33,7 +33,7 @@ call = jax.jit(lambda unet, *inputs: unet(*inputs))
 @pytest.fixture(scope="module")
 def unets():
     """The same in torch and here."""
-    theirs = randomise(diffusers.UNet2DConditionModel(**UNET))
+    theirs = randomise(diffusers.UNet2DConditionModel(**DEEPER))
     config = UNet2DConditionConfig.from_dict(dict(theirs.config))
     ours = random_network(UNet2DCondition, config, 0)
     copy_weights(theirs, ours)

@@ -19,8 +19,8 @@ from tests.methods.small_base import random_network
 
 
 @pytest.fixture(scope="module")
-def bases(base_folder, sdxl_folder):
-    return {"sd": load_pipeline(base_folder).unet, "sdxl": load_pipeline(sdxl_folder).unet}
+def bases(deeper_folder, sdxl_folder):
+    return {"sd": load_pipeline(deeper_folder).unet, "sdxl": load_pipeline(sdxl_folder).unet}
 
 
 @pytest.fixture(scope="module")

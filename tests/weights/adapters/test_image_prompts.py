@@ -71,8 +71,8 @@ def random_adapter(unet, kind: str, seed: int = 0) -> ImageAdapter:
 
 
 @pytest.fixture(scope="module")
-def pipeline(base_folder):
-    return load_pipeline(base_folder)
+def pipeline(deeper_folder):
+    return load_pipeline(deeper_folder)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def features_of(kind: str) -> np.ndarray:
     return np.random.default_rng(4).standard_normal(shape).astype(np.float32)
 
 
-def theirs(base_folder, file, scale):
+def theirs(deeper_folder, file, scale):
     from diffusers import StableDiffusionPipeline
 
-    oracle = StableDiffusionPipeline.from_pretrained(base_folder, safety_checker=None)
+    oracle = StableDiffusionPipeline.from_pretrained(deeper_folder, safety_checker=None)
     oracle.set_progress_bar_config(disable=True)
     oracle.load_ip_adapter(
         str(file.parent.parent), file.parent.name, file.name, image_encoder_folder=None
@@ -127,13 +127,13 @@ def torch_outputs(oracle, features, inputs, **more) -> np.ndarray:
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_those_of_diffusers(
-    pipeline, base_folder, inputs, tmp_path, kind, ending, scale
+    pipeline, deeper_folder, inputs, tmp_path, kind, ending, scale
 ):
     """Our file read by diffusers, and by us; a swapped order of its numbers would show."""
     ours, their = SCALES[scale]
     adapter, features = random_adapter(pipeline.unet, kind), features_of(kind)
     file = write_image_adapter(tmp_path / "models" / f"ip-adapter_x.{ending}", adapter)
-    expected = torch_outputs(theirs(base_folder, file, their), features, inputs)
+    expected = torch_outputs(theirs(deeper_folder, file, their), features, inputs)
     again = read_image_adapter(tmp_path, pipeline.unet)
     for path, pair in adapter.kernels.items():
         np.testing.assert_array_equal(again.kernels[path], pair)
@@ -153,14 +153,14 @@ def test_outputs_are_those_of_diffusers(
         assert names == {f"ip_adapter.{i}.to_{x}_ip.weight" for i in (1, 3, 5, 7) for x in "kv"}
 
 
-def test_a_mask_says_where_an_image_counts(pipeline, base_folder, inputs, tmp_path):
+def test_a_mask_says_where_an_image_counts(pipeline, deeper_folder, inputs, tmp_path):
     mask = np.zeros((8, 8), np.float32)
     mask[:, 3:] = 1
     adapter, features = random_adapter(pipeline.unet, "ip_adapter"), features_of("ip_adapter")
     file = write_image_adapter(tmp_path / "models" / "ip-adapter.bin", adapter)
     masks = [torch.from_numpy(mask)[None, None]]
     more = {"cross_attention_kwargs": {"ip_adapter_masks": masks}}
-    expected = torch_outputs(theirs(base_folder, file, 1.0), features, inputs, **more)
+    expected = torch_outputs(theirs(deeper_folder, file, 1.0), features, inputs, **more)
     found = outputs(pipeline, adapter, features, inputs, 1.0, mask)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     with pytest.raises(ValueError, match="a mask of 5x8 pixels, expected the form of the image"):
@@ -183,7 +183,7 @@ def test_an_untrained_adapter_starts_from_the_text_s_kernels(pipeline):
 
 
 @pytest.mark.heavy
-def test_images_are_those_of_diffusers(pipeline, base_folder, tmp_path):
+def test_images_are_those_of_diffusers(pipeline, deeper_folder, tmp_path):
     """Guided away from the tokens of no image; on two devices the same."""
     adapter = random_adapter(pipeline.unet, "ip_adapter")
     file = write_image_adapter(tmp_path / "models" / "ip-adapter.safetensors", adapter)
@@ -202,7 +202,7 @@ def test_images_are_those_of_diffusers(pipeline, base_folder, tmp_path):
     keys = image_keys(7, np.arange(2), np.zeros(2, np.int32))
     noise = np.asarray(initial_noise(keys, (4, 4, 4), sampler_of(pipeline, "", 3)))
     embeds = np.stack([np.zeros_like(features[0]), features[0]])
-    expected = theirs(base_folder, file, 0.6)(
+    expected = theirs(deeper_folder, file, 0.6)(
         prompts,
         num_inference_steps=3,
         guidance_scale=3.0,
@@ -213,14 +213,14 @@ def test_images_are_those_of_diffusers(pipeline, base_folder, tmp_path):
     assert np.abs(found / 255 - expected).max() < 2.5 / 255
 
 
-def test_an_image_encoder_is_transformers_s(base_folder, pipeline, tmp_path):
+def test_an_image_encoder_is_transformers_s(deeper_folder, pipeline, tmp_path):
     """A CLIP's tower, and a folder of the tower alone; no image is zeros, or an image of them."""
     from transformers import CLIPVisionModelWithProjection
 
-    clip = load_clip(base_folder / "clip")
+    clip = load_clip(deeper_folder / "clip")
     model = clip.model
     tower = CLIPVisionModelWithProjection.from_pretrained(
-        base_folder / "clip", projection_dim=WIDTH
+        deeper_folder / "clip", projection_dim=WIDTH
     )
     tower.save_pretrained(tmp_path / "image_encoder")
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)

@@ -26,9 +26,9 @@ from jaxsynth.weights.adapters.motion import (
 )
 from jaxsynth.weights.layout import to_file
 from tests.adapters.nets import randomised
-from tests.methods.small_base import UNET, random_network
+from tests.methods.small_base import DEEPER, random_network
 
-BASE = UNet2DConditionConfig.from_dict(UNET)
+BASE = UNet2DConditionConfig.from_dict(DEEPER)
 # Of eight heads and the base's groups, as a file by itself is read.
 CONFIG = MotionConfig((8, 16), 1, 8, 4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -81,7 +81,7 @@ def test_a_file_is_the_authors(modules, tmp_path, name):
         np.testing.assert_array_equal(converted[key], value)
 
 
-def test_the_command_converts_both_ways(modules, tmp_path, base_folder, capfd):
+def test_the_command_converts_both_ways(modules, tmp_path, deeper_folder, capfd):
     wide = random_network(MotionModules, MotionConfig((32, 64), 1, 8, 32, 24, False), 1)
     folder = write_motion(tmp_path / "motion", wide)
     file, again = tmp_path / "mm.ckpt", tmp_path / "again"
@@ -93,7 +93,7 @@ def test_the_command_converts_both_ways(modules, tmp_path, base_folder, capfd):
     argv = ["convert", str(tmp_path / "narrow.ckpt"), str(tmp_path / "narrow"), "--to=diffusers"]
     assert cli.main(argv) == 1
     assert "norm_num_groups: 32 does not divide 8" in capfd.readouterr().err
-    assert cli.main([*argv, f"--base={base_folder}"]) == 0
+    assert cli.main([*argv, f"--base={deeper_folder}"]) == 0
     same(read_motion(tmp_path / "narrow"), modules)
     assert cli.main(["convert", str(folder), str(tmp_path / "x"), "--to=kohya"]) == 1
     assert "--to=kohya does not apply, only diffusers, comfyui" in capfd.readouterr().err
@@ -127,7 +127,7 @@ def test_motion_lora_of_both_names(modules, tmp_path):
     found = to_file(with_motion_lora(modules, tmp_path / "theirs.safetensors"))
     half = to_file(with_motion_lora(modules, tmp_path / "authors.safetensors", 0.5))
     adapter = diffusers.MotionAdapter.from_pretrained(write_motion(tmp_path / "motion", modules))
-    base = diffusers.UNet2DConditionModel(**UNET)
+    base = diffusers.UNet2DConditionModel(**DEEPER)
     unet = diffusers.UNetMotionModel.from_unet2d(base, adapter)
     lora = {key: torch.from_numpy(x) for key, x in lora_of(modules, False).items()}
     unet.load_lora_adapter(lora, prefix="unet")
@@ -227,7 +227,7 @@ def test_a_written_motion_lora_is_read_again_in_both_names(modules, tmp_path):
         for key, weight in expected.items():
             np.testing.assert_allclose(found[key], weight, atol=1e-6, err_msg=key)
     unet = diffusers.UNetMotionModel.from_unet2d(
-        diffusers.UNet2DConditionModel(**UNET),
+        diffusers.UNet2DConditionModel(**DEEPER),
         diffusers.MotionAdapter.from_pretrained(write_motion(tmp_path / "motion", modules)),
     )
     lora = {key: torch.from_numpy(x) for key, x in load_file(own).items()}
