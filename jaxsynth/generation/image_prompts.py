@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsynth.adapters.layer import first_match
-from jaxsynth.core.errors import UserError
+from jaxsynth.core.errors import UserError, shown
 from jaxsynth.models.diffusion.image_prompt import (
     ImageAdapter,
     ImagePrompted,
     Resampler,
+    attention_places,
     with_image_prompts,
 )
 from jaxsynth.models.diffusion.text_to_image import TextCondition, TextToImage
@@ -78,7 +79,19 @@ def prompt_of(
 
 
 def prompted(model: TextToImage, prompts: Sequence[ImagePrompt]) -> ImagePrompted:
-    """The networks with the adapters of the prompts."""
+    """The networks with the adapters of the prompts.
+
+    UserError for a scale of a place that this base has not.
+    """
+    paths = list(attention_places(model.unet))
+    for prompt in prompts:
+        parts = prompt.scale if isinstance(prompt.scale, Mapping) else ()
+        for part in parts:
+            if not any(first_match({f"{part}.*": True}, path, False) for path in paths):
+                raise UserError(
+                    f"scale: {shown(part)} is no part with cross-attentions here, expected one of "
+                    f"{', '.join(sorted({path.rpartition('.transformer')[0] for path in paths}))}"
+                )
     return with_image_prompts(
         model,
         [prompt.adapter for prompt in prompts],

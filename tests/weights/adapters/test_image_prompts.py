@@ -11,7 +11,7 @@ import torch
 from jaxsynth.core.errors import UserError
 from jaxsynth.diffusion.samplers import initial_noise
 from jaxsynth.generation.generate import GenerateConfig, Generator
-from jaxsynth.generation.image_prompts import ImagePrompt, prompt_of, with_tokens
+from jaxsynth.generation.image_prompts import ImagePrompt, prompt_of, prompted, with_tokens
 from jaxsynth.generation.sampler import image_keys, sampler_of
 from jaxsynth.models.diffusion.image_prompt import (
     ImageAdapter,
@@ -151,6 +151,17 @@ def test_outputs_are_those_of_diffusers(
         with opened(file) as content:
             names = {key for key in content.keys if key.startswith("ip_adapter")}
         assert names == {f"ip_adapter.{i}.to_{x}_ip.weight" for i in (1, 3, 5, 7) for x in "kv"}
+
+
+def test_a_scale_of_no_place_is_refused(pipeline):
+    plain = TextToImage(pipeline.unet, pipeline.text_encoder)
+    adapter, features = random_adapter(pipeline.unet, "plus"), features_of("plus")
+    prompt = ImagePrompt(
+        adapter, features, np.zeros(features.shape[2:]), {"up_blocks.1": 0.5, "up_blocks.7": 1.0}
+    )
+    with pytest.raises(UserError, match=r"scale: 'up_blocks\.7' is no part .* down_blocks\.0"):
+        prompted(plain, [prompt])
+    prompted(plain, [dataclasses.replace(prompt, scale={"up_blocks": 0.5})])
 
 
 def test_a_mask_says_where_an_image_counts(pipeline, deeper_folder, inputs, tmp_path):
