@@ -3,8 +3,7 @@
 The recipe is DiT's (arXiv 2212.09748): Adam at a constant rate, no weight decay, labels dropped
 with probability 0.1, flips, and where the network predicts its variance the variational bound
 beside the error of the noise. What learns is decided by the model alone: everything `Trainable` in
-it. Sets of one structure train side by side in one program (`adapt_each`), from
-the disk in turn.
+it. Sets of one structure train side by side in one program (`adapt_each`), from the disk in turn.
 
 Diff-Tuning (thuml's Diffusion-Tuning, NeurIPS 2024) is a second pair of batches and loss for any of
 them (`Retention`): the last, nearly noiseless part of the reverse process is kept on images of the
