@@ -3,6 +3,9 @@
 NNX's defaults differ from torch's in ways that parity tests catch late: the fast variance of
 `nnx.GroupNorm` and `nnx.LayerNorm` is off by percents where the mean is large, the epsilon is 1e-6
 instead of 1e-5, and GELU is the tanh form. These constructors fix each once.
+
+What a network has dozens of is jitted by itself: it is traced and differentiated once for each
+shape, and XLA inlines it into the program.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +73,7 @@ def _normalize_groups(
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` over the last axis as one traced function."""
+    """`nnx.LayerNorm` over the last axis, to its bits, as one jitted function."""
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         return _normalize_rows(x, self.scale[...], self.bias[...], self.epsilon, self.dtype)

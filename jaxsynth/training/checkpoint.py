@@ -4,8 +4,8 @@ All use of Orbax lies in this file. States are saved as a flat dict by dotted na
 mismatch names the leaf; the frozen base is never saved, only its identity, which must match at
 restore. Saving is asynchronous: the state is copied to the host, then written while steps go on.
 
-Orbax takes 2.5 ms for an array of any size, and the states of adapters and of small networks are
-hundreds of small ones: those that every process has whole are one file of their bytes.
+Orbax takes as long for a small array as for a large one, and the states of adapters and of small
+networks are hundreds of small ones: those that every process has whole are one file of their bytes.
 """
 
 import base64
@@ -155,7 +155,7 @@ class Checkpoints:
         if lines := differences(note.value["shapes"], _shapes(target)):
             shown = "\n  ".join(lines[:20])
             raise CheckpointError(f"{where} holds another state (saved -> wanted):\n  {shown}")
-        packed = note.value["small"]
+        packed = set(note.value["small"])
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in target.items()
@@ -165,7 +165,7 @@ class Checkpoints:
         if packed:
             small = _Small(b"")
             self._load(where, {"small": small})
-            loaded |= _unpack(small.data, {name: target[name] for name in packed}, where)
+            loaded |= _unpack(small.data, {name: target[name] for name in sorted(packed)}, where)
         found = _digests(loaded)
         saved = note.value["digests"]
         # Cut otherwise (another number of devices), arrays cannot be compared piece by piece.

@@ -143,7 +143,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 def _closing(text: str) -> int:
     """Where the parenthesis closes that was open before `text`."""
-    first = text.find(")")
+    first = text.find(")")  # of nearly every list of operands
     if first >= 0 and "(" not in text[:first]:
         return first
     depth = 1

@@ -73,14 +73,9 @@ class _OneKey:
 def describe(model_cls: Callable[..., Model], config: Any, dtype: Any = jnp.float32) -> Model:
     """A network of `jax.ShapeDtypeStruct`s: its structure and shapes, without any value.
 
-    Made once for each config, as many times as it is asked for: each caller changes its own.
+    Traced once for each config, which is frozen; each caller gets a copy to change.
     """
-    try:
-        graphdef, state = _split(model_cls, config, dtype)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        graphdef, state = _split.__wrapped__(model_cls, config, dtype)
+    graphdef, state = _split(model_cls, config, dtype)
     return nnx.merge(graphdef, jax.tree.map(lambda shape: shape, state))
 
 

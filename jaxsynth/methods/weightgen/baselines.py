@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from jaxsynth.core.words import counted
 
-# scikit-learn is imported where it is used: that takes as long as JAX, and most runs stop short.
+# scikit-learn, slow to import, is imported where it is used: a plan or a mistake comes not so far.
 if TYPE_CHECKING:
     from sklearn.linear_model import RidgeCV
 
